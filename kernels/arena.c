@@ -1,0 +1,146 @@
+#include "kernels/arena.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define ALIGN 256
+/* Wide enough to catch a tile's worth of overrun. */
+#define GUARD_BYTES 256
+#define GUARD_BYTE  0xa5
+
+struct slot {
+    const char *cls, *name;
+    size_t offset, bytes;
+    int64_t count;
+};
+
+struct srf_arena {
+    struct srf_ctx *ctx;
+    struct slot *slots;
+    int n, cap;
+    size_t total;
+    unsigned char *base;
+};
+
+srf_status srf_arena_create(struct srf_ctx *ctx, struct srf_arena **out)
+{
+    SRF_TRY(SRF_CALLOC(*out, 1));
+    (*out)->ctx = ctx;
+    return SRF_OK;
+}
+
+void srf_arena_free(struct srf_arena *a)
+{
+    if (!a) return;
+    if (a->base) a->ctx->be->free(a->ctx, a->base);
+    srf__free(a->slots);
+    srf__free(a);
+}
+
+srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name, int64_t count,
+                         enum srf_dtype type, int *slot)
+{
+    SRF_FAIL_IF(a->base, SRF_INVALID, "arena: '%s' added after the memory was committed", name);
+    size_t bytes;
+    SRF_FAIL_IF(count < 0 || __builtin_mul_overflow((size_t)count, srf_dtype_bytes(type), &bytes) ||
+                    bytes > SIZE_MAX / 4 - a->total,
+                SRF_NOMEM, "%s '%s': %lld elements are more than memory can hold", cls, name,
+                (long long)count);
+    if (a->n == a->cap) {
+        int cap = a->cap ? 2 * a->cap : 64;
+        struct slot *s = srf__realloc(a->slots, (size_t)a->n, (size_t)cap, sizeof *s);
+        SRF_FAIL_IF(!s, SRF_NOMEM, "out of memory: table of %d tensors", cap);
+        a->slots = s;
+        a->cap = cap;
+    }
+    a->slots[a->n] = (struct slot){cls, name, a->total, bytes, count};
+    *slot = a->n++;
+    size_t guard = 0;
+#ifdef SRF_GUARD_BANDS
+    guard = GUARD_BYTES;
+#endif
+    a->total += (bytes + guard + ALIGN - 1) / ALIGN * ALIGN;
+    return SRF_OK;
+}
+
+srf_status srf_arena_commit(struct srf_arena *a)
+{
+    SRF_FAIL_IF(a->base, SRF_INVALID, "arena: committed twice");
+    struct srf_ctx *ctx = a->ctx;
+    /* One ALIGN more: the base itself is aligned only as the allocator pleases. */
+    void *p;
+    srf_status st = ctx->be->alloc(ctx, a->total + ALIGN, &p);
+    if (st == SRF_NOMEM) {
+        char text[400];
+        srf_arena_describe(a, text, sizeof text);
+        SRF_FAIL(SRF_NOMEM,
+                 "out of memory: %.1f MB are needed (%s); a smaller --batch or --seq-len lowers it",
+                 (double)a->total * 1e-6, text);
+    }
+    SRF_TRY(st);
+    a->base = p;
+    SRF_TRY(ctx->be->zero(ctx, p, a->total + ALIGN));
+#ifdef SRF_GUARD_BANDS
+    unsigned char band[GUARD_BYTES];
+    memset(band, GUARD_BYTE, sizeof band);
+    for (int i = 0; i < a->n; i++)
+        SRF_TRY(ctx->be->upload(ctx, (unsigned char *)srf_arena_ptr(a, i) + a->slots[i].bytes, band,
+                                GUARD_BYTES));
+#endif
+    return SRF_OK;
+}
+
+void *srf_arena_ptr(const struct srf_arena *a, int slot)
+{
+    if (!a->base) return NULL;
+    size_t skew = (ALIGN - (uintptr_t)a->base % ALIGN) % ALIGN;
+    return a->base + skew + a->slots[slot].offset;
+}
+
+int64_t srf_arena_count(const struct srf_arena *a, int slot)
+{
+    return a->slots[slot].count;
+}
+
+size_t srf_arena_bytes(const struct srf_arena *a, const char *cls)
+{
+    if (!cls) return a->total;
+    size_t sum = 0;
+    for (int i = 0; i < a->n; i++)
+        if (strcmp(a->slots[i].cls, cls) == 0) sum += a->slots[i].bytes;
+    return sum;
+}
+
+void srf_arena_describe(const struct srf_arena *a, char *buf, size_t size)
+{
+    size_t used = 0;
+    buf[0] = '\0';
+    for (int i = 0; i < a->n; i++) {
+        const char *cls = a->slots[i].cls;
+        int first = 1;
+        for (int j = 0; j < i; j++)
+            if (strcmp(a->slots[j].cls, cls) == 0) first = 0;
+        if (!first || used >= size) continue;
+        int n = snprintf(buf + used, size - used, "%s%s %.1f MB", used ? ", " : "", cls,
+                         (double)srf_arena_bytes(a, cls) * 1e-6);
+        used += n > 0 ? (size_t)n : 0;
+    }
+}
+
+srf_status srf_arena_check(const struct srf_arena *a)
+{
+#ifdef SRF_GUARD_BANDS
+    unsigned char band[GUARD_BYTES];
+    for (int i = 0; a->base && i < a->n; i++) {
+        const unsigned char *end = (unsigned char *)srf_arena_ptr(a, i) + a->slots[i].bytes;
+        SRF_TRY(a->ctx->be->download(a->ctx, band, end, GUARD_BYTES));
+        for (int j = 0; j < GUARD_BYTES; j++)
+            SRF_FAIL_IF(band[j] != GUARD_BYTE, SRF_DEVICE,
+                        "%s '%s': something wrote %d bytes past its end", a->slots[i].cls,
+                        a->slots[i].name, j + 1);
+    }
+#else
+    (void)a;
+#endif
+    return SRF_OK;
+}

@@ -1,0 +1,30 @@
+/* One plan of memory: reserve by name, commit once, then read pointers.
+ *
+ * Phase 1, plan: srf_arena_add() returns a slot for each tensor. Phase 2: srf_arena_commit() makes
+ * one allocation on the device. Phase 3: srf_arena_ptr(). Slots are 256-byte aligned; debug builds
+ * (SRF_SANITIZE) put a guard band after each and srf_arena_check() finds who wrote over it. */
+#pragma once
+#include "kernels/ops.h"
+
+struct srf_arena; /* opaque */
+
+srf_status srf_arena_create(struct srf_ctx *ctx, struct srf_arena **out);
+void srf_arena_free(struct srf_arena *a); /* NULL is fine */
+
+/* Reserve `count` elements of `type`. cls groups slots in the report ("weights", "gradients",
+ * "optimizer", "activations", "features", ...); both strings must outlive the arena. Before commit
+ * only. */
+srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name, int64_t count,
+                         enum srf_dtype type, int *slot);
+/* Allocate everything, zeroed. SRF_NOMEM says how much was needed, class by class. */
+srf_status srf_arena_commit(struct srf_arena *a);
+/* The slot's device pointer; NULL before commit (planning code may pass it on). */
+void *srf_arena_ptr(const struct srf_arena *a, int slot);
+int64_t srf_arena_count(const struct srf_arena *a, int slot);
+
+/* Bytes planned so far: in all (cls = NULL) or of a class. */
+size_t srf_arena_bytes(const struct srf_arena *a, const char *cls);
+/* "weights 55.9 MB, gradients 55.9 MB, ..." into buf. */
+void srf_arena_describe(const struct srf_arena *a, char *buf, size_t size);
+/* SRF_DEVICE naming the tensor whose guard band was overwritten. */
+srf_status srf_arena_check(const struct srf_arena *a);

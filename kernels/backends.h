@@ -1,0 +1,19 @@
+/* Inside the library: the backends that this build has. */
+#pragma once
+#include "kernels/ops.h"
+
+/* Fill ctx->be, stream, impl, n_threads. CUDA answers SRF_UNSUPPORTED where the build has no CUDA
+ * or the machine no card. */
+srf_status srf__cpu_open(struct srf_ctx *ctx, int threads);
+srf_status srf__cuda_open(struct srf_ctx *ctx);
+
+/* The op prototypes of each backend, from THE list. */
+#define X(name)                                                                                    \
+    srf_status cpu_f32_##name(struct srf_ctx *ctx, const struct srf_##name##_args *args);          \
+    size_t cpu_f32_##name##_workspace(const struct srf_ctx *ctx,                                   \
+                                      const struct srf_##name##_args *args);                       \
+    srf_status cpu_f64_##name(struct srf_ctx *ctx, const struct srf_##name##_args *args);          \
+    size_t cpu_f64_##name##_workspace(const struct srf_ctx *ctx,                                   \
+                                      const struct srf_##name##_args *args);
+#include "kernels/ops.def"
+#undef X

@@ -1,0 +1,116 @@
+/* The CPU backend's tables (one a precision), memory, and BLAS. */
+#include "kernels/cpu/cpu.h"
+
+#include <time.h>
+
+int openblas_get_parallel(void);
+void openblas_set_num_threads(int n);
+
+#ifndef SRF_REAL_F64
+static srf_status cpu_alloc(struct srf_ctx *ctx, size_t bytes, void **out)
+{
+    (void)ctx;
+    *out = srf__alloc(bytes, 1);
+    SRF_FAIL_IF(!*out, SRF_NOMEM, "out of memory: %zu bytes (%.1f MB) are needed", bytes,
+                (double)bytes * 1e-6);
+    return SRF_OK;
+}
+
+static void cpu_free(struct srf_ctx *ctx, void *p)
+{
+    (void)ctx;
+    srf__free(p);
+}
+
+static srf_status cpu_copy(struct srf_ctx *ctx, void *dst, const void *src, size_t bytes)
+{
+    (void)ctx;
+    if (bytes) memmove(dst, src, bytes);
+    return SRF_OK;
+}
+
+static srf_status cpu_zero(struct srf_ctx *ctx, void *dst, size_t bytes)
+{
+    (void)ctx;
+    if (bytes) memset(dst, 0, bytes);
+    return SRF_OK;
+}
+
+static srf_status cpu_sync(struct srf_ctx *ctx)
+{
+    (void)ctx;
+    return SRF_OK;
+}
+
+#define COMMON                                                                                     \
+    .name = "cpu", .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_copy, .download = cpu_copy, \
+    .copy = cpu_copy, .zero = cpu_zero, .sync = cpu_sync
+
+static const struct srf_backend f32_table = {
+    COMMON,
+#define X(name) .name = cpu_f32_##name, .name##_workspace = cpu_f32_##name##_workspace,
+#include "kernels/ops.def"
+#undef X
+};
+
+static const struct srf_backend f64_table = {
+    COMMON,
+#define X(name) .name = cpu_f64_##name, .name##_workspace = cpu_f64_##name##_workspace,
+#include "kernels/ops.def"
+#undef X
+};
+
+srf_status srf__cpu_open(struct srf_ctx *ctx, int threads)
+{
+    SRF_FAIL_IF(ctx->dtype != SRF_F32 && ctx->dtype != SRF_F64, SRF_UNSUPPORTED,
+                "the CPU computes in f32 or f64, not in %s", srf_dtype_name(ctx->dtype));
+    SRF_FAIL_IF(threads < 0 || threads > 4096, SRF_INVALID, "%d threads: expected 0 (all) to 4096",
+                threads);
+    ctx->be = ctx->dtype == SRF_F64 ? &f64_table : &f32_table;
+    ctx->n_threads = threads ? threads : omp_get_num_procs();
+    /* Both settings belong to the process, as OpenMP and OpenBLAS have them. */
+    omp_set_num_threads(ctx->n_threads);
+    openblas_set_num_threads(ctx->n_threads);
+    return SRF_OK;
+}
+
+void srf__blas_serial_begin(const struct srf_ctx *ctx)
+{
+    (void)ctx;
+    if (openblas_get_parallel() == 1) openblas_set_num_threads(1);
+}
+
+void srf__blas_serial_end(const struct srf_ctx *ctx)
+{
+    if (openblas_get_parallel() == 1) openblas_set_num_threads(ctx->n_threads);
+}
+#endif
+
+static double now(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+}
+
+void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int64_t k, real alpha,
+               const real *a, int64_t lda, const real *b, int64_t ldb, real beta, real *c,
+               int64_t ldc)
+{
+    double t0 = ctx->profile ? now() : 0;
+#ifdef SRF_REAL_F64
+    cblas_dgemm
+#else
+    cblas_sgemm
+#endif
+        (CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, (blasint)m,
+         (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+    if (!ctx->profile) return;
+    /* A call inside a parallel region keeps one of n_threads busy. */
+    double share = omp_in_parallel() ? 1.0 / ctx->n_threads : 1.0, dt = (now() - t0) * share;
+    double flops = 2.0 * (double)m * (double)n * (double)k;
+#pragma omp atomic
+    ctx->profile->gemm_seconds += dt;
+#pragma omp atomic
+    ctx->profile->gemm_flops += flops;
+}

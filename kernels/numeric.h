@@ -1,0 +1,13 @@
+/* Conversions between float types on the host. */
+#pragma once
+#include "kernels/ops.h"
+
+/* IEEE half and bfloat16, round to nearest even; NaN stays NaN, overflow goes to infinity. */
+float srf_f16_to_f32(uint16_t h);
+uint16_t srf_f32_to_f16(float x);
+float srf_bf16_to_f32(uint16_t h);
+uint16_t srf_f32_to_bf16(float x);
+
+/* n elements; `type` is one of the float types. */
+void srf_convert_to_f32(float *dst, const void *src, enum srf_dtype type, int64_t n);
+void srf_convert_from_f32(void *dst, enum srf_dtype type, const float *src, int64_t n);

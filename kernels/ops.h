@@ -1,0 +1,339 @@
+/* Ops: what a backend can do, and the context an op runs in.
+ *
+ * One list (ops.def) gives the table of function pointers, the prototypes and the initialisers of
+ * every backend. An op takes the context and one struct of arguments, filled by name:
+ *
+ *     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = B * T, .in = C, .out = 4 * C, .x = x, .w = w, .y = y));
+ *
+ * Pointers in argument structs are device pointers of the context's backend (opaque: only ops and
+ * the copy functions look inside) unless the comment says host. Element types:
+ *     T    ctx->dtype: F32 (CPU), F64 (CPU, for checks), BF16 or F32 (CUDA)
+ *     A    the accumulation type: F64 if T is F64, else F32
+ *     i32  int32_t
+ * Shapes are written (outer, ..., inner), row-major, dense unless a leading dimension says else.
+ *
+ * Gradient convention: gradients of parameters accumulate (+=); gradients of activations are
+ * overwritten (=), except where the argument comment says +=. Aliasing is forbidden unless stated.
+ * A launcher never allocates, never waits for the device and reads no global; scratch memory is
+ * ctx->workspace, at least <op>_workspace() bytes. Empty shapes (a product of 0) are no-ops.
+ * Errors: SRF_INVALID for shapes an op cannot take, SRF_UNSUPPORTED for what a backend lacks.
+ *
+ * Planning: while ctx->plan is set, SRF_RUN launches nothing and reads no pointer; it keeps the
+ * largest workspace asked for and adds up cost. So the memory plan of a model is made by the very
+ * code that runs it.
+ */
+#pragma once
+#include "kernels/status.h"
+#include <stdbool.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum srf_dtype { SRF_F32, SRF_F64, SRF_BF16, SRF_F16, SRF_I32 };
+size_t srf_dtype_bytes(enum srf_dtype dtype);
+const char *srf_dtype_name(enum srf_dtype dtype); /* "f32", ... */
+
+/* ---- random features ---------------------------------------------------------------------- */
+
+enum srf_feature_kind { SRF_IID, SRF_ORTHOGONAL, SRF_SIMPLEX, SRF_SIMPLEX_PLUS };
+enum srf_rotation { SRF_ROT_HAAR, SRF_ROT_HD };
+
+/* Draw W and its bias for n_layers x n_sets feature sets. See features.h for the mathematics. */
+struct srf_features_draw_args {
+    enum srf_feature_kind kind;
+    enum srf_rotation rotation;
+    bool normalize_rows;  /* unit-norm rows: biased, see features.h */
+    uint64_t seed, draw;  /* key of the counter generator, with (layer, set, block) */
+    int64_t n_layers;     /* layers drawn */
+    int64_t n_sets;       /* 1 = shared by the heads of a layer, or H */
+    int64_t m, d;         /* features, head size; m >= 1, d >= 2 */
+    const double *oprf_a; /* host (n_layers, n_sets), each <= 0; or NULL = 0 everywhere */
+    void *w;              /* out T (n_layers, n_sets, m, d): rows are sqrt(1 - 4A) w_i */
+    void *bias;           /* out T (n_layers, n_sets, m): A |w_i|^2 + d/4 log(1 - 4A) */
+};
+
+/* ---- embedding ---------------------------------------------------------------------------- */
+
+/* y[n] = wte[tokens[n]] + wpe[pos[n]] */
+struct srf_embed_fwd_args {
+    int64_t n, c, v;       /* rows, width, vocabulary */
+    int64_t t, n_pos;      /* without pos, row n stands at position n % t; wpe has n_pos rows */
+    const void *tokens;    /* i32 (n), each in [0, v): the caller has checked */
+    const void *pos;       /* i32 (n) in [0, n_pos), or NULL */
+    const void *wte, *wpe; /* T (v, c), T (n_pos, c) */
+    void *y;               /* out T (n, c) */
+};
+struct srf_embed_bwd_args {
+    int64_t n, c, v, t, n_pos;
+    const void *tokens;
+    const void *dy;    /* T (n, c) */
+    void *dwte, *dwpe; /* += T (v, c), T (n_pos, c); position n % t */
+};
+
+/* ---- layer norm: y = (x - mean) * rstd * gamma + beta, over the last dimension -------------- */
+
+struct srf_layernorm_fwd_args {
+    int64_t n, c;
+    double eps;
+    const void *x, *gamma, *beta; /* T (n, c), (c), (c) */
+    void *y;                      /* out T (n, c) */
+    void *mean, *rstd;            /* out A (n), (n) */
+};
+struct srf_layernorm_bwd_args {
+    int64_t n, c;
+    const void *x, *gamma, *dy; /* T (n, c), (c), (n, c) */
+    const void *mean, *rstd;    /* A (n), (n) */
+    void *dx;                   /* += T (n, c): the residual stream's gradient */
+    void *dgamma, *dbeta;       /* += T (c), (c) */
+};
+
+/* ---- linear: y = act(x W + b) ------------------------------------------------------------- */
+
+enum srf_act { SRF_ACT_NONE, SRF_ACT_GELU_TANH };
+
+struct srf_linear_fwd_args {
+    int64_t n, in, out;
+    const void *x; /* T (n, in) */
+    const void *w; /* T (in, out) as transformers' Conv1D; (out, in) if w_transposed */
+    bool w_transposed;
+    const void *b;    /* T (out), or NULL */
+    bool accumulate;  /* y += x W + b (a residual connection); act must be NONE */
+    enum srf_act act; /* GELU_TANH: 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) */
+    void *pre; /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
+    void *y;   /* out T (n, out) */
+};
+struct srf_linear_bwd_args {
+    int64_t n, in, out;
+    const void *x, *w, *dy; /* T (n, in), as in forward, (n, out) */
+    bool w_transposed;
+    const void *x_pre;  /* T (n, in) or NULL: x was act(x_pre), and dx is to be d/dx_pre */
+    enum srf_act x_act; /* that act; NONE without x_pre */
+    bool dx_accumulate; /* dx += instead of dx = */
+    void *dx;           /* out T (n, in), or NULL: not wanted */
+    void *dw, *db;      /* += T as w, (out); NULL: not wanted */
+};
+
+/* ---- attention ----------------------------------------------------------------------------
+ * Heads are slices of rows: element (b, t, h, j) of q is q[((b * t_len) + t) * ld + h * d + j], so
+ * q, k, v may point into one packed (B, T, 3C) activation. Scores are q.k / sqrt(d). */
+
+struct srf_softmax_attn_fwd_args {
+    int64_t b, t, h, d;
+    bool causal;
+    const void *q, *k, *v; /* T (b, t, h, d), leading dimension ld */
+    int64_t ld;
+    void *o; /* out T (b, t, h, d), leading dimension ld_o */
+    int64_t ld_o;
+    void *lse; /* out A (b, h, t): log sum exp of each row's scores; may be NULL */
+};
+struct srf_softmax_attn_bwd_args {
+    int64_t b, t, h, d;
+    bool causal;
+    const void *q, *k, *v;
+    int64_t ld;
+    const void *o, *d_o; /* T (b, t, h, d), leading dimension ld_o */
+    int64_t ld_o;
+    const void *lse;    /* A (b, h, t), of the forward */
+    void *dq, *dk, *dv; /* out T, leading dimension ld */
+};
+
+/* SRF attention, pure (window = 0) or window hybrid. See kernels/cpu/srf_attn.c for the forms.
+ * With x = q d^(-1/4), y = k d^(-1/4), a_i(x) = w_i.x + bias_i - |x|^2/2 and
+ * P_ts = 1/m sum_i exp(a_i(x_t) + a_i(y_s)):
+ *     pure    o_t = sum_{s <= t} P_ts v_s / sum_{s <= t} P_ts
+ *     hybrid  the block of `window` tokens that holds t and the block before it use exp(x_t.y_s)
+ *             for P_ts, older blocks the features, all in one normaliser. Blocks start at
+ *             absolute positions that are multiples of `window`.
+ * Finite for every finite q, k (components of x, y are clamped to +-1e17) and |v| <= 1e30. */
+struct srf_attn_shape {
+    int64_t b, t, h, d;
+    int64_t m;      /* features */
+    int64_t n_sets; /* 1: W shared by the heads; or h */
+    int64_t window; /* 0 = pure SRF; needs causal */
+    bool causal;
+};
+struct srf_srf_attn_fwd_args {
+    struct srf_attn_shape s;
+    const void *q, *k, *v; /* T (b, t, h, d), leading dimension ld */
+    int64_t ld;
+    const void *w, *bias; /* T (n_sets, m, d), (n_sets, m) */
+    void *o;              /* out T (b, t, h, d), leading dimension ld_o */
+    int64_t ld_o;
+};
+struct srf_srf_attn_bwd_args {
+    struct srf_attn_shape s;
+    const void *q, *k, *v;
+    int64_t ld;
+    const void *w, *bias;
+    const void *o, *d_o; /* T, leading dimension ld_o */
+    int64_t ld_o;
+    void *dq, *dk, *dv; /* out T, leading dimension ld */
+    void *dw;           /* += T (n_sets, m, d), or NULL: features not trained; bias is a constant */
+};
+
+/* Recurrent state: one per sequence and head, srf_attn_state_count() values of type A, all zero
+ * at the start of a sequence. It does not hold the position: the caller does. Layout:
+ *     S (m, d), z (m), M (m): the far sums, scaled by 2^-M_i per feature; z = 0 says "nothing yet"
+ *     ring_k (2 window, d), ring_v (2 window, d): raw k, v of token p in row p % (2 window)     */
+int64_t srf_attn_state_count(int64_t m, int64_t d, int64_t window);
+
+/* t more tokens of every sequence at once, chunked. Any split of a sequence into prefills and steps
+ * gives the same state and outputs to rounding. s.causal must be set. */
+struct srf_srf_attn_prefill_args {
+    struct srf_attn_shape s;
+    const void *q, *k, *v;
+    int64_t ld;
+    const void *w, *bias;
+    void *o;
+    int64_t ld_o;
+    void *state;     /* in/out A (b, h, state_count) */
+    const void *pos; /* i32 (b): tokens each sequence has seen before this call */
+};
+/* One more token of every sequence: s.t is 1. Same arguments, no chunk overhead. */
+struct srf_srf_attn_step_args {
+    struct srf_attn_shape s;
+    const void *q, *k, *v;
+    int64_t ld;
+    const void *w, *bias;
+    void *o;
+    int64_t ld_o;
+    void *state;
+    const void *pos;
+};
+
+/* ---- losses ------------------------------------------------------------------------------- */
+
+/* Softmax cross entropy, KL to a teacher, and the gradient, in one pass over rows of logits:
+ *     nll[n] = logsumexp(logits[n]) - logits[n][target]
+ *     kl[n]  = KL(softmax(teacher[n]) || softmax(logits[n]))
+ *     dlogits[n] = scale * (ce_weight (p - onehot) + kl_weight (p - p_teacher))
+ * Rows with target < 0 count nothing: nll = kl = 0, dlogits = 0. */
+struct srf_xent_args {
+    int64_t n, v;
+    const void *logits;  /* T (n, v) */
+    const void *targets; /* i32 (n) */
+    const void *teacher; /* T (n, v) logits, or NULL */
+    double scale, ce_weight, kl_weight;
+    void *nll;     /* out A (n) */
+    void *kl;      /* out A (n); only with teacher, may be NULL */
+    void *dlogits; /* out T (n, v), may be logits itself; NULL: not wanted */
+};
+/* sum[0] += sum (x - y)^2;  dx += scale * 2 (x - y) where dx is not NULL. */
+struct srf_mse_args {
+    int64_t n;
+    const void *x, *y; /* T (n) */
+    double scale;
+    void *dx;  /* += T (n), or NULL */
+    void *sum; /* += A (1) */
+};
+
+/* ---- optimizer ---------------------------------------------------------------------------- */
+
+/* sum[0] += sum x^2, in a fixed order (deterministic for a fixed thread count). */
+struct srf_sumsq_args {
+    int64_t n;
+    const void *x; /* T (n) */
+    void *sum;     /* += A (1) */
+};
+/* Decoupled weight decay Adam (arXiv 1711.05101) on a flat piece of parameters:
+ *     g = grad * grad_scale;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
+ *     p -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay p)
+ * If clip_sumsq is given, g is also multiplied by min(1, max_norm / sqrt(*clip_sumsq)) on the
+ * device; a non-finite *clip_sumsq leaves parameters and moments untouched. */
+struct srf_adamw_args {
+    int64_t n, step; /* step counts from 1 */
+    double lr, beta1, beta2, eps, weight_decay, grad_scale, max_norm;
+    const void *clip_sumsq; /* A (1), or NULL */
+    const void *grad;       /* T (n) */
+    void *param;            /* in/out T (n) */
+    void *master;           /* in/out A (n) where T is BF16, else NULL */
+    void *m, *v;            /* in/out A (n) */
+};
+
+/* ---- the backend table -------------------------------------------------------------------- */
+
+struct srf_ctx;
+struct srf_cost {
+    double bytes; /* each operand read or written once */
+    double flops; /* multiply and add count 2; exponentials count 1 */
+};
+
+struct srf_backend {
+    const char *name; /* "cpu", "cuda" */
+    /* Device memory. Only the arena (arena.h) and tests call alloc. */
+    srf_status (*alloc)(struct srf_ctx *ctx, size_t bytes, void **out);
+    void (*free)(struct srf_ctx *ctx, void *p);
+    srf_status (*upload)(struct srf_ctx *ctx, void *dst, const void *host, size_t bytes);
+    srf_status (*download)(struct srf_ctx *ctx, void *host, const void *src, size_t bytes);
+    srf_status (*copy)(struct srf_ctx *ctx, void *dst, const void *src, size_t bytes);
+    srf_status (*zero)(struct srf_ctx *ctx, void *dst, size_t bytes);
+    srf_status (*sync)(struct srf_ctx *ctx);
+    void (*close)(struct srf_ctx *ctx); /* frees ctx->impl and the stream; may be NULL */
+#define X(name)                                                                                    \
+    srf_status (*name)(struct srf_ctx * ctx, const struct srf_##name##_args *args);                \
+    size_t (*name##_workspace)(const struct srf_ctx *ctx, const struct srf_##name##_args *args);
+#include "kernels/ops.def"
+#undef X
+};
+
+/* Where time goes: filled when ctx->profile is set. Op rows in the order of ops.def. */
+enum srf_op_id {
+#define X(name) SRF_OP_##name,
+#include "kernels/ops.def"
+#undef X
+    SRF_OP_COUNT
+};
+struct srf_profile {
+    double op_seconds[SRF_OP_COUNT];
+    int64_t op_calls[SRF_OP_COUNT];
+    double gemm_seconds, gemm_flops;     /* inside BLAS calls (CPU: thread-seconds / threads) */
+    int64_t srf_chunks, srf_slow_chunks; /* chunks of SRF attention, those on the exact path */
+};
+
+struct srf_ctx {
+    const struct srf_backend *be;
+    enum srf_dtype dtype; /* T */
+    int n_threads;        /* CPU threads ops may use */
+    void *workspace;      /* scratch of every op */
+    size_t workspace_bytes;
+    bool plan;                   /* true: SRF_RUN only plans */
+    size_t plan_workspace;       /* largest workspace asked for while planning */
+    struct srf_cost plan_cost;   /* sum over the ops planned */
+    struct srf_profile *profile; /* or NULL */
+    void *stream;                /* CUDA: the stream; CPU: NULL */
+    void *impl;                  /* the backend's own (cuBLAS handles, ...) */
+};
+
+/* device: "cpu", "cuda" or "auto" (cuda where there is one, else cpu). dtype as in the table at the
+ * top. threads: 0 = all the cores this process may use. SRF_UNSUPPORTED if the build or the
+ * machine lacks the device. */
+srf_status srf_ctx_create(const char *device, enum srf_dtype dtype, int threads,
+                          struct srf_ctx **out);
+void srf_ctx_free(struct srf_ctx *ctx);
+/* Make the workspace at least `bytes` long (contents lost). */
+srf_status srf_ctx_reserve_workspace(struct srf_ctx *ctx, size_t bytes);
+/* The accumulation type A that belongs to ctx->dtype. */
+enum srf_dtype srf_ctx_acc(const struct srf_ctx *ctx);
+
+/* Typed one-op entry points: plan or launch. Tests may call them; code uses SRF_RUN. */
+#define X(name)                                                                                    \
+    srf_status srf_run_##name(struct srf_ctx *ctx, const struct srf_##name##_args *args);          \
+    struct srf_cost srf_##name##_cost(const struct srf_ctx *ctx,                                   \
+                                      const struct srf_##name##_args *args);
+#include "kernels/ops.def"
+#undef X
+#define SRF_RUN(ctx, op, ...) srf_run_##op((ctx), &(struct srf_##op##_args){__VA_ARGS__})
+
+/* Name of an op ("linear_fwd"). */
+const char *srf_op_name(enum srf_op_id op);
+
+/* Copy between host doubles/floats and device values of any float type (host side converts). */
+srf_status srf_upload_f32(struct srf_ctx *ctx, void *dst, enum srf_dtype dst_type, const float *src,
+                          int64_t n);
+srf_status srf_download_f32(struct srf_ctx *ctx, float *dst, const void *src,
+                            enum srf_dtype src_type, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif

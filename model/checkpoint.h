@@ -1,0 +1,42 @@
+/* A model on the host: what files hold, between a reader and a device or between two formats. */
+#pragma once
+#include "checkpoints/h5.h"
+#include "checkpoints/source.h"
+#include "model/tensors.h"
+
+enum srf_checkpoint_kind { SRF_CKPT_WEIGHTS, SRF_CKPT_TRAINING, SRF_CKPT_RECURRENT };
+
+struct srf_checkpoint {
+    enum srf_checkpoint_kind kind;
+    struct srf_model_config config;
+    struct srf_attention_config attention;
+    struct srf_tensor_table table;
+    float *params;        /* (table.total) */
+    char *tokenizer_json; /* or NULL */
+    /* The features in force, where they are stored (frozen or trained draws): else NULL, and the
+     * draw is made from the key. (n_layers, n_sets, m, d) and (n_layers, n_sets, m); n_sets =
+     * per_head ? n_heads : 1. */
+    float *features_w, *features_bias;
+};
+
+/* From any source (source.h). Checks every tensor against the table: missing, unknown and misshapen
+ * ones are named with expected and found. config_json replaces the source's own where it is not
+ * NULL. */
+srf_status srf_checkpoint_load(const char *path, const char *config_json,
+                               struct srf_checkpoint **out);
+/* A fresh model from a config.json's text, weights drawn from seed. */
+srf_status srf_checkpoint_init(const char *config_json, uint64_t seed, struct srf_checkpoint **out);
+void srf_checkpoint_free(struct srf_checkpoint *ck);
+/* Elements of features_w and features_bias. */
+int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck);
+int64_t srf_checkpoint_bias_count(const struct srf_checkpoint *ck);
+
+/* Native file of ck->kind. recurrent: features must be there. */
+srf_status srf_checkpoint_save(const struct srf_checkpoint *ck, const char *path);
+/* The same into an open file, for the trainer to add its own groups. */
+srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f);
+/* Foreign formats; dtype F32, F16 (hf only) or BF16. */
+srf_status srf_checkpoint_export_hf(const struct srf_checkpoint *ck, const char *dir,
+                                    enum srf_dtype dtype);
+srf_status srf_checkpoint_export_llmc(const struct srf_checkpoint *ck, const char *path,
+                                      enum srf_dtype dtype);

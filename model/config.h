@@ -1,0 +1,49 @@
+/* What a model is (architecture) and how it attends (attention). Plain values, no ownership. */
+#pragma once
+#include "kernels/features.h"
+
+/* X(name in files ("model_type"), symbol): the architectures. */
+#define SRF_ARCH_LIST(X) X("gpt2", gpt2)
+
+struct srf_arch;
+
+struct srf_model_config {
+    const struct srf_arch *arch;
+    int64_t n_layers, n_heads, c, d_ff; /* c = n_heads * head size */
+    int64_t n_pos, vocab;
+    double ln_eps;
+    int64_t bos, eos; /* token ids, -1 = none */
+};
+
+enum srf_attention_kind { SRF_ATTN_SOFTMAX, SRF_ATTN_SRF };
+
+struct srf_attention_config {
+    enum srf_attention_kind kind;
+    int64_t m;      /* features; 64 by default */
+    int64_t window; /* tokens of a block attended exactly; 0 = pure SRF */
+    enum srf_feature_kind features;
+    enum srf_rotation rotation;
+    bool per_head; /* one draw per head; false: one per layer */
+    bool normalize_rows;
+    double oprf_a; /* <= 0; 0 = plain positive features */
+    uint64_t seed;
+    uint64_t draw; /* index of the draw in use */
+};
+
+/* softmax; with the SRF fields at their defaults (m = 64, simplex, haar, per head, seed 0). */
+struct srf_attention_config srf_attention_default(void);
+/* SRF_INVALID with the reason if the config cannot run with heads of d (hd rotation, m < 1, ...).
+ */
+srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d);
+/* One line for people: "srf simplex m=64 window=64 per-head draw 17". */
+void srf_attention_describe(const struct srf_attention_config *a, char *buf, size_t size);
+/* JSON object text for files; caller srf__free()s. Parse fills defaults for absent keys and refuses
+ * unknown ones. */
+srf_status srf_attention_to_json(const struct srf_attention_config *a, char **text);
+srf_status srf_attention_from_json(const char *text, struct srf_attention_config *out);
+
+/* From a config.json's text: picks the architecture by model_type and refuses by name what it
+ * cannot do. */
+srf_status srf_model_config_from_json(const char *text, struct srf_model_config *out);
+/* A config.json that transformers loads; caller srf__free()s. */
+srf_status srf_model_config_to_json(const struct srf_model_config *cfg, char **text);

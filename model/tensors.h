@@ -1,0 +1,24 @@
+/* The table of parameters: one row per tensor drives sizing, files, initialisation, the optimizer's
+ * groups and the tests' loops. All parameters of a model are one flat array; a row says where a
+ * tensor lies in it. */
+#pragma once
+#include "model/config.h"
+
+struct srf_tensor {
+    char name[80]; /* transformers' name, e.g. "transformer.h.3.attn.c_attn.weight" */
+    int ndim;      /* 1 or 2 */
+    int64_t shape[2], count;
+    int64_t offset;  /* elements from the start of the flat array; multiple of 64 */
+    int layer;       /* -1 outside the blocks */
+    bool decay;      /* weight decay applies (matrices and embeddings, not biases and norms) */
+    double init_std; /* from scratch: N(0, std^2); 0 = zeros; -1 = ones */
+};
+
+struct srf_tensor_table {
+    struct srf_tensor *rows;
+    int64_t n, total; /* total = elements of the flat array, padding included */
+};
+
+srf_status srf_tensor_table_create(const struct srf_model_config *cfg,
+                                   struct srf_tensor_table *out);
+void srf_tensor_table_free(struct srf_tensor_table *t);
