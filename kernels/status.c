@@ -66,9 +66,7 @@ void srf__error_prefix(const char *fmt, ...)
     vsnprintf(prefix, sizeof prefix, fmt, ap);
     va_end(ap);
     one_line(prefix);
-    size_t n = strlen(prefix);
-    memcpy(text, prefix, n);
-    snprintf(text + n, sizeof text - n, ": %s", message);
+    if (snprintf(text, sizeof text, "%s: %s", prefix, message) < 0) return;
     memcpy(message, text, sizeof message);
 }
 
