@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Builds the library, the program `srf` and the tests: build/srf.
+#
+#   scripts/build.sh [FOLDER [CMAKE OPTION...]]   default: build -DSRF_CUDA=AUTO
+source "$(dirname "$0")/lib.sh"
+
+folder="${1:-build}"
+[ $# -eq 0 ] || shift
+options=(-DSRF_CUDA=AUTO "$@")
+# A folder keeps the generator it was first configured with.
+if [ ! -f "$folder/CMakeCache.txt" ] && command -v ninja >/dev/null; then
+    options+=(-G Ninja)
+fi
+say "Building in $folder (${options[*]}) on $JOBS cores"
+cmake -S . -B "$folder" "${options[@]}" >"$folder.log" 2>&1 || {
+    cat "$folder.log" >&2
+    die "cmake failed; have you run scripts/setup.sh?"
+}
+grep -E '^-- (CUDA backend|The C compiler)' "$folder.log" || true
+rm -f "$folder.log"
+cmake --build "$folder" -j "$JOBS"

@@ -1,0 +1,15 @@
+# What the scripts share: source it. Sets ROOT (the checkout), JOBS, PYTHON; changes to ROOT.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+JOBS="${JOBS:-$(nproc)}"
+# The distribution's python3 sees the distribution's modules (numpy, matplotlib); another one that
+# comes first on PATH may not.
+PYTHON="${PYTHON:-$([ -x /usr/bin/python3 ] && echo /usr/bin/python3 || echo python3)}"
+
+say() { printf '\n==> %s\n' "$*"; }
+note() { printf '    %s\n' "$*"; }
+die() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 1
+}
