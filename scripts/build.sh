@@ -12,10 +12,9 @@ if [ ! -f "$folder/CMakeCache.txt" ] && command -v ninja >/dev/null; then
     options+=(-G Ninja)
 fi
 say "Building in $folder (${options[*]}) on $JOBS cores"
-cmake -S . -B "$folder" "${options[@]}" >"$folder.log" 2>&1 || {
-    cat "$folder.log" >&2
+log="$(cmake -S . -B "$folder" "${options[@]}" 2>&1)" || {
+    printf '%s\n' "$log" >&2
     die "cmake failed; have you run scripts/setup.sh?"
 }
-grep -E '^-- (CUDA backend|The C compiler)' "$folder.log" || true
-rm -f "$folder.log"
+grep -E '^-- (CUDA backend|The C compiler)' <<<"$log" || true
 cmake --build "$folder" -j "$JOBS"

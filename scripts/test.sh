@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Everything that guards the project: installs what is missing, checks the style, builds, runs all
+# tests, then builds with the address and undefined-behaviour sanitizers and runs the tests again,
+# shortened. The last line says 'N passed, N failed' (a test program or a check counts once per
+# pass); the exit status is 0 only if something ran and nothing failed.
+source "$(dirname "$0")/lib.sh"
+
+passed=0 failed=0 skipped=0
+start=$SECONDS
+
+# check NAME COMMAND...: one check, counted.
+check() {
+    local name="$1"
+    shift
+    say "Check: $name"
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        note "FAILED: $name"
+    fi
+}
+
+sources() {
+    find kernels model train infer checkpoints data cli tests -type f \
+        \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def' \) "$@"
+}
+
+formatted() {
+    sources ! -name '*.def' -print0 | xargs -0 clang-format --dry-run -Werror
+}
+
+# clang-format breaks code, not comments.
+columns() {
+    ! sources -print0 | LC_ALL=C.UTF-8 xargs -0 grep -nE '^.{101,}$'
+}
+
+scripts_parse() {
+    local file status=0
+    for file in scripts/*.sh tests/*.sh .ci/run; do
+        [ ! -f "$file" ] || bash -n "$file" || status=1
+    done
+    "$PYTHON" - scripts/*.py <<'END' || status=1
+import sys
+for name in sys.argv[1:]:
+    compile(open(name, encoding="utf-8").read(), name, "exec")
+END
+    return $status
+}
+
+# build_and_test FOLDER [CMAKE OPTION...]
+build_and_test() {
+    local folder="$1" before=$SECONDS status=0
+    if ! scripts/build.sh "$@"; then
+        failed=$((failed + 1))
+        note "FAILED: the build in $folder"
+        return
+    fi
+    say "Tests in $folder"
+    local report="$ROOT/$folder/tests.xml"
+    rm -f "$report"
+    # Two test programs at a time, each with its own threads: waiting threads must not spin.
+    OMP_WAIT_POLICY=passive ctest --test-dir "$folder" -j 2 --output-on-failure \
+        --output-junit "$report" || status=$?
+    if [ ! -f "$report" ]; then
+        failed=$((failed + 1))
+        note "FAILED: no test ran in $folder"
+        return
+    fi
+    local tests failures skips
+    tests=$(sed -n 's/.*\btests="\([0-9]*\)".*/\1/p' "$report" | head -1)
+    failures=$(sed -n 's/.*\bfailures="\([0-9]*\)".*/\1/p' "$report" | head -1)
+    skips=$(sed -n 's/.*\bskipped="\([0-9]*\)".*/\1/p' "$report" | head -1)
+    [ $status -eq 0 ] || [ "$failures" -gt 0 ] || failures=1 # it failed outside the tests
+    passed=$((passed + tests - failures - skips))
+    failed=$((failed + failures))
+    skipped=$((skipped + skips))
+    note "$folder: $tests test programs in $((SECONDS - before)) s, with the build"
+}
+
+scripts/setup.sh
+
+# The layout that the project's style was written with; other versions differ in details.
+if command -v clang-format >/dev/null && clang-format --version | grep -q 'version 14\.'; then
+    check "clang-format" formatted
+else
+    note "no clang-format 14 here: the layout of the code is not checked"
+fi
+check "no line beyond 100 columns" columns
+check "the scripts parse" scripts_parse
+
+build_and_test build
+export ASAN_OPTIONS="allocator_may_return_null=1:${ASAN_OPTIONS:-}"
+export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
+SRF_TEST_SHORT=1 SRF_KILL_TESTS=1 build_and_test build-asan -DSRF_SANITIZE=ON -DSRF_CUDA=OFF
+
+say "All in $((SECONDS - start)) s"
+if [ "$skipped" -gt 0 ]; then
+    echo "$passed passed, $failed failed, $skipped skipped"
+else
+    echo "$passed passed, $failed failed"
+fi
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
