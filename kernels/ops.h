@@ -208,7 +208,8 @@ struct srf_srf_attn_step_args {
  *     nll[n] = logsumexp(logits[n]) - logits[n][target]
  *     kl[n]  = KL(softmax(teacher[n]) || softmax(logits[n]))
  *     dlogits[n] = scale * (ce_weight (p - onehot) + kl_weight (p - p_teacher))
- * Rows with target < 0 count nothing: nll = kl = 0, dlogits = 0. */
+ * Rows with target < 0 count nothing: nll = kl = 0, dlogits = 0. Targets are below v: the caller
+ * has checked. A NaN or +inf among a row's logits gives NaN. */
 struct srf_xent_args {
     int64_t n, v;
     const void *logits;  /* T (n, v) */
@@ -239,8 +240,9 @@ struct srf_sumsq_args {
 /* Decoupled weight decay Adam (arXiv 1711.05101) on a flat piece of parameters:
  *     g = grad * grad_scale;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
  *     p -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay p)
- * If clip_sumsq is given, g is also multiplied by min(1, max_norm / sqrt(*clip_sumsq)) on the
- * device; a non-finite *clip_sumsq leaves parameters and moments untouched. */
+ * If clip_sumsq (the sum of squares of the unscaled gradient) is given, g is also multiplied by
+ * min(1, max_norm / norm) on the device, norm = sqrt(*clip_sumsq) grad_scale being that of the
+ * scaled gradient; a non-finite *clip_sumsq leaves parameters and moments untouched. */
 struct srf_adamw_args {
     int64_t n, step; /* step counts from 1 */
     double lr, beta1, beta2, eps, weight_decay, grad_scale, max_norm;

@@ -1,0 +1,161 @@
+/* Linear layers: y = act(x W + b), by BLAS.
+ *
+ *     forward    u = x W + b,  y = act(u)
+ *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy
+ *
+ * The bias is written into y before the product, which then runs with beta = 1: BLAS would clear y
+ * in that pass anyway. GELU is a pass over u after the product; its derivative a pass over dx.
+ *     gelu(u) = u s,  gelu'(u) = s + u s (1 - s) r',  s = 1 / (1 + e^-r),
+ *     r = 2 sqrt(2/pi) (u + 0.044715 u^3):  the tanh form, since (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+ * where small s keep their relative precision. u is clamped inside r so that e^-r stays finite;
+ * beyond the clamp s is 0 or 1 to the last bit of y.
+ * Floor: BLAS's rate; 2 n in out flops forward, twice that backward. */
+#include "kernels/cpu/split.h"
+
+#ifdef SRF_REAL_F64
+#define GELU_CLAMP 20 /* r(20) = 603, e^603 is finite */
+#else
+#define GELU_CLAMP 10 /* r(10) = 87.3 */
+#endif
+#define GELU_SCALE ((real)1.5957691216057308) /* 2 sqrt(2/pi) */
+#define GELU_CUBIC ((real)0.044715)
+
+/* Rows of dx that go through the workspace at a time. */
+#define DX_ROWS 512
+
+static inline real gelu(real u)
+{
+    real x = u < -GELU_CLAMP ? -GELU_CLAMP : u; /* NaN passes through */
+    x = x > GELU_CLAMP ? GELU_CLAMP : x;
+    return u / (1 + srf__exp(-GELU_SCALE * x * (1 + GELU_CUBIC * x * x)));
+}
+
+static inline real gelu_derivative(real u)
+{
+    real x = u < -GELU_CLAMP ? -GELU_CLAMP : u;
+    x = x > GELU_CLAMP ? GELU_CLAMP : x;
+    real e = srf__exp(-GELU_SCALE * x * (1 + GELU_CUBIC * x * x)), s = 1 / (1 + e);
+    return s + x * s * (e * s) * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
+}
+
+static srf_status check_shape(const char *op, int64_t n, int64_t in, int64_t out)
+{
+    SRF_FAIL_IF(n > INT32_MAX || in > INT32_MAX || out > INT32_MAX, SRF_INVALID,
+                "%s: shape (%lld, %lld, %lld): BLAS takes at most %d in each dimension", op,
+                (long long)n, (long long)in, (long long)out, INT32_MAX);
+    return SRF_OK;
+}
+
+/* Every row of y becomes b, or grows by b. */
+static void put_bias(struct srf_ctx *ctx, int64_t n, int64_t out, const real *b, bool add, real *y)
+{
+#pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (n * out > MIN_PARALLEL)
+    for (int64_t i = 0; i < n; i++) {
+        real *row = y + i * out;
+        if (add)
+            for (int64_t j = 0; j < out; j++) row[j] += b[j];
+        else
+            memcpy(row, b, (size_t)out * sizeof *b);
+    }
+}
+
+srf_status SRF_CPU(linear_fwd)(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
+    SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
+    SRF_FAIL_IF(a->accumulate && a->act != SRF_ACT_NONE, SRF_INVALID,
+                "linear_fwd: accumulate goes with no activation");
+    real *u = a->act != SRF_ACT_NONE && a->pre ? a->pre : a->y;
+    if (a->b) put_bias(ctx, a->n, a->out, a->b, a->accumulate, u);
+    srf__gemm(ctx, false, a->w_transposed, a->n, a->out, a->in, 1, a->x, a->in, a->w,
+              a->w_transposed ? a->in : a->out, a->b || a->accumulate, u, a->out);
+    if (a->act == SRF_ACT_NONE) return SRF_OK;
+    real *y = a->y;
+    int64_t count = a->n * a->out;
+    /* y may be u here: each element is read before it is written */
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
+    for (int64_t i = 0; i < count; i++) y[i] = gelu(u[i]);
+    return SRF_OK;
+}
+
+size_t SRF_CPU(linear_fwd_workspace)(const struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+{
+    (void)ctx;
+    (void)a;
+    return 0;
+}
+
+static void input_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a, int64_t begin,
+                           int64_t rows, real beta, real *dx)
+{
+    srf__gemm(ctx, false, !a->w_transposed, rows, a->in, a->out, 1,
+              (const real *)a->dy + begin * a->out, a->out, a->w, a->w_transposed ? a->in : a->out,
+              beta, dx, a->in);
+}
+
+/* dx = or += act'(x_pre) times the product, which goes through the workspace where dx is kept. */
+static void input_gradient_act(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    int64_t step = a->dx_accumulate ? DX_ROWS : a->n;
+    for (int64_t begin = 0; begin < a->n; begin += step) {
+        int64_t rows = a->n - begin < step ? a->n - begin : step, count = rows * a->in;
+        const real *pre = (const real *)a->x_pre + begin * a->in;
+        real *dx = (real *)a->dx + begin * a->in, *d = a->dx_accumulate ? ctx->workspace : dx;
+        input_gradient(ctx, a, begin, rows, 0, d);
+        if (a->dx_accumulate) {
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
+            for (int64_t i = 0; i < count; i++) dx[i] += d[i] * gelu_derivative(pre[i]);
+        } else {
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
+            for (int64_t i = 0; i < count; i++) dx[i] *= gelu_derivative(pre[i]);
+        }
+    }
+}
+
+/* db += column sums of dy, by partial sums of ranges of rows in the workspace. */
+static void bias_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    int64_t out = a->out, parts = ctx->n_threads, stride = srf__part_stride(out);
+    real *sums = ctx->workspace, *db = a->db;
+#pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (a->n * out > MIN_PARALLEL)
+    for (int64_t part = 0; part < parts; part++) {
+        real *sum = sums + part * stride;
+        memset(sum, 0, (size_t)out * sizeof *sum);
+        int64_t end = srf__split(a->n, parts, part + 1);
+        for (int64_t i = srf__split(a->n, parts, part); i < end; i++) {
+            const real *row = (const real *)a->dy + i * out;
+            for (int64_t j = 0; j < out; j++) sum[j] += row[j];
+        }
+    }
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t j = 0; j < out; j++) db[j] += sums[part * stride + j];
+}
+
+srf_status SRF_CPU(linear_bwd)(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
+    SRF_TRY(check_shape("linear_bwd", a->n, a->in, a->out));
+    SRF_FAIL_IF((a->x_act != SRF_ACT_NONE) != (a->x_pre != NULL), SRF_INVALID,
+                "linear_bwd: x_act and x_pre go together");
+    if (a->dx && a->x_act != SRF_ACT_NONE)
+        input_gradient_act(ctx, a);
+    else if (a->dx)
+        input_gradient(ctx, a, 0, a->n, a->dx_accumulate, a->dx);
+    if (a->dw && a->w_transposed)
+        srf__gemm(ctx, true, false, a->out, a->in, a->n, 1, a->dy, a->out, a->x, a->in, 1, a->dw,
+                  a->in);
+    else if (a->dw)
+        srf__gemm(ctx, true, false, a->in, a->out, a->n, 1, a->x, a->in, a->dy, a->out, 1, a->dw,
+                  a->out);
+    if (a->db) bias_gradient(ctx, a);
+    return SRF_OK;
+}
+
+size_t SRF_CPU(linear_bwd_workspace)(const struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    int64_t rows = a->n < DX_ROWS ? a->n : DX_ROWS;
+    bool through = a->dx && a->dx_accumulate && a->x_act != SRF_ACT_NONE;
+    int64_t dx = through ? rows * a->in : 0;
+    int64_t db = a->db ? ctx->n_threads * srf__part_stride(a->out) : 0;
+    return (size_t)(dx > db ? dx : db) * sizeof(real);
+}
