@@ -35,6 +35,9 @@ struct srf_attention_config srf_attention_default(void);
 /* SRF_INVALID with the reason if the config cannot run with heads of d (hd rotation, m < 1, ...).
  */
 srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d);
+/* Whether the two draw the same W (kind, m, sharing, key, ...). */
+bool srf_attention_same_features(const struct srf_attention_config *a,
+                                 const struct srf_attention_config *b);
 /* One line for people: "srf simplex m=64 window=64 per-head draw 17". */
 void srf_attention_describe(const struct srf_attention_config *a, char *buf, size_t size);
 /* JSON object text for files; caller srf__free()s. Parse fills defaults for absent keys and refuses

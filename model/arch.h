@@ -1,0 +1,40 @@
+/* An architecture: its config keys, its tensors, and its forward and backward as op calls.
+ * One arch_<name>.c per architecture defines `const struct srf_arch srf_arch_<symbol>`; the list is
+ * SRF_ARCH_LIST in config.h. Adding one: README, "Adding an architecture". */
+#pragma once
+#include "model/model.h"
+#include <jansson.h>
+
+struct srf_arch {
+    const char *name; /* model_type in config.json */
+    /* Keys -> cfg (cfg->arch is set). Unsupported traits are refused by name, never ignored. */
+    srf_status (*read_config)(const json_t *root, struct srf_model_config *cfg);
+    /* cfg -> every key that transformers needs to load the export. */
+    srf_status (*write_config)(const struct srf_model_config *cfg, json_t *root);
+    /* Fill the rows but for offsets; n_tensors says how many. */
+    int64_t (*n_tensors)(const struct srf_model_config *cfg);
+    void (*tensors)(const struct srf_model_config *cfg, struct srf_tensor *rows);
+    /* True for tensors that files may hold and that carry no parameters (mask buffers). */
+    bool (*ignores)(const char *name);
+    /* Activations of the model's plan (model->acts, layout private to the architecture). */
+    srf_status (*plan)(struct srf_model *m);
+    srf_status (*forward)(struct srf_model *m, const struct srf_batch *batch);
+    /* From d_hidden (gradient of hidden) to all parameter gradients. */
+    srf_status (*backward)(struct srf_model *m, const struct srf_batch *batch);
+    /* Kept activations of a layer (device): packed q, k, v (n, 3c) and attention output (n, c). */
+    const void *(*qkv)(const struct srf_model *m, int64_t layer);
+    const void *(*attention_out)(const struct srf_model *m, int64_t layer);
+    /* Row of the output head's weight (vocab, c) in the tensor table. */
+    int64_t (*head_row)(const struct srf_model_config *cfg);
+};
+
+#define X(name, symbol) extern const struct srf_arch srf_arch_##symbol;
+SRF_ARCH_LIST(X)
+#undef X
+
+/* Readers for config keys; they name the key and what was expected. Absent keys: `fallback`
+ * (required where fallback is < 0). */
+srf_status srf__json_int(const json_t *root, const char *key, int64_t fallback, int64_t min,
+                         int64_t max, int64_t *out);
+srf_status srf__json_double(const json_t *root, const char *key, double fallback, double *out);
+srf_status srf__json_bool(const json_t *root, const char *key, bool fallback, bool *out);

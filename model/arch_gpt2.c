@@ -1,0 +1,374 @@
+/* GPT-2: learned positions, pre-norm blocks, tanh-GELU MLP, tied output head.
+ *
+ *     x = wte[token] + wpe[position]
+ *     each block:  x += proj(attend(qkv(ln_1(x))));  x += proj(gelu(fc(ln_2(x))))
+ *     hidden = ln_f(x);  logits = hidden wte^T
+ *
+ * Weights keep transformers' Conv1D layout (in, out). */
+#include "model/arch.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Rows of the tensor table: four outside the blocks, then twelve a block. */
+enum { WTE, WPE, LNF_W, LNF_B, N_GLOBAL };
+enum { LN1_W, LN1_B, QKV_W, QKV_B, O_W, O_B, LN2_W, LN2_B, FC_W, FC_B, PROJ_W, PROJ_B, N_BLOCK };
+
+static int64_t row(int64_t layer, int64_t which)
+{
+    return N_GLOBAL + layer * N_BLOCK + which;
+}
+
+static int64_t n_tensors(const struct srf_model_config *cfg)
+{
+    return N_GLOBAL + cfg->n_layers * N_BLOCK;
+}
+
+static struct srf_tensor matrix(int64_t in, int64_t out, double std)
+{
+    return (struct srf_tensor){.ndim = 2, .shape = {in, out}, .decay = true, .init_std = std};
+}
+
+static struct srf_tensor vector(int64_t n, double init)
+{
+    return (struct srf_tensor){.ndim = 1, .shape = {n, 1}, .init_std = init};
+}
+
+static void tensors(const struct srf_model_config *cfg, struct srf_tensor *rows)
+{
+    static const char *const names[N_BLOCK] = {
+        "ln_1.weight",        "ln_1.bias",        "attn.c_attn.weight", "attn.c_attn.bias",
+        "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight",        "ln_2.bias",
+        "mlp.c_fc.weight",    "mlp.c_fc.bias",    "mlp.c_proj.weight",  "mlp.c_proj.bias"};
+    static const char *const global_names[N_GLOBAL] = {"wte.weight", "wpe.weight", "ln_f.weight",
+                                                       "ln_f.bias"};
+    /* GPT-2's initialisation: 0.02, residual projections divided by sqrt(2 n_layers). */
+    const double std = 0.02, ones = -1, zeros = 0;
+    double residual = std / sqrt(2.0 * (double)cfg->n_layers);
+    int64_t c = cfg->c, ff = cfg->d_ff;
+    rows[WTE] = matrix(cfg->vocab, c, std);
+    rows[WPE] = matrix(cfg->n_pos, c, std / 2);
+    rows[LNF_W] = vector(c, ones);
+    rows[LNF_B] = vector(c, zeros);
+    for (int64_t i = 0; i < N_GLOBAL; i++) {
+        rows[i].layer = -1;
+        snprintf(rows[i].name, sizeof rows[i].name, "transformer.%s", global_names[i]);
+    }
+    for (int64_t l = 0; l < cfg->n_layers; l++) {
+        struct srf_tensor *r = rows + row(l, 0);
+        r[LN1_W] = r[LN2_W] = vector(c, ones);
+        r[LN1_B] = r[LN2_B] = r[O_B] = r[PROJ_B] = vector(c, zeros);
+        r[QKV_W] = matrix(c, 3 * c, std);
+        r[QKV_B] = vector(3 * c, zeros);
+        r[O_W] = matrix(c, c, residual);
+        r[FC_W] = matrix(c, ff, std);
+        r[FC_B] = vector(ff, zeros);
+        r[PROJ_W] = matrix(ff, c, residual);
+        for (int64_t i = 0; i < N_BLOCK; i++) {
+            r[i].layer = (int)l;
+            snprintf(r[i].name, sizeof r[i].name, "transformer.h.%lld.%s", (long long)l, names[i]);
+        }
+    }
+}
+
+static int64_t head_row(const struct srf_model_config *cfg)
+{
+    (void)cfg;
+    return WTE;
+}
+
+/* Causal masks that old checkpoints carry, and the tied head written out. */
+static bool ignores(const char *name)
+{
+    size_t n = strlen(name);
+    return (n >= 10 && strcmp(name + n - 10, ".attn.bias") == 0) ||
+           (n >= 17 && strcmp(name + n - 17, ".attn.masked_bias") == 0) ||
+           strcmp(name, "lm_head.weight") == 0;
+}
+
+/* ---- config ------------------------------------------------------------------------------- */
+
+/* A flag that must have the value this code computes with. */
+static srf_status must_be(const json_t *root, const char *key, bool want)
+{
+    bool found;
+    SRF_TRY(srf__json_bool(root, key, want, &found));
+    SRF_FAIL_IF(found != want, SRF_UNSUPPORTED, "config: '%s': %s is not supported, only %s", key,
+                found ? "true" : "false", want ? "true" : "false");
+    return SRF_OK;
+}
+
+static srf_status read_config(const json_t *root, struct srf_model_config *cfg)
+{
+    SRF_TRY(srf__json_int(root, "n_layer", -1, 1, 4096, &cfg->n_layers));
+    SRF_TRY(srf__json_int(root, "n_head", -1, 1, 4096, &cfg->n_heads));
+    SRF_TRY(srf__json_int(root, "n_embd", -1, 1, 1 << 17, &cfg->c));
+    SRF_TRY(srf__json_int(root, "n_positions", -1, 1, 1 << 24, &cfg->n_pos));
+    SRF_TRY(srf__json_int(root, "vocab_size", -1, 1, 1 << 24, &cfg->vocab));
+    SRF_TRY(srf__json_int(root, "n_inner", 4 * cfg->c, 1, 1 << 20, &cfg->d_ff));
+    SRF_TRY(srf__json_double(root, "layer_norm_epsilon", 1e-5, &cfg->ln_eps));
+    SRF_FAIL_IF(!(cfg->ln_eps > 0 && cfg->ln_eps < 1), SRF_FORMAT,
+                "config: 'layer_norm_epsilon' is %g: expected between 0 and 1", cfg->ln_eps);
+    SRF_FAIL_IF(cfg->c % cfg->n_heads != 0, SRF_FORMAT,
+                "config: n_embd %lld is not divisible by n_head %lld", (long long)cfg->c,
+                (long long)cfg->n_heads);
+    /* Absent ids mean none; transformers' own default for GPT-2 is the last of 50257. */
+    const json_t *bos = json_object_get(root, "bos_token_id");
+    const json_t *eos = json_object_get(root, "eos_token_id");
+    cfg->bos = json_is_integer(bos) ? json_integer_value(bos) : -1;
+    cfg->eos = json_is_integer(eos) ? json_integer_value(eos) : -1;
+    const json_t *act = json_object_get(root, "activation_function");
+    const char *name = act ? json_string_value(act) : "gelu_new";
+    SRF_FAIL_IF(!name || (strcmp(name, "gelu_new") != 0 && strcmp(name, "gelu_pytorch_tanh") != 0),
+                SRF_UNSUPPORTED,
+                "config: 'activation_function' is %s: only gelu_new (tanh-GELU) is supported",
+                name ? name : "not a string");
+    SRF_TRY(must_be(root, "scale_attn_by_inverse_layer_idx", false));
+    SRF_TRY(must_be(root, "scale_attn_weights", true));
+    SRF_TRY(must_be(root, "tie_word_embeddings", true));
+    SRF_TRY(must_be(root, "add_cross_attention", false));
+    /* reorder_and_upcast_attn changes rounding in fp16 only: nothing to refuse. */
+    return SRF_OK;
+}
+
+static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
+{
+    json_t *more = json_pack(
+        "{s:s, s:[s], s:I, s:I, s:I, s:I, s:I, s:f, s:s, s:b, s:b, s:b, s:f, s:f, s:f}",
+        "model_type", "gpt2", "architectures", "GPT2LMHeadModel", "n_layer",
+        (json_int_t)cfg->n_layers, "n_head", (json_int_t)cfg->n_heads, "n_embd", (json_int_t)cfg->c,
+        "n_positions", (json_int_t)cfg->n_pos, "vocab_size", (json_int_t)cfg->vocab,
+        "layer_norm_epsilon", cfg->ln_eps, "activation_function", "gelu_new", "scale_attn_weights",
+        1, "scale_attn_by_inverse_layer_idx", 0, "tie_word_embeddings", 1, "attn_pdrop", 0.0,
+        "embd_pdrop", 0.0, "resid_pdrop", 0.0);
+    bool ok = more && json_object_update(root, more) == 0;
+    json_decref(more);
+    const struct {
+        const char *key;
+        int64_t value, none;
+    } optional[] = {{"n_inner", cfg->d_ff, 4 * cfg->c},
+                    {"bos_token_id", cfg->bos, -1},
+                    {"eos_token_id", cfg->eos, -1}};
+    for (size_t i = 0; i < sizeof optional / sizeof *optional; i++) {
+        json_t *v =
+            optional[i].value == optional[i].none ? json_null() : json_integer(optional[i].value);
+        ok = ok && v && json_object_set_new(root, optional[i].key, v) == 0;
+    }
+    SRF_FAIL_IF(!ok, SRF_NOMEM, "out of memory: config");
+    return SRF_OK;
+}
+
+/* ---- activations --------------------------------------------------------------------------- */
+
+/* Arena slots of one block. While training every block has its own; else they share. */
+struct block {
+    int res1, ln1, mean1, rstd1, qkv, att, lse, res2, ln2, mean2, rstd2, pre, fc;
+};
+
+struct acts {
+    struct block *blocks; /* (n_layers) */
+    int res, mean, rstd;  /* input and statistics of ln_f */
+    int d_res, d_ln, d_qkv, d_att, d_fc;
+};
+
+static srf_status plan_block(struct srf_model *m, struct block *k, const struct block *shared)
+{
+    const struct srf_model_config *cfg = &m->config;
+    const struct srf_model_plan *p = &m->plan;
+    int64_t n = p->b * p->t, c = cfg->c;
+    enum srf_dtype type = m->ctx->dtype, acc = srf_ctx_acc(m->ctx);
+    bool own = p->train || !shared;
+    if (!own) *k = *shared;
+    const struct {
+        int *slot;
+        bool own;
+        int64_t count;
+        enum srf_dtype type;
+        const char *name;
+    } rows[] = {
+        {&k->res1, own, n * c, type, "residual 1"},
+        {&k->ln1, own, n * c, type, "ln_1"},
+        {&k->mean1, own, n, acc, "ln_1 mean"},
+        {&k->rstd1, own, n, acc, "ln_1 rstd"},
+        {&k->qkv, own || p->keep_qkv, n * 3 * c, type, "qkv"},
+        {&k->att, own || p->keep_attention, n * c, type, "attention"},
+        {&k->lse, own, n * cfg->n_heads, acc, "attention lse"},
+        {&k->res2, own, n * c, type, "residual 2"},
+        {&k->ln2, own, n * c, type, "ln_2"},
+        {&k->mean2, own, n, acc, "ln_2 mean"},
+        {&k->rstd2, own, n, acc, "ln_2 rstd"},
+        {&k->pre, own, n * cfg->d_ff, type, "mlp before gelu"},
+        {&k->fc, own, n * cfg->d_ff, type, "mlp"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (rows[i].own)
+            SRF_TRY(srf_arena_add(m->arena, "activations", rows[i].name, rows[i].count,
+                                  rows[i].type, rows[i].slot));
+    return SRF_OK;
+}
+
+static srf_status plan(struct srf_model *m)
+{
+    const struct srf_model_config *cfg = &m->config;
+    int64_t n = m->plan.b * m->plan.t, c = cfg->c;
+    enum srf_dtype type = m->ctx->dtype, acc = srf_ctx_acc(m->ctx);
+    /* One piece: the slots and, behind them, the blocks. */
+    struct acts *a = srf__calloc(1, sizeof *a + (size_t)cfg->n_layers * sizeof *a->blocks);
+    SRF_FAIL_IF(!a, SRF_NOMEM, "out of memory: activation table");
+    m->acts = a;
+    a->blocks = (struct block *)(a + 1);
+    for (int64_t l = 0; l < cfg->n_layers; l++)
+        SRF_TRY(plan_block(m, &a->blocks[l], l ? &a->blocks[0] : NULL));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "residual f", n * c, type, &a->res));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "ln_f mean", n, acc, &a->mean));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "ln_f rstd", n, acc, &a->rstd));
+    if (!m->plan.train) return SRF_OK;
+    SRF_TRY(srf_arena_add(m->arena, "activations", "d residual", n * c, type, &a->d_res));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "d ln", n * c, type, &a->d_ln));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "d qkv", n * 3 * c, type, &a->d_qkv));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "d attention", n * c, type, &a->d_att));
+    SRF_TRY(srf_arena_add(m->arena, "activations", "d mlp", n * cfg->d_ff, type, &a->d_fc));
+    return SRF_OK;
+}
+
+/* ---- forward and backward ------------------------------------------------------------------ */
+
+#define PTR(slot)          srf_arena_ptr(m->arena, (slot))
+#define PARAM(layer, row_) srf_model_param(m, row((layer), (row_)))
+#define GRAD(layer, row_)  srf_model_grad(m, row((layer), (row_)))
+/* Address of column j in a row-major activation of T. */
+#define COLUMN(p, j) ((p) ? (void *)((char *)(p) + (size_t)(j)*size) : NULL)
+
+static srf_status layernorm(struct srf_model *m, int64_t n, const void *x, int64_t row_w, void *y,
+                            void *mean, void *rstd)
+{
+    return SRF_RUN(m->ctx, layernorm_fwd, .n = n, .c = m->config.c, .eps = m->config.ln_eps, .x = x,
+                   .gamma = srf_model_param(m, row_w), .beta = srf_model_param(m, row_w + 1),
+                   .y = y, .mean = mean, .rstd = rstd);
+}
+
+static srf_status copy(struct srf_model *m, void *dst, const void *src, int64_t count)
+{
+    if (m->ctx->plan) return SRF_OK;
+    return m->ctx->be->copy(m->ctx, dst, src, (size_t)count * srf_dtype_bytes(m->ctx->dtype));
+}
+
+static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct srf_model_config *cfg = &m->config;
+    const struct acts *a = m->acts;
+    int64_t n = batch->b * batch->t, c = cfg->c, ff = cfg->d_ff;
+    size_t size = srf_dtype_bytes(ctx->dtype);
+
+    SRF_TRY(SRF_RUN(ctx, embed_fwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
+                    .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens),
+                    .pos = batch->mode == SRF_MODE_PARALLEL ? NULL : PTR(m->slot_pos),
+                    .wte = srf_model_param(m, WTE), .wpe = srf_model_param(m, WPE),
+                    .y = PTR(a->blocks[0].res1)));
+    for (int64_t l = 0; l < cfg->n_layers; l++) {
+        const struct block *k = &a->blocks[l];
+        void *res1 = PTR(k->res1), *res2 = PTR(k->res2), *qkv = PTR(k->qkv), *att = PTR(k->att);
+        void *next = PTR(l + 1 < cfg->n_layers ? a->blocks[l + 1].res1 : a->res);
+
+        SRF_TRY(layernorm(m, n, res1, row(l, LN1_W), PTR(k->ln1), PTR(k->mean1), PTR(k->rstd1)));
+        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
+                        .w = PARAM(l, QKV_W), .b = PARAM(l, QKV_B), .y = qkv));
+        SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att,
+                                 c, PTR(k->lse)));
+        SRF_TRY(copy(m, res2, res1, n * c));
+        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
+                        .b = PARAM(l, O_B), .accumulate = true, .y = res2));
+
+        SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), PTR(k->ln2), PTR(k->mean2), PTR(k->rstd2)));
+        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
+                        .w = PARAM(l, FC_W), .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
+                        .pre = m->plan.train ? PTR(k->pre) : NULL, .y = PTR(k->fc)));
+        SRF_TRY(copy(m, next, res2, n * c));
+        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
+                        .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .accumulate = true,
+                        .y = next));
+    }
+    return layernorm(m, n, PTR(a->res), LNF_W, PTR(m->slot_hidden), PTR(a->mean), PTR(a->rstd));
+}
+
+static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct srf_model_config *cfg = &m->config;
+    const struct acts *a = m->acts;
+    int64_t n = batch->b * batch->t, c = cfg->c, ff = cfg->d_ff;
+    size_t size = srf_dtype_bytes(ctx->dtype);
+    void *d_res = PTR(a->d_res), *d_ln = PTR(a->d_ln), *d_qkv = PTR(a->d_qkv),
+         *d_att = PTR(a->d_att), *d_fc = PTR(a->d_fc);
+
+    if (!ctx->plan) SRF_TRY(ctx->be->zero(ctx, d_res, (size_t)(n * c) * size));
+    SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(a->res),
+                    .gamma = srf_model_param(m, LNF_W), .dy = PTR(m->slot_d_hidden),
+                    .mean = PTR(a->mean), .rstd = PTR(a->rstd), .dx = d_res,
+                    .dgamma = srf_model_grad(m, LNF_W), .dbeta = srf_model_grad(m, LNF_B)));
+    for (int64_t l = cfg->n_layers - 1; l >= 0; l--) {
+        const struct block *k = &a->blocks[l];
+        void *qkv = PTR(k->qkv), *att = PTR(k->att);
+
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
+                        .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = PTR(k->pre),
+                        .x_act = SRF_ACT_GELU_TANH, .dx = d_fc, .dw = GRAD(l, PROJ_W),
+                        .db = GRAD(l, PROJ_B)));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
+                        .w = PARAM(l, FC_W), .dy = d_fc, .dx = d_ln, .dw = GRAD(l, FC_W),
+                        .db = GRAD(l, FC_B)));
+        SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2),
+                        .gamma = PARAM(l, LN2_W), .dy = d_ln, .mean = PTR(k->mean2),
+                        .rstd = PTR(k->rstd2), .dx = d_res, .dgamma = GRAD(l, LN2_W),
+                        .dbeta = GRAD(l, LN2_B)));
+
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
+                        .dy = d_res, .dx = d_att, .dw = GRAD(l, O_W), .db = GRAD(l, O_B)));
+        if (m->attention_teacher)
+            SRF_TRY(SRF_RUN(ctx, mse, .n = n * c, .x = att,
+                            .y = srf_model_attention_out(m->attention_teacher, l),
+                            .scale = m->attention_scale, .dx = d_att, .sum = PTR(m->slot_mse)));
+        SRF_TRY(srf_model_attend_bwd(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c,
+                                     att, d_att, c, PTR(k->lse), d_qkv, COLUMN(d_qkv, c),
+                                     COLUMN(d_qkv, 2 * c)));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
+                        .w = PARAM(l, QKV_W), .dy = d_qkv, .dx = d_ln, .dw = GRAD(l, QKV_W),
+                        .db = GRAD(l, QKV_B)));
+        SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1),
+                        .gamma = PARAM(l, LN1_W), .dy = d_ln, .mean = PTR(k->mean1),
+                        .rstd = PTR(k->rstd1), .dx = d_res, .dgamma = GRAD(l, LN1_W),
+                        .dbeta = GRAD(l, LN1_B)));
+    }
+    return SRF_RUN(ctx, embed_bwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
+                   .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens), .dy = d_res,
+                   .dwte = srf_model_grad(m, WTE), .dwpe = srf_model_grad(m, WPE));
+}
+
+static const void *qkv_of(const struct srf_model *m, int64_t layer)
+{
+    const struct acts *a = m->acts;
+    return PTR(a->blocks[layer].qkv);
+}
+
+static const void *attention_of(const struct srf_model *m, int64_t layer)
+{
+    const struct acts *a = m->acts;
+    return PTR(a->blocks[layer].att);
+}
+
+const struct srf_arch srf_arch_gpt2 = {
+    .name = "gpt2",
+    .read_config = read_config,
+    .write_config = write_config,
+    .n_tensors = n_tensors,
+    .tensors = tensors,
+    .ignores = ignores,
+    .plan = plan,
+    .forward = forward,
+    .backward = backward,
+    .head_row = head_row,
+    .qkv = qkv_of,
+    .attention_out = attention_of,
+};

@@ -1,0 +1,276 @@
+#include "model/checkpoint.h"
+#include "checkpoints/writers.h"
+#include "model/arch.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char *const kind_names[] = {"weights", "training", "recurrent"};
+
+int64_t srf_checkpoint_bias_count(const struct srf_checkpoint *ck)
+{
+    return ck->config.n_layers * (ck->attention.per_head ? ck->config.n_heads : 1) *
+           ck->attention.m;
+}
+
+int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck)
+{
+    return srf_checkpoint_bias_count(ck) * (ck->config.c / ck->config.n_heads);
+}
+
+void srf_checkpoint_free(struct srf_checkpoint *ck)
+{
+    if (!ck) return;
+    srf_tensor_table_free(&ck->table);
+    srf__free(ck->params);
+    srf__free(ck->tokenizer_json);
+    srf__free(ck->features_w);
+    srf__free(ck->features_bias);
+    srf__free(ck);
+}
+
+/* An empty checkpoint of this config: table made, parameters allocated, zero. */
+static srf_status create(const char *config_json, struct srf_checkpoint **out)
+{
+    *out = NULL;
+    struct srf_checkpoint *ck;
+    srf_status st = SRF_OK;
+    SRF_TRY(SRF_CALLOC(ck, 1));
+    ck->attention = srf_attention_default();
+    SRF_TRY_GO(srf_model_config_from_json(config_json, &ck->config));
+    SRF_TRY_GO(srf_tensor_table_create(&ck->config, &ck->table));
+    *out = ck;
+cleanup:
+    if (st != SRF_OK) srf_checkpoint_free(ck);
+    return st;
+}
+
+/* ---- reading ------------------------------------------------------------------------------- */
+
+static void shape_text(int ndim, const int64_t *shape, char *buf, size_t size)
+{
+    int n = snprintf(buf, size, "(");
+    for (int i = 0; i < ndim && n > 0 && (size_t)n < size; i++)
+        n += snprintf(buf + n, size - (size_t)n, "%s%lld", i ? ", " : "", (long long)shape[i]);
+    if (n > 0 && (size_t)n < size) snprintf(buf + n, size - (size_t)n, ")");
+}
+
+static srf_status read_tensor(struct srf_source *src, const struct srf_tensor *row, float *out)
+{
+    int64_t i = srf_source_find(src, row->name);
+    SRF_FAIL_IF(i < 0, SRF_FORMAT, "tensor '%s' is missing", row->name);
+    const struct srf_tensor_info *info = srf_source_info(src, i);
+    bool same = info->ndim == row->ndim;
+    for (int k = 0; same && k < row->ndim; k++) same = info->shape[k] == row->shape[k];
+    if (!same) {
+        char want[64], found[96];
+        shape_text(row->ndim, row->shape, want, sizeof want);
+        shape_text(info->ndim, info->shape, found, sizeof found);
+        SRF_FAIL(SRF_FORMAT, "tensor '%s': expected shape %s, found %s", row->name, want, found);
+    }
+    SRF_TRY(srf_source_read_f32(src, i, out));
+    for (int64_t k = 0; k < row->count; k++)
+        SRF_FAIL_IF(!isfinite(out[k]), SRF_NONFINITE, "tensor '%s': element %lld is %g", row->name,
+                    (long long)k, (double)out[k]);
+    return SRF_OK;
+}
+
+/* A tensor that nothing here reads would be silently lost. */
+static srf_status refuse_unknown(const struct srf_source *src, const struct srf_checkpoint *ck)
+{
+    for (int64_t i = 0; i < srf_source_count(src); i++) {
+        const char *name = srf_source_info(src, i)->name;
+        if (ck->config.arch->ignores(name)) continue;
+        bool known = false;
+        for (int64_t k = 0; k < ck->table.n && !known; k++)
+            known = srf_source_find(src, ck->table.rows[k].name) == i;
+        SRF_FAIL_IF(!known, SRF_FORMAT, "tensor '%s' is not one of a %s model", name,
+                    ck->config.arch->name);
+    }
+    return SRF_OK;
+}
+
+/* What only a native file has: kind, attention settings, the features in force. */
+static srf_status read_native(const char *path, struct srf_checkpoint *ck)
+{
+    struct srf_h5 *f;
+    char *text = NULL;
+    SRF_TRY(srf_h5_open(path, &f));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(srf_h5_get_str(f, "/", "kind", &text));
+    int kind = -1;
+    for (int i = 0; i < 3; i++)
+        if (strcmp(kind_names[i], text) == 0) kind = i;
+    SRF_FAIL_GO_IF(kind < 0, SRF_FORMAT, "kind '%s': expected weights, training or recurrent",
+                   text);
+    ck->kind = (enum srf_checkpoint_kind)kind;
+    srf__free(text);
+    text = NULL;
+    if (!srf_h5_has(f, "/attention")) goto cleanup;
+    SRF_TRY_GO(srf_h5_get_str(f, "/attention", "settings", &text));
+    SRF_TRY_GO(srf_attention_from_json(text, &ck->attention));
+    SRF_TRY_GO(srf_attention_check(&ck->attention, ck->config.c / ck->config.n_heads));
+    if (!srf_h5_has(f, "/attention/w")) goto cleanup;
+    int64_t sets = ck->attention.per_head ? ck->config.n_heads : 1;
+    int64_t shape[4] = {ck->config.n_layers, sets, ck->attention.m,
+                        ck->config.c / ck->config.n_heads};
+    SRF_TRY_GO(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
+    SRF_TRY_GO(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
+    SRF_TRY_GO(srf_h5_get(f, "/attention/w", SRF_F32, 4, shape, ck->features_w));
+    SRF_TRY_GO(srf_h5_get(f, "/attention/bias", SRF_F32, 3, shape, ck->features_bias));
+    for (int64_t i = 0; i < srf_checkpoint_features_count(ck); i++)
+        SRF_FAIL_GO_IF(!isfinite(ck->features_w[i]), SRF_NONFINITE,
+                       "/attention/w: element %lld is not finite", (long long)i);
+    for (int64_t i = 0; i < srf_checkpoint_bias_count(ck); i++)
+        SRF_FAIL_GO_IF(!isfinite(ck->features_bias[i]), SRF_NONFINITE,
+                       "/attention/bias: element %lld is not finite", (long long)i);
+cleanup:
+    srf__free(text);
+    srf_h5_close(f);
+    return st;
+}
+
+static srf_status load(const char *path, const char *config_json, struct srf_source *src,
+                       struct srf_checkpoint **out)
+{
+    if (!config_json) config_json = srf_source_config(src);
+    SRF_FAIL_IF(!config_json, SRF_FORMAT, "there is no config.json beside it: give one (--config)");
+    struct srf_checkpoint *ck;
+    SRF_TRY(create(config_json, &ck));
+    srf_status st = SRF_OK;
+    if (srf_source_tokenizer(src)) {
+        ck->tokenizer_json = srf__strdup(srf_source_tokenizer(src));
+        SRF_FAIL_GO_IF(!ck->tokenizer_json, SRF_NOMEM, "out of memory: tokenizer");
+    }
+    /* Names and shapes first: nothing is allocated for a file that is not what it says. */
+    SRF_TRY_GO(refuse_unknown(src, ck));
+    for (int64_t i = 0; i < ck->table.n; i++)
+        SRF_FAIL_GO_IF(srf_source_find(src, ck->table.rows[i].name) < 0, SRF_FORMAT,
+                       "tensor '%s' is missing", ck->table.rows[i].name);
+    SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
+    for (int64_t i = 0; i < ck->table.n; i++)
+        SRF_TRY_GO(read_tensor(src, &ck->table.rows[i], ck->params + ck->table.rows[i].offset));
+    if (srf_source_kind(src) == SRF_SOURCE_NATIVE) SRF_TRY_GO(read_native(path, ck));
+    *out = ck;
+cleanup:
+    if (st != SRF_OK) srf_checkpoint_free(ck);
+    return st;
+}
+
+srf_status srf_checkpoint_load(const char *path, const char *config_json,
+                               struct srf_checkpoint **out)
+{
+    *out = NULL;
+    struct srf_source *src;
+    SRF_TRY(srf_source_open(path, &src));
+    srf_status st = load(path, config_json, src, out);
+    srf_source_close(src);
+    if (st != SRF_OK) srf__error_prefix("%s", path);
+    return st;
+}
+
+srf_status srf_checkpoint_init(const char *config_json, uint64_t seed, struct srf_checkpoint **out)
+{
+    struct srf_checkpoint *ck;
+    SRF_TRY(create(config_json, &ck));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
+    for (int64_t i = 0; i < ck->table.n; i++) {
+        const struct srf_tensor *row = &ck->table.rows[i];
+        struct srf_rng rng = srf_rng_at(seed, SRF_RNG_INIT, 0, (uint32_t)i, 0);
+        float *p = ck->params + row->offset;
+        for (int64_t k = 0; k < row->count; k++)
+            p[k] = row->init_std < 0 ? 1.0f : (float)(row->init_std * srf_rng_normal(&rng));
+    }
+    *out = ck;
+cleanup:
+    if (st != SRF_OK) srf_checkpoint_free(ck);
+    return st;
+}
+
+/* ---- writing ------------------------------------------------------------------------------- */
+
+srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f)
+{
+    SRF_TRY(srf_h5_put_str(f, "/", "format", "srf"));
+    SRF_TRY(srf_h5_put_i64(f, "/", "version", 1));
+    SRF_TRY(srf_h5_put_str(f, "/", "kind", kind_names[ck->kind]));
+    SRF_TRY(srf_h5_put_str(f, "/", "creator", "srf " SRF_VERSION));
+    char *text;
+    SRF_TRY(srf_model_config_to_json(&ck->config, &text));
+    srf_status st = srf_h5_put_text(f, "/config", text);
+    srf__free(text);
+    SRF_TRY(st);
+    if (ck->tokenizer_json) SRF_TRY(srf_h5_put_text(f, "/tokenizer", ck->tokenizer_json));
+    for (int64_t i = 0; i < ck->table.n; i++) {
+        const struct srf_tensor *row = &ck->table.rows[i];
+        char path[112];
+        snprintf(path, sizeof path, "/weights/%s", row->name);
+        SRF_TRY(srf_h5_put(f, path, SRF_F32, row->ndim, row->shape, ck->params + row->offset));
+    }
+    if (ck->features_w) {
+        int64_t shape[4] = {ck->config.n_layers, ck->attention.per_head ? ck->config.n_heads : 1,
+                            ck->attention.m, ck->config.c / ck->config.n_heads};
+        SRF_TRY(srf_h5_put(f, "/attention/w", SRF_F32, 4, shape, ck->features_w));
+        SRF_TRY(srf_h5_put(f, "/attention/bias", SRF_F32, 3, shape, ck->features_bias));
+    }
+    SRF_TRY(srf_attention_to_json(&ck->attention, &text));
+    st = srf_h5_put_str(f, "/attention", "settings", text);
+    srf__free(text);
+    return st;
+}
+
+srf_status srf_checkpoint_save(const struct srf_checkpoint *ck, const char *path)
+{
+    SRF_FAIL_IF(ck->kind == SRF_CKPT_RECURRENT &&
+                    (ck->attention.kind != SRF_ATTN_SRF || !ck->features_w),
+                SRF_INVALID,
+                "a recurrent export needs SRF attention with its features: run srf retrofit first");
+    struct srf_h5 *f;
+    SRF_TRY(srf_h5_create(path, &f));
+    srf_status st = srf_checkpoint_put(ck, f);
+    if (st == SRF_OK) return srf_h5_commit(f);
+    srf_h5_close(f);
+    return st;
+}
+
+/* The table as the writers want it; caller srf__free()s. */
+static srf_status tensors_out(const struct srf_checkpoint *ck, struct srf_tensor_out **out)
+{
+    SRF_TRY(SRF_CALLOC(*out, ck->table.n));
+    for (int64_t i = 0; i < ck->table.n; i++) {
+        const struct srf_tensor *row = &ck->table.rows[i];
+        (*out)[i] = (struct srf_tensor_out){.name = row->name,
+                                            .ndim = row->ndim,
+                                            .shape = {row->shape[0], row->shape[1]},
+                                            .data = ck->params + row->offset};
+    }
+    return SRF_OK;
+}
+
+srf_status srf_checkpoint_export_hf(const struct srf_checkpoint *ck, const char *dir,
+                                    enum srf_dtype dtype)
+{
+    struct srf_tensor_out *out;
+    char *config;
+    SRF_TRY(srf_model_config_to_json(&ck->config, &config));
+    srf_status st = tensors_out(ck, &out);
+    if (st == SRF_OK) st = srf_hf_write(dir, config, ck->tokenizer_json, out, ck->table.n, dtype);
+    srf__free(out);
+    srf__free(config);
+    return st;
+}
+
+srf_status srf_checkpoint_export_llmc(const struct srf_checkpoint *ck, const char *path,
+                                      enum srf_dtype dtype)
+{
+    struct srf_tensor_out *out;
+    char *config;
+    SRF_TRY(srf_model_config_to_json(&ck->config, &config));
+    srf_status st = tensors_out(ck, &out);
+    if (st == SRF_OK) st = srf_llmc_write(path, config, out, ck->table.n, dtype);
+    srf__free(out);
+    srf__free(config);
+    return st;
+}

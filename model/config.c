@@ -1,0 +1,202 @@
+#include "model/config.h"
+#include "model/arch.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct srf_attention_config srf_attention_default(void)
+{
+    return (struct srf_attention_config){
+        .kind = SRF_ATTN_SOFTMAX, .m = 64, .features = SRF_SIMPLEX, .per_head = true};
+}
+
+srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
+{
+    if (a->kind == SRF_ATTN_SOFTMAX) return SRF_OK;
+    SRF_FAIL_IF(a->m < 1 || a->m > 65536, SRF_INVALID,
+                "attention: %lld features: expected 1 to 65536", (long long)a->m);
+    SRF_FAIL_IF(a->window < 0 || a->window > 65536, SRF_INVALID,
+                "attention: window %lld: expected 0 (pure SRF) to 65536", (long long)a->window);
+    SRF_FAIL_IF(d < 2, SRF_INVALID, "attention: heads of %lld: random features need at least 2",
+                (long long)d);
+    SRF_FAIL_IF(a->rotation == SRF_ROT_HD && (d & (d - 1)) != 0, SRF_INVALID,
+                "attention: rotation hd needs a head size that is a power of two, found %lld",
+                (long long)d);
+    SRF_FAIL_IF(!(a->oprf_a <= 0 && a->oprf_a > -1e6), SRF_INVALID,
+                "attention: OPRF parameter A = %g: expected <= 0", a->oprf_a);
+    return SRF_OK;
+}
+
+bool srf_attention_same_features(const struct srf_attention_config *a,
+                                 const struct srf_attention_config *b)
+{
+    return a->m == b->m && a->features == b->features && a->rotation == b->rotation &&
+           a->per_head == b->per_head && a->normalize_rows == b->normalize_rows &&
+           a->oprf_a == b->oprf_a && a->seed == b->seed && a->draw == b->draw;
+}
+
+void srf_attention_describe(const struct srf_attention_config *a, char *buf, size_t size)
+{
+    if (a->kind == SRF_ATTN_SOFTMAX) {
+        snprintf(buf, size, "softmax");
+        return;
+    }
+    int n = snprintf(buf, size, "srf %s%s m=%lld, %s, seed %llu draw %llu",
+                     srf_feature_kind_name(a->features), a->rotation == SRF_ROT_HD ? "/hd" : "",
+                     (long long)a->m, a->per_head ? "one draw a head" : "one draw a layer",
+                     (unsigned long long)a->seed, (unsigned long long)a->draw);
+    if (a->window && n > 0 && (size_t)n < size)
+        n += snprintf(buf + n, size - (size_t)n, ", window %lld exact", (long long)a->window);
+    if (a->oprf_a < 0 && n > 0 && (size_t)n < size)
+        snprintf(buf + n, size - (size_t)n, ", oprf A=%g", a->oprf_a);
+}
+
+srf_status srf__json_int(const json_t *root, const char *key, int64_t fallback, int64_t min,
+                         int64_t max, int64_t *out)
+{
+    const json_t *v = json_object_get(root, key);
+    if ((!v || json_is_null(v)) && fallback >= 0) {
+        *out = fallback;
+        return SRF_OK;
+    }
+    SRF_FAIL_IF(!v, SRF_FORMAT, "config: key '%s' is missing", key);
+    SRF_FAIL_IF(!json_is_integer(v) || json_integer_value(v) < min || json_integer_value(v) > max,
+                SRF_FORMAT, "config: '%s' must be a whole number from %lld to %lld", key,
+                (long long)min, (long long)max);
+    *out = json_integer_value(v);
+    return SRF_OK;
+}
+
+srf_status srf__json_double(const json_t *root, const char *key, double fallback, double *out)
+{
+    const json_t *v = json_object_get(root, key);
+    SRF_FAIL_IF(v && !json_is_number(v), SRF_FORMAT, "config: '%s' must be a number", key);
+    *out = v ? json_number_value(v) : fallback;
+    return SRF_OK;
+}
+
+srf_status srf__json_bool(const json_t *root, const char *key, bool fallback, bool *out)
+{
+    const json_t *v = json_object_get(root, key);
+    SRF_FAIL_IF(v && !json_is_boolean(v), SRF_FORMAT, "config: '%s' must be true or false", key);
+    *out = v ? json_is_true(v) : fallback;
+    return SRF_OK;
+}
+
+/* jansson keeps 64-bit signed integers: seeds and draws above 2^63 travel as their bit pattern. */
+srf_status srf_attention_to_json(const struct srf_attention_config *a, char **text)
+{
+    *text = NULL;
+    json_t *root =
+        json_pack("{s:s, s:I, s:I, s:s, s:s, s:b, s:b, s:f, s:I, s:I}", "kind",
+                  a->kind == SRF_ATTN_SRF ? "srf" : "softmax", "m", (json_int_t)a->m, "window",
+                  (json_int_t)a->window, "features", srf_feature_kind_name(a->features), "rotation",
+                  srf_rotation_name(a->rotation), "per_head", (int)a->per_head, "normalize_rows",
+                  (int)a->normalize_rows, "oprf_a", a->oprf_a, "seed", (json_int_t)a->seed, "draw",
+                  (json_int_t)a->draw);
+    char *s = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
+    json_decref(root);
+    if (s) *text = srf__strdup(s);
+    free(s);
+    SRF_FAIL_IF(!*text, SRF_NOMEM, "out of memory: attention settings");
+    return SRF_OK;
+}
+
+static srf_status parse_attention(const json_t *root, struct srf_attention_config *a)
+{
+    static const char *const known[] = {"kind",     "m",        "window",         "features",
+                                        "rotation", "per_head", "normalize_rows", "oprf_a",
+                                        "seed",     "draw"};
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)root, key, value)
+    {
+        bool found = false;
+        for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+            if (strcmp(known[i], key) == 0) found = true;
+        SRF_FAIL_IF(!found, SRF_UNSUPPORTED, "attention settings: unknown key '%s'", key);
+    }
+    const char *kind = json_string_value(json_object_get(root, "kind"));
+    SRF_FAIL_IF(!kind || (strcmp(kind, "srf") != 0 && strcmp(kind, "softmax") != 0), SRF_FORMAT,
+                "attention settings: 'kind' must be softmax or srf");
+    a->kind = strcmp(kind, "srf") == 0 ? SRF_ATTN_SRF : SRF_ATTN_SOFTMAX;
+    SRF_TRY(srf__json_int(root, "m", a->m, 1, 65536, &a->m));
+    SRF_TRY(srf__json_int(root, "window", a->window, 0, 65536, &a->window));
+    SRF_TRY(srf__json_bool(root, "per_head", a->per_head, &a->per_head));
+    SRF_TRY(srf__json_bool(root, "normalize_rows", a->normalize_rows, &a->normalize_rows));
+    SRF_TRY(srf__json_double(root, "oprf_a", a->oprf_a, &a->oprf_a));
+    int64_t seed, draw;
+    SRF_TRY(srf__json_int(root, "seed", 0, INT64_MIN, INT64_MAX, &seed));
+    SRF_TRY(srf__json_int(root, "draw", 0, INT64_MIN, INT64_MAX, &draw));
+    a->seed = (uint64_t)seed;
+    a->draw = (uint64_t)draw;
+    const char *features = json_string_value(json_object_get(root, "features"));
+    const char *rotation = json_string_value(json_object_get(root, "rotation"));
+    if (features) SRF_TRY(srf_feature_kind_parse(features, &a->features));
+    if (rotation) SRF_TRY(srf_rotation_parse(rotation, &a->rotation));
+    return SRF_OK;
+}
+
+/* Any JSON object of ours or of a stranger, with errors in one line. */
+static srf_status load_object(const char *text, const char *what, json_t **root)
+{
+    json_error_t err;
+    *root = json_loads(text, JSON_REJECT_DUPLICATES, &err);
+    SRF_FAIL_IF(!*root, SRF_FORMAT, "%s: not valid JSON: line %d: %s", what, err.line, err.text);
+    if (json_is_object(*root)) return SRF_OK;
+    json_decref(*root);
+    *root = NULL;
+    SRF_FAIL(SRF_FORMAT, "%s: expected a JSON object", what);
+}
+
+srf_status srf_attention_from_json(const char *text, struct srf_attention_config *out)
+{
+    json_t *root;
+    SRF_TRY(load_object(text, "attention settings", &root));
+    *out = srf_attention_default();
+    srf_status st = parse_attention(root, out);
+    json_decref(root);
+    return st;
+}
+
+srf_status srf_model_config_from_json(const char *text, struct srf_model_config *out)
+{
+    static const struct srf_arch *const archs[] = {
+#define X(name, symbol) &srf_arch_##symbol,
+        SRF_ARCH_LIST(X)
+#undef X
+    };
+    *out = (struct srf_model_config){0};
+    json_t *root;
+    SRF_TRY(load_object(text, "config", &root));
+    srf_status st = SRF_OK;
+    const char *type = json_string_value(json_object_get(root, "model_type"));
+    SRF_FAIL_GO_IF(!type, SRF_FORMAT, "config: key 'model_type' is missing");
+    for (size_t i = 0; i < sizeof archs / sizeof *archs; i++)
+        if (strcmp(archs[i]->name, type) == 0) out->arch = archs[i];
+    SRF_FAIL_GO_IF(!out->arch, SRF_UNSUPPORTED,
+                   "config: model_type '%s' is not supported (supported: gpt2)", type);
+    SRF_TRY_GO(out->arch->read_config(root, out));
+cleanup:
+    json_decref(root);
+    return st;
+}
+
+srf_status srf_model_config_to_json(const struct srf_model_config *cfg, char **text)
+{
+    *text = NULL;
+    srf_status st = SRF_OK;
+    char *s = NULL;
+    json_t *root = json_object();
+    SRF_FAIL_GO_IF(!root, SRF_NOMEM, "out of memory: config");
+    SRF_TRY_GO(cfg->arch->write_config(cfg, root));
+    s = json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS);
+    if (s) *text = srf__strdup(s);
+    SRF_FAIL_GO_IF(!*text, SRF_NOMEM, "out of memory: config");
+cleanup:
+    free(s);
+    json_decref(root);
+    return st;
+}

@@ -1,0 +1,458 @@
+#include "model/arch.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define PTR(slot) srf_arena_ptr(m->arena, (slot))
+
+static int64_t head_size(const struct srf_model *m)
+{
+    return m->config.c / m->config.n_heads;
+}
+
+srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *config,
+                            const struct srf_attention_config *attention, struct srf_model **out)
+{
+    *out = NULL;
+    SRF_TRY(srf_attention_check(attention, config->c / config->n_heads));
+    struct srf_model *m;
+    SRF_TRY(SRF_CALLOC(m, 1));
+    m->ctx = ctx;
+    m->config = *config;
+    m->attention = *attention;
+    m->n_sets = attention->per_head ? config->n_heads : 1;
+    srf_status st = srf_tensor_table_create(config, &m->table);
+    if (st != SRF_OK) {
+        srf_model_free(m);
+        return st;
+    }
+    *out = m;
+    return SRF_OK;
+}
+
+void srf_model_free(struct srf_model *m)
+{
+    if (!m) return;
+    srf_tensor_table_free(&m->table);
+    srf__free(m->acts);
+    srf__free(m);
+}
+
+/* ---- plan ---------------------------------------------------------------------------------- */
+
+/* The same calls as a real run, with nothing behind the pointers: finds the workspace. */
+static srf_status dry_run(struct srf_model *m)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct srf_model_plan *p = &m->plan;
+    srf_status st = SRF_OK;
+    struct srf_attention_config attention = m->attention;
+    m->features_trained = p->train_features;
+    ctx->plan = true;
+    ctx->plan_workspace = 0;
+    SRF_TRY_GO(srf_model_draw(m));
+    /* Softmax as well as SRF, since either may be switched on later. */
+    for (int kind = SRF_ATTN_SOFTMAX; kind <= SRF_ATTN_SRF; kind++) {
+        m->attention.kind = (enum srf_attention_kind)kind;
+        for (int mode = SRF_MODE_PARALLEL; mode <= SRF_MODE_STEP; mode++) {
+            if (mode != SRF_MODE_PARALLEL && (kind == SRF_ATTN_SOFTMAX || p->train)) continue;
+            struct srf_batch batch = {
+                .b = p->b, .t = mode == SRF_MODE_STEP ? 1 : p->t, .mode = (enum srf_attn_mode)mode};
+            SRF_TRY_GO(m->config.arch->forward(m, &batch));
+            if (p->train && mode == SRF_MODE_PARALLEL)
+                SRF_TRY_GO(m->config.arch->backward(m, &batch));
+        }
+    }
+    struct srf_loss_args loss = {.n = p->b * p->t, .backward = p->train};
+    SRF_TRY_GO(srf_model_loss(m, &loss));
+cleanup:
+    ctx->plan = false;
+    m->attention = attention;
+    m->features_trained = false;
+    if (st == SRF_OK) st = srf_ctx_reserve_workspace(ctx, ctx->plan_workspace);
+    return st;
+}
+
+srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
+                          const struct srf_model_plan *plan)
+{
+    const struct srf_model_config *cfg = &m->config;
+    enum srf_dtype type = m->ctx->dtype, acc = srf_ctx_acc(m->ctx);
+    SRF_FAIL_IF(plan->b < 1 || plan->t < 1 || plan->b > INT32_MAX / plan->t, SRF_INVALID,
+                "batch of %lld sequences of %lld tokens: expected 1 to 2^31 tokens",
+                (long long)plan->b, (long long)plan->t);
+    m->arena = arena;
+    m->plan = *plan;
+    int64_t n = plan->b * plan->t, c = cfg->c, d = head_size(m);
+    /* About 16 MB of fp32 logits at once: enough rows for the matrix product, few enough to stay
+     * near the cache. */
+    int64_t rows = plan->logit_rows ? plan->logit_rows : (4 << 20) / cfg->vocab;
+    rows = rows < 16 ? 16 : rows;
+    m->logit_rows = rows < n ? rows : n;
+    int64_t count_w = cfg->n_layers * m->n_sets * m->attention.m * d;
+    const struct {
+        const char *cls, *name;
+        bool wanted;
+        int64_t count;
+        enum srf_dtype type;
+        int *slot;
+    } slots[] = {
+        {"weights", "parameters", true, m->table.total, type, &m->slot_params},
+        {"gradients", "parameters", plan->train, m->table.total, type, &m->slot_grads},
+        {"features", "w", true, count_w, type, &m->slot_w},
+        {"features", "bias", true, count_w / d, type, &m->slot_bias},
+        {"gradients", "features", plan->train_features, count_w, type, &m->slot_dw},
+        {"activations", "hidden", true, n * c, type, &m->slot_hidden},
+        {"activations", "d hidden", plan->train, n * c, type, &m->slot_d_hidden},
+        {"activations", "tokens", true, n, SRF_I32, &m->slot_tokens},
+        {"activations", "positions", true, n > plan->b ? n : plan->b, SRF_I32, &m->slot_pos},
+        {"activations", "sequence positions", true, plan->b, SRF_I32, &m->slot_seq_pos},
+        {"activations", "targets", true, n, SRF_I32, &m->slot_targets},
+        {"activations", "logits", true, m->logit_rows * cfg->vocab, type, &m->slot_logits},
+        {"activations", "teacher logits", plan->train, m->logit_rows * cfg->vocab, type,
+         &m->slot_teacher_logits},
+        {"activations", "nll", true, m->logit_rows, acc, &m->slot_nll},
+        {"activations", "kl", true, m->logit_rows, acc, &m->slot_kl},
+        {"activations", "mse", true, 1, acc, &m->slot_mse},
+    };
+    for (size_t i = 0; i < sizeof slots / sizeof *slots; i++)
+        if (slots[i].wanted)
+            SRF_TRY(srf_arena_add(arena, slots[i].cls, slots[i].name, slots[i].count, slots[i].type,
+                                  slots[i].slot));
+    SRF_TRY(cfg->arch->plan(m));
+    return dry_run(m);
+}
+
+/* ---- parameters ---------------------------------------------------------------------------- */
+
+static char *element(const struct srf_model *m, int slot, int64_t offset)
+{
+    char *base = PTR(slot);
+    return base ? base + (size_t)offset * srf_dtype_bytes(m->ctx->dtype) : NULL;
+}
+
+void *srf_model_param(const struct srf_model *m, int64_t row)
+{
+    return element(m, m->slot_params, m->table.rows[row].offset);
+}
+
+void *srf_model_grad(const struct srf_model *m, int64_t row)
+{
+    return element(m, m->slot_grads, m->table.rows[row].offset);
+}
+
+static int64_t features_count(const struct srf_model *m)
+{
+    return m->config.n_layers * m->n_sets * m->attention.m * head_size(m);
+}
+
+srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck)
+{
+    struct srf_ctx *ctx = m->ctx;
+    SRF_FAIL_IF(ck->table.total != m->table.total, SRF_MISMATCH,
+                "checkpoint of %lld parameters for a model of %lld", (long long)ck->table.total,
+                (long long)m->table.total);
+    SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_params), ctx->dtype, ck->params, m->table.total));
+    bool same = ck->features_w && srf_attention_same_features(&ck->attention, &m->attention);
+    if (!same) return srf_model_draw(m);
+    int64_t count = features_count(m);
+    SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_w), ctx->dtype, ck->features_w, count));
+    return srf_upload_f32(ctx, PTR(m->slot_bias), ctx->dtype, ck->features_bias,
+                          count / head_size(m));
+}
+
+srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *ck)
+{
+    struct srf_ctx *ctx = m->ctx;
+    ck->attention = m->attention;
+    SRF_TRY(srf_download_f32(ctx, ck->params, PTR(m->slot_params), ctx->dtype, m->table.total));
+    srf__free(ck->features_w);
+    srf__free(ck->features_bias);
+    ck->features_w = ck->features_bias = NULL;
+    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
+    int64_t count = features_count(m);
+    SRF_TRY(SRF_ALLOC(ck->features_w, count));
+    SRF_TRY(SRF_ALLOC(ck->features_bias, count / head_size(m)));
+    SRF_TRY(srf_download_f32(ctx, ck->features_w, PTR(m->slot_w), ctx->dtype, count));
+    return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), ctx->dtype,
+                            count / head_size(m));
+}
+
+srf_status srf_model_draw(struct srf_model *m)
+{
+    const struct srf_attention_config *a = &m->attention;
+    int64_t n = m->config.n_layers * m->n_sets;
+    double *oprf = NULL;
+    if (a->oprf_a != 0) {
+        SRF_TRY(SRF_ALLOC(oprf, n));
+        for (int64_t i = 0; i < n; i++) oprf[i] = a->oprf_a;
+    }
+    srf_status st =
+        SRF_RUN(m->ctx, features_draw, .kind = a->features, .rotation = a->rotation,
+                .normalize_rows = a->normalize_rows, .seed = a->seed, .draw = a->draw,
+                .n_layers = m->config.n_layers, .n_sets = m->n_sets, .m = a->m, .d = head_size(m),
+                .oprf_a = oprf, .w = PTR(m->slot_w), .bias = PTR(m->slot_bias));
+    srf__free(oprf);
+    return st;
+}
+
+void *srf_model_features(const struct srf_model *m, int64_t *count)
+{
+    *count = features_count(m);
+    return PTR(m->slot_w);
+}
+
+void *srf_model_features_grad(const struct srf_model *m)
+{
+    return PTR(m->slot_dw);
+}
+
+srf_status srf_model_zero_grads(struct srf_model *m)
+{
+    struct srf_ctx *ctx = m->ctx;
+    size_t size = srf_dtype_bytes(ctx->dtype);
+    SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_grads), (size_t)m->table.total * size));
+    if (!m->plan.train_features) return SRF_OK;
+    return ctx->be->zero(ctx, PTR(m->slot_dw), (size_t)features_count(m) * size);
+}
+
+/* ---- attention: the swap ------------------------------------------------------------------- */
+
+static struct srf_attn_shape attn_shape(const struct srf_model *m, const struct srf_batch *batch)
+{
+    return (struct srf_attn_shape){.b = batch->b,
+                                   .t = batch->t,
+                                   .h = m->config.n_heads,
+                                   .d = head_size(m),
+                                   .m = m->attention.m,
+                                   .n_sets = m->n_sets,
+                                   .window = m->attention.window,
+                                   .causal = true};
+}
+
+/* Layer l's features. */
+static const void *features(const struct srf_model *m, int64_t layer)
+{
+    return element(m, m->slot_w, layer * m->n_sets * m->attention.m * head_size(m));
+}
+
+static const void *features_bias(const struct srf_model *m, int64_t layer)
+{
+    return element(m, m->slot_bias, layer * m->n_sets * m->attention.m);
+}
+
+/* Layer l's piece of a batch's recurrent state. */
+static void *layer_state(const struct srf_model *m, int64_t layer, const struct srf_batch *batch)
+{
+    if (!batch->state) return NULL;
+    int64_t count = srf_attn_state_count(m->attention.m, head_size(m), m->attention.window);
+    size_t size = srf_dtype_bytes(srf_ctx_acc(m->ctx));
+    return (char *)batch->state + (size_t)(layer * batch->b * m->config.n_heads * count) * size;
+}
+
+srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
+                            const void *q, const void *k, const void *v, int64_t ld, void *o,
+                            int64_t ld_o, void *lse)
+{
+    struct srf_attn_shape s = attn_shape(m, batch);
+    const void *w = features(m, layer), *bias = features_bias(m, layer);
+    if (m->attention.kind == SRF_ATTN_SOFTMAX) {
+        SRF_FAIL_IF(batch->mode != SRF_MODE_PARALLEL, SRF_UNSUPPORTED,
+                    "softmax attention has no recurrent form: retrofit the model with srf first");
+        return SRF_RUN(m->ctx, softmax_attn_fwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
+                       .causal = true, .q = q, .k = k, .v = v, .ld = ld, .o = o, .ld_o = ld_o,
+                       .lse = lse);
+    }
+    void *state = layer_state(m, layer, batch);
+    const void *pos = PTR(m->slot_seq_pos);
+    switch (batch->mode) {
+    case SRF_MODE_PREFILL:
+        return SRF_RUN(m->ctx, srf_attn_prefill, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
+                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos);
+    case SRF_MODE_STEP:
+        return SRF_RUN(m->ctx, srf_attn_step, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
+                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos);
+    case SRF_MODE_PARALLEL:
+        break;
+    }
+    return SRF_RUN(m->ctx, srf_attn_fwd, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
+                   .bias = bias, .o = o, .ld_o = ld_o);
+}
+
+srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
+                                const void *q, const void *k, const void *v, int64_t ld,
+                                const void *o, const void *d_o, int64_t ld_o, const void *lse,
+                                void *dq, void *dk, void *dv)
+{
+    struct srf_attn_shape s = attn_shape(m, batch);
+    if (m->attention.kind == SRF_ATTN_SOFTMAX)
+        return SRF_RUN(m->ctx, softmax_attn_bwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
+                       .causal = true, .q = q, .k = k, .v = v, .ld = ld, .o = o, .d_o = d_o,
+                       .ld_o = ld_o, .lse = lse, .dq = dq, .dk = dk, .dv = dv);
+    void *dw = m->features_trained
+                   ? element(m, m->slot_dw, layer * m->n_sets * m->attention.m * head_size(m))
+                   : NULL;
+    return SRF_RUN(m->ctx, srf_attn_bwd, .s = s, .q = q, .k = k, .v = v, .ld = ld,
+                   .w = features(m, layer), .bias = features_bias(m, layer), .o = o, .d_o = d_o,
+                   .ld_o = ld_o, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
+}
+
+int64_t srf_model_state_count(const struct srf_model *m)
+{
+    return m->config.n_layers * m->config.n_heads *
+           srf_attn_state_count(m->attention.m, head_size(m), m->attention.window);
+}
+
+const void *srf_model_qkv(const struct srf_model *m, int64_t layer)
+{
+    return m->config.arch->qkv(m, layer);
+}
+
+const void *srf_model_attention_out(const struct srf_model *m, int64_t layer)
+{
+    return m->config.arch->attention_out(m, layer);
+}
+
+/* ---- running ------------------------------------------------------------------------------- */
+
+/* Positions of the rows of a recurrent batch: embedding wants one a token, attention one a
+ * sequence. */
+static srf_status upload_positions(struct srf_model *m, const struct srf_batch *batch)
+{
+    struct srf_ctx *ctx = m->ctx;
+    int32_t *pos;
+    SRF_TRY(SRF_ALLOC(pos, batch->b * batch->t));
+    for (int64_t i = 0; i < batch->b; i++)
+        for (int64_t j = 0; j < batch->t; j++) pos[i * batch->t + j] = (int32_t)(batch->pos[i] + j);
+    srf_status st =
+        ctx->be->upload(ctx, PTR(m->slot_pos), pos, (size_t)(batch->b * batch->t) * sizeof *pos);
+    srf__free(pos);
+    SRF_TRY(st);
+    return ctx->be->upload(ctx, PTR(m->slot_seq_pos), batch->pos,
+                           (size_t)batch->b * sizeof *batch->pos);
+}
+
+srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct srf_model_config *cfg = &m->config;
+    int64_t n = batch->b * batch->t;
+    SRF_FAIL_IF(n > m->plan.b * m->plan.t, SRF_INVALID,
+                "batch of %lld x %lld tokens: %lld x %lld were planned", (long long)batch->b,
+                (long long)batch->t, (long long)m->plan.b, (long long)m->plan.t);
+    for (int64_t i = 0; i < n; i++)
+        SRF_FAIL_IF(batch->tokens[i] < 0 || batch->tokens[i] >= cfg->vocab, SRF_MISMATCH,
+                    "token id %d: the model's vocabulary has %lld", batch->tokens[i],
+                    (long long)cfg->vocab);
+    bool parallel = batch->mode == SRF_MODE_PARALLEL;
+    for (int64_t i = 0; i < (parallel ? 1 : batch->b); i++)
+        SRF_FAIL_IF((parallel ? 0 : batch->pos[i]) + batch->t > cfg->n_pos, SRF_INVALID,
+                    "position %lld: the model's learned positions end at %lld",
+                    (long long)((parallel ? 0 : batch->pos[i]) + batch->t), (long long)cfg->n_pos);
+    SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_tokens), batch->tokens,
+                            (size_t)n * sizeof *batch->tokens));
+    if (!parallel) SRF_TRY(upload_positions(m, batch));
+    return cfg->arch->forward(m, batch);
+}
+
+srf_status srf_model_backward(struct srf_model *m, const struct srf_batch *batch)
+{
+    SRF_FAIL_IF(!m->plan.train || batch->mode != SRF_MODE_PARALLEL, SRF_INVALID,
+                "backward needs a model planned for training and a parallel batch");
+    return m->config.arch->backward(m, batch);
+}
+
+/* logits of rows [at, at + n) of hidden */
+static srf_status head(struct srf_model *m, int64_t at, int64_t n, void *logits)
+{
+    const struct srf_model_config *cfg = &m->config;
+    return SRF_RUN(m->ctx, linear_fwd, .n = n, .in = cfg->c, .out = cfg->vocab,
+                   .x = element(m, m->slot_hidden, at * cfg->c),
+                   .w = srf_model_param(m, cfg->arch->head_row(cfg)), .w_transposed = true,
+                   .y = logits);
+}
+
+/* nll (or kl) of n rows to the host, summed in double. */
+static srf_status take_rows(struct srf_model *m, int slot, int64_t n, float *rows, double *sum)
+{
+    SRF_TRY(srf_download_f32(m->ctx, rows, PTR(slot), srf_ctx_acc(m->ctx), n));
+    for (int64_t i = 0; i < n; i++) *sum += (double)rows[i];
+    return SRF_OK;
+}
+
+/* One piece of rows [at, at + n): logits, loss, and with backward the head's gradients. */
+static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int64_t at, int64_t n)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct srf_model_config *cfg = &m->config;
+    int64_t row = cfg->arch->head_row(cfg);
+    void *logits = PTR(m->slot_logits);
+    void *teacher = args->teacher ? PTR(m->slot_teacher_logits) : NULL;
+    SRF_TRY(head(m, at, n, logits));
+    if (args->teacher) SRF_TRY(head(args->teacher, at, n, teacher));
+    if (args->logits && !ctx->plan)
+        SRF_TRY(srf_download_f32(ctx, args->logits + at * cfg->vocab, logits, ctx->dtype,
+                                 n * cfg->vocab));
+    char *targets = PTR(m->slot_targets);
+    SRF_TRY(SRF_RUN(
+        ctx, xent, .n = n, .v = cfg->vocab, .logits = logits,
+        .targets = targets ? targets + at * 4 : NULL, .teacher = teacher, .scale = args->scale,
+        .ce_weight = args->ce_weight, .kl_weight = args->kl_weight, .nll = PTR(m->slot_nll),
+        .kl = args->teacher ? PTR(m->slot_kl) : NULL, .dlogits = args->backward ? logits : NULL));
+    if (!args->backward) return SRF_OK;
+    return SRF_RUN(ctx, linear_bwd, .n = n, .in = cfg->c, .out = cfg->vocab,
+                   .x = element(m, m->slot_hidden, at * cfg->c), .w = srf_model_param(m, row),
+                   .w_transposed = true, .dy = logits,
+                   .dx = element(m, m->slot_d_hidden, at * cfg->c), .dw = srf_model_grad(m, row));
+}
+
+srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args)
+{
+    struct srf_ctx *ctx = m->ctx;
+    srf_status st = SRF_OK;
+    float *rows = NULL;
+    args->nll_sum = args->kl_sum = 0;
+    if (!ctx->plan) {
+        SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_targets), args->targets,
+                                (size_t)args->n * sizeof *args->targets));
+        SRF_TRY(SRF_ALLOC(rows, m->logit_rows));
+    }
+    for (int64_t at = 0; at < args->n; at += m->logit_rows) {
+        int64_t n = args->n - at < m->logit_rows ? args->n - at : m->logit_rows;
+        SRF_TRY_GO(loss_rows(m, args, at, n));
+        if (ctx->plan) continue;
+        SRF_TRY_GO(take_rows(m, m->slot_nll, n, rows, &args->nll_sum));
+        if (args->nll) memcpy(args->nll + at, rows, (size_t)n * sizeof *rows);
+        if (args->teacher) SRF_TRY_GO(take_rows(m, m->slot_kl, n, rows, &args->kl_sum));
+    }
+cleanup:
+    srf__free(rows);
+    return st;
+}
+
+srf_status srf_model_take_attention_mse(struct srf_model *m, double *sum)
+{
+    struct srf_ctx *ctx = m->ctx;
+    float value;
+    SRF_TRY(srf_download_f32(ctx, &value, PTR(m->slot_mse), srf_ctx_acc(ctx), 1));
+    *sum = (double)value;
+    return ctx->be->zero(ctx, PTR(m->slot_mse), srf_dtype_bytes(srf_ctx_acc(ctx)));
+}
+
+srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *batch, float *logits)
+{
+    const struct srf_model_config *cfg = &m->config;
+    size_t size = (size_t)cfg->c * srf_dtype_bytes(m->ctx->dtype);
+    /* Gather the last rows to the front: row i comes from at or behind i, in order. */
+    for (int64_t i = 0; i < batch->b && batch->t > 1; i++)
+        SRF_TRY(m->ctx->be->copy(m->ctx, element(m, m->slot_hidden, i * cfg->c),
+                                 element(m, m->slot_hidden, (i * batch->t + batch->t - 1) * cfg->c),
+                                 size));
+    for (int64_t at = 0; at < batch->b; at += m->logit_rows) {
+        int64_t n = batch->b - at < m->logit_rows ? batch->b - at : m->logit_rows;
+        SRF_TRY(head(m, at, n, PTR(m->slot_logits)));
+        SRF_TRY(srf_download_f32(m->ctx, logits + at * cfg->vocab, PTR(m->slot_logits),
+                                 m->ctx->dtype, n * cfg->vocab));
+    }
+    return SRF_OK;
+}

@@ -1,0 +1,61 @@
+/* The training loop: steps, evaluation, metrics, checkpoints, resume.
+ *
+ * A run lives in a directory: metrics.jsonl (one object a logged step), last.h5 (kind training: all that a
+ * resume needs, replaced atomically), model.h5 (kind weights, written at the end). A resumed run continues
+ * bit-exactly on the same machine and thread count, since data order and draws are functions of (seed, step).
+ */
+#pragma once
+#include "data/tokenset.h"
+#include "model/model.h"
+#include "train/policy.h"
+
+struct srf_trainer; /* opaque */
+
+struct srf_train_metrics {
+    int64_t step;   /* 1 = after the first */
+    int64_t tokens; /* predictions so far */
+    double loss;    /* mean cross entropy of the step's predictions */
+    double kl, mse; /* mean, where distilling; else 0 */
+    double lr, grad_norm, tokens_per_s;
+    uint64_t draw;
+    bool skipped; /* non-finite loss or gradient: nothing was updated */
+};
+
+/* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL (required if the
+ * config distils). Data sets stay owned by the caller and must outlive the trainer. val may be NULL.
+ * The attention of ck is the one trained. */
+srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                              const struct srf_checkpoint *teacher,
+                              const struct srf_train_config *config, struct srf_tokenset *data,
+                              struct srf_tokenset *val, struct srf_trainer **out);
+/* From last.h5 of an earlier run, teacher and settings included. */
+srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,
+                              struct srf_tokenset *val, struct srf_trainer **out);
+void srf_trainer_free(struct srf_trainer *t); /* NULL is fine */
+
+/* One optimizer step. SRF_NONFINITE after too many skipped ones in a row. */
+srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out);
+/* Perplexity of the model as it is on the validation set. SRF_INVALID without one. */
+srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl);
+/* All that a resume needs. */
+srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
+/* The model alone, attention and features included. */
+srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path);
+
+int64_t srf_trainer_steps_done(const struct srf_trainer *t);
+const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t);
+struct srf_model *srf_trainer_model(struct srf_trainer *t);
+/* "weights 8.8 MB, gradients 8.8 MB, ..." */
+void srf_trainer_describe_memory(const struct srf_trainer *t, char *buf, size_t size);
+
+/* The loop around it. */
+struct srf_run_hooks {
+    void *user;
+    /* After every step: may be NULL. val_ppl is 0 where the step had no evaluation. */
+    void (*step)(void *user, const struct srf_train_metrics *m, double val_ppl);
+    /* Asked after every step: true saves and returns SRF_INTERRUPTED. May be NULL. */
+    bool (*stop)(void *user);
+};
+/* Run to the end in directory dir (made if need be). *val_ppl: the last evaluation, 0 without a validation set. */
+srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
+                           const struct srf_run_hooks *hooks, double *val_ppl);
