@@ -74,8 +74,10 @@ srf_status srf_train_config_check(const struct srf_train_config *c)
 
 #define JSON_VALUE_i(v) json_integer((json_int_t)(v))
 #define JSON_VALUE_f(v) json_real(v)
-#define FROM_JSON_i(v)  json_is_integer(v), json_integer_value(v)
-#define FROM_JSON_f(v)  json_is_number(v), json_number_value(v)
+#define IS_JSON_i       json_is_integer
+#define IS_JSON_f       json_is_number
+#define FROM_JSON_i     json_integer_value
+#define FROM_JSON_f     json_number_value
 
 srf_status srf_train_config_to_json(const struct srf_train_config *c, char **text)
 {
@@ -96,14 +98,6 @@ srf_status srf_train_config_to_json(const struct srf_train_config *c, char **tex
     return SRF_OK;
 }
 
-/* Set one value where the type is right; the two macros above give (type ok, value). */
-#define ASSIGN(dst, is_right, value) ASSIGN_(dst, is_right, value)
-#define ASSIGN_(dst, is_right, value)                                                              \
-    if (is_right) {                                                                                \
-        dst = value;                                                                               \
-        continue;                                                                                  \
-    }
-
 static srf_status parse(json_t *root, struct srf_train_config *out)
 {
     const char *key;
@@ -111,8 +105,9 @@ static srf_status parse(json_t *root, struct srf_train_config *out)
     json_object_foreach(root, key, value)
     {
 #define X(name, type, min, max)                                                                    \
-    if (strcmp(key, #name) == 0) {                                                                 \
-        ASSIGN(out->name, FROM_JSON_##type(value))                                                 \
+    if (strcmp(key, #name) == 0 && IS_JSON_##type(value)) {                                        \
+        out->name = FROM_JSON_##type(value);                                                       \
+        continue;                                                                                  \
     }
         SETTINGS(X)
 #undef X
