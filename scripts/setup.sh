@@ -18,7 +18,7 @@ packages=(
 )
 for group in "$@"; do
     case "$group" in
-    fuzz) packages+=(clang libclang-rt-dev) ;;
+    fuzz) packages+=(clang libclang-rt-dev libomp-dev) ;;
     tokenizer) packages+=(python3-venv) ;;
     -h | --help)
         sed -n '2,6s/^# \{0,1\}//p' "$0"
