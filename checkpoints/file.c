@@ -1,0 +1,190 @@
+#include "checkpoints/file.h"
+#include "checkpoints/writers.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+srf_status srf__file_open(const char *path, struct srf__file *f)
+{
+    srf_status st = SRF_OK;
+    *f = (struct srf__file){.fd = -1};
+    /* O_NONBLOCK: a FIFO named by mistake is refused below, not waited for. */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    SRF_FAIL_IF(fd < 0, SRF_IO, "%s: %s", path, strerror(errno));
+    struct stat info;
+    SRF_FAIL_GO_IF(fstat(fd, &info) != 0, SRF_IO, "%s: %s", path, strerror(errno));
+    SRF_FAIL_GO_IF(S_ISDIR(info.st_mode), SRF_IO, "%s: expected a file, found a directory", path);
+    SRF_FAIL_GO_IF(!S_ISREG(info.st_mode), SRF_IO, "%s: expected a regular file", path);
+    f->path = srf__strdup(path);
+    SRF_FAIL_GO_IF(!f->path, SRF_NOMEM, "out of memory");
+    f->fd = fd;
+    f->size = info.st_size;
+    return SRF_OK;
+cleanup:
+    close(fd);
+    return st;
+}
+
+void srf__file_close(struct srf__file *f)
+{
+    if (f->path) close(f->fd);
+    srf__free(f->path);
+    *f = (struct srf__file){.fd = -1};
+}
+
+srf_status srf__file_read(const struct srf__file *f, int64_t offset, void *buf, int64_t n)
+{
+    char *to = buf;
+    while (n > 0) {
+        ssize_t got = pread(f->fd, to, (size_t)(n < (1 << 30) ? n : 1 << 30), offset);
+        if (got < 0 && errno == EINTR) continue;
+        SRF_FAIL_IF(got < 0, SRF_IO, "%s: %s", f->path, strerror(errno));
+        SRF_FAIL_IF(got == 0, SRF_IO, "%s: ends at byte %lld, %lld more expected", f->path,
+                    (long long)offset, (long long)n);
+        to += got, offset += got, n -= got;
+    }
+    return SRF_OK;
+}
+
+srf_status srf__file_text(const char *path, int64_t max, char **text, size_t *n)
+{
+    srf_status st = SRF_OK;
+    struct srf__file f;
+    char *buf = NULL;
+    *text = NULL;
+    SRF_TRY(srf__file_open(path, &f));
+    SRF_FAIL_GO_IF(f.size > max, SRF_FORMAT, "%s: %lld bytes, at most %lld expected", path,
+                   (long long)f.size, (long long)max);
+    SRF_TRY_GO(SRF_ALLOC(buf, f.size + 1));
+    SRF_TRY_GO(srf__file_read(&f, 0, buf, f.size));
+    buf[f.size] = '\0';
+    if (n) *n = (size_t)f.size;
+    *text = buf;
+    buf = NULL;
+cleanup:
+    srf__free(buf);
+    srf__file_close(&f);
+    return st;
+}
+
+srf_status srf__path_join(const char *dir, const char *name, char **out)
+{
+    size_t size = strlen(dir) + strlen(name) + 2, n = strlen(dir);
+    SRF_TRY(SRF_ALLOC(*out, size));
+    snprintf(*out, size, "%s%s%s", dir, n && dir[n - 1] == '/' ? "" : "/", name);
+    return SRF_OK;
+}
+
+/* Length of a path without the slashes at its end. */
+static size_t trimmed(const char *path)
+{
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    return n;
+}
+
+srf_status srf__path_dir(const char *path, char **out)
+{
+    size_t n = trimmed(path);
+    while (n > 0 && path[n - 1] != '/') n--;
+    if (n == 0) path = ".", n = 1;
+    while (n > 1 && path[n - 1] == '/') n--;
+    SRF_TRY(SRF_ALLOC(*out, n + 1));
+    memcpy(*out, path, n);
+    (*out)[n] = '\0';
+    return SRF_OK;
+}
+
+srf_status srf__temp_name(const char *path, char **out)
+{
+    size_t n = trimmed(path), size = n + 32;
+    SRF_TRY(SRF_ALLOC(*out, size));
+    snprintf(*out, size, "%.*s.tmp.%ld", (int)n, path, (long)getpid());
+    return SRF_OK;
+}
+
+srf_status srf__sync_dir_of(const char *path)
+{
+    srf_status st = SRF_OK;
+    char *dir = NULL;
+    SRF_TRY(srf__path_dir(path, &dir));
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    SRF_FAIL_GO_IF(fd < 0, SRF_IO, "%s: %s", dir, strerror(errno));
+    /* EINVAL: a file system that cannot sync directories. */
+    SRF_FAIL_GO_IF(fsync(fd) != 0 && errno != EINVAL, SRF_IO, "%s: %s", dir, strerror(errno));
+cleanup:
+    if (fd >= 0) close(fd);
+    srf__free(dir);
+    return st;
+}
+
+srf_status srf__out_open(const char *path, struct srf__out *o)
+{
+    *o = (struct srf__out){.fd = -1};
+    SRF_FAIL_IF(path[0] == '\0', SRF_INVALID, "the output path is empty");
+    o->path = srf__strdup(path);
+    if (!o->path || srf__temp_name(path, &o->temp) != SRF_OK) {
+        srf__free(o->path);
+        o->path = NULL;
+        SRF_FAIL(SRF_NOMEM, "out of memory");
+    }
+    unlink(o->temp); /* of a process that had our pid and was killed */
+    o->fd = open(o->temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (o->fd < 0) {
+        srf_status st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s", path, strerror(errno));
+        srf__out_abort(o);
+        return st;
+    }
+    return SRF_OK;
+}
+
+srf_status srf__out_write(struct srf__out *o, const void *data, size_t n)
+{
+    const char *from = data;
+    while (n > 0) {
+        ssize_t done = write(o->fd, from, n < (1u << 30) ? n : 1u << 30);
+        if (done < 0 && errno == EINTR) continue;
+        SRF_FAIL_IF(done < 0, SRF_IO, "%s: %s", o->path, strerror(errno));
+        from += done, n -= (size_t)done;
+    }
+    return SRF_OK;
+}
+
+srf_status srf__out_commit(struct srf__out *o)
+{
+    srf_status st = SRF_OK;
+    SRF_FAIL_GO_IF(fsync(o->fd) != 0, SRF_IO, "%s: %s", o->path, strerror(errno));
+    int failed = close(o->fd);
+    o->fd = -1;
+    SRF_FAIL_GO_IF(failed, SRF_IO, "%s: %s", o->path, strerror(errno));
+    SRF_FAIL_GO_IF(rename(o->temp, o->path) != 0, SRF_IO, "%s: %s", o->path, strerror(errno));
+    st = srf__sync_dir_of(o->path);
+cleanup:
+    srf__out_abort(o);
+    return st;
+}
+
+void srf__out_abort(struct srf__out *o)
+{
+    if (o->temp) {
+        if (o->fd >= 0) close(o->fd);
+        unlink(o->temp); /* gone already after a rename */
+    }
+    srf__free(o->path);
+    srf__free(o->temp);
+    *o = (struct srf__out){.fd = -1};
+}
+
+srf_status srf_write_file_atomic(const char *path, const void *data, size_t n)
+{
+    struct srf__out o;
+    SRF_TRY(srf__out_open(path, &o));
+    srf_status st = srf__out_write(&o, data, n);
+    if (st == SRF_OK) return srf__out_commit(&o);
+    srf__out_abort(&o);
+    return st;
+}

@@ -1,0 +1,34 @@
+/* Shared by the two halves of the HDF5 layer. */
+#pragma once
+#include "checkpoints/h5.h"
+
+#include <hdf5.h>
+
+struct srf_h5 {
+    hid_t file;
+    char *path, *temp; /* temp: NULL for a file being read */
+    int sync_fd;       /* of the file being written, for its fsync after HDF5 closed it */
+    int64_t size;      /* of the file being read */
+};
+
+/* Every public function: switch HDF5's printing off, do the work, restore it. */
+struct srf__hush {
+    H5E_auto2_t func;
+    void *data;
+};
+struct srf__hush srf__hush(void);
+srf_status srf__unhush(struct srf__hush h, srf_status st);
+
+/* Why the last HDF5 call failed, in the system's words or HDF5's. */
+struct srf__reason {
+    char text[128];
+};
+struct srf__reason srf__h5_why(void);
+
+/* Whether every step of the path is a hard link to something: soft and external links could lead
+ * out of the file. */
+bool srf__h5_exists(struct srf_h5 *f, const char *path);
+/* Makes the groups on the way to path, and path itself if `whole`. */
+srf_status srf__h5_make_groups(struct srf_h5 *f, const char *path, bool whole);
+/* A fixed-length string type of `size` bytes; H5Tclose. */
+hid_t srf__h5_string_type(size_t size);

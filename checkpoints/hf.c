@@ -1,0 +1,124 @@
+/* Directories as transformers' save_pretrained writes them. */
+#include "checkpoints/source_internal.h"
+#include "checkpoints/writers.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { MAX_INDEX = 32 << 20 }; /* bytes of model.safetensors.index.json */
+
+static bool is_there(const char *dir, const char *name)
+{
+    char *path;
+    if (srf__path_join(dir, name, &path) != SRF_OK) return false;
+    bool there = access(path, F_OK) == 0;
+    srf__free(path);
+    return there;
+}
+
+static srf_status read_text(const char *dir, const char *name, int64_t max, char **text, size_t *n)
+{
+    char *path;
+    SRF_TRY(srf__path_join(dir, name, &path));
+    srf_status st = srf__file_text(path, max, text, n);
+    srf__free(path);
+    return st;
+}
+
+srf_status srf__hf_read_extras(struct srf_source *s, const char *dir)
+{
+    if (is_there(dir, "config.json"))
+        SRF_TRY(read_text(dir, "config.json", SRF__MAX_CONFIG, &s->config, NULL));
+    if (is_there(dir, "tokenizer.json"))
+        SRF_TRY(read_text(dir, "tokenizer.json", SRF__MAX_TOKENIZER, &s->tokenizer, NULL));
+    return SRF_OK;
+}
+
+/* Reads the shards of a weight_map (tensor name -> file name). Each shard must hold the tensors
+ * that the map says, no more and no less. */
+static srf_status read_shards(struct srf_source *s, const char *dir, json_t *map)
+{
+    srf_status st = SRF_OK;
+    json_t *shards = json_object(), *seen = json_object();
+    const char *name, *shard;
+    json_t *value, *unused;
+    char *path = NULL;
+    SRF_FAIL_GO_IF(!shards || !seen, SRF_NOMEM, "out of memory");
+    json_object_foreach(map, name, value)
+    {
+        const char *file = json_string_value(value);
+        SRF_FAIL_GO_IF(!file, SRF_FORMAT, "tensor %s: expected the name of a shard", name);
+        /* A shard lies beside the index: no other file of the machine is to be opened. */
+        SRF_FAIL_GO_IF(!file[0] || file[0] == '.' || strchr(file, '/'), SRF_FORMAT,
+                       "tensor %s: '%s' is no file name of a shard", name, file);
+        SRF_FAIL_GO_IF(json_object_set_new(shards, file, json_true()), SRF_NOMEM, "out of memory");
+    }
+    json_object_foreach(shards, shard, unused)
+    {
+        int64_t first = s->n;
+        SRF_TRY_GO(srf__path_join(dir, shard, &path));
+        SRF_TRY_GO(srf__safetensors_read(s, path));
+        srf__free(path);
+        path = NULL;
+        for (int64_t i = first; i < s->n; i++) {
+            const char *tensor = s->tensors[i].name;
+            const char *mapped = json_string_value(json_object_get(map, tensor));
+            SRF_FAIL_GO_IF(!mapped || strcmp(mapped, shard) != 0, SRF_FORMAT,
+                           "tensor %s: expected in %s, found in %s", tensor,
+                           mapped ? mapped : "no shard", shard);
+            SRF_FAIL_GO_IF(json_object_set_new(seen, tensor, json_true()), SRF_NOMEM,
+                           "out of memory");
+        }
+    }
+    json_object_foreach(map, name, value)
+        SRF_FAIL_GO_IF(!json_object_get(seen, name), SRF_FORMAT,
+                       "tensor %s is missing in its shard %s", name, json_string_value(value));
+cleanup:
+    srf__free(path);
+    json_decref(shards);
+    json_decref(seen);
+    return st;
+}
+
+static srf_status read_index(struct srf_source *s, const char *dir, const char *name)
+{
+    srf_status st = SRF_OK;
+    char *text = NULL;
+    size_t n;
+    json_t *index = NULL;
+    SRF_TRY(read_text(dir, name, MAX_INDEX, &text, &n));
+    SRF_TRY_GO(srf__json_parse(name, text, n, &index));
+    json_t *map = json_object_get(index, "weight_map");
+    SRF_FAIL_GO_IF(!json_is_object(map), SRF_FORMAT, "%s: expected an object weight_map", name);
+    st = read_shards(s, dir, map);
+cleanup:
+    json_decref(index);
+    srf__free(text);
+    return st;
+}
+
+srf_status srf__hf_read(struct srf_source *s, const char *dir)
+{
+    static const char single[] = "model.safetensors", index[] = "model.safetensors.index.json";
+    srf_status st = SRF_OK;
+    if (is_there(dir, single)) {
+        char *path;
+        SRF_TRY(srf__path_join(dir, single, &path));
+        st = srf__safetensors_read(s, path);
+        srf__free(path);
+        SRF_TRY(st);
+    } else if (is_there(dir, index)) {
+        st = read_index(s, dir, index);
+        if (st != SRF_OK) srf__error_prefix("%s", dir);
+        SRF_TRY(st);
+    } else {
+        SRF_FAIL(SRF_FORMAT, "%s: expected %s or %s%s", dir, single, index,
+                 is_there(dir, "pytorch_model.bin")
+                     ? ", found pytorch_model.bin: save it again with safe_serialization=True"
+                     : ", found neither");
+    }
+    return srf__hf_read_extras(s, dir);
+}

@@ -1,0 +1,170 @@
+/* .safetensors: u64 length of the header (little endian), header (JSON: name -> dtype, shape,
+ * data_offsets from the end of the header), data. The tensors cover the data without gap or
+ * overlap, as the reference implementation demands too. */
+#include "checkpoints/source_internal.h"
+#include "checkpoints/writers.h"
+#include "kernels/numeric.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    MAX_HEADER = 32 << 20, /* bytes; the largest models' have about one million */
+    MAX_NAME = 255
+};
+
+static const struct {
+    const char *name;
+    int bytes;
+    bool readable;
+    enum srf_dtype dtype;
+} types[] = {
+    {"F32", 4, true, SRF_F32}, {"F16", 2, true, SRF_F16}, {"BF16", 2, true, SRF_BF16},
+    {"F64", 8, true, SRF_F64}, {"BOOL", 1, false, 0},     {"U8", 1, false, 0},
+    {"I8", 1, false, 0},       {"F8_E4M3", 1, false, 0},  {"F8_E5M2", 1, false, 0},
+    {"I16", 2, false, 0},      {"U16", 2, false, 0},      {"I32", 4, false, 0},
+    {"U32", 4, false, 0},      {"I64", 8, false, 0},      {"U64", 8, false, 0},
+};
+
+/* ---- reading -------------------------------------------------------------------------------- */
+
+static bool as_int64(const json_t *v, int64_t *out)
+{
+    if (!json_is_integer(v) || json_integer_value(v) < 0) return false;
+    *out = json_integer_value(v);
+    return true;
+}
+
+/* One entry of the header; data_bytes: what follows the header, `base` its place in the file. */
+static srf_status parse_entry(const char *name, const json_t *entry, int64_t data_bytes,
+                              int64_t base, struct srf__source_tensor *t)
+{
+    SRF_FAIL_IF(!json_is_object(entry), SRF_FORMAT, "tensor %s: expected an object", name);
+    const char *dtype = json_string_value(json_object_get(entry, "dtype"));
+    const json_t *shape = json_object_get(entry, "shape");
+    const json_t *offsets = json_object_get(entry, "data_offsets");
+    SRF_FAIL_IF(!dtype || !json_is_array(shape) || !json_is_array(offsets), SRF_FORMAT,
+                "tensor %s: expected dtype, shape and data_offsets", name);
+    SRF_FAIL_IF(strlen(name) > MAX_NAME || !name[0], SRF_FORMAT,
+                "tensor %.40s: expected a name of 1 to %d bytes, found %zu", name, MAX_NAME,
+                strlen(name));
+    size_t k = 0;
+    while (k < sizeof types / sizeof *types && strcmp(types[k].name, dtype) != 0) k++;
+    SRF_FAIL_IF(k == sizeof types / sizeof *types, SRF_UNSUPPORTED,
+                "tensor %s: expected dtype F32, F16 or BF16, found %.20s", name, dtype);
+    size_t ndim = json_array_size(shape);
+    SRF_FAIL_IF(ndim > 4, SRF_FORMAT, "tensor %s: expected at most 4 dimensions, found %zu", name,
+                ndim);
+    int64_t bytes = types[k].bytes, begin, end;
+    for (size_t i = 0; i < ndim; i++) {
+        SRF_FAIL_IF(!as_int64(json_array_get(shape, i), &t->info.shape[i]), SRF_FORMAT,
+                    "tensor %s: expected a shape of whole numbers", name);
+        SRF_FAIL_IF(__builtin_mul_overflow(bytes, t->info.shape[i], &bytes), SRF_FORMAT,
+                    "tensor %s: its shape is too large", name);
+    }
+    SRF_FAIL_IF(json_array_size(offsets) != 2 || !as_int64(json_array_get(offsets, 0), &begin) ||
+                    !as_int64(json_array_get(offsets, 1), &end) || begin > end,
+                SRF_FORMAT, "tensor %s: bad data_offsets", name);
+    SRF_FAIL_IF(
+        end - begin != bytes, SRF_FORMAT,
+        "tensor %s: expected %lld bytes for its shape and dtype, found data_offsets of %lld", name,
+        (long long)bytes, (long long)(end - begin));
+    SRF_FAIL_IF(end > data_bytes, SRF_FORMAT,
+                "tensor %s: ends at byte %lld of %lld: the file is truncated", name, (long long)end,
+                (long long)data_bytes);
+    t->name = (char *)name;
+    t->type = (char *)dtype;
+    t->info.readable = types[k].readable;
+    t->info.dtype = types[k].dtype;
+    t->info.ndim = (int)ndim;
+    t->offset = base + begin;
+    return SRF_OK;
+}
+
+struct span {
+    int64_t begin, end, index; /* bytes in the file; tensor */
+};
+
+static int by_begin(const void *a, const void *b)
+{
+    const struct span *x = a, *y = b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return (x->end > y->end) - (x->end < y->end);
+}
+
+/* Tensors first.. of s must cover [base, size) once. */
+static srf_status check_cover(const struct srf_source *s, int64_t first, int64_t base, int64_t size)
+{
+    srf_status st = SRF_OK;
+    struct span *spans;
+    int64_t n = s->n - first, at = base;
+    SRF_TRY(SRF_ALLOC(spans, n));
+    for (int64_t i = 0; i < n; i++) {
+        const struct srf__source_tensor *t = &s->tensors[first + i];
+        int64_t bytes = t->info.count;
+        for (size_t k = 0; k < sizeof types / sizeof *types; k++)
+            if (strcmp(types[k].name, t->type) == 0) bytes *= types[k].bytes;
+        spans[i] = (struct span){t->offset, t->offset + bytes, first + i};
+    }
+    if (n > 1) qsort(spans, (size_t)n, sizeof *spans, by_begin);
+    for (int64_t i = 0; i < n; i++) {
+        SRF_FAIL_GO_IF(spans[i].begin != at, SRF_FORMAT,
+                       "tensor %s: expected its data at byte %lld, found %lld (%s)",
+                       s->tensors[spans[i].index].name, (long long)(at - base),
+                       (long long)(spans[i].begin - base),
+                       spans[i].begin < at ? "tensors overlap" : "a gap");
+        at = spans[i].end;
+    }
+    SRF_FAIL_GO_IF(at != size, SRF_FORMAT, "expected %lld bytes of data, found %lld",
+                   (long long)(at - base), (long long)(size - base));
+cleanup:
+    srf__free(spans);
+    return st;
+}
+
+static srf_status read_header(struct srf_source *s, int index)
+{
+    srf_status st = SRF_OK;
+    const struct srf__file f = s->files[index];
+    unsigned char head[8];
+    uint64_t length = 0;
+    char *text = NULL;
+    json_t *header = NULL;
+    const char *name;
+    json_t *entry;
+    SRF_FAIL_IF(f.size < 8, SRF_FORMAT, "%lld bytes are no safetensors file", (long long)f.size);
+    SRF_TRY(srf__file_read(&f, 0, head, 8));
+    for (int i = 7; i >= 0; i--) length = length << 8 | head[i];
+    SRF_FAIL_IF(length > (uint64_t)(f.size - 8), SRF_FORMAT,
+                "expected a header of %llu bytes, found %lld in the file",
+                (unsigned long long)length, (long long)(f.size - 8));
+    SRF_FAIL_IF(length > MAX_HEADER, SRF_UNSUPPORTED, "a header of %llu bytes, at most %d",
+                (unsigned long long)length, MAX_HEADER);
+    SRF_TRY(SRF_ALLOC(text, length + 1));
+    SRF_TRY_GO(srf__file_read(&f, 8, text, (int64_t)length));
+    SRF_TRY_GO(srf__json_parse("header", text, length, &header));
+    SRF_FAIL_GO_IF(!json_is_object(header), SRF_FORMAT, "expected a header object");
+    int64_t base = 8 + (int64_t)length, first = s->n;
+    json_object_foreach(header, name, entry)
+    {
+        if (strcmp(name, "__metadata__") == 0) continue;
+        struct srf__source_tensor t = {.file = index};
+        SRF_TRY_GO(parse_entry(name, entry, f.size - base, base, &t));
+        SRF_TRY_GO(srf__source_add(s, &t));
+    }
+    st = check_cover(s, first, base, f.size);
+cleanup:
+    json_decref(header);
+    srf__free(text);
+    return st;
+}
+
+srf_status srf__safetensors_read(struct srf_source *s, const char *path)
+{
+    int index;
+    SRF_TRY(srf__source_add_file(s, path, &index));
+    srf_status st = read_header(s, index);
+    if (st != SRF_OK) srf__error_prefix("%s", path);
+    return st;
+}
