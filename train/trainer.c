@@ -1,0 +1,273 @@
+#include "train/trainer.h"
+#include "infer/evaluate.h"
+#include "train/trainer_internal.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+/* Steps in a row without an update after which a run is beyond saving. */
+#define MAX_SKIPPED 10
+
+static double now(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+}
+
+/* ---- memory: one plan ---------------------------------------------------------------------- */
+
+static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
+                       const struct srf_checkpoint *teacher)
+{
+    struct srf_ctx *ctx = t->ctx;
+    const struct srf_train_config *c = &t->config;
+    enum srf_dtype acc = srf_ctx_acc(ctx);
+    SRF_TRY(srf_arena_create(ctx, &t->arena));
+    SRF_TRY(srf_model_create(ctx, &ck->config, &ck->attention, &t->model));
+    struct srf_model_plan p = {
+        .b = c->micro_batch, .t = c->seq_len, .train = true, .train_features = c->train_features};
+    SRF_TRY(srf_model_plan(t->model, t->arena, &p));
+    if (teacher) {
+        SRF_TRY(srf_model_create(ctx, &teacher->config, &teacher->attention, &t->teacher));
+        p = (struct srf_model_plan){
+            .b = c->micro_batch, .t = c->seq_len, .keep_attention = c->mse_weight > 0};
+        SRF_TRY(srf_model_plan(t->teacher, t->arena, &p));
+    }
+    t->n_params = t->model->table.total;
+    if (c->train_features) srf_model_features(t->model, &t->n_features);
+    int64_t n = t->n_params + t->n_features;
+    SRF_TRY(srf_arena_add(t->arena, "optimizer", "first moments", n, acc, &t->slot_m));
+    SRF_TRY(srf_arena_add(t->arena, "optimizer", "second moments", n, acc, &t->slot_v));
+    SRF_TRY(srf_arena_add(t->arena, "optimizer", "gradient norm", 1, acc, &t->slot_sumsq));
+    SRF_TRY(srf_arena_commit(t->arena));
+    SRF_TRY(srf_model_upload(t->model, ck));
+    if (teacher) SRF_TRY(srf_model_upload(t->teacher, teacher));
+    int64_t rows = c->micro_batch * (c->seq_len + 1);
+    SRF_TRY(SRF_ALLOC(t->window, c->seq_len + 1));
+    SRF_TRY(SRF_ALLOC(t->tokens, rows));
+    return SRF_ALLOC(t->targets, rows);
+}
+
+srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                              const struct srf_checkpoint *teacher,
+                              const struct srf_train_config *config, struct srf_tokenset *data,
+                              struct srf_tokenset *val, struct srf_trainer **out)
+{
+    *out = NULL;
+    SRF_TRY(srf_train_config_check(config));
+    SRF_FAIL_IF(config->seq_len > ck->config.n_pos, SRF_INVALID,
+                "sequences of %lld tokens: the model's learned positions end at %lld",
+                (long long)config->seq_len, (long long)ck->config.n_pos);
+    SRF_FAIL_IF(srf_tokenset_count(data) < config->seq_len + 1, SRF_INVALID,
+                "the training set has %lld tokens: one sequence needs %lld",
+                (long long)srf_tokenset_count(data), (long long)config->seq_len + 1);
+    SRF_FAIL_IF(srf_policy_needs_teacher(config) && !teacher, SRF_INVALID,
+                "distillation needs a teacher");
+    SRF_FAIL_IF(config->train_features && ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
+                "softmax attention has no features to train");
+    struct srf_trainer *t;
+    SRF_TRY(SRF_CALLOC(t, 1));
+    t->ctx = ctx;
+    t->config = *config;
+    t->data = data;
+    t->val = val;
+    t->first_draw = ck->attention.draw;
+    srf_status st = SRF_OK;
+    if (ck->tokenizer_json) {
+        t->tokenizer_json = srf__strdup(ck->tokenizer_json);
+        SRF_FAIL_GO_IF(!t->tokenizer_json, SRF_NOMEM, "out of memory: tokenizer");
+    }
+    SRF_TRY_GO(plan(t, ck, srf_policy_needs_teacher(config) ? teacher : NULL));
+    *out = t;
+cleanup:
+    if (st != SRF_OK) srf_trainer_free(t);
+    return st;
+}
+
+void srf_trainer_free(struct srf_trainer *t)
+{
+    if (!t) return;
+    srf_model_free(t->model);
+    srf_model_free(t->teacher);
+    srf_arena_free(t->arena);
+    srf__free(t->window);
+    srf__free(t->tokens);
+    srf__free(t->targets);
+    srf__free(t->tokenizer_json);
+    srf__free(t);
+}
+
+/* ---- one step ------------------------------------------------------------------------------ */
+
+/* Sequences [first, first + n) of a step: each starts anywhere, by (seed, step, sequence) alone. */
+static srf_status load_batch(struct srf_trainer *t, int64_t first, int64_t n)
+{
+    int64_t len = t->config.seq_len;
+    uint64_t starts = (uint64_t)(srf_tokenset_count(t->data) - len);
+    for (int64_t i = 0; i < n; i++) {
+        struct srf_rng rng =
+            srf_rng_at(t->config.seed, SRF_RNG_DATA, (uint64_t)t->step, (uint32_t)(first + i), 0);
+        int64_t start = (int64_t)srf_rng_below(&rng, starts);
+        SRF_TRY(srf_tokenset_read(t->data, start, len + 1, t->window));
+        memcpy(t->tokens + i * len, t->window, (size_t)len * sizeof *t->tokens);
+        memcpy(t->targets + i * len, t->window + 1, (size_t)len * sizeof *t->targets);
+    }
+    return SRF_OK;
+}
+
+/* Forward and backward of one micro-batch; sums go to out. */
+static srf_status micro_batch(struct srf_trainer *t, int64_t first, struct srf_train_metrics *out)
+{
+    const struct srf_train_config *c = &t->config;
+    struct srf_model *m = t->model;
+    double kl_weight = srf_policy_kl(c, t->step), mse_weight = srf_policy_mse(c, t->step);
+    double scale = 1.0 / (double)(c->batch * c->seq_len);
+    SRF_TRY(load_batch(t, first, c->micro_batch));
+    struct srf_batch batch = {.b = c->micro_batch, .t = c->seq_len, .tokens = t->tokens};
+    bool teach = kl_weight > 0 || mse_weight > 0;
+    if (teach) SRF_TRY(srf_model_forward(t->teacher, &batch));
+    SRF_TRY(srf_model_forward(m, &batch));
+    struct srf_loss_args loss = {.n = batch.b * batch.t,
+                                 .targets = t->targets,
+                                 .scale = scale,
+                                 .ce_weight = c->ce_weight,
+                                 .kl_weight = kl_weight,
+                                 .teacher = kl_weight > 0 ? t->teacher : NULL,
+                                 .backward = true};
+    SRF_TRY(srf_model_loss(m, &loss));
+    /* Mean over layers, rows and channels, as the loss is a mean over rows. */
+    m->attention_teacher = mse_weight > 0 ? t->teacher : NULL;
+    m->attention_scale = mse_weight * scale / (double)(m->config.n_layers * m->config.c);
+    SRF_TRY(srf_model_backward(m, &batch));
+    out->loss += loss.nll_sum * scale;
+    out->kl += loss.kl_sum * scale;
+    if (!m->attention_teacher) return SRF_OK;
+    double mse;
+    SRF_TRY(srf_model_take_attention_mse(m, &mse));
+    out->mse += mse * scale / (double)(m->config.n_layers * m->config.c);
+    return SRF_OK;
+}
+
+/* Redraw, or keep the draw, as the policy says for this step. */
+static srf_status set_features(struct srf_trainer *t)
+{
+    struct srf_model *m = t->model;
+    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
+    m->features_trained = t->config.train_features && srf_policy_frozen(&t->config, t->step);
+    uint64_t draw = t->first_draw + srf_policy_draw(&t->config, t->step);
+    if (draw == m->attention.draw) return SRF_OK;
+    m->attention.draw = draw;
+    return srf_model_draw(m);
+}
+
+/* One flat piece of parameters. at: its place in the moments. */
+static srf_status adamw(struct srf_trainer *t, void *param, const void *grad, int64_t at, int64_t n,
+                        bool decay)
+{
+    const struct srf_train_config *c = &t->config;
+    size_t size = srf_dtype_bytes(srf_ctx_acc(t->ctx));
+    return SRF_RUN(t->ctx, adamw, .n = n, .step = t->updates + 1, .lr = srf_policy_lr(c, t->step),
+                   .beta1 = c->beta1, .beta2 = c->beta2, .eps = c->eps,
+                   .weight_decay = decay ? c->weight_decay : 0, .grad_scale = 1,
+                   .max_norm = c->clip > 0 ? c->clip : INFINITY,
+                   .clip_sumsq = srf_arena_ptr(t->arena, t->slot_sumsq), .grad = grad,
+                   .param = param,
+                   .m = (char *)srf_arena_ptr(t->arena, t->slot_m) + (size_t)at * size,
+                   .v = (char *)srf_arena_ptr(t->arena, t->slot_v) + (size_t)at * size);
+}
+
+static srf_status grad_norm(struct srf_trainer *t, double *norm)
+{
+    struct srf_ctx *ctx = t->ctx;
+    void *sum = srf_arena_ptr(t->arena, t->slot_sumsq);
+    SRF_TRY(ctx->be->zero(ctx, sum, srf_dtype_bytes(srf_ctx_acc(ctx))));
+    SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_params, .x = srf_model_grad(t->model, 0), .sum = sum));
+    if (t->model->features_trained)
+        SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_features, .x = srf_model_features_grad(t->model),
+                        .sum = sum));
+    float value;
+    SRF_TRY(srf_download_f32(ctx, &value, sum, srf_ctx_acc(ctx), 1));
+    *norm = sqrt((double)value);
+    return SRF_OK;
+}
+
+static srf_status update(struct srf_trainer *t)
+{
+    const struct srf_model *m = t->model;
+    for (int64_t i = 0; i < m->table.n; i++) {
+        const struct srf_tensor *row = &m->table.rows[i];
+        SRF_TRY(adamw(t, srf_model_param(m, i), srf_model_grad(m, i), row->offset, row->count,
+                      row->decay));
+    }
+    if (!m->features_trained) return SRF_OK;
+    int64_t n;
+    void *w = srf_model_features(m, &n);
+    return adamw(t, w, srf_model_features_grad(m), t->n_params, n, false);
+}
+
+srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out)
+{
+    const struct srf_train_config *c = &t->config;
+    double start = now();
+    *out = (struct srf_train_metrics){0};
+    SRF_FAIL_IF(t->step >= c->steps, SRF_INVALID, "all %lld steps are done", (long long)c->steps);
+    SRF_TRY(set_features(t));
+    SRF_TRY(srf_model_zero_grads(t->model));
+    for (int64_t first = 0; first < c->batch; first += c->micro_batch)
+        SRF_TRY(micro_batch(t, first, out));
+    SRF_TRY(grad_norm(t, &out->grad_norm));
+    out->skipped = !isfinite(out->grad_norm) || !isfinite(out->loss);
+    if (!out->skipped) {
+        SRF_TRY(update(t));
+        t->updates++;
+        t->skipped = 0;
+    } else {
+        t->skipped++;
+        SRF_FAIL_IF(t->skipped >= MAX_SKIPPED, SRF_NONFINITE,
+                    "step %lld: loss or gradient not finite %d times in a row: lower --lr; the "
+                    "weights are those of step %lld",
+                    (long long)t->step + 1, MAX_SKIPPED, (long long)t->step + 1 - MAX_SKIPPED);
+    }
+    out->lr = srf_policy_lr(c, t->step);
+    out->draw = t->model->attention.draw;
+    t->step++;
+    out->step = t->step;
+    out->tokens = t->step * c->batch * c->seq_len;
+    out->tokens_per_s = (double)(c->batch * c->seq_len) / (now() - start);
+    return SRF_OK;
+}
+
+srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl)
+{
+    SRF_FAIL_IF(!t->val, SRF_INVALID, "there is no validation set");
+    struct srf_eval_config c = {.seq_len = t->config.seq_len,
+                                .batch = t->config.micro_batch,
+                                .max_tokens = t->config.eval_tokens};
+    struct srf_eval_result r;
+    SRF_TRY(srf_evaluate(t->model, t->val, &c, &r));
+    *ppl = r.ppl;
+    return SRF_OK;
+}
+
+int64_t srf_trainer_steps_done(const struct srf_trainer *t)
+{
+    return t->step;
+}
+
+const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t)
+{
+    return &t->config;
+}
+
+struct srf_model *srf_trainer_model(struct srf_trainer *t)
+{
+    return t->model;
+}
+
+void srf_trainer_describe_memory(const struct srf_trainer *t, char *buf, size_t size)
+{
+    srf_arena_describe(t->arena, buf, size);
+}

@@ -1,0 +1,174 @@
+/* A training run's checkpoint: the model as in model/checkpoint.h, and
+ *     /trainer    attributes settings (JSON), step, updates, first_draw
+ *     /optimizer  m, v (flat, in the order of the tensor table; then those of the features)
+ *     /teacher    params (flat), attention settings */
+#include "train/trainer_internal.h"
+
+#include <string.h>
+
+/* A checkpoint on the host with the model's present values; caller frees. */
+static srf_status download(const struct srf_trainer *t, const struct srf_model *m,
+                           enum srf_checkpoint_kind kind, struct srf_checkpoint **out)
+{
+    *out = NULL;
+    struct srf_checkpoint *ck;
+    srf_status st = SRF_OK;
+    SRF_TRY(SRF_CALLOC(ck, 1));
+    ck->kind = kind;
+    ck->config = m->config;
+    SRF_TRY_GO(srf_tensor_table_create(&m->config, &ck->table));
+    SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
+    SRF_TRY_GO(srf_model_download(m, ck));
+    if (t->tokenizer_json) {
+        ck->tokenizer_json = srf__strdup(t->tokenizer_json);
+        SRF_FAIL_GO_IF(!ck->tokenizer_json, SRF_NOMEM, "out of memory: tokenizer");
+    }
+    *out = ck;
+cleanup:
+    if (st != SRF_OK) srf_checkpoint_free(ck);
+    return st;
+}
+
+srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path)
+{
+    struct srf_checkpoint *ck;
+    SRF_TRY(download(t, t->model, SRF_CKPT_WEIGHTS, &ck));
+    srf_status st = srf_checkpoint_save(ck, path);
+    srf_checkpoint_free(ck);
+    return st;
+}
+
+static srf_status put_flat(struct srf_trainer *t, struct srf_h5 *f, const char *path,
+                           const void *values, enum srf_dtype type, int64_t n)
+{
+    float *host;
+    SRF_TRY(SRF_ALLOC(host, n));
+    srf_status st = srf_download_f32(t->ctx, host, values, type, n);
+    if (st == SRF_OK) st = srf_h5_put(f, path, SRF_F32, 1, &n, host);
+    srf__free(host);
+    return st;
+}
+
+static srf_status get_flat(struct srf_trainer *t, struct srf_h5 *f, const char *path, void *values,
+                           enum srf_dtype type, int64_t n)
+{
+    float *host;
+    SRF_TRY(SRF_ALLOC(host, n));
+    srf_status st = srf_h5_get(f, path, SRF_F32, 1, &n, host);
+    if (st == SRF_OK) st = srf_upload_f32(t->ctx, values, type, host, n);
+    srf__free(host);
+    return st;
+}
+
+static srf_status put_teacher(struct srf_trainer *t, struct srf_h5 *f)
+{
+    char *text;
+    SRF_TRY(put_flat(t, f, "/teacher/params", srf_model_param(t->teacher, 0), t->ctx->dtype,
+                     t->teacher->table.total));
+    SRF_TRY(srf_attention_to_json(&t->teacher->attention, &text));
+    srf_status st = srf_h5_put_str(f, "/teacher", "attention", text);
+    srf__free(text);
+    return st;
+}
+
+static srf_status put_trainer(struct srf_trainer *t, struct srf_h5 *f)
+{
+    int64_t n = t->n_params + t->n_features;
+    enum srf_dtype acc = srf_ctx_acc(t->ctx);
+    char *settings;
+    SRF_TRY(put_flat(t, f, "/optimizer/m", srf_arena_ptr(t->arena, t->slot_m), acc, n));
+    SRF_TRY(put_flat(t, f, "/optimizer/v", srf_arena_ptr(t->arena, t->slot_v), acc, n));
+    SRF_TRY(srf_train_config_to_json(&t->config, &settings));
+    srf_status st = srf_h5_put_str(f, "/trainer", "settings", settings);
+    srf__free(settings);
+    SRF_TRY(st);
+    SRF_TRY(srf_h5_put_i64(f, "/trainer", "step", t->step));
+    SRF_TRY(srf_h5_put_i64(f, "/trainer", "updates", t->updates));
+    SRF_TRY(srf_h5_put_i64(f, "/trainer", "first_draw", (int64_t)t->first_draw));
+    return t->teacher ? put_teacher(t, f) : SRF_OK;
+}
+
+srf_status srf_trainer_save(struct srf_trainer *t, const char *path)
+{
+    struct srf_checkpoint *ck;
+    struct srf_h5 *f = NULL;
+    SRF_TRY(download(t, t->model, SRF_CKPT_TRAINING, &ck));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(srf_h5_create(path, &f));
+    SRF_TRY_GO(srf_checkpoint_put(ck, f));
+    SRF_TRY_GO(put_trainer(t, f));
+    st = srf_h5_commit(f);
+    f = NULL;
+cleanup:
+    srf_h5_close(f);
+    srf_checkpoint_free(ck);
+    return st;
+}
+
+/* The teacher shares the student's config; its own weights and attention. */
+static srf_status get_teacher(struct srf_h5 *f, const struct srf_checkpoint *student,
+                              struct srf_checkpoint **out)
+{
+    *out = NULL;
+    struct srf_checkpoint *ck;
+    char *text = NULL;
+    srf_status st = SRF_OK;
+    SRF_TRY(SRF_CALLOC(ck, 1));
+    ck->config = student->config;
+    SRF_TRY_GO(srf_tensor_table_create(&ck->config, &ck->table));
+    SRF_TRY_GO(SRF_ALLOC(ck->params, ck->table.total));
+    SRF_TRY_GO(srf_h5_get(f, "/teacher/params", SRF_F32, 1, &ck->table.total, ck->params));
+    SRF_TRY_GO(srf_h5_get_str(f, "/teacher", "attention", &text));
+    SRF_TRY_GO(srf_attention_from_json(text, &ck->attention));
+    *out = ck;
+cleanup:
+    srf__free(text);
+    if (st != SRF_OK) srf_checkpoint_free(ck);
+    return st;
+}
+
+static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
+{
+    int64_t n = t->n_params + t->n_features, first_draw;
+    enum srf_dtype acc = srf_ctx_acc(t->ctx);
+    SRF_TRY(get_flat(t, f, "/optimizer/m", srf_arena_ptr(t->arena, t->slot_m), acc, n));
+    SRF_TRY(get_flat(t, f, "/optimizer/v", srf_arena_ptr(t->arena, t->slot_v), acc, n));
+    SRF_TRY(srf_h5_get_i64(f, "/trainer", "step", &t->step));
+    SRF_TRY(srf_h5_get_i64(f, "/trainer", "updates", &t->updates));
+    SRF_TRY(srf_h5_get_i64(f, "/trainer", "first_draw", &first_draw));
+    t->first_draw = (uint64_t)first_draw;
+    SRF_FAIL_IF(t->step < 0 || t->step > t->config.steps || t->updates < 0 || t->updates > t->step,
+                SRF_FORMAT, "/trainer: step %lld with %lld updates of %lld steps",
+                (long long)t->step, (long long)t->updates, (long long)t->config.steps);
+    return SRF_OK;
+}
+
+srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,
+                              struct srf_tokenset *val, struct srf_trainer **out)
+{
+    *out = NULL;
+    struct srf_checkpoint *ck = NULL, *teacher = NULL;
+    struct srf_h5 *f = NULL;
+    struct srf_trainer *t = NULL;
+    struct srf_train_config config;
+    char *settings = NULL;
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(srf_checkpoint_load(path, NULL, &ck));
+    SRF_FAIL_GO_IF(ck->kind != SRF_CKPT_TRAINING, SRF_INVALID,
+                   "%s: not a training checkpoint: a run's is called last.h5", path);
+    SRF_TRY_GO(srf_h5_open(path, &f));
+    SRF_TRY_GO(srf_h5_get_str(f, "/trainer", "settings", &settings));
+    SRF_TRY_GO(srf_train_config_from_json(settings, &config));
+    if (srf_h5_has(f, "/teacher")) SRF_TRY_GO(get_teacher(f, ck, &teacher));
+    SRF_TRY_GO(srf_trainer_create(ctx, ck, teacher, &config, data, val, &t));
+    SRF_TRY_GO(get_trainer(t, f));
+    *out = t;
+    t = NULL;
+cleanup:
+    srf_trainer_free(t);
+    srf__free(settings);
+    srf_h5_close(f);
+    srf_checkpoint_free(teacher);
+    srf_checkpoint_free(ck);
+    return st;
+}

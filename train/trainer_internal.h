@@ -1,0 +1,20 @@
+/* Inside train/: the trainer's fields, shared by the step (trainer.c), its files (trainer_file.c) and
+ * the loop (run.c). */
+#pragma once
+#include "train/trainer.h"
+
+struct srf_trainer {
+    struct srf_ctx *ctx;
+    struct srf_train_config config;
+    struct srf_tokenset *data, *val; /* not owned; val may be NULL */
+    struct srf_arena *arena;
+    struct srf_model *model, *teacher; /* teacher: NULL without distillation */
+    char *tokenizer_json;              /* or NULL */
+    int64_t n_params, n_features;   /* elements under the optimizer; n_features 0 = not trained */
+    int slot_m, slot_v, slot_sumsq; /* moments of parameters, then of features */
+    int64_t step;                   /* steps done */
+    int64_t updates;                /* of them, those that changed the weights */
+    int skipped;                    /* in a row */
+    uint64_t first_draw;            /* draw index of step 0 */
+    int32_t *window, *tokens, *targets;
+};
