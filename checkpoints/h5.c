@@ -48,11 +48,26 @@ struct srf__reason srf__h5_why(void)
 
 static void forget(struct srf_h5 *f)
 {
-    if (f->sync_fd >= 0) close(f->sync_fd);
+    if (f->out.fd >= 0) close(f->out.fd);
     if (f->temp) unlink(f->temp); /* gone already after a rename */
     srf__free(f->path);
     srf__free(f->temp);
     srf__free(f);
+}
+
+static srf_status new_handle(const char *path, struct srf_h5 **out)
+{
+    struct srf_h5 *f;
+    SRF_TRY(SRF_CALLOC(f, 1));
+    f->file = H5I_INVALID_HID;
+    f->out.fd = -1;
+    f->path = srf__strdup(path);
+    if (!f->path) {
+        forget(f);
+        SRF_FAIL(SRF_NOMEM, "out of memory");
+    }
+    *out = f;
+    return SRF_OK;
 }
 
 static hid_t file_access(void)
@@ -68,43 +83,36 @@ static srf_status create(const char *path, struct srf_h5 **out)
 {
     srf_status st = SRF_OK;
     struct srf_h5 *f = NULL;
-    hid_t fapl = H5I_INVALID_HID, fcpl = H5I_INVALID_HID;
+    hid_t fapl = H5I_INVALID_HID, fcpl = H5I_INVALID_HID, driver = H5I_INVALID_HID;
     SRF_FAIL_IF(path[0] == '\0', SRF_INVALID, "the output path is empty");
-    SRF_TRY_GO(SRF_CALLOC(f, 1));
-    f->sync_fd = -1;
-    f->file = H5I_INVALID_HID;
-    f->path = srf__strdup(path);
-    SRF_FAIL_GO_IF(!f->path, SRF_NOMEM, "out of memory");
+    SRF_TRY(new_handle(path, &f));
     SRF_TRY_GO(srf__temp_name(path, &f->temp));
     unlink(f->temp); /* of a process that had our pid and was killed */
+    f->out.fd = open(f->temp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    SRF_FAIL_GO_IF(f->out.fd < 0, SRF_IO, "%s: %s", path, strerror(errno));
     fapl = file_access();
+    driver = srf__h5_driver(fapl, &f->out);
     fcpl = H5Pcreate(H5P_FILE_CREATE);
     H5Pset_link_creation_order(fcpl, H5P_CRT_ORDER_TRACKED | H5P_CRT_ORDER_INDEXED);
-    f->file = H5Fcreate(f->temp, H5F_ACC_EXCL, fcpl, fapl);
+    if (driver >= 0) f->file = H5Fcreate(f->temp, H5F_ACC_TRUNC, fcpl, fapl);
     SRF_FAIL_GO_IF(f->file < 0, SRF_IO, "%s: %s", path, srf__h5_why().text);
-    f->sync_fd = open(f->temp, O_RDONLY | O_CLOEXEC);
-    SRF_FAIL_GO_IF(f->sync_fd < 0, SRF_IO, "%s: %s", path, strerror(errno));
     *out = f;
     f = NULL;
 cleanup:
     if (fapl >= 0) H5Pclose(fapl);
     if (fcpl >= 0) H5Pclose(fcpl);
-    if (f) {
-        if (f->file >= 0) H5Fclose(f->file);
-        forget(f);
-    }
+    if (driver >= 0) H5FDunregister(driver);
+    if (f) forget(f);
     return st;
 }
 
 static srf_status commit(struct srf_h5 *f)
 {
     srf_status st = SRF_OK;
-    if (H5Fflush(f->file, H5F_SCOPE_GLOBAL) < 0)
-        st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s", f->path, srf__h5_why().text);
-    if (H5Fclose(f->file) < 0 && st == SRF_OK)
-        st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s", f->path, srf__h5_why().text);
-    if (st != SRF_OK) goto cleanup;
-    SRF_FAIL_GO_IF(fsync(f->sync_fd) != 0, SRF_IO, "%s: %s", f->path, strerror(errno));
+    herr_t closed = H5Fclose(f->file);
+    SRF_TRY_GO(srf__h5_check(f));
+    SRF_FAIL_GO_IF(closed < 0, SRF_IO, "%s: %s", f->path, srf__h5_why().text);
+    SRF_FAIL_GO_IF(fsync(f->out.fd) != 0, SRF_IO, "%s: %s", f->path, strerror(errno));
     SRF_FAIL_GO_IF(rename(f->temp, f->path) != 0, SRF_IO, "%s: %s", f->path, strerror(errno));
     st = srf__sync_dir_of(f->path);
 cleanup:
@@ -125,11 +133,8 @@ static srf_status open_file(const char *path, struct srf_h5 **out)
     SRF_TRY_GO(srf__file_read(&raw, 0, head, sizeof head));
     SRF_FAIL_GO_IF(memcmp(head, magic, sizeof magic) != 0, SRF_FORMAT, "%s: not an HDF5 file",
                    path);
-    SRF_TRY_GO(SRF_CALLOC(f, 1));
-    f->sync_fd = -1;
+    SRF_TRY_GO(new_handle(path, &f));
     f->size = raw.size;
-    f->path = srf__strdup(path);
-    SRF_FAIL_GO_IF(!f->path, SRF_NOMEM, "out of memory");
     fapl = file_access();
     f->file = H5Fopen(path, H5F_ACC_RDONLY, fapl);
     SRF_FAIL_GO_IF(f->file < 0, SRF_FORMAT, "%s: broken HDF5 file: %s", path, srf__h5_why().text);
@@ -236,6 +241,7 @@ static srf_status put_attr(struct srf_h5 *f, const char *object, const char *nam
                        object, srf__h5_why().text);
     if (attr >= 0) H5Aclose(attr);
     H5Sclose(space);
+    SRF_TRY(srf__h5_check(f));
     return st;
 }
 

@@ -100,6 +100,7 @@ static srf_status put(struct srf_h5 *f, const char *path, hid_t type, int ndim,
         st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s: %s", f->path, path, srf__h5_why().text);
     if (set >= 0) H5Dclose(set);
     if (space >= 0) H5Sclose(space);
+    SRF_TRY(srf__h5_check(f));
     return st;
 }
 

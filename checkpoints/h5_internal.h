@@ -4,12 +4,24 @@
 
 #include <hdf5.h>
 
+/* The file below an HDF5 file being written. */
+struct srf__h5_out {
+    int fd;
+    int error; /* errno of the first write that failed, or 0 */
+};
+
 struct srf_h5 {
     hid_t file;
     char *path, *temp; /* temp: NULL for a file being read */
-    int sync_fd;       /* of the file being written, for its fsync after HDF5 closed it */
-    int64_t size;      /* of the file being read */
+    struct srf__h5_out out;
+    int64_t size; /* of the file being read */
 };
+
+/* Makes the file of `fapl` be written through out, which must outlive it. H5FDunregister the result
+ * (negative on failure) once the file is open. */
+hid_t srf__h5_driver(hid_t fapl, struct srf__h5_out *out);
+/* SRF_IO with the system's reason if a write of f has failed. */
+srf_status srf__h5_check(struct srf_h5 *f);
 
 /* Every public function: switch HDF5's printing off, do the work, restore it. */
 struct srf__hush {
