@@ -1,8 +1,13 @@
-#include "cli/cli.h"
+#include "cli/training.h"
 
 int cmd_train(int argc, char **argv)
 {
-    (void)argc;
-    (void)argv;
-    return cli_usage_error("train: not built yet");
+    struct cli_training defaults = {
+        .name = "train",
+        .usage = "srf train --model M.h5 | --init CONFIG.json --data D.h5 --out DIR [options]",
+        .about = "Train a model with the attention it has (softmax from scratch). Writes\n"
+                 "DIR/metrics.jsonl, DIR/last.h5 (to resume from) and DIR/model.h5.",
+        .config = srf_train_defaults(),
+    };
+    return cli_training(argc, argv, &defaults);
 }

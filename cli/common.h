@@ -1,0 +1,87 @@
+/* What several commands share: the device, a model's tokenizer and data, attention options, SIGINT. */
+#pragma once
+#include "cli/cli.h"
+#include "data/tokenset.h"
+#include "model/checkpoint.h"
+
+/* --device, --threads, --dtype */
+struct cli_device {
+    const char *device, *dtype;
+    int64_t threads;
+};
+#define CLI_DEVICE_DEFAULT ((struct cli_device){.device = "auto", .dtype = "f32"})
+#define CLI_DEVICE_OPTIONS(d)                                                                      \
+    {"device", 0, CLI_STRING, &(d).device, "NAME", "auto, cpu or cuda (auto)", 0, 0},              \
+        {"threads", 0, CLI_INT, &(d).threads, "N", "CPU threads (all)", 0, 4096},                  \
+    {                                                                                              \
+        "dtype", 0, CLI_STRING, &(d).dtype, "T", "f32, or f64 for checks on the CPU (f32)", 0, 0   \
+    }
+srf_status cli_open_device(const struct cli_device *d, struct srf_ctx **out);
+
+/* --attention and what belongs to it. Values that were not given keep those of the model. */
+struct cli_attention {
+    const char *kind, *features, *rotation;
+    int64_t m, window;
+    double oprf_a;
+    bool share_heads, normalize_rows;
+    uint64_t seed, draw;
+};
+#define CLI_NONE INT64_MIN
+#define CLI_ATTENTION_DEFAULT                                                                      \
+    ((struct cli_attention){                                                                       \
+        .m = CLI_NONE, .window = CLI_NONE, .oprf_a = 1, .seed = UINT64_MAX, .draw = UINT64_MAX})
+#define CLI_ATTENTION_OPTIONS(a)                                                                   \
+    {"attention", 0, CLI_STRING, &(a).kind, "KIND", "softmax or srf (the model's own)", 0, 0},     \
+        {"m", 'm', CLI_INT, &(a).m, "N", "random features a head (64)", 1, 65536},                 \
+        {"window", 'W',                                                                            \
+         CLI_INT,  &(a).window,                                                                    \
+         "N",      "block of N tokens attended exactly, with the one before it; 0 = pure SRF",     \
+         0,        65536},                                                                         \
+        {"features", 0,                                                                            \
+         CLI_STRING, &(a).features,                                                                \
+         "KIND",     "iid, orthogonal, simplex or simplex+ (simplex)",                             \
+         0,          0},                                                                           \
+        {"rotation", 0, CLI_STRING, &(a).rotation, "KIND", "haar, or hd: the fast draw (haar)",    \
+         0,          0},                                                                           \
+        {"share-heads",                                                                            \
+         0,                                                                                        \
+         CLI_FLAG,                                                                                 \
+         &(a).share_heads,                                                                         \
+         NULL,                                                                                     \
+         "one draw a layer, not one a head",                                                       \
+         0,                                                                                        \
+         0},                                                                                       \
+        {"normalize-rows",                                                                         \
+         0,                                                                                        \
+         CLI_FLAG,                                                                                 \
+         &(a).normalize_rows,                                                                      \
+         NULL,                                                                                     \
+         "unit-norm projections: biased, for comparisons",                                         \
+         0,                                                                                        \
+         0},                                                                                       \
+        {"oprf-a", 0, CLI_DOUBLE, &(a).oprf_a, "A", "OPRF parameter, <= 0 (0)", -1e6, 1},          \
+        {"draw", 0, CLI_U64, &(a).draw, "N", "index of the draw (the model's own)", 0, 0},         \
+    {                                                                                              \
+        "features-seed", 0, CLI_U64, &(a).seed, "N", "seed of the draws (the model's own)", 0, 0   \
+    }
+/* Apply to the model's own settings; SRF_INVALID names a wrong one. */
+srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
+                             struct srf_attention_config *attention);
+
+/* The tokenizer inside a checkpoint; SRF_INVALID if it has none (needed: what for). */
+srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for,
+                         struct srf_bpe **out);
+/* --data for a model: token set, llm.c shards, .npy, or text with the model's tokenizer. The tokenizer, if there is
+ * one, is left in *bpe for the caller to free after the set. */
+srf_status cli_open_data(const char *path, const struct srf_checkpoint *ck, struct srf_bpe **bpe,
+                         struct srf_tokenset **out);
+
+/* A whole text file (a config.json); srf__free. */
+srf_status cli_read_text(const char *path, char **text);
+
+/* SIGINT and SIGTERM set a flag instead of ending the process; the second one ends it. */
+void cli_catch_signals(void);
+bool cli_interrupted(void);
+
+/* Print a string as a JSON string literal, quotes included. */
+void cli_json_string(FILE *to, const char *text, size_t n);

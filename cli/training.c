@@ -1,0 +1,283 @@
+#include "cli/training.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct inputs {
+    const char *model, *init, *tokenizer, *data, *val, *out, *teacher;
+    bool resume, quiet, json;
+    double min_lr;
+    int64_t seq_len, micro_batch;
+    struct cli_device device;
+    struct cli_attention attention;
+    struct srf_train_config config;
+};
+
+/* Everything a run holds, freed in one place. */
+struct run {
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck, *teacher;
+    struct srf_bpe *bpe, *val_bpe;
+    struct srf_tokenset *data, *val;
+    struct srf_trainer *trainer;
+};
+
+static void free_run(struct run *r)
+{
+    srf_trainer_free(r->trainer);
+    srf_tokenset_close(r->data);
+    srf_tokenset_close(r->val);
+    srf_bpe_free(r->bpe);
+    srf_bpe_free(r->val_bpe);
+    srf_checkpoint_free(r->ck);
+    srf_checkpoint_free(r->teacher);
+    srf_ctx_free(r->ctx);
+}
+
+/* A fresh model of a config.json, with the tokenizer it is to be used with. */
+static srf_status init_model(const struct inputs *in, struct srf_checkpoint **out)
+{
+    char *config = NULL;
+    struct srf_bpe *bpe = NULL;
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(cli_read_text(in->init, &config));
+    SRF_TRY_GO(srf_checkpoint_init(config, in->config.seed, out));
+    if (!in->tokenizer) goto cleanup;
+    SRF_TRY_GO(srf_bpe_load(in->tokenizer, &bpe));
+    SRF_FAIL_GO_IF(srf_bpe_vocab_size(bpe) > (*out)->config.vocab, SRF_MISMATCH,
+                   "the tokenizer has %lld tokens, the model's vocabulary %lld",
+                   (long long)srf_bpe_vocab_size(bpe), (long long)(*out)->config.vocab);
+    SRF_TRY_GO(srf_bpe_to_json(bpe, &(*out)->tokenizer_json));
+cleanup:
+    srf__free(config);
+    srf_bpe_free(bpe);
+    return st;
+}
+
+static srf_status open_start(const struct cli_training *defaults, struct inputs *in, struct run *r)
+{
+    if (in->init)
+        SRF_TRY(init_model(in, &r->ck));
+    else
+        SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
+    struct srf_attention_config before = r->ck->attention;
+    if (defaults->swap && before.kind == SRF_ATTN_SOFTMAX) {
+        r->ck->attention = defaults->attention;
+        r->ck->attention.seed = in->config.seed;
+    }
+    SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
+                              &r->ck->attention));
+    if (!srf_policy_needs_teacher(&in->config)) return SRF_OK;
+    /* The teacher: named, or the model itself as it came, with softmax. */
+    const char *path = in->teacher ? in->teacher : in->model;
+    SRF_FAIL_IF(!path, SRF_INVALID, "distillation from scratch needs --teacher");
+    SRF_TRY(srf_checkpoint_load(path, NULL, &r->teacher));
+    SRF_FAIL_IF(r->teacher->config.vocab != r->ck->config.vocab ||
+                    r->teacher->table.total != r->ck->table.total,
+                SRF_MISMATCH, "the teacher %s has another shape than the model", path);
+    if (!in->teacher) r->teacher->attention.kind = SRF_ATTN_SOFTMAX;
+    return SRF_OK;
+}
+
+static srf_status open_run(const struct cli_training *defaults, struct inputs *in, struct run *r)
+{
+    SRF_TRY(cli_open_device(&in->device, &r->ctx));
+    char last[4096];
+    if (in->resume) {
+        snprintf(last, sizeof last, "%s/last.h5", in->out);
+        SRF_TRY(srf_checkpoint_load(last, NULL, &r->ck));
+    } else {
+        SRF_TRY(open_start(defaults, in, r));
+    }
+    SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
+    if (in->val) SRF_TRY(cli_open_data(in->val, r->ck, &r->val_bpe, &r->val));
+    if (in->resume) return srf_trainer_resume(r->ctx, last, r->data, r->val, &r->trainer);
+    struct srf_train_config *c = &in->config;
+    if (in->seq_len != CLI_NONE)
+        c->seq_len = in->seq_len;
+    else
+        c->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;
+    if (in->micro_batch != CLI_NONE) {
+        c->micro_batch = in->micro_batch;
+    } else {
+        /* About 2048 tokens at once: large enough for the matrix products, small enough for the
+         * caches. */
+        c->micro_batch = 2048 / c->seq_len < 1 ? 1 : 2048 / c->seq_len;
+        while (c->batch % c->micro_batch) c->micro_batch--;
+    }
+    c->min_lr = isnan(in->min_lr) ? c->lr / 10 : in->min_lr;
+    return srf_trainer_create(r->ctx, r->ck, r->teacher, c, r->data, r->val, &r->trainer);
+}
+
+/* ---- progress ------------------------------------------------------------------------------ */
+
+struct report {
+    struct cli_progress progress;
+    const struct srf_train_config *config;
+    double loss; /* smoothed */
+    int64_t first_step;
+};
+
+static void on_step(void *user, const struct srf_train_metrics *m, double val_ppl)
+{
+    struct report *p = user;
+    if (isfinite(m->loss)) p->loss = p->loss > 0 ? 0.9 * p->loss + 0.1 * m->loss : m->loss;
+    char note[160];
+    snprintf(note, sizeof note, "step %lld/%lld  loss %.4f  grad %.2f  %.0f tokens/s",
+             (long long)m->step, (long long)p->config->steps, p->loss, m->grad_norm,
+             m->tokens_per_s);
+    cli_progress_update(&p->progress, (double)(m->step - p->first_step),
+                        (double)(p->config->steps - p->first_step), note);
+    if (m->skipped && !p->progress.quiet) {
+        cli_progress_end(&p->progress);
+        fprintf(stderr, "srf: step %lld: loss or gradient not finite: nothing updated\n",
+                (long long)m->step);
+    }
+    if (val_ppl > 0 && !p->progress.quiet) {
+        cli_progress_end(&p->progress);
+        fprintf(stderr, "step %lld: loss %.4f, validation perplexity %.3f\n", (long long)m->step,
+                p->loss, val_ppl);
+    }
+}
+
+static bool on_stop(void *user)
+{
+    (void)user;
+    return cli_interrupted();
+}
+
+static void print_start(const struct cli_training *d, const struct inputs *in, struct run *r)
+{
+    const struct srf_train_config *c = srf_trainer_config(r->trainer);
+    struct srf_model *m = srf_trainer_model(r->trainer);
+    char attention[200], memory[400];
+    srf_attention_describe(&m->attention, attention, sizeof attention);
+    srf_trainer_describe_memory(r->trainer, memory, sizeof memory);
+    fprintf(stderr, "%s: %.1fM parameters, attention %s\n", d->name, (double)m->table.total * 1e-6,
+            attention);
+    fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads; %s\n",
+            (long long)c->steps, (long long)c->batch, (long long)c->seq_len,
+            (long long)c->micro_batch, r->ctx->be->name, r->ctx->n_threads, memory);
+    if (srf_trainer_steps_done(r->trainer))
+        fprintf(stderr, "resumed after step %lld from %s/last.h5\n",
+                (long long)srf_trainer_steps_done(r->trainer), in->out);
+}
+
+static int run(const struct cli_training *defaults, struct inputs *in)
+{
+    struct run r = {0};
+    srf_status st = open_run(defaults, in, &r);
+    if (st != SRF_OK) {
+        free_run(&r);
+        return cli_fail();
+    }
+    if (!in->quiet) print_start(defaults, in, &r);
+    struct report report = {.config = srf_trainer_config(r.trainer),
+                            .first_step = srf_trainer_steps_done(r.trainer)};
+    cli_progress_start(&report.progress, defaults->name, in->quiet);
+    cli_catch_signals();
+    double start = cli_now(), val_ppl = 0;
+    struct srf_run_hooks hooks = {.user = &report, .step = on_step, .stop = on_stop};
+    st = srf_trainer_run(r.trainer, in->out, &hooks, &val_ppl);
+    cli_progress_end(&report.progress);
+    int code = EXIT_OK;
+    if (st == SRF_INTERRUPTED) {
+        fprintf(stderr, "srf: %s\nsrf: go on with: srf %s --resume --data %s%s%s --out %s\n",
+                srf_error_message(), defaults->name, in->data, in->val ? " --val " : "",
+                in->val ? in->val : "", in->out);
+        code = EXIT_FAILED;
+    } else if (st != SRF_OK) {
+        code = cli_fail();
+    } else if (in->json) {
+        printf("{\"model\": ");
+        char path[4200];
+        int n = snprintf(path, sizeof path, "%s/model.h5", in->out);
+        cli_json_string(stdout, path, (size_t)n);
+        printf(", \"steps\": %lld, \"loss\": %.9g, \"val_ppl\": %.9g, \"seconds\": %.3f}\n",
+               (long long)report.config->steps, report.loss, val_ppl, cli_now() - start);
+    } else {
+        printf("%s: %lld steps in %.1f s, loss %.4f", defaults->name,
+               (long long)report.config->steps, cli_now() - start, report.loss);
+        if (val_ppl > 0) printf(", validation perplexity %.3f", val_ppl);
+        printf("; model in %s/model.h5\n", in->out);
+    }
+    free_run(&r);
+    return code;
+}
+
+int cli_training(int argc, char **argv, const struct cli_training *defaults)
+{
+    struct inputs in = {.device = CLI_DEVICE_DEFAULT,
+                        .attention = CLI_ATTENTION_DEFAULT,
+                        .config = defaults->config,
+                        .min_lr = NAN,
+                        .seq_len = CLI_NONE,
+                        .micro_batch = CLI_NONE};
+    struct srf_train_config *c = &in.config;
+    const struct cli_option options[] = {
+        {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint to start from (any format)", 0, 0},
+        {"init", 0, CLI_STRING, &in.init, "CONFIG", "config.json of a model from scratch", 0, 0},
+        {"tokenizer", 0, CLI_STRING, &in.tokenizer, "PATH", "with --init: its tokenizer", 0, 0},
+        {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
+         0},
+        {"val", 0, CLI_STRING, &in.val, "PATH", "validation data, same forms", 0, 0},
+        {"out", 'o', CLI_STRING, &in.out, "DIR", "directory of the run", 0, 0},
+        {"resume", 0, CLI_FLAG, &in.resume, NULL, "go on from DIR/last.h5, settings included", 0,
+         0},
+        {"steps", 0, CLI_INT, &c->steps, "N", "optimizer steps", 1, 1e12},
+        {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step (32)", 1, 1e6},
+        {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
+         "sequences at once; sets the memory (about 2048 tokens)", 1, 1e6},
+        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a sequence (the model's, up to 1024)", 1,
+         1 << 24},
+        {"lr", 0, CLI_DOUBLE, &c->lr, "X", "peak learning rate (1e-3)", 0, 10},
+        {"min-lr", 0, CLI_DOUBLE, &in.min_lr, "X", "learning rate at the end (lr / 10)", 0, 10},
+        {"warmup", 0, CLI_INT, &c->warmup, "N", "steps of linear warm-up", 0, 1e12},
+        {"weight-decay", 0, CLI_DOUBLE, &c->weight_decay, "X", "decoupled weight decay", 0, 100},
+        {"beta1", 0, CLI_DOUBLE, &c->beta1, "X", "AdamW (0.9)", 0, 0.999999},
+        {"beta2", 0, CLI_DOUBLE, &c->beta2, "X", "AdamW (0.95)", 0, 0.99999999},
+        {"clip", 0, CLI_DOUBLE, &c->clip, "X", "largest gradient norm; 0 = off (1)", 0, 1e30},
+        CLI_ATTENTION_OPTIONS(in.attention),
+        {"redraw-every", 0, CLI_INT, &c->redraw_every, "N",
+         "steps between draws of the features; 0 = never", 0, 1e12},
+        {"freeze-at", 0, CLI_DOUBLE, &c->freeze_at, "F",
+         "part of the run after which the draw stays", 0, 1},
+        {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
+         "train the features once they are frozen", 0, 0},
+        {"ce", 0, CLI_DOUBLE, &c->ce_weight, "X", "weight of the cross entropy (1)", 0, 1e9},
+        {"kl", 0, CLI_DOUBLE, &c->kl_weight, "X", "weight of KL(teacher || student) of the logits",
+         0, 1e9},
+        {"kl-from", 0, CLI_DOUBLE, &c->kl_from, "F", "part of the run where KL starts (0)", 0, 1},
+        {"kl-to", 0, CLI_DOUBLE, &c->kl_to, "F", "... and ends (1)", 0, 1},
+        {"mse", 0, CLI_DOUBLE, &c->mse_weight, "X",
+         "weight of the attention outputs' squared error", 0, 1e9},
+        {"mse-from", 0, CLI_DOUBLE, &c->mse_from, "F", "part of the run where MSE starts (0)", 0,
+         1},
+        {"mse-to", 0, CLI_DOUBLE, &c->mse_to, "F", "... and ends (1)", 0, 1},
+        {"teacher", 0, CLI_STRING, &in.teacher, "PATH", "teacher (the model itself, with softmax)",
+         0, 0},
+        {"seed", 0, CLI_U64, &c->seed, "N", "of the data order and the draws (0)", 0, 0},
+        {"log-every", 0, CLI_INT, &c->log_every, "N", "steps between lines of metrics.jsonl (1)", 0,
+         1e12},
+        {"eval-every", 0, CLI_INT, &c->eval_every, "N", "steps between evaluations; 0 = at the end",
+         0, 1e12},
+        {"eval-tokens", 0, CLI_INT, &c->eval_tokens, "N",
+         "most tokens of an evaluation; 0 = all (65536)", 0, 1e15},
+        {"save-every", 0, CLI_INT, &c->save_every, "N", "steps between saves (100)", 0, 1e12},
+        CLI_DEVICE_OPTIONS(in.device),
+        {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {0}};
+    int code;
+    if (!cli_parse(argc, argv, defaults->usage, defaults->about, options, NULL, 0, 0, NULL, NULL,
+                   &code))
+        return code;
+    if (!in.data || !in.out) return cli_usage_error("%s needs --data and --out", defaults->name);
+    if (!in.resume && !in.model == !in.init)
+        return cli_usage_error("%s needs one of --model, --init and --resume", defaults->name);
+    if (in.resume && (in.model || in.init))
+        return cli_usage_error("--resume takes the model from the run's own last.h5");
+    if (in.tokenizer && !in.init) return cli_usage_error("--tokenizer belongs to --init");
+    return run(defaults, &in);
+}
