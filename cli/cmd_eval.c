@@ -1,8 +1,186 @@
-#include "cli/cli.h"
+/* srf eval: perplexity, in the parallel or the recurrent form. */
+#include "checkpoints/h5.h"
+#include "cli/common.h"
+#include "infer/evaluate.h"
+
+#include <math.h>
+#include <string.h>
+
+struct inputs {
+    const char *model, *data, *mode, *per_token;
+    int64_t seq_len, batch, max_tokens;
+    bool json, quiet, logits;
+    struct cli_device device;
+    struct cli_attention attention;
+};
+
+struct run {
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_bpe *bpe;
+    struct srf_tokenset *data;
+    struct srf_arena *arena;
+    struct srf_model *model;
+    struct cli_progress progress;
+    /* --per-token: whole windows gathered for the file */
+    int64_t windows, len;
+    float *nll, *logits;
+};
+
+static void free_run(struct run *r)
+{
+    srf_model_free(r->model);
+    srf_arena_free(r->arena);
+    srf_tokenset_close(r->data);
+    srf_bpe_free(r->bpe);
+    srf_checkpoint_free(r->ck);
+    srf_ctx_free(r->ctx);
+    srf__free(r->nll);
+    srf__free(r->logits);
+}
+
+static void on_progress(void *user, int64_t done, int64_t total)
+{
+    struct run *r = user;
+    cli_progress_update(&r->progress, (double)done, (double)total, "");
+}
+
+/* Whole windows only: a file of a fixed shape has no place for the shorter last one. */
+static srf_status on_rows(void *user, int64_t first, int64_t n, int64_t len, const float *nll,
+                          const float *logits)
+{
+    struct run *r = user;
+    if (len != r->len) return SRF_OK;
+    int64_t vocab = r->model->config.vocab;
+    memcpy(r->nll + first * (len - 1), nll, (size_t)(n * (len - 1)) * sizeof *nll);
+    if (logits)
+        memcpy(r->logits + first * len * vocab, logits, (size_t)(n * len * vocab) * sizeof *logits);
+    return SRF_OK;
+}
+
+static srf_status write_per_token(const struct run *r, const char *path)
+{
+    struct srf_h5 *f;
+    SRF_TRY(srf_h5_create(path, &f));
+    int64_t nll[2] = {r->windows, r->len - 1};
+    int64_t logits[3] = {r->windows, r->len, r->model->config.vocab};
+    srf_status st = srf_h5_put(f, "/nll", SRF_F32, 2, nll, r->nll);
+    if (st == SRF_OK && r->logits) st = srf_h5_put(f, "/logits", SRF_F32, 3, logits, r->logits);
+    if (st == SRF_OK) return srf_h5_commit(f);
+    srf_h5_close(f);
+    return st;
+}
+
+static srf_status open_run(struct inputs *in, struct run *r)
+{
+    SRF_TRY(cli_open_device(&in->device, &r->ctx));
+    SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
+    struct srf_attention_config a = r->ck->attention;
+    SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads, &a));
+    SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
+    if (in->seq_len == CLI_NONE)
+        in->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;
+    bool recurrent = strcmp(in->mode, "recurrent") == 0;
+    SRF_FAIL_IF(recurrent && a.kind != SRF_ATTN_SRF, SRF_INVALID,
+                "--mode recurrent needs SRF attention; this model has softmax");
+    SRF_FAIL_IF(in->seq_len > r->ck->config.n_pos, SRF_INVALID,
+                "--seq-len %lld: the model's learned positions end at %lld", (long long)in->seq_len,
+                (long long)r->ck->config.n_pos);
+    if (in->batch == CLI_NONE) {
+        in->batch = recurrent ? 64 : 4096 / in->seq_len;
+        in->batch = in->batch < 1 ? 1 : in->batch;
+    }
+    SRF_TRY(srf_model_create(r->ctx, &r->ck->config, &a, &r->model));
+    SRF_TRY(srf_arena_create(r->ctx, &r->arena));
+    struct srf_model_plan plan = {.b = in->batch, .t = recurrent ? 1 : in->seq_len};
+    SRF_TRY(srf_model_plan(r->model, r->arena, &plan));
+    SRF_TRY(srf_arena_commit(r->arena));
+    SRF_TRY(srf_model_upload(r->model, r->ck));
+    if (!in->per_token) return SRF_OK;
+    int64_t total = srf_tokenset_count(r->data);
+    if (in->max_tokens && in->max_tokens < total) total = in->max_tokens;
+    r->len = in->seq_len;
+    r->windows = total / r->len;
+    SRF_FAIL_IF(r->windows < 1, SRF_INVALID, "--per-token: %lld tokens hold no window of %lld",
+                (long long)total, (long long)r->len);
+    SRF_TRY(SRF_ALLOC(r->nll, r->windows * (r->len - 1)));
+    if (in->logits) SRF_TRY(SRF_ALLOC(r->logits, r->windows * r->len * r->ck->config.vocab));
+    return SRF_OK;
+}
+
+static int run(struct inputs *in)
+{
+    struct run r = {0};
+    struct srf_eval_result result;
+    srf_status st = open_run(in, &r);
+    if (st == SRF_OK) {
+        struct srf_eval_config c = {.seq_len = in->seq_len,
+                                    .batch = in->batch,
+                                    .max_tokens = in->max_tokens,
+                                    .recurrent = strcmp(in->mode, "recurrent") == 0,
+                                    .rows = in->per_token ? on_rows : NULL,
+                                    .want_logits = in->logits,
+                                    .progress = on_progress,
+                                    .user = &r};
+        cli_progress_start(&r.progress, "eval", in->quiet);
+        st = srf_evaluate(r.model, r.data, &c, &result);
+        cli_progress_end(&r.progress);
+    }
+    if (st == SRF_OK && in->per_token) st = write_per_token(&r, in->per_token);
+    int code = EXIT_OK;
+    char attention[200] = "";
+    if (r.model) srf_attention_describe(&r.model->attention, attention, sizeof attention);
+    double rate = st == SRF_OK && result.seconds > 0 ? (double)result.tokens / result.seconds : 0;
+    if (st != SRF_OK) {
+        code = cli_fail();
+    } else if (in->json) {
+        printf("{\"tokens\": %lld, \"nll\": %.9g, \"ppl\": %.9g, \"attention\": ",
+               (long long)result.tokens, result.nll, result.ppl);
+        cli_json_string(stdout, attention, strlen(attention));
+        printf(", \"mode\": \"%s\", \"seconds\": %.3f, \"tokens_per_s\": %.1f}\n", in->mode,
+               result.seconds, rate);
+    } else {
+        printf(
+            "perplexity %.4f (nll %.5f over %lld predictions), attention %s, %s, %.0f tokens/s\n",
+            result.ppl, result.nll, (long long)result.tokens, attention, in->mode, rate);
+    }
+    free_run(&r);
+    return code;
+}
 
 int cmd_eval(int argc, char **argv)
 {
-    (void)argc;
-    (void)argv;
-    return cli_usage_error("eval: not built yet");
+    struct inputs in = {.mode = "parallel",
+                        .seq_len = CLI_NONE,
+                        .batch = CLI_NONE,
+                        .device = CLI_DEVICE_DEFAULT,
+                        .attention = CLI_ATTENTION_DEFAULT};
+    const struct cli_option options[] = {
+        {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint (any format)", 0, 0},
+        {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
+         0},
+        {"mode", 0, CLI_STRING, &in.mode, "MODE", "parallel or recurrent (parallel)", 0, 0},
+        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a window (the model's, up to 1024)", 2,
+         1 << 24},
+        {"batch", 0, CLI_INT, &in.batch, "N", "windows at once", 1, 1e6},
+        {"max-tokens", 0, CLI_INT, &in.max_tokens, "N", "stop after N tokens; 0 = all (0)", 0,
+         1e15},
+        CLI_ATTENTION_OPTIONS(in.attention),
+        {"per-token", 0, CLI_STRING, &in.per_token, "F.h5",
+         "write nll (windows, T-1) of the whole windows", 0, 0},
+        {"logits", 0, CLI_FLAG, &in.logits, NULL, "... and logits (windows, T, V)", 0, 0},
+        CLI_DEVICE_OPTIONS(in.device),
+        {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {0}};
+    int code;
+    if (!cli_parse(argc, argv, "srf eval --model M.h5 --data D.h5 [options]",
+                   "Perplexity of a model on a token set, cut into windows of --seq-len tokens.",
+                   options, NULL, 0, 0, NULL, NULL, &code))
+        return code;
+    if (!in.model || !in.data) return cli_usage_error("eval needs --model and --data");
+    if (strcmp(in.mode, "parallel") != 0 && strcmp(in.mode, "recurrent") != 0)
+        return cli_usage_error("--mode %s: expected parallel or recurrent", in.mode);
+    if (in.logits && !in.per_token) return cli_usage_error("--logits belongs to --per-token");
+    return run(&in);
 }

@@ -1,8 +1,217 @@
-#include "cli/cli.h"
+/* srf generate: text at constant memory. */
+#include "cli/common.h"
+#include "infer/engine.h"
+#include "infer/sampler.h"
+
+#include <string.h>
+
+struct inputs {
+    const char *model, *prompt, *prompt_file;
+    int64_t n, batch, chunk;
+    uint64_t seed;
+    bool json, quiet, ignore_eos;
+    struct srf_sampler_config sampler;
+    struct cli_device device;
+    struct cli_attention attention;
+};
+
+struct run {
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_bpe *bpe;
+    struct srf_engine *engine;
+    struct srf_ids prompt;
+    char *prompt_text;                /* of --prompt-file */
+    int32_t *tokens, *next, *scratch; /* (batch, n), (batch), (vocab) */
+    int64_t *made;                    /* (batch): tokens before the end of the sequence */
+    float *logits;                    /* (batch, vocab) */
+    double prefill_s, decode_s;
+    int64_t steps;
+};
+
+static void free_run(struct run *r)
+{
+    srf_engine_free(r->engine);
+    srf_bpe_free(r->bpe);
+    srf_checkpoint_free(r->ck);
+    srf_ctx_free(r->ctx);
+    srf_ids_free(&r->prompt);
+    srf__free(r->prompt_text);
+    srf__free(r->tokens);
+    srf__free(r->next);
+    srf__free(r->scratch);
+    srf__free(r->made);
+    srf__free(r->logits);
+}
+
+static srf_status open_run(struct inputs *in, struct run *r)
+{
+    SRF_TRY(srf_sampler_check(&in->sampler));
+    SRF_TRY(cli_open_device(&in->device, &r->ctx));
+    SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
+    SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
+                              &r->ck->attention));
+    SRF_TRY(cli_tokenizer(r->ck, "srf generate", &r->bpe));
+    const char *text = in->prompt;
+    if (in->prompt_file) {
+        SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
+        text = r->prompt_text;
+    }
+    SRF_TRY(srf_bpe_encode(r->bpe, text, strlen(text), true, &r->prompt));
+    if (r->prompt.n == 0) { /* nothing to start from: the document separator */
+        int32_t start = (int32_t)(r->ck->config.bos >= 0 ? r->ck->config.bos : r->ck->config.eos);
+        SRF_FAIL_IF(start < 0, SRF_INVALID, "an empty prompt, and the model has no start token");
+        SRF_TRY(srf_bpe_encode(r->bpe, "\n", 1, false, &r->prompt));
+        r->prompt.ids[0] = start;
+        r->prompt.n = 1;
+    }
+    SRF_FAIL_IF(r->prompt.n + in->n > r->ck->config.n_pos, SRF_INVALID,
+                "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld",
+                (long long)r->prompt.n, (long long)in->n, (long long)r->ck->config.n_pos);
+    SRF_TRY(srf_engine_create(r->ctx, r->ck, in->batch, in->chunk, &r->engine));
+    SRF_TRY(SRF_ALLOC(r->tokens, in->batch * (in->n + 1)));
+    SRF_TRY(SRF_ALLOC(r->next, in->batch));
+    SRF_TRY(SRF_CALLOC(r->made, in->batch));
+    SRF_TRY(SRF_ALLOC(r->scratch, r->ck->config.vocab));
+    return SRF_ALLOC(r->logits, in->batch * r->ck->config.vocab);
+}
+
+static srf_status prefill(const struct inputs *in, struct run *r)
+{
+    int32_t *prompts;
+    double start = cli_now();
+    SRF_TRY(SRF_ALLOC(prompts, in->batch * r->prompt.n));
+    for (int64_t i = 0; i < in->batch; i++)
+        memcpy(prompts + i * r->prompt.n, r->prompt.ids, (size_t)r->prompt.n * sizeof *prompts);
+    srf_status st = srf_engine_feed(r->engine, prompts, r->prompt.n, r->logits);
+    srf__free(prompts);
+    r->prefill_s = cli_now() - start;
+    return st;
+}
+
+static srf_status generate(const struct inputs *in, struct run *r)
+{
+    const struct srf_model_config *cfg = &r->ck->config;
+    struct cli_progress progress;
+    SRF_TRY(prefill(in, r));
+    cli_progress_start(&progress, "generate", in->quiet);
+    cli_catch_signals();
+    double start = cli_now();
+    bool *ended;
+    SRF_TRY(SRF_CALLOC(ended, in->batch));
+    srf_status st = SRF_OK;
+    int64_t left = in->batch;
+    for (int64_t t = 0; t < in->n && left && !cli_interrupted(); t++) {
+        for (int64_t i = 0; i < in->batch; i++) {
+            SRF_TRY_GO(srf_sample(&in->sampler, in->seed, (uint64_t)i, t,
+                                  r->logits + i * cfg->vocab, cfg->vocab, r->scratch, &r->next[i]));
+            if (ended[i]) continue;
+            if (!in->ignore_eos && r->next[i] == cfg->eos) {
+                ended[i] = true;
+                left--;
+                continue;
+            }
+            r->tokens[i * in->n + r->made[i]++] = r->next[i];
+        }
+        r->steps = t + 1;
+        if (t + 1 < in->n && left) SRF_TRY_GO(srf_engine_feed(r->engine, r->next, 1, r->logits));
+        cli_progress_update(&progress, (double)(t + 1), (double)in->n, "");
+    }
+cleanup:
+    srf__free(ended);
+    cli_progress_end(&progress);
+    r->decode_s = cli_now() - start;
+    return st;
+}
+
+static srf_status print_results(const struct inputs *in, const struct run *r)
+{
+    int64_t total = 0, state = srf_engine_state_bytes(r->engine);
+    int64_t positions = r->prompt.n + in->n, kv = srf_engine_kv_bytes(r->engine, positions);
+    for (int64_t i = 0; i < in->batch; i++) total += r->made[i];
+    double rate = r->decode_s > 0 ? (double)total / r->decode_s : 0;
+    if (in->json) printf("{\"texts\": [");
+    for (int64_t i = 0; i < in->batch; i++) {
+        char *text;
+        size_t n;
+        SRF_TRY(srf_bpe_decode(r->bpe, r->tokens + i * in->n, r->made[i], &text, &n));
+        if (in->json) {
+            if (i) printf(", ");
+            cli_json_string(stdout, text, n);
+        } else {
+            if (in->batch > 1) printf("--- %lld ---\n", (long long)i + 1);
+            fputs(r->prompt_text ? r->prompt_text : in->prompt, stdout);
+            fwrite(text, 1, n, stdout);
+            putchar('\n');
+        }
+        srf__free(text);
+    }
+    if (in->json)
+        printf("], \"prompt_tokens\": %lld, \"tokens\": %lld, \"state_bytes\": %lld, "
+               "\"kv_bytes\": %lld, \"kv_positions\": %lld, \"prefill_s\": %.4f, "
+               "\"decode_s\": %.4f, \"tokens_per_s\": %.1f}\n",
+               (long long)r->prompt.n, (long long)total, (long long)state, (long long)kv,
+               (long long)positions, r->prefill_s, r->decode_s, rate);
+    else if (!in->quiet)
+        fprintf(stderr,
+                "%lld tokens, %.0f tokens/s; state %.1f KiB a sequence at any length (KV cache: "
+                "%.1f KiB at %lld tokens, %.1f KiB at %lld)\n",
+                (long long)total, rate, (double)state / 1024, (double)kv / 1024,
+                (long long)positions,
+                (double)srf_engine_kv_bytes(r->engine, r->ck->config.n_pos) / 1024,
+                (long long)r->ck->config.n_pos);
+    return SRF_OK;
+}
+
+static int run(struct inputs *in)
+{
+    struct run r = {0};
+    srf_status st = open_run(in, &r);
+    if (st == SRF_OK) st = generate(in, &r);
+    if (st == SRF_OK) st = print_results(in, &r);
+    int code = st == SRF_OK ? EXIT_OK : cli_fail();
+    free_run(&r);
+    return code;
+}
 
 int cmd_generate(int argc, char **argv)
 {
-    (void)argc;
-    (void)argv;
-    return cli_usage_error("generate: not built yet");
+    struct inputs in = {.prompt = "",
+                        .n = 100,
+                        .batch = 1,
+                        .chunk = 256,
+                        .sampler = {.temperature = 1, .top_p = 1},
+                        .device = CLI_DEVICE_DEFAULT,
+                        .attention = CLI_ATTENTION_DEFAULT};
+    const struct cli_option options[] = {
+        {"model", 0, CLI_STRING, &in.model, "PATH", "a retrofitted model or a recurrent export", 0,
+         0},
+        {"prompt", 'p', CLI_STRING, &in.prompt, "TEXT", "text to go on from (none)", 0, 0},
+        {"prompt-file", 0, CLI_STRING, &in.prompt_file, "PATH", "the same, from a file", 0, 0},
+        {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (100)", 1, 1 << 24},
+        {"batch", 0, CLI_INT, &in.batch, "N", "continuations of the prompt at once (1)", 1, 1e6},
+        {"temperature", 0, CLI_DOUBLE, &in.sampler.temperature, "X",
+         "0 = always the most likely token (1)", 0, 100},
+        {"top-k", 0, CLI_INT, &in.sampler.top_k, "N", "only the N most likely tokens; 0 = all (0)",
+         0, 1 << 24},
+        {"top-p", 0, CLI_DOUBLE, &in.sampler.top_p, "P",
+         "only the most likely tokens that make up P (1)", 1e-9, 1},
+        {"seed", 0, CLI_U64, &in.seed, "N", "of the sampling (0)", 0, 0},
+        {"ignore-eos", 0, CLI_FLAG, &in.ignore_eos, NULL, "do not stop at the end token", 0, 0},
+        {"chunk", 0, CLI_INT, &in.chunk, "N", "tokens of a prefill piece: sets the memory (256)", 1,
+         1 << 20},
+        CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_DEVICE_OPTIONS(in.device),
+        {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "only the text", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL, "print texts and figures as JSON", 0, 0},
+        {0}};
+    int code;
+    if (!cli_parse(
+            argc, argv, "srf generate --model R.h5 --prompt TEXT [-n N] [options]",
+            "Generate text in the recurrent form: the state of a sequence has a fixed size.\n"
+            "The text goes to stdout; figures, state beside KV cache, to stderr.",
+            options, NULL, 0, 0, NULL, NULL, &code))
+        return code;
+    if (!in.model) return cli_usage_error("generate needs --model");
+    return run(&in);
 }
