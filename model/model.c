@@ -1,3 +1,4 @@
+#include "kernels/numeric.h"
 #include "model/arch.h"
 
 #include <stdio.h>
@@ -372,11 +373,15 @@ static srf_status head(struct srf_model *m, int64_t at, int64_t n, void *logits)
                    .y = logits);
 }
 
-/* nll (or kl) of n rows to the host, summed in double. */
-static srf_status take_rows(struct srf_model *m, int slot, int64_t n, float *rows, double *sum)
+/* nll (or kl) of n rows to the host, summed in double; out (n) may be NULL. scratch holds n of A. */
+static srf_status take_rows(struct srf_model *m, int slot, int64_t n, void *scratch, float *out,
+                            double *sum)
 {
-    SRF_TRY(srf_download_f32(m->ctx, rows, PTR(slot), srf_ctx_acc(m->ctx), n));
-    for (int64_t i = 0; i < n; i++) *sum += (double)rows[i];
+    enum srf_dtype acc = srf_ctx_acc(m->ctx);
+    SRF_TRY(m->ctx->be->download(m->ctx, scratch, PTR(slot), (size_t)n * srf_dtype_bytes(acc)));
+    for (int64_t i = 0; i < n; i++)
+        *sum += acc == SRF_F64 ? ((double *)scratch)[i] : (double)((float *)scratch)[i];
+    if (out) srf_convert_to_f32(out, scratch, acc, n);
     return SRF_OK;
 }
 
@@ -410,23 +415,23 @@ srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args)
 {
     struct srf_ctx *ctx = m->ctx;
     srf_status st = SRF_OK;
-    float *rows = NULL;
+    double *scratch = NULL;
     args->nll_sum = args->kl_sum = 0;
     if (!ctx->plan) {
         SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_targets), args->targets,
                                 (size_t)args->n * sizeof *args->targets));
-        SRF_TRY(SRF_ALLOC(rows, m->logit_rows));
+        SRF_TRY(SRF_ALLOC(scratch, m->logit_rows));
     }
     for (int64_t at = 0; at < args->n; at += m->logit_rows) {
         int64_t n = args->n - at < m->logit_rows ? args->n - at : m->logit_rows;
         SRF_TRY_GO(loss_rows(m, args, at, n));
         if (ctx->plan) continue;
-        SRF_TRY_GO(take_rows(m, m->slot_nll, n, rows, &args->nll_sum));
-        if (args->nll) memcpy(args->nll + at, rows, (size_t)n * sizeof *rows);
-        if (args->teacher) SRF_TRY_GO(take_rows(m, m->slot_kl, n, rows, &args->kl_sum));
+        SRF_TRY_GO(take_rows(m, m->slot_nll, n, scratch, args->nll ? args->nll + at : NULL,
+                             &args->nll_sum));
+        if (args->teacher) SRF_TRY_GO(take_rows(m, m->slot_kl, n, scratch, NULL, &args->kl_sum));
     }
 cleanup:
-    srf__free(rows);
+    srf__free(scratch);
     return st;
 }
 

@@ -1,0 +1,307 @@
+/* The whole model: gradients in double against central differences, micro-batches, forms that agree. */
+#include "tests/support.h"
+#include "model/model.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char config_json[] =
+    "{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 12, \"n_positions\": 40,"
+    " \"vocab_size\": 29, \"layer_norm_epsilon\": 1e-5, \"activation_function\": \"gelu_new\"}";
+
+struct fixture {
+    struct srf_ctx *ctx;
+    struct srf_arena *arena, *teacher_arena;
+    struct srf_checkpoint *ck;
+    struct srf_model *model, *teacher;
+    struct srf_batch batch;
+    int32_t tokens[64], targets[64];
+    double ce, kl, mse;
+};
+
+static struct srf_attention_config attention(enum srf_attention_kind kind, int64_t window)
+{
+    struct srf_attention_config a = srf_attention_default();
+    a.kind = kind;
+    a.m = 7;
+    a.window = window;
+    a.seed = 5;
+    return a;
+}
+
+/* Parameters large enough that every part of the model matters. */
+static void randomize(struct srf_checkpoint *ck, double scale)
+{
+    for (int64_t i = 0; i < ck->table.n; i++) {
+        const struct srf_tensor *row = &ck->table.rows[i];
+        struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 1, (uint32_t)i, 0);
+        for (int64_t k = 0; k < row->count; k++)
+            ck->params[row->offset + k] =
+                (float)(scale * srf_rng_normal(&r) + (row->init_std < 0 ? 1 : 0));
+    }
+}
+
+static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_attention_config a,
+                         int64_t b, int64_t t, bool train_features)
+{
+    memset(f, 0, sizeof *f);
+    test_ok(srf_ctx_create("cpu", dtype, 2, &f->ctx));
+    test_ok(srf_checkpoint_init(config_json, 1, &f->ck));
+    randomize(f->ck, 0.3);
+    test_ok(srf_arena_create(f->ctx, &f->arena));
+    test_ok(srf_model_create(f->ctx, &f->ck->config, &a, &f->model));
+    struct srf_model_plan plan = {
+        .b = b, .t = t, .train = true, .train_features = train_features, .logit_rows = 16};
+    test_ok(srf_model_plan(f->model, f->arena, &plan));
+    test_ok(srf_arena_commit(f->arena));
+    test_ok(srf_model_upload(f->model, f->ck));
+    f->model->features_trained = train_features;
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 2, 0, 0);
+    for (int i = 0; i < 64; i++) {
+        f->tokens[i] = (int32_t)srf_rng_below(&r, 29);
+        f->targets[i] = i % 11 == 3 ? -1 : (int32_t)srf_rng_below(&r, 29);
+    }
+    f->batch = (struct srf_batch){.b = b, .t = t, .tokens = f->tokens};
+    f->ce = 1;
+}
+
+/* A teacher of other weights with softmax. */
+static void add_teacher(struct fixture *f)
+{
+    struct srf_attention_config a = attention(SRF_ATTN_SOFTMAX, 0);
+    randomize(f->ck, 0.4);
+    test_ok(srf_arena_create(f->ctx, &f->teacher_arena));
+    test_ok(srf_model_create(f->ctx, &f->ck->config, &a, &f->teacher));
+    struct srf_model_plan plan = {.b = f->batch.b, .t = f->batch.t, .keep_attention = true};
+    test_ok(srf_model_plan(f->teacher, f->teacher_arena, &plan));
+    test_ok(srf_arena_commit(f->teacher_arena));
+    test_ok(srf_model_upload(f->teacher, f->ck));
+    randomize(f->ck, 0.3);
+    f->kl = 0.7;
+    f->mse = 0.9;
+}
+
+static void close_fixture(struct fixture *f)
+{
+    test_ok(srf_arena_check(f->arena));
+    srf_model_free(f->model);
+    srf_model_free(f->teacher);
+    srf_arena_free(f->arena);
+    srf_arena_free(f->teacher_arena);
+    srf_checkpoint_free(f->ck);
+    srf_ctx_free(f->ctx);
+}
+
+/* The training loss as the trainer defines it; gradients too if asked. */
+static double loss(struct fixture *f, bool backward)
+{
+    struct srf_model *m = f->model;
+    double scale = 1.0 / (double)(f->batch.b * f->batch.t);
+    if (f->teacher) test_ok(srf_model_forward(f->teacher, &f->batch));
+    test_ok(srf_model_forward(m, &f->batch));
+    struct srf_loss_args args = {.n = f->batch.b * f->batch.t,
+                                 .targets = f->targets,
+                                 .scale = scale,
+                                 .ce_weight = f->ce,
+                                 .kl_weight = f->kl,
+                                 .teacher = f->teacher,
+                                 .backward = backward};
+    test_ok(srf_model_loss(m, &args));
+    double total = scale * (f->ce * args.nll_sum + f->kl * args.kl_sum);
+    if (f->teacher) {
+        int64_t n = f->batch.b * f->batch.t * m->config.c;
+        for (int64_t l = 0; l < m->config.n_layers; l++) {
+            const double *o = srf_model_attention_out(m, l);
+            const double *want = srf_model_attention_out(f->teacher, l);
+            for (int64_t i = 0; i < n; i++)
+                total += f->mse * scale * (o[i] - want[i]) * (o[i] - want[i]);
+        }
+        m->attention_teacher = f->teacher;
+        m->attention_scale = f->mse * scale;
+    }
+    if (backward) test_ok(srf_model_backward(m, &f->batch));
+    return total;
+}
+
+static double directional_difference(struct fixture *f, double *values, const double *direction,
+                                     int64_t n, double h)
+{
+    double sums[4];
+    const double steps[4] = {h, -h, 2 * h, -2 * h};
+    double *saved = srf__alloc((size_t)n, sizeof *saved);
+    memcpy(saved, values, (size_t)n * sizeof *saved);
+    for (int k = 0; k < 4; k++) {
+        for (int64_t i = 0; i < n; i++) values[i] = saved[i] + steps[k] * direction[i];
+        sums[k] = loss(f, false);
+    }
+    memcpy(values, saved, (size_t)n * sizeof *saved);
+    srf__free(saved);
+    /* fourth-order central difference */
+    return (8 * (sums[0] - sums[1]) - (sums[2] - sums[3])) / (12 * h);
+}
+
+static void check_piece(struct fixture *f, const char *name, double *values, const double *grad,
+                        int64_t n, double *worst)
+{
+    double *direction = srf__alloc((size_t)n, sizeof *direction);
+    for (uint32_t k = 0; k < 2; k++) {
+        test_normal(direction, n, 1 / sqrt((double)n), 100 + k);
+        double want = directional_difference(f, values, direction, n, 1e-3), got = 0, size = 0;
+        for (int64_t i = 0; i < n; i++) {
+            got += grad[i] * direction[i];
+            size += grad[i] * grad[i];
+        }
+        /* relative to the gradient's size along a random direction */
+        double err = fabs(got - want) / (sqrt(size / (double)n) + 1e-6);
+        if (!(err <= 1e-6)) {
+            print_error("%s: gradient %.12g, difference %.12g, relative %.3g\n", name, got, want,
+                        err);
+            fail();
+        }
+        if (err > *worst) *worst = err;
+    }
+    srf__free(direction);
+}
+
+static void check_gradients(struct srf_attention_config a, bool train_features, bool distil)
+{
+    struct fixture f;
+    double worst = 0;
+    open_fixture(&f, SRF_F64, a, 2, 13, train_features);
+    if (distil) add_teacher(&f);
+    test_ok(srf_model_zero_grads(f.model));
+    loss(&f, true);
+    for (int64_t i = 0; i < f.model->table.n; i++)
+        check_piece(&f, f.model->table.rows[i].name, srf_model_param(f.model, i),
+                    srf_model_grad(f.model, i), f.model->table.rows[i].count, &worst);
+    if (train_features) {
+        int64_t n;
+        double *w = srf_model_features(f.model, &n);
+        check_piece(&f, "features", w, srf_model_features_grad(f.model), n, &worst);
+    }
+    print_message("worst relative error %.2g\n", worst);
+    close_fixture(&f);
+}
+
+static void gradients_softmax(void **state)
+{
+    (void)state;
+    check_gradients(attention(SRF_ATTN_SOFTMAX, 0), false, false);
+}
+
+static void gradients_srf(void **state)
+{
+    (void)state;
+    check_gradients(attention(SRF_ATTN_SRF, 0), false, false);
+    check_gradients(attention(SRF_ATTN_SRF, 0), true, false);
+}
+
+static void gradients_hybrid(void **state)
+{
+    (void)state;
+    check_gradients(attention(SRF_ATTN_SRF, 3), false, false);
+    check_gradients(attention(SRF_ATTN_SRF, 3), true, false);
+    struct srf_attention_config shared = attention(SRF_ATTN_SRF, 4);
+    shared.per_head = false;
+    shared.oprf_a = -0.05;
+    check_gradients(shared, true, false);
+}
+
+static void gradients_distillation(void **state)
+{
+    (void)state;
+    check_gradients(attention(SRF_ATTN_SRF, 3), true, true);
+    check_gradients(attention(SRF_ATTN_SRF, 0), false, true);
+}
+
+/* Gradient of a batch in one piece and in micro-batches, single precision. */
+static void micro_batches(void **state)
+{
+    (void)state;
+    const int64_t windows[] = {-1, 0, 3};
+    for (int w = 0; w < 3; w++) {
+        struct srf_attention_config a = attention(windows[w] < 0 ? SRF_ATTN_SOFTMAX : SRF_ATTN_SRF,
+                                                  windows[w] < 0 ? 0 : windows[w]);
+        struct fixture f;
+        open_fixture(&f, SRF_F32, a, 4, 13, false);
+        int64_t n = f.model->table.total;
+        double *whole = srf__alloc((size_t)n, sizeof *whole);
+        double *parts = srf__alloc((size_t)n, sizeof *parts);
+        for (int split = 0; split < 2; split++) {
+            test_ok(srf_model_zero_grads(f.model));
+            for (int64_t at = 0; at < 4; at += split ? 1 : 4) {
+                struct srf_batch batch = {
+                    .b = split ? 1 : 4, .t = 13, .tokens = f.tokens + at * 13};
+                struct srf_loss_args args = {.n = batch.b * 13,
+                                             .targets = f.targets + at * 13,
+                                             .scale = 1.0 / 52,
+                                             .ce_weight = 1,
+                                             .backward = true};
+                test_ok(srf_model_forward(f.model, &batch));
+                test_ok(srf_model_loss(f.model, &args));
+                test_ok(srf_model_backward(f.model, &batch));
+            }
+            test_to_double(f.ctx, srf_model_grad(f.model, 0), split ? parts : whole, n);
+        }
+        test_close("micro-batch gradient", parts, whole, n, 1e-6);
+        srf__free(whole);
+        srf__free(parts);
+        close_fixture(&f);
+    }
+}
+
+/* The whole model in its parallel form, by prefill split anywhere, and token by token. */
+static void forms_agree(void **state)
+{
+    (void)state;
+    const int64_t windows[] = {0, 3, 8};
+    for (int w = 0; w < 3; w++) {
+        struct fixture f;
+        open_fixture(&f, SRF_F32, attention(SRF_ATTN_SRF, windows[w]), 2, 31, false);
+        const int64_t b = 2, t = 31, c = 12;
+        double *want = srf__alloc((size_t)(b * t * c), sizeof *want);
+        double *got = srf__alloc((size_t)(b * t * c), sizeof *got);
+        double *row = srf__alloc((size_t)(b * t * c), sizeof *row);
+        float *st = srf__alloc((size_t)(b * srf_model_state_count(f.model)), sizeof *st);
+        test_ok(srf_model_forward(f.model, &f.batch));
+        test_to_double(f.ctx, srf_arena_ptr(f.arena, f.model->slot_hidden), want, b * t * c);
+        const int64_t cuts[3][5] = {{31}, {7, 1, 12, 1, 10}, {1, 1, 17, 11, 1}};
+        for (int k = 0; k < 4; k++) {
+            memset(st, 0, (size_t)(b * srf_model_state_count(f.model)) * sizeof *st);
+            for (int64_t at = 0, i = 0; at < t; i++) {
+                int64_t n = k == 3 ? 1 : cuts[k][i];
+                int32_t piece[64], pos[2] = {(int32_t)at, (int32_t)at};
+                for (int64_t s = 0; s < b; s++)
+                    memcpy(piece + s * n, f.tokens + s * t + at, (size_t)n * sizeof *piece);
+                struct srf_batch batch = {.b = b,
+                                          .t = n,
+                                          .tokens = piece,
+                                          .mode = n == 1 ? SRF_MODE_STEP : SRF_MODE_PREFILL,
+                                          .state = st,
+                                          .pos = pos};
+                test_ok(srf_model_forward(f.model, &batch));
+                test_to_double(f.ctx, srf_arena_ptr(f.arena, f.model->slot_hidden), row, b * n * c);
+                for (int64_t s = 0; s < b; s++)
+                    memcpy(got + (s * t + at) * c, row + s * n * c, (size_t)(n * c) * sizeof *got);
+                at += n;
+            }
+            test_close("recurrent form of the model", got, want, b * t * c, 1e-5);
+        }
+        srf__free(want);
+        srf__free(got);
+        srf__free(row);
+        srf__free(st);
+        close_fixture(&f);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(gradients_softmax), cmocka_unit_test(gradients_srf),
+        cmocka_unit_test(gradients_hybrid),  cmocka_unit_test(gradients_distillation),
+        cmocka_unit_test(micro_batches),     cmocka_unit_test(forms_agree),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
