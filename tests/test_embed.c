@@ -31,15 +31,15 @@ static void check(struct twins *s, const int64_t *shape, bool with_pos)
     twin_run(s, embed_fwd, ARGS(dev));
     ref_embed_fwd(&(struct srf_embed_fwd_args){ARGS(ref)});
 #undef ARGS
-    twin_close(s, "y", y, twin_tol(s, 1));
+    twin_close(s, "y", y, twin_tol(s, 1), 1);
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .v = v, .t = t, .n_pos = n_pos, .tokens = tokens, .dy = dy.side,               \
     .dwte = dwte.side, .dwpe = dwpe.side
     twin_run(s, embed_bwd, ARGS(dev));
     ref_embed_bwd(&(struct srf_embed_bwd_args){ARGS(ref)});
 #undef ARGS
-    twin_close(s, "dwte", dwte, twin_tol(s, n));
-    twin_close(s, "dwpe", dwpe, twin_tol(s, n));
+    twin_close(s, "dwte", dwte, twin_tol(s, n), 1);
+    twin_close(s, "dwpe", dwpe, twin_tol(s, n), 1);
 }
 
 static void shapes_body(enum srf_dtype dtype, int threads)

@@ -94,8 +94,8 @@ static void check_fwd(struct twins *s, const int64_t *shape, bool transposed, bo
                                                  .act = act,
                                                  .pre = keep_pre ? pre.ref : NULL,
                                                  .y = y.ref});
-    twin_close(s, "y", y, twin_tol(s, in));
-    twin_close(s, "pre", pre, twin_tol(s, in));
+    twin_close(s, "y", y, twin_tol(s, in), sqrt((double)in));
+    twin_close(s, "pre", pre, twin_tol(s, in), sqrt((double)in));
 }
 
 static void fwd(enum srf_dtype dtype, int threads)
@@ -136,9 +136,9 @@ static void check_bwd(struct twins *s, const int64_t *shape, bool transposed, bo
     twin_run(s, linear_bwd, ARGS(dev));
     ref_linear_bwd(&(struct srf_linear_bwd_args){ARGS(ref)});
 #undef ARGS
-    twin_close(s, "dx", dx, twin_tol(s, out));
-    twin_close(s, "dw", dw, twin_tol(s, n));
-    twin_close(s, "db", db, twin_tol(s, n));
+    twin_close(s, "dx", dx, twin_tol(s, out), sqrt((double)out));
+    twin_close(s, "dw", dw, twin_tol(s, n), sqrt((double)n));
+    twin_close(s, "db", db, twin_tol(s, n), sqrt((double)n));
 }
 
 static void bwd(enum srf_dtype dtype, int threads)
@@ -189,7 +189,7 @@ static void gelu_grid(enum srf_dtype dtype, int threads)
         double want_slope =
             sig + want / (1 + exp(r)) * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * v * v);
         /* the rounding of r moves e^-r by |r| eps */
-        double tol = 4 * eps * (2 + fabs(r)), tiny = dtype == SRF_F64 ? 1e-250 : 1e-36;
+        double tol = 4 * eps * (2 + fabs(r)), tiny = dtype == SRF_F64 ? 1e-250 : 1e-35;
         if (!(fabs(y[i] - want) <= tol * fabs(want) + tiny))
             fail_msg("gelu(%g) = %.9g, want %.9g", v, y[i], want);
         if (!(fabs(slope[i] - want_slope) <= 2 * tol * (fabs(want_slope) + sig) + tiny))

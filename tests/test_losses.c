@@ -88,13 +88,12 @@ static void check(struct twins *s, int64_t n, int64_t v, double scale, double of
 #undef ARGS
     /* a logit is off by offset eps before we begin: so are nll (absolutely) and p (relatively) */
     double eps = twin_tol(s, 1), tol = eps * (4 + scale + sqrt((double)v) / 4);
-    twin_close(s, "nll", nll, tol);
-    /* kl is a small difference of large terms: allow its terms' precision */
-    if (what & TEACHER) twin_close(s, "kl", kl, 8 * tol);
-    twin_close(s, in_place ? "dlogits in place" : "dlogits", in_place ? logits : d, 2 * tol);
+    twin_close(s, "nll", nll, tol, 1 + scale);
+    if (what & TEACHER) twin_close(s, "kl", kl, 2 * tol, 1 + scale);
+    twin_close(s, in_place ? "dlogits in place" : "dlogits", in_place ? logits : d, 2 * tol, 0);
     if (!in_place) {
         memcpy(logits.ref, kept.ref, (size_t)(n * v) * sizeof *kept.ref);
-        twin_close(s, "logits kept", logits, 0);
+        twin_close(s, "logits kept", logits, 0, 0);
     }
 }
 
@@ -151,8 +150,8 @@ static void equal_body(enum srf_dtype dtype, int threads)
              .scale = 1, .kl_weight = 1, .nll = nll.dev, .kl = kl.dev, .dlogits = d.dev);
     memset(kl.ref, 0, N * sizeof *kl.ref);
     memset(d.ref, 0, N * V * sizeof *d.ref);
-    twin_close(&s, "kl", kl, twin_tol(&s, 1));
-    twin_close(&s, "dlogits", d, twin_tol(&s, 1));
+    twin_close(&s, "kl", kl, twin_tol(&s, 1), 0);
+    twin_close(&s, "dlogits", d, twin_tol(&s, 1), 0);
     twins_free(&s);
 }
 
@@ -239,8 +238,8 @@ static void mse_body(enum srf_dtype dtype, int threads)
         twin_run(&s, mse, ARGS(dev));
         ref_mse(&(struct srf_mse_args){ARGS(ref)});
 #undef ARGS
-        twin_close(&s, "sum", sum, twin_tol(&s, 1));
-        twin_close(&s, "dx", dx, twin_tol(&s, 1));
+        twin_close(&s, "sum", sum, twin_tol(&s, dtype == SRF_F64 ? n : 1), 0);
+        twin_close(&s, "dx", dx, twin_tol(&s, 1), 1);
         twins_free(&s);
     }
 }

@@ -32,8 +32,9 @@ struct twin twin_of(struct twins *s, const double *x, int64_t n);
 void twin_set(struct twins *s, struct twin *t, const double *x);
 /* Device values as doubles; caller srf__free()s. */
 double *twin_values(const struct twins *s, struct twin t);
-/* The device must agree with the reference; test_close. */
-void twin_close(const struct twins *s, const char *name, struct twin t, double tol);
+/* The device must agree with the reference: |got - want| <= tol max(|want|, sqrt(n) natural), in
+ * norm. natural: the size of the terms an element is made of, where they may cancel; 0 if not. */
+void twin_close(const struct twins *s, const char *name, struct twin t, double tol, double natural);
 
 /* Rounding error allowed where `length` terms are summed: c eps(T) sqrt(length). */
 double twin_tol(const struct twins *s, int64_t length);

@@ -2,12 +2,19 @@
 
 #include <math.h>
 
-static double logsumexp(const double *x, int64_t v)
+static double largest(const double *x, int64_t v)
 {
-    double max = -INFINITY, sum = 0;
+    double max = -INFINITY;
     for (int64_t j = 0; j < v; j++) max = fmax(max, x[j]);
+    return max;
+}
+
+/* log sum exp(x - max) */
+static double log_sum(const double *x, double max, int64_t v)
+{
+    double sum = 0;
     for (int64_t j = 0; j < v; j++) sum += exp(x[j] - max);
-    return max + log(sum);
+    return log(sum);
 }
 
 /* dlogits may be logits: each element is read before it is written, its row's sums before that. */
@@ -19,14 +26,16 @@ void ref_xent(const struct srf_xent_args *a)
         double *dx = a->dlogits ? (double *)a->dlogits + i * a->v : NULL;
         int32_t target = ((const int32_t *)a->targets)[i];
         bool counts = target >= 0;
-        double lse = logsumexp(x, a->v), lse_t = t ? logsumexp(t, a->v) : 0, kl = 0;
-        ((double *)a->nll)[i] = counts ? lse - x[target] : 0;
+        double max = largest(x, a->v), log_z = log_sum(x, max, a->v), kl = 0;
+        double max_t = t ? largest(t, a->v) : 0, log_zt = t ? log_sum(t, max_t, a->v) : 0;
+        ((double *)a->nll)[i] = counts ? log_z - (x[target] - max) : 0;
         for (int64_t j = 0; j < a->v; j++) {
-            double p = exp(x[j] - lse), d = a->ce_weight * (p - (j == target));
+            double log_p = x[j] - max - log_z, p = exp(log_p);
+            double d = a->ce_weight * (p - (j == target));
             if (t) {
-                double pt = exp(t[j] - lse_t);
+                double log_pt = t[j] - max_t - log_zt, pt = exp(log_pt);
                 d += a->kl_weight * (p - pt);
-                if (pt > 0) kl += pt * ((t[j] - lse_t) - (x[j] - lse));
+                if (pt > 0) kl += pt * (log_pt - log_p);
             }
             if (dx) dx[j] = counts ? a->scale * d : 0;
         }

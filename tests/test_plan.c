@@ -1,0 +1,162 @@
+/* Planning, workspace checks, profile counters, costs: what kernels/ctx.c does around every op. */
+#include "tests/ref/twin.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum { N = 6, IN = 5, OUT = 7 };
+
+/* While planning nothing is launched and no pointer is read; the largest workspace is kept and the
+ * costs add up. */
+static void test_planning(void **state)
+{
+    (void)state;
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 2, &ctx));
+    char *nowhere = (char *)0x10; /* reading it would fault */
+    struct srf_linear_bwd_args bwd = {.n = N,
+                                      .in = IN,
+                                      .out = OUT,
+                                      .x = nowhere,
+                                      .w = nowhere,
+                                      .dy = nowhere,
+                                      .dx = nowhere,
+                                      .dw = nowhere,
+                                      .db = nowhere};
+    struct srf_layernorm_bwd_args norm = {.n = N,
+                                          .c = 1000,
+                                          .x = nowhere,
+                                          .gamma = nowhere,
+                                          .dy = nowhere,
+                                          .mean = nowhere,
+                                          .rstd = nowhere,
+                                          .dx = nowhere,
+                                          .dgamma = nowhere,
+                                          .dbeta = nowhere};
+    struct srf_sumsq_args sumsq = {.n = 1 << 20, .x = nowhere, .sum = nowhere};
+    ctx->plan = true;
+    test_ok(srf_run_linear_bwd(ctx, &bwd));
+    assert_int_equal(ctx->plan_workspace, ctx->be->linear_bwd_workspace(ctx, &bwd));
+    test_ok(srf_run_layernorm_bwd(ctx, &norm));
+    test_ok(srf_run_sumsq(ctx, &sumsq));
+    assert_true(ctx->be->layernorm_bwd_workspace(ctx, &norm) >
+                ctx->be->linear_bwd_workspace(ctx, &bwd));
+    assert_int_equal(ctx->plan_workspace, ctx->be->layernorm_bwd_workspace(ctx, &norm));
+    struct srf_cost a = srf_linear_bwd_cost(ctx, &bwd), b = srf_layernorm_bwd_cost(ctx, &norm);
+    struct srf_cost c = srf_sumsq_cost(ctx, &sumsq);
+    assert_true(ctx->plan_cost.flops == a.flops + b.flops + c.flops);
+    assert_true(ctx->plan_cost.bytes == a.bytes + b.bytes + c.bytes);
+    assert_true(a.flops > 0 && a.bytes > 0 && b.flops > 0 && c.flops > 0);
+    srf_ctx_free(ctx);
+}
+
+/* A workspace that is too small is an error that names both sizes, before anything is written. */
+static void test_small_workspace(void **state)
+{
+    (void)state;
+    struct twins s = twins_new(SRF_F32, 2);
+    struct twin dy = twin_normal(&s, N * OUT, 1), db = twin_fill(&s, OUT, 3);
+    struct srf_linear_bwd_args args = {
+        .n = N, .in = IN, .out = OUT, .x = dy.dev, .w = dy.dev, .dy = dy.dev, .db = db.dev};
+    size_t need = s.ctx->be->linear_bwd_workspace(s.ctx, &args);
+    test_ok(srf_ctx_reserve_workspace(s.ctx, need - 1));
+    assert_int_equal(srf_run_linear_bwd(s.ctx, &args), SRF_INVALID);
+    char number[32];
+    snprintf(number, sizeof number, "%zu", need);
+    assert_non_null(strstr(srf_error_message(), number));
+    twin_close(&s, "db untouched", db, 0, 0);
+    test_ok(srf_ctx_reserve_workspace(s.ctx, need));
+    test_ok(srf_run_linear_bwd(s.ctx, &args));
+    twins_free(&s);
+}
+
+static void test_profile(void **state)
+{
+    (void)state;
+    struct twins s = twins_new(SRF_F32, 2);
+    struct twin x = twin_normal(&s, 64 * 64, 1), w = twin_normal(&s, 64 * 64, 1);
+    struct twin y = twin_fill(&s, 64 * 64, NAN);
+    struct srf_profile profile = {0};
+    s.ctx->profile = &profile;
+    for (int k = 0; k < 3; k++)
+        test_ok(SRF_RUN(s.ctx, linear_fwd, .n = 64, .in = 64, .out = 64, .x = x.dev, .w = w.dev,
+                        .y = y.dev));
+    test_ok(SRF_RUN(s.ctx, linear_bwd, .n = 64, .in = 64, .out = 64, .x = x.dev, .w = w.dev,
+                    .dy = y.dev, .dx = x.dev, .dw = w.dev));
+    assert_int_equal(profile.op_calls[SRF_OP_linear_fwd], 3);
+    assert_int_equal(profile.op_calls[SRF_OP_linear_bwd], 1);
+    assert_int_equal(profile.op_calls[SRF_OP_xent], 0);
+    assert_true(profile.gemm_flops == 5 * 2.0 * 64 * 64 * 64);
+    double ops = profile.op_seconds[SRF_OP_linear_fwd] + profile.op_seconds[SRF_OP_linear_bwd];
+    assert_true(profile.gemm_seconds > 0 && profile.gemm_seconds <= ops);
+    s.ctx->profile = NULL;
+    twins_free(&s);
+}
+
+/* Costs of known shapes, counted by hand: bytes of each operand once, 2 flops a product. */
+static void test_costs(void **state)
+{
+    (void)state;
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    char p = 0;
+    struct srf_cost c = srf_linear_fwd_cost(
+        ctx,
+        &(struct srf_linear_fwd_args){.n = N, .in = IN, .out = OUT, .x = &p, .w = &p, .y = &p});
+    assert_true(c.flops == 2.0 * N * IN * OUT);
+    assert_true(c.bytes == 4.0 * (N * IN + IN * OUT + N * OUT));
+    c = srf_linear_bwd_cost(
+        ctx, &(struct srf_linear_bwd_args){.n = N, .in = IN, .out = OUT, .dx = &p, .dw = &p});
+    assert_true(c.flops == 4.0 * N * IN * OUT);
+    c = srf_xent_cost(ctx, &(struct srf_xent_args){.n = N, .v = 100, .dlogits = &p});
+    assert_true(c.bytes == 4.0 * (2 * N * 100 + N) + 4.0 * N);
+    c = srf_adamw_cost(ctx, &(struct srf_adamw_args){.n = 100});
+    assert_true(c.bytes == 4.0 * 7 * 100);
+    c = srf_features_draw_cost(ctx,
+                               &(struct srf_features_draw_args){
+                                   .kind = SRF_IID, .n_layers = 2, .n_sets = 3, .m = 8, .d = 4});
+    assert_true(c.bytes == 4.0 * 6 * (8 * 4 + 8) && c.flops > 0);
+    srf_ctx_free(ctx);
+}
+
+/* F64 moves twice the bytes and does the same work. */
+static void test_costs_follow_dtype(void **state)
+{
+    (void)state;
+    struct srf_ctx *f32, *f64;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &f32));
+    test_ok(srf_ctx_create("cpu", SRF_F64, 1, &f64));
+#define COMPARE(op, ...)                                                                           \
+    do {                                                                                           \
+        const struct srf_##op##_args args = {__VA_ARGS__};                                         \
+        struct srf_cost a = srf_##op##_cost(f32, &args), b = srf_##op##_cost(f64, &args);          \
+        assert_true(a.flops == b.flops && a.bytes > 0 && b.bytes > a.bytes);                       \
+        assert_true(b.bytes <= 2 * a.bytes);                                                       \
+    } while (0)
+    char p = 0;
+    COMPARE(embed_fwd, .n = 3, .c = 5, .v = 7, .t = 3, .n_pos = 3);
+    COMPARE(embed_bwd, .n = 3, .c = 5, .v = 7, .t = 3, .n_pos = 3);
+    COMPARE(layernorm_fwd, .n = 3, .c = 5);
+    COMPARE(layernorm_bwd, .n = 3, .c = 5);
+    COMPARE(linear_fwd, .n = 3, .in = 5, .out = 7, .b = &p, .act = SRF_ACT_GELU_TANH, .pre = &p);
+    COMPARE(linear_bwd, .n = 3, .in = 5, .out = 7, .dx = &p, .dw = &p, .db = &p);
+    COMPARE(xent, .n = 3, .v = 5, .teacher = &p, .kl = &p);
+    COMPARE(mse, .n = 3, .dx = &p);
+    COMPARE(sumsq, .n = 3);
+    COMPARE(adamw, .n = 3);
+#undef COMPARE
+    srf_ctx_free(f32);
+    srf_ctx_free(f64);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_planning),
+        cmocka_unit_test(test_small_workspace),
+        cmocka_unit_test(test_profile),
+        cmocka_unit_test(test_costs),
+        cmocka_unit_test(test_costs_follow_dtype),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
