@@ -1,0 +1,309 @@
+/* Training: policies, learning, resume, non-finite steps. */
+#include "tests/support.h"
+#include "infer/evaluate.h"
+#include "train/trainer.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char config_json[] =
+    "{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 16, \"n_positions\": 32,"
+    " \"vocab_size\": 16, \"activation_function\": \"gelu_new\"}";
+
+/* A learnable language: the next token is mostly a function of the last two. */
+static void write_tokens(const char *path, int n, uint32_t stream)
+{
+    FILE *f = fopen(path, "wb");
+    char header[128];
+    assert_non_null(f);
+    snprintf(header, sizeof header, "{'descr': '<u2', 'fortran_order': False, 'shape': (%d,), }",
+             n);
+    fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, f);
+    fprintf(f, "%-117s\n", header);
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 9, stream, 0);
+    uint16_t a = 1, b = 2;
+    for (int i = 0; i < n; i++) {
+        uint16_t c = srf_rng_uniform(&r) < 0.9 ? (uint16_t)((3 * a + 5 * b + 1) % 16)
+                                               : (uint16_t)srf_rng_below(&r, 16);
+        fwrite(&c, 2, 1, f);
+        a = b;
+        b = c;
+    }
+    assert_int_equal(fclose(f), 0);
+}
+
+struct setup {
+    char dir[64], data[96], val[96];
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_tokenset *train, *held;
+    struct srf_train_config config;
+};
+
+static void open_setup(struct setup *s, int64_t window, bool srf)
+{
+    memset(s, 0, sizeof *s);
+    strcpy(s->dir, "trainer_XXXXXX");
+    assert_non_null(mkdtemp(s->dir));
+    snprintf(s->data, sizeof s->data, "%s/data.npy", s->dir);
+    snprintf(s->val, sizeof s->val, "%s/val.npy", s->dir);
+    write_tokens(s->data, 4000, 0);
+    write_tokens(s->val, 1000, 1);
+    test_ok(srf_ctx_create("cpu", SRF_F32, 2, &s->ctx));
+    test_ok(srf_checkpoint_init(config_json, 3, &s->ck));
+    if (srf) {
+        s->ck->attention.kind = SRF_ATTN_SRF;
+        s->ck->attention.m = 8;
+        s->ck->attention.window = window;
+    }
+    test_ok(srf_tokenset_open(s->data, NULL, 16, &s->train));
+    test_ok(srf_tokenset_open(s->val, NULL, 16, &s->held));
+    s->config = srf_train_defaults();
+    s->config.steps = 12;
+    s->config.batch = 8;
+    s->config.micro_batch = 4;
+    s->config.seq_len = 24;
+    s->config.warmup = 2;
+    s->config.lr = 3e-3;
+}
+
+static void close_setup(struct setup *s)
+{
+    char command[128];
+    srf_tokenset_close(s->train);
+    srf_tokenset_close(s->held);
+    srf_checkpoint_free(s->ck);
+    srf_ctx_free(s->ctx);
+    snprintf(command, sizeof command, "rm -r '%s'", s->dir);
+    assert_int_equal(system(command), 0);
+}
+
+static void policies(void **state)
+{
+    (void)state;
+    struct srf_train_config c = srf_train_defaults();
+    c.steps = 100;
+    c.warmup = 10;
+    c.lr = 1;
+    c.min_lr = 0.1;
+    assert_true(srf_policy_lr(&c, 0) > 0 && srf_policy_lr(&c, 0) < 0.2);
+    assert_true(fabs(srf_policy_lr(&c, 10) - 1) < 1e-12);
+    assert_true(fabs(srf_policy_lr(&c, 99) - 0.1) < 1e-12);
+    for (int64_t i = 11; i < 100; i++) assert_true(srf_policy_lr(&c, i) < srf_policy_lr(&c, i - 1));
+    c.redraw_every = 2;
+    c.freeze_at = 0.5;
+    assert_int_equal(srf_policy_draw(&c, 0), 0);
+    assert_int_equal(srf_policy_draw(&c, 1), 0);
+    assert_int_equal(srf_policy_draw(&c, 2), 1);
+    assert_int_equal(srf_policy_draw(&c, 49), 24);
+    for (int64_t i = 50; i < 100; i++) assert_int_equal(srf_policy_draw(&c, i), 24);
+    assert_false(srf_policy_frozen(&c, 49));
+    assert_true(srf_policy_frozen(&c, 50));
+    c.freeze_at = 0;
+    assert_int_equal(srf_policy_draw(&c, 70), 0);
+    c.kl_weight = 2;
+    c.kl_from = 0.2;
+    c.kl_to = 0.5;
+    assert_true(srf_policy_kl(&c, 19) == 0 && srf_policy_kl(&c, 20) == 2);
+    assert_true(srf_policy_kl(&c, 49) == 2 && srf_policy_kl(&c, 50) == 0);
+    assert_true(srf_policy_needs_teacher(&c));
+
+    char *text;
+    struct srf_train_config back;
+    c.seed = 0xfedcba9876543210u;
+    test_ok(srf_train_config_to_json(&c, &text));
+    test_ok(srf_train_config_from_json(text, &back));
+    srf__free(text);
+    assert_memory_equal(&c, &back, sizeof c);
+    assert_int_equal(srf_train_config_from_json("{\"stepz\": 3}", &back), SRF_FORMAT);
+    assert_int_equal(srf_train_config_from_json("{\"lr\": -3}", &back), SRF_INVALID);
+    c.batch = 5;
+    c.micro_batch = 2;
+    assert_int_equal(srf_train_config_check(&c), SRF_INVALID);
+}
+
+/* Softmax, pure SRF and the hybrid all learn the language: well under the uniform guess of 16. */
+static void learns(void **state)
+{
+    (void)state;
+    for (int kind = 0; kind < 3; kind++) {
+        struct setup s;
+        struct srf_trainer *t;
+        double before, after;
+        open_setup(&s, kind == 2 ? 4 : 0, kind > 0);
+        s.config.steps = 150;
+        s.config.lr = 1e-2;
+        s.config.redraw_every = 1;
+        s.config.freeze_at = 0.5;
+        test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+        test_ok(srf_trainer_evaluate(t, &before));
+        for (int i = 0; i < 150; i++) {
+            struct srf_train_metrics m;
+            test_ok(srf_trainer_step(t, &m));
+            assert_false(m.skipped);
+            assert_int_equal(m.step, i + 1);
+        }
+        test_ok(srf_trainer_evaluate(t, &after));
+        print_message("perplexity %.2f -> %.2f\n", before, after);
+        assert_true(before > 12 && after < (kind == 1 ? 11 : 6));
+        srf_trainer_free(t);
+        close_setup(&s);
+    }
+}
+
+/* Training to the end, and stopping at a step, saving, loading, going on: the same bits. */
+static void resume_is_exact(void **state)
+{
+    (void)state;
+    for (int kind = 0; kind < 3; kind++) {
+        struct setup s;
+        struct srf_trainer *t;
+        struct srf_train_metrics whole[12], m;
+        char last[96];
+        open_setup(&s, kind == 2 ? 4 : 0, kind > 0);
+        struct srf_checkpoint *teacher = NULL;
+        if (kind > 0) {
+            test_ok(srf_checkpoint_init(config_json, 4, &teacher));
+            s.config.kl_weight = 0.5;
+            s.config.mse_weight = 0.5;
+            s.config.redraw_every = 1;
+            s.config.freeze_at = 0.5;
+            s.config.train_features = true;
+        }
+        snprintf(last, sizeof last, "%s/last.h5", s.dir);
+        test_ok(srf_trainer_create(s.ctx, s.ck, teacher, &s.config, s.train, NULL, &t));
+        for (int i = 0; i < 12; i++) test_ok(srf_trainer_step(t, &whole[i]));
+        int64_t n = srf_trainer_model(t)->table.total;
+        float *want = srf__alloc((size_t)n, sizeof *want);
+        memcpy(want, srf_model_param(srf_trainer_model(t), 0), (size_t)n * sizeof *want);
+        srf_trainer_free(t);
+        for (int cut = 1; cut < 12; cut += 5) {
+            test_ok(srf_trainer_create(s.ctx, s.ck, teacher, &s.config, s.train, NULL, &t));
+            for (int i = 0; i < cut; i++) test_ok(srf_trainer_step(t, &m));
+            test_ok(srf_trainer_save(t, last));
+            srf_trainer_free(t);
+            test_ok(srf_trainer_resume(s.ctx, last, s.train, NULL, &t));
+            assert_int_equal(srf_trainer_steps_done(t), cut);
+            for (int i = cut; i < 12; i++) {
+                test_ok(srf_trainer_step(t, &m));
+                assert_true(m.loss == whole[i].loss && m.grad_norm == whole[i].grad_norm);
+                assert_true(m.kl == whole[i].kl && m.mse == whole[i].mse);
+                assert_int_equal(m.draw, whole[i].draw);
+            }
+            assert_memory_equal(srf_model_param(srf_trainer_model(t), 0), want,
+                                (size_t)n * sizeof *want);
+            srf_trainer_free(t);
+        }
+        srf__free(want);
+        srf_checkpoint_free(teacher);
+        close_setup(&s);
+    }
+}
+
+/* A poisoned forward never reaches the weights; too many in a row end the run. */
+static void non_finite_steps(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    struct srf_train_metrics m;
+    open_setup(&s, 0, false);
+    s.config.steps = 100;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    struct srf_model *model = srf_trainer_model(t);
+    float *params = srf_model_param(model, 0);
+    float old = params[3];
+    for (int64_t i = 0; i < 16; i++) params[i * 16] = INFINITY; /* one column of every embedding */
+    float *before = srf__alloc((size_t)model->table.total, sizeof *before);
+    memcpy(before, params, (size_t)model->table.total * sizeof *before);
+    test_ok(srf_trainer_step(t, &m));
+    assert_true(m.skipped);
+    assert_memory_equal(before, params, (size_t)model->table.total * sizeof *before);
+    srf_status st = SRF_OK;
+    int steps = 0;
+    while (st == SRF_OK && steps++ < 50) st = srf_trainer_step(t, &m);
+    assert_int_equal(st, SRF_NONFINITE);
+    assert_true(old == params[3]);
+    srf__free(before);
+    srf_trainer_free(t);
+    close_setup(&s);
+}
+
+static bool stop_at_once(void *user)
+{
+    return ++*(int *)user == 5;
+}
+
+/* The loop: files of a run, an interruption, going on; the metrics are those of an unbroken run. */
+static void run_and_interrupt(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    double ppl, want;
+    char path[128], last[96];
+    open_setup(&s, 4, true);
+    s.config.save_every = 2;
+    s.config.redraw_every = 1;
+    char whole_dir[96], dir[96];
+    snprintf(whole_dir, sizeof whole_dir, "%s/a/whole", s.dir);
+    snprintf(dir, sizeof dir, "%s/b", s.dir);
+    snprintf(last, sizeof last, "%s/b/last.h5", s.dir);
+    struct srf_run_hooks none = {0};
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+    test_ok(srf_trainer_run(t, whole_dir, &none, &want));
+    srf_trainer_free(t);
+
+    int calls = 0;
+    struct srf_run_hooks hooks = {.user = &calls, .stop = stop_at_once};
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+    assert_int_equal(srf_trainer_run(t, dir, &hooks, &ppl), SRF_INTERRUPTED);
+    srf_trainer_free(t);
+    /* as if it had gone on for two steps after the save, and half of a third */
+    snprintf(path, sizeof path, "%s/metrics.jsonl", dir);
+    FILE *f = fopen(path, "a");
+    fprintf(f, "{\"step\": 6, \"loss\": 99}\n{\"step\": 7, \"loss\": 99}\n{\"st");
+    fclose(f);
+    test_ok(srf_trainer_resume(s.ctx, last, s.train, s.held, &t));
+    assert_int_equal(srf_trainer_steps_done(t), 5);
+    test_ok(srf_trainer_run(t, dir, &none, &ppl));
+    srf_trainer_free(t);
+    assert_true(ppl == want && ppl > 1);
+    f = fopen(path, "r");
+    int lines = 0, bad = 0;
+    char line[512];
+    while (fgets(line, sizeof line, f)) {
+        int step = 0;
+        assert_int_equal(sscanf(line, "{\"step\": %d", &step), 1);
+        bad += step != ++lines || strstr(line, "99}") != NULL;
+    }
+    fclose(f);
+    assert_int_equal(lines, 12);
+    assert_int_equal(bad, 0);
+    /* what it leaves is a model that evaluates to the same perplexity */
+    struct srf_checkpoint *ck;
+    snprintf(path, sizeof path, "%s/model.h5", dir);
+    test_ok(srf_checkpoint_load(path, NULL, &ck));
+    assert_int_equal(ck->kind, SRF_CKPT_WEIGHTS);
+    assert_int_equal(ck->attention.draw, 11);
+    test_ok(srf_trainer_create(s.ctx, ck, NULL, &s.config, s.train, s.held, &t));
+    double again;
+    test_ok(srf_trainer_evaluate(t, &again));
+    assert_true(again == want);
+    srf_trainer_free(t);
+    srf_checkpoint_free(ck);
+    close_setup(&s);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(policies),          cmocka_unit_test(learns),
+        cmocka_unit_test(resume_is_exact),   cmocka_unit_test(non_finite_steps),
+        cmocka_unit_test(run_and_interrupt),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
