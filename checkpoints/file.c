@@ -1,8 +1,10 @@
 #include "checkpoints/file.h"
 #include "checkpoints/writers.h"
+#include "kernels/numeric.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -150,6 +152,25 @@ srf_status srf__out_write(struct srf__out *o, const void *data, size_t n)
         if (done < 0 && errno == EINTR) continue;
         SRF_FAIL_IF(done < 0, SRF_IO, "%s: %s", o->path, strerror(errno));
         from += done, n -= (size_t)done;
+    }
+    return SRF_OK;
+}
+
+srf_status srf__out_floats(struct srf__out *o, const char *name, const float *data, int64_t n,
+                           enum srf_dtype dtype)
+{
+    enum { PIECE = 4096 };
+    char raw[PIECE * sizeof(float)];
+    float back[PIECE];
+    for (int64_t i = 0; i < n; i += PIECE) {
+        int64_t k = n - i < PIECE ? n - i : PIECE;
+        srf_convert_from_f32(raw, dtype, data + i, k);
+        srf_convert_to_f32(back, raw, dtype, k);
+        for (int64_t j = 0; j < k; j++)
+            SRF_FAIL_IF(!isfinite(back[j]), SRF_NONFINITE,
+                        "%s: tensor %s: element %lld is %g in %s", o->path, name,
+                        (long long)(i + j), (double)back[j], srf_dtype_name(dtype));
+        SRF_TRY(srf__out_write(o, raw, (size_t)k * srf_dtype_bytes(dtype)));
     }
     return SRF_OK;
 }

@@ -1,7 +1,6 @@
 /* Files of the host, under every format: bounded reading, atomic writing. Internal. */
 #pragma once
-#include "kernels/status.h"
-#include <stdbool.h>
+#include "kernels/ops.h"
 
 /* A regular file open for reading. Read by pread, not mapped: a file that shrinks under us is an
  * error then, not a SIGBUS. */
@@ -30,6 +29,9 @@ struct srf__out {
 };
 srf_status srf__out_open(const char *path, struct srf__out *o);
 srf_status srf__out_write(struct srf__out *o, const void *data, size_t n);
+/* n floats as dtype; name: whose, for the message if one does not fit. */
+srf_status srf__out_floats(struct srf__out *o, const char *name, const float *data, int64_t n,
+                           enum srf_dtype dtype);
 srf_status srf__out_commit(struct srf__out *o);
 void srf__out_abort(struct srf__out *o); /* zeroed is fine */
 

@@ -1,7 +1,9 @@
 /* Directories as transformers' save_pretrained writes them. */
 #include "checkpoints/source_internal.h"
 #include "checkpoints/writers.h"
+#include "data/bpe.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -28,12 +30,24 @@ static srf_status read_text(const char *dir, const char *name, int64_t max, char
     return st;
 }
 
+/* The text of a tokenizer.json from GPT-2's older pair of files (srf_bpe_load knows their names). */
+static srf_status convert_tokenizer(const char *dir, char **text)
+{
+    struct srf_bpe *bpe;
+    SRF_TRY(srf_bpe_load(dir, &bpe));
+    srf_status st = srf_bpe_to_json(bpe, text);
+    srf_bpe_free(bpe);
+    return st;
+}
+
 srf_status srf__hf_read_extras(struct srf_source *s, const char *dir)
 {
     if (is_there(dir, "config.json"))
         SRF_TRY(read_text(dir, "config.json", SRF__MAX_CONFIG, &s->config, NULL));
     if (is_there(dir, "tokenizer.json"))
         SRF_TRY(read_text(dir, "tokenizer.json", SRF__MAX_TOKENIZER, &s->tokenizer, NULL));
+    else if (is_there(dir, "vocab.json") || is_there(dir, "encoder.json"))
+        SRF_TRY(convert_tokenizer(dir, &s->tokenizer));
     return SRF_OK;
 }
 
@@ -121,4 +135,72 @@ srf_status srf__hf_read(struct srf_source *s, const char *dir)
                      : ", found neither");
     }
     return srf__hf_read_extras(s, dir);
+}
+
+/* ---- writing -------------------------------------------------------------------------------- */
+
+static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json"};
+
+static void remove_dir(const char *dir)
+{
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        char *path;
+        if (srf__path_join(dir, files[i], &path) != SRF_OK) continue;
+        unlink(path);
+        srf__free(path);
+    }
+    rmdir(dir);
+}
+
+static srf_status write_text(const char *dir, const char *name, const char *text)
+{
+    char *path;
+    SRF_TRY(srf__path_join(dir, name, &path));
+    srf_status st = srf_write_file_atomic(path, text, strlen(text));
+    srf__free(path);
+    return st;
+}
+
+/* Whether nothing is at path, or an empty directory. */
+static srf_status check_free(const char *path)
+{
+    struct stat info;
+    if (lstat(path, &info) != 0 && errno == ENOENT) return SRF_OK;
+    DIR *dir = opendir(path);
+    SRF_FAIL_IF(!dir, SRF_IO, "%s: %s", path, strerror(errno));
+    const struct dirent *entry;
+    bool empty = true;
+    while ((entry = readdir(dir)) != NULL)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) empty = false;
+    closedir(dir);
+    SRF_FAIL_IF(!empty, SRF_IO, "%s: the directory is not empty: nothing is overwritten", path);
+    return SRF_OK;
+}
+
+srf_status srf_hf_write(const char *dir, const char *config_json, const char *tokenizer_json,
+                        const struct srf_tensor_out *tensors, int64_t n, enum srf_dtype dtype)
+{
+    srf_status st = SRF_OK;
+    char *temp = NULL, *path = NULL;
+    SRF_FAIL_IF(dir[0] == '\0', SRF_INVALID, "the output path is empty");
+    SRF_TRY(check_free(dir));
+    SRF_TRY(srf__temp_name(dir, &temp));
+    remove_dir(temp); /* of a process that had our pid and was killed */
+    if (mkdir(temp, 0777) != 0) {
+        st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s", dir, strerror(errno));
+        srf__free(temp);
+        return st;
+    }
+    SRF_TRY_GO(write_text(temp, files[0], config_json));
+    SRF_TRY_GO(srf__path_join(temp, files[1], &path));
+    SRF_TRY_GO(srf_safetensors_write(path, tensors, n, dtype));
+    if (tokenizer_json) SRF_TRY_GO(write_text(temp, files[2], tokenizer_json));
+    /* rename() replaces an empty directory, and no other. */
+    SRF_FAIL_GO_IF(rename(temp, dir) != 0, SRF_IO, "%s: %s", dir, strerror(errno));
+    st = srf__sync_dir_of(dir);
+cleanup:
+    if (st != SRF_OK) remove_dir(temp);
+    srf__free(path);
+    srf__free(temp);
+    return st;
 }

@@ -168,3 +168,71 @@ srf_status srf__safetensors_read(struct srf_source *s, const char *path)
     if (st != SRF_OK) srf__error_prefix("%s", path);
     return st;
 }
+
+/* ---- writing -------------------------------------------------------------------------------- */
+
+static int64_t count_of(const struct srf_tensor_out *t)
+{
+    int64_t n = 1;
+    for (int i = 0; i < t->ndim; i++) n *= t->shape[i];
+    return n;
+}
+
+/* The header with its length before it: 8 + a multiple of 8 bytes. srf__free. */
+static srf_status make_header(const struct srf_tensor_out *tensors, int64_t n, size_t width,
+                              const char *type, char **out, size_t *size)
+{
+    srf_status st = SRF_OK;
+    char *text = NULL;
+    int64_t at = 0;
+    bool ok = true;
+    json_t *header = json_pack("{s:{s:s}}", "__metadata__", "format", "pt");
+    for (int64_t i = 0; i < n && ok; i++) {
+        int64_t end = at + count_of(&tensors[i]) * (int64_t)width;
+        json_t *shape = json_array();
+        for (int k = 0; k < tensors[i].ndim; k++)
+            ok = ok && json_array_append_new(shape, json_integer(tensors[i].shape[k])) == 0;
+        json_t *entry = json_pack("{s:s, s:o, s:[I, I]}", "dtype", type, "shape", shape,
+                                  "data_offsets", (json_int_t)at, (json_int_t)end);
+        SRF_FAIL_GO_IF(json_object_get(header, tensors[i].name), SRF_INVALID,
+                       "tensor %s is there twice", tensors[i].name);
+        ok = ok && json_object_set_new(header, tensors[i].name, entry) == 0;
+        at = end;
+    }
+    if (ok) text = json_dumps(header, JSON_COMPACT);
+    SRF_FAIL_GO_IF(!text, SRF_NOMEM, "out of memory");
+    size_t length = strlen(text), padded = (length + 7) / 8 * 8;
+    SRF_TRY_GO(SRF_ALLOC(*out, 8 + padded));
+    for (int i = 0; i < 8; i++) (*out)[i] = (char)((uint64_t)padded >> (8 * i));
+    memcpy(*out + 8, text, length);
+    memset(*out + 8 + length, ' ', padded - length);
+    *size = 8 + padded;
+cleanup:
+    json_decref(header);
+    free(text);
+    return st;
+}
+
+srf_status srf_safetensors_write(const char *path, const struct srf_tensor_out *tensors, int64_t n,
+                                 enum srf_dtype dtype)
+{
+    size_t k = 0;
+    while (k < sizeof types / sizeof *types && !(types[k].readable && types[k].dtype == dtype)) k++;
+    SRF_FAIL_IF(k == sizeof types / sizeof *types || dtype == SRF_F64, SRF_INVALID,
+                "safetensors are written as f32, f16 or bf16");
+    srf_status st = SRF_OK;
+    struct srf__out o = {.fd = -1};
+    char *header = NULL;
+    size_t size = 0;
+    SRF_TRY(make_header(tensors, n, srf_dtype_bytes(dtype), types[k].name, &header, &size));
+    SRF_TRY_GO(srf__out_open(path, &o));
+    SRF_TRY_GO(srf__out_write(&o, header, size));
+    for (int64_t i = 0; i < n; i++)
+        SRF_TRY_GO(
+            srf__out_floats(&o, tensors[i].name, tensors[i].data, count_of(&tensors[i]), dtype));
+    SRF_TRY_GO(srf__out_commit(&o));
+cleanup:
+    srf__out_abort(&o);
+    srf__free(header);
+    return st;
+}

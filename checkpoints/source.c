@@ -100,8 +100,8 @@ int64_t srf_source_find(const struct srf_source *s, const char *name)
     return -1;
 }
 
-/* out (rows, cols) = in (cols, rows), in tiles that stay in cache. */
-static void transpose(float *out, const float *in, int64_t rows, int64_t cols)
+/* In tiles that stay in cache. */
+void srf__transpose(float *out, const float *in, int64_t rows, int64_t cols)
 {
     enum { TILE = 32 };
     for (int64_t i0 = 0; i0 < rows; i0 += TILE)
@@ -148,7 +148,7 @@ srf_status srf_source_read_f32(struct srf_source *s, int64_t i, float *out)
         float *stored = NULL;
         SRF_TRY(SRF_ALLOC(stored, t->info.count));
         st = read_stored(s, t, stored);
-        if (st == SRF_OK) transpose(out, stored, t->info.shape[0], t->info.shape[1]);
+        if (st == SRF_OK) srf__transpose(out, stored, t->info.shape[0], t->info.shape[1]);
         srf__free(stored);
         SRF_TRY(st);
     } else {

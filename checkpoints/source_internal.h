@@ -47,3 +47,6 @@ srf_status srf__native_read(struct srf_source *s, const char *path);
 
 /* JSON text to a value: duplicate keys are refused; what: for the message. json_decref. */
 srf_status srf__json_parse(const char *what, const char *text, size_t n, json_t **out);
+
+/* out (rows, cols) = in (cols, rows). */
+void srf__transpose(float *out, const float *in, int64_t rows, int64_t cols);

@@ -1,5 +1,5 @@
 /* Writing the foreign formats. All atomic: temporary name, fsync, rename; on failure nothing is
- * left. */
+ * left. A weight that the dtype cannot hold (too large for F16) is refused by name. */
 #pragma once
 #include "checkpoints/source.h"
 
@@ -21,8 +21,9 @@ srf_status srf_safetensors_write(const char *path, const struct srf_tensor_out *
  * empty. */
 srf_status srf_hf_write(const char *dir, const char *config_json, const char *tokenizer_json,
                         const struct srf_tensor_out *tensors, int64_t n, enum srf_dtype dtype);
-/* llm.c .bin: F32 writes version 3, BF16 version 5. Tensors by transformers' names; vocabulary
- * padded to a multiple of 128. SRF_UNSUPPORTED for a config that llm.c cannot hold (untied head,
- * d_ff != 4c, ...). */
+/* llm.c .bin: F32 writes version 3, BF16 version 5. Tensors by transformers' names (others than the
+ * model's are refused); vocabulary padded to a multiple of 128. SRF_UNSUPPORTED for a config that
+ * llm.c cannot hold (untied head, n_inner other than 4 n_embd, layer norm epsilon other than 1e-5,
+ * ...). */
 srf_status srf_llmc_write(const char *path, const char *config_json,
                           const struct srf_tensor_out *tensors, int64_t n, enum srf_dtype dtype);

@@ -66,6 +66,9 @@ void srf__error_prefix(const char *fmt, ...)
     vsnprintf(prefix, sizeof prefix, fmt, ap);
     va_end(ap);
     one_line(prefix);
+    /* Once is enough where two layers name the same file. */
+    size_t n = strlen(prefix);
+    if (strncmp(message, prefix, n) == 0 && message[n] == ':') return;
     if (snprintf(text, sizeof text, "%s: %s", prefix, message) < 0) return;
     memcpy(message, text, sizeof message);
 }

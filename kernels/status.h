@@ -44,7 +44,8 @@ void srf_error_clear(void);
 /* Record a failure: replaces the message, starts a new trace, returns `st`. Use the macros. */
 srf_status srf__fail(const char *file, int line, srf_status st, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
-/* Put "context: " before the present message (to name the file or tensor it is about). */
+/* Put "context: " before the present message (to name the file or tensor it is about), unless it
+ * starts with that already. */
 void srf__error_prefix(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* Add a place to the trace. */
 void srf__trace(const char *file, int line);
