@@ -93,6 +93,7 @@ static srf_status create(const char *path, struct srf_h5 **out)
     fapl = file_access();
     driver = srf__h5_driver(fapl, &f->out);
     fcpl = H5Pcreate(H5P_FILE_CREATE);
+    H5Pset_obj_track_times(fcpl, false); /* here and below: same contents, same bytes */
     H5Pset_link_creation_order(fcpl, H5P_CRT_ORDER_TRACKED | H5P_CRT_ORDER_INDEXED);
     if (driver >= 0) f->file = H5Fcreate(f->temp, H5F_ACC_TRUNC, fcpl, fapl);
     SRF_FAIL_GO_IF(f->file < 0, SRF_IO, "%s: %s", path, srf__h5_why().text);
@@ -208,6 +209,7 @@ srf_status srf__h5_make_groups(struct srf_h5 *f, const char *path, bool whole)
         part[i] = '\0';
         if (H5Lexists(f->file, part, H5P_DEFAULT) > 0) continue;
         hid_t gcpl = H5Pcreate(H5P_GROUP_CREATE);
+        H5Pset_obj_track_times(gcpl, false);
         H5Pset_link_creation_order(gcpl, H5P_CRT_ORDER_TRACKED | H5P_CRT_ORDER_INDEXED);
         hid_t group = H5Gcreate2(f->file, part, H5P_DEFAULT, gcpl, H5P_DEFAULT);
         H5Pclose(gcpl);

@@ -95,7 +95,10 @@ static srf_status put(struct srf_h5 *f, const char *path, hid_t type, int ndim,
     for (int i = 0; i < ndim; i++) dims[i] = (hsize_t)shape[i], count *= shape[i];
     SRF_TRY(srf__h5_make_groups(f, path, false));
     hid_t space = ndim ? H5Screate_simple(ndim, dims, NULL) : H5Screate(H5S_SCALAR);
-    hid_t set = H5Dcreate2(f->file, path, type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t dcpl = H5Pcreate(H5P_DATASET_CREATE);
+    H5Pset_obj_track_times(dcpl, false);
+    hid_t set = H5Dcreate2(f->file, path, type, space, H5P_DEFAULT, dcpl, H5P_DEFAULT);
+    H5Pclose(dcpl);
     if (set < 0 || (count > 0 && H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0))
         st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s: %s", f->path, path, srf__h5_why().text);
     if (set >= 0) H5Dclose(set);
