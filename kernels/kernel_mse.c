@@ -6,9 +6,9 @@
  * have e^{v^2} there.
  *
  * Let rows have cosine c, norms a, b ~ chi_d, and a Haar rotation. Then w_i + w_j has a uniform
- * direction and squared length a^2 + b^2 + 2abc = s (1 + c sin(t)). Here s = a^2 + b^2 ~ chi^2_{2d},
- * (a, b) = sqrt(s) (cos(t/2), sin(t/2)), and t in [0, pi], independent of s, has density
- * ~ sin(t)^(d-1).
+ * direction and squared length a^2 + b^2 + 2abc = s (1 + c sin(t)). Here s = a^2 + b^2 is
+ * chi^2_{2d}, (a, b) = sqrt(s) (cos(t/2), sin(t/2)), and t in [0, pi], independent of s, has
+ * density ~ sin(t)^(d-1).
  * The mean of exp(z.v) over directions of z is 0F1(; d/2; z^2 v^2/4), and over s
  *     E_s 0F1(; d/2; s q v^2/4) = 1F1(d; d/2; q v^2/2),   q = 1 + c sin(t).
  * So rho = 1F1(d; d/2; v^2/2) for orthogonal rows (c = 0), and for simplex rows (c = -1/(d-1)) the
