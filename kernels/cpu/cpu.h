@@ -18,14 +18,14 @@ typedef double real;
 #define srf__gemm     srf__gemm_f64
 #define srf__exp2     srf__exp2_f64
 #define srf__exp      srf__exp_f64
-#define REAL_MIN_DEN  1e-280
+#define REAL_MIN_DEN  1e-150
 #else
 typedef float real;
 #define SRF_CPU(name) cpu_f32_##name
 #define srf__gemm     srf__gemm_f32
 #define srf__exp2     srf__exp2_f32
 #define srf__exp      srf__exp_f32
-#define REAL_MIN_DEN  1e-28f
+#define REAL_MIN_DEN  1e-20f
 #endif
 
 /* C (m, n) = alpha op(A) op(B) + beta C, row-major, op = transpose where asked. Inside an OpenMP
@@ -39,37 +39,62 @@ void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int6
 void srf__blas_serial_begin(const struct srf_ctx *ctx);
 void srf__blas_serial_end(const struct srf_ctx *ctx);
 
-/* 2^x and e^x, written so that loops over them vectorise: fp32 to about 2 ulp (Cephes-style
- * polynomial on [-1/2, 1/2]), fp64 by libm. Below the smallest normal number the result is 0; above
- * the largest, infinity. NaN gives NaN. 2^(x+n) is exactly 2^n 2^x for integers n while nothing
- * under- or overflows. */
-static inline real srf__exp2(real x)
-{
+/* 2^x and e^x, written so that loops over them vectorise: fp32 to about 1 ulp (polynomials on
+ * [-1/2, 1/2] and the like), fp64 by libm. Below the smallest normal number the result is 0; above
+ * the largest, infinity. NaN gives NaN. */
 #ifdef SRF_REAL_F64
-    return exp2(x);
+#define REAL_EXP_BIAS     1023
+#define REAL_MANTISSA     52
+#define srf__round(x)     rint(x)
+#define srf__exp2_frac(f) exp2(f)
+typedef int64_t real_bits;
 #else
-    float y = x < -127.0f ? -127.0f : x; /* NaN passes through */
-    y = y > 129.0f ? 129.0f : y;
-    /* round to nearest integer by the magic number 1.5 * 2^23 */
-    float magic = 12582912.0f, n = (y + magic) - magic, f = y - n;
+#define REAL_EXP_BIAS 127
+#define REAL_MANTISSA 23
+#define srf__round(x) rintf(x)
+typedef int32_t real_bits;
+/* 2^f for |f| <= 1/2 */
+static inline float srf__exp2_frac(float f)
+{
     float p = 1.535336188319500e-4f;
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
     p = p * f + 5.550332471162809e-2f;
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.0f;
-    /* 2^n in two factors, so that n = 128 still gives a number to multiply by */
+    return p * f + 1.0f;
+}
+#endif
+
+/* 2^n for integers n in [-REAL_EXP_BIAS, REAL_EXP_BIAS]; 0 at and below the lower end (NaN too),
+ * the largest power above the upper one. */
+static inline real srf__pow2(real n)
+{
+    real e = n > -REAL_EXP_BIAS ? n : -REAL_EXP_BIAS;
+    e = e < REAL_EXP_BIAS ? e : REAL_EXP_BIAS;
     union {
-        float f;
-        int32_t i;
-    } half;
-    float n2 = n == n ? n : 0.0f;
-    int32_t e = (int32_t)n2;
-    half.i = (e / 2 + 127) << 23;
-    float r = p * half.f;
-    half.i = (e - e / 2 + 127) << 23;
-    r = r * half.f;
+        real_bits i;
+        real f;
+    } bits = {.i = ((real_bits)e + REAL_EXP_BIAS) * ((real_bits)1 << REAL_MANTISSA)};
+    return bits.f;
+}
+
+/* 2^(f + n) for |f| <= 1/2 and integers n <= REAL_EXP_BIAS. It is exactly 2^n 2^f while it does not
+ * underflow, so a change of n alone (of a stabiliser) rescales the result without rounding. */
+static inline real srf__exp2_parts(real f, real n)
+{
+    return srf__exp2_frac(f) * srf__pow2(n);
+}
+
+static inline real srf__exp2(real x)
+{
+#ifdef SRF_REAL_F64
+    return exp2(x);
+#else
+    float n = rintf(x), half = rintf(0.5f * n);
+    /* 2^n in two factors, so that n = 128 still gives a number to multiply by */
+    float r = srf__exp2_frac(x - n) * srf__pow2(half) * srf__pow2(n - half);
+    r = x > 128.0f ? INFINITY : r;
     return x < -126.0f ? 0.0f : r;
 #endif
 }
@@ -79,11 +104,9 @@ static inline real srf__exp(real x)
 #ifdef SRF_REAL_F64
     return exp(x);
 #else
-    /* x log2(e) in two pieces keeps the error of large |x| at the ulp level */
-    float y = x < -100.0f ? -100.0f : x;
-    y = y > 100.0f ? 100.0f : y;
-    float magic = 12582912.0f, n = (y * 1.44269504f + magic) - magic;
-    float f = (y - n * 0.693145752f) - n * 1.42860677e-6f;
+    /* n ln 2 in two pieces keeps the error of large |x| at the ulp level */
+    float n = rintf(x * 1.44269504f), half = rintf(0.5f * n);
+    float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     float p = 1.9875691500e-4f;
     p = p * f + 1.3981999507e-3f;
     p = p * f + 8.3334519073e-3f;
@@ -91,16 +114,8 @@ static inline real srf__exp(real x)
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    union {
-        float f;
-        int32_t i;
-    } half;
-    float n2 = n == n ? n : 0.0f;
-    int32_t e = (int32_t)n2;
-    half.i = (e / 2 + 127) << 23;
-    float r = p * half.f;
-    half.i = (e - e / 2 + 127) << 23;
-    r = r * half.f;
-    return x < -87.3f ? 0.0f : r;
+    float r = p * srf__pow2(half) * srf__pow2(n - half);
+    r = x > 88.7228394f ? INFINITY : r;
+    return x < -87.3365402f ? 0.0f : r;
 #endif
 }

@@ -1,0 +1,116 @@
+/* What the attention ops must do at least: the rows of cost.c that are worth a file. */
+#include "kernels/ops.h"
+
+static double b_t(const struct srf_ctx *ctx)
+{
+    return (double)srf_dtype_bytes(ctx->dtype);
+}
+
+static double b_a(const struct srf_ctx *ctx)
+{
+    return (double)srf_dtype_bytes(srf_ctx_acc(ctx));
+}
+
+/* Query-key pairs of one head, exponentials of them included. */
+static double pairs(int64_t t, bool causal)
+{
+    double n = (double)t;
+    return causal ? n * (n + 1) / 2 : n * n;
+}
+
+struct srf_cost srf_softmax_attn_fwd_cost(const struct srf_ctx *ctx,
+                                          const struct srf_softmax_attn_fwd_args *a)
+{
+    double heads = (double)a->b * (double)a->h, rows = heads * (double)a->t, d = (double)a->d;
+    return (struct srf_cost){.bytes = b_t(ctx) * 4 * rows * d + (a->lse ? b_a(ctx) * rows : 0),
+                             .flops = heads * pairs(a->t, a->causal) * (4 * d + 1)};
+}
+
+struct srf_cost srf_softmax_attn_bwd_cost(const struct srf_ctx *ctx,
+                                          const struct srf_softmax_attn_bwd_args *a)
+{
+    double heads = (double)a->b * (double)a->h, rows = heads * (double)a->t, d = (double)a->d;
+    return (struct srf_cost){.bytes = b_t(ctx) * 8 * rows * d + b_a(ctx) * rows,
+                             .flops = heads * pairs(a->t, a->causal) * (10 * d + 1)};
+}
+
+/* Exact pairs of the hybrid: row r of a block sees r + 1 keys of it and a whole block before. */
+static double window_pairs(const struct srf_attn_shape *s)
+{
+    if (s->window == 0) return 0;
+    double w = (double)s->window, t = (double)s->t, blocks = (double)(s->t / s->window);
+    double rest = t - blocks * w;
+    double own = blocks * w * (w + 1) / 2 + rest * (rest + 1) / 2;
+    return own + (t > w ? (t - w) * w : 0);
+}
+
+/* Per token and head: W x and W y (2 m d flops each, and an exponential a feature), the key into
+ * the state (2 m d) and the query's sum (2 m d): the recurrent form, which is the least. */
+static double far_flops(const struct srf_attn_shape *s)
+{
+    double m = (double)s->m, d = (double)s->d;
+    return (double)s->b * (double)s->h * (double)s->t * (8 * m * d + 4 * m);
+}
+
+static double row_values(const struct srf_attn_shape *s)
+{
+    return (double)s->b * (double)s->h * (double)s->t * (double)s->d;
+}
+
+static double weight_values(const struct srf_attn_shape *s)
+{
+    return (double)s->n_sets * (double)s->m * (double)(s->d + 1);
+}
+
+static struct srf_cost fwd_cost(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    double heads = (double)s->b * (double)s->h;
+    return (struct srf_cost){.bytes = b_t(ctx) * (4 * row_values(s) + weight_values(s)),
+                             .flops =
+                                 far_flops(s) + heads * window_pairs(s) * (4 * (double)s->d + 1)};
+}
+
+struct srf_cost srf_srf_attn_fwd_cost(const struct srf_ctx *ctx,
+                                      const struct srf_srf_attn_fwd_args *a)
+{
+    return fwd_cost(ctx, &a->s);
+}
+
+/* Backward: features and state again (6 m d), then S g, R v, R phi, R += phi g, W^T da twice
+ * (12 m d); trained features 4 m d more. */
+struct srf_cost srf_srf_attn_bwd_cost(const struct srf_ctx *ctx,
+                                      const struct srf_srf_attn_bwd_args *a)
+{
+    const struct srf_attn_shape *s = &a->s;
+    double heads = (double)s->b * (double)s->h, m = (double)s->m, d = (double)s->d;
+    double rows = heads * (double)s->t, dw = a->dw ? 1 : 0;
+    return (struct srf_cost){.bytes =
+                                 b_t(ctx) * (8 * row_values(s) + (1 + 2 * dw) * weight_values(s)),
+                             .flops = rows * (18 * m * d + 8 * m + dw * 4 * m * d) +
+                                      heads * window_pairs(s) * (10 * d + 1)};
+}
+
+static double state_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    return 2 * b_a(ctx) * (double)s->b * (double)s->h *
+           (double)srf_attn_state_count(s->m, s->d, s->window);
+}
+
+struct srf_cost srf_srf_attn_prefill_cost(const struct srf_ctx *ctx,
+                                          const struct srf_srf_attn_prefill_args *a)
+{
+    struct srf_cost c = fwd_cost(ctx, &a->s);
+    c.bytes += state_bytes(ctx, &a->s);
+    return c;
+}
+
+/* The position is on the device: a full window is assumed. */
+struct srf_cost srf_srf_attn_step_cost(const struct srf_ctx *ctx,
+                                       const struct srf_srf_attn_step_args *a)
+{
+    const struct srf_attn_shape *s = &a->s;
+    double heads = (double)s->b * (double)s->h;
+    return (struct srf_cost){
+        .bytes = b_t(ctx) * (4 * row_values(s) + weight_values(s)) + state_bytes(ctx, s),
+        .flops = far_flops(s) + heads * 1.5 * (double)s->window * (4 * (double)s->d + 1)};
+}
