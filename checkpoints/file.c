@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -89,12 +90,19 @@ static size_t trimmed(const char *path)
     return n;
 }
 
-srf_status srf__path_dir(const char *path, char **out)
+/* Length of the directory part of a path, 0 if it is the working directory. */
+static size_t dir_length(const char *path)
 {
     size_t n = trimmed(path);
     while (n > 0 && path[n - 1] != '/') n--;
-    if (n == 0) path = ".", n = 1;
     while (n > 1 && path[n - 1] == '/') n--;
+    return n;
+}
+
+srf_status srf__path_dir(const char *path, char **out)
+{
+    size_t n = dir_length(path);
+    if (n == 0) path = ".", n = 1;
     SRF_TRY(SRF_ALLOC(*out, n + 1));
     memcpy(*out, path, n);
     (*out)[n] = '\0';
@@ -109,19 +117,20 @@ srf_status srf__temp_name(const char *path, char **out)
     return SRF_OK;
 }
 
+/* Allocates nothing: it runs after a rename, where only the disk may still fail. */
 srf_status srf__sync_dir_of(const char *path)
 {
-    srf_status st = SRF_OK;
-    char *dir = NULL;
-    SRF_TRY(srf__path_dir(path, &dir));
+    char dir[PATH_MAX] = ".";
+    size_t n = dir_length(path);
+    SRF_FAIL_IF(n >= sizeof dir, SRF_IO, "%s: path too long", path);
+    if (n) memcpy(dir, path, n), dir[n] = '\0';
     int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    SRF_FAIL_GO_IF(fd < 0, SRF_IO, "%s: %s", dir, strerror(errno));
+    SRF_FAIL_IF(fd < 0, SRF_IO, "%s: %s", dir, strerror(errno));
     /* EINVAL: a file system that cannot sync directories. */
-    SRF_FAIL_GO_IF(fsync(fd) != 0 && errno != EINVAL, SRF_IO, "%s: %s", dir, strerror(errno));
-cleanup:
-    if (fd >= 0) close(fd);
-    srf__free(dir);
-    return st;
+    int error = fsync(fd) != 0 && errno != EINVAL ? errno : 0;
+    close(fd);
+    SRF_FAIL_IF(error, SRF_IO, "%s: %s", dir, strerror(error));
+    return SRF_OK;
 }
 
 srf_status srf__out_open(const char *path, struct srf__out *o)

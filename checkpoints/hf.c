@@ -5,6 +5,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -12,13 +13,13 @@
 
 enum { MAX_INDEX = 32 << 20 }; /* bytes of model.safetensors.index.json */
 
-static bool is_there(const char *dir, const char *name)
+static srf_status is_there(const char *dir, const char *name, bool *there)
 {
     char *path;
-    if (srf__path_join(dir, name, &path) != SRF_OK) return false;
-    bool there = access(path, F_OK) == 0;
+    SRF_TRY(srf__path_join(dir, name, &path));
+    *there = access(path, F_OK) == 0;
     srf__free(path);
-    return there;
+    return SRF_OK;
 }
 
 static srf_status read_text(const char *dir, const char *name, int64_t max, char **text, size_t *n)
@@ -42,11 +43,15 @@ static srf_status convert_tokenizer(const char *dir, char **text)
 
 srf_status srf__hf_read_extras(struct srf_source *s, const char *dir)
 {
-    if (is_there(dir, "config.json"))
-        SRF_TRY(read_text(dir, "config.json", SRF__MAX_CONFIG, &s->config, NULL));
-    if (is_there(dir, "tokenizer.json"))
+    bool config, tokenizer, vocab, encoder;
+    SRF_TRY(is_there(dir, "config.json", &config));
+    SRF_TRY(is_there(dir, "tokenizer.json", &tokenizer));
+    SRF_TRY(is_there(dir, "vocab.json", &vocab));
+    SRF_TRY(is_there(dir, "encoder.json", &encoder));
+    if (config) SRF_TRY(read_text(dir, "config.json", SRF__MAX_CONFIG, &s->config, NULL));
+    if (tokenizer)
         SRF_TRY(read_text(dir, "tokenizer.json", SRF__MAX_TOKENIZER, &s->tokenizer, NULL));
-    else if (is_there(dir, "vocab.json") || is_there(dir, "encoder.json"))
+    else if (vocab || encoder)
         SRF_TRY(convert_tokenizer(dir, &s->tokenizer));
     return SRF_OK;
 }
@@ -116,23 +121,25 @@ cleanup:
 
 srf_status srf__hf_read(struct srf_source *s, const char *dir)
 {
-    static const char single[] = "model.safetensors", index[] = "model.safetensors.index.json";
-    srf_status st = SRF_OK;
-    if (is_there(dir, single)) {
+    static const char one_name[] = "model.safetensors", index[] = "model.safetensors.index.json";
+    bool one, sharded, pickled;
+    SRF_TRY(is_there(dir, one_name, &one));
+    SRF_TRY(is_there(dir, index, &sharded));
+    SRF_TRY(is_there(dir, "pytorch_model.bin", &pickled));
+    if (one) {
         char *path;
-        SRF_TRY(srf__path_join(dir, single, &path));
-        st = srf__safetensors_read(s, path);
+        SRF_TRY(srf__path_join(dir, one_name, &path));
+        srf_status st = srf__safetensors_read(s, path);
         srf__free(path);
         SRF_TRY(st);
-    } else if (is_there(dir, index)) {
-        st = read_index(s, dir, index);
+    } else if (sharded) {
+        srf_status st = read_index(s, dir, index);
         if (st != SRF_OK) srf__error_prefix("%s", dir);
         SRF_TRY(st);
     } else {
-        SRF_FAIL(SRF_FORMAT, "%s: expected %s or %s%s", dir, single, index,
-                 is_there(dir, "pytorch_model.bin")
-                     ? ", found pytorch_model.bin: save it again with safe_serialization=True"
-                     : ", found neither");
+        SRF_FAIL(SRF_FORMAT, "%s: expected %s or %s, found %s", dir, one_name, index,
+                 pickled ? "pytorch_model.bin: save it again with safe_serialization=True"
+                         : "neither");
     }
     return srf__hf_read_extras(s, dir);
 }
@@ -143,12 +150,10 @@ static const char *const files[] = {"config.json", "model.safetensors", "tokeniz
 
 static void remove_dir(const char *dir)
 {
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
-        char *path;
-        if (srf__path_join(dir, files[i], &path) != SRF_OK) continue;
-        unlink(path);
-        srf__free(path);
-    }
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0) return;
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) unlinkat(fd, files[i], 0);
+    close(fd);
     rmdir(dir);
 }
 

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HEADER = 256, MAGIC = 20240326, VERSION_F32 = 3, VERSION_BF16 = 5, VOCAB_MULTIPLE = 128 };
+enum { HEADER = 256, VERSION_F32 = 3, VERSION_BF16 = 5, VOCAB_MULTIPLE = 128 };
 
 /* The header's fields, in its order. */
 struct dims {
@@ -89,7 +89,8 @@ static srf_status make_config(const struct dims *d, char **out)
 static srf_status check_header(const int32_t *h, int64_t size, struct dims *d,
                                enum srf_dtype *dtype)
 {
-    SRF_FAIL_IF(h[0] != MAGIC, SRF_FORMAT, "expected magic %d, found %d", MAGIC, h[0]);
+    SRF_FAIL_IF(h[0] != SRF__LLMC_MAGIC, SRF_FORMAT, "expected magic %d, found %d", SRF__LLMC_MAGIC,
+                h[0]);
     SRF_FAIL_IF(h[1] != VERSION_F32 && h[1] != VERSION_BF16, SRF_UNSUPPORTED,
                 "expected llm.c version %d (fp32) or %d (bf16), found %d", VERSION_F32,
                 VERSION_BF16, h[1]);
@@ -243,14 +244,10 @@ static srf_status write_model(const char *path, const struct dims *d,
                 (long long)d->layers, (long long)n);
     srf_status st = SRF_OK;
     struct srf__out o;
-    int32_t header[HEADER] = {MAGIC,
-                              dtype == SRF_F32 ? VERSION_F32 : VERSION_BF16,
-                              (int32_t)d->positions,
-                              (int32_t)d->vocab,
-                              (int32_t)d->layers,
-                              (int32_t)d->heads,
-                              (int32_t)d->c,
-                              (int32_t)d->padded_vocab};
+    int32_t header[HEADER] = {SRF__LLMC_MAGIC,       dtype == SRF_F32 ? VERSION_F32 : VERSION_BF16,
+                              (int32_t)d->positions, (int32_t)d->vocab,
+                              (int32_t)d->layers,    (int32_t)d->heads,
+                              (int32_t)d->c,         (int32_t)d->padded_vocab};
     SRF_TRY(srf__out_open(path, &o));
     SRF_TRY_GO(srf__out_write(&o, header, sizeof header));
     for (int i = 0; i < N_ROWS; i++)

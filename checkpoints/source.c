@@ -203,7 +203,6 @@ cleanup:
 static srf_status open_by_contents(struct srf_source *s, const char *path)
 {
     static const unsigned char h5_magic[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
-    static const unsigned char llmc_magic[4] = {0xa6, 0xd6, 0x34, 0x01}; /* 20240326 */
     unsigned char head[9];
     struct srf__file f;
     struct stat info;
@@ -223,7 +222,9 @@ static srf_status open_by_contents(struct srf_source *s, const char *path)
         s->kind = SRF_SOURCE_NATIVE;
         return srf__native_read(s, path);
     }
-    if (memcmp(head, llmc_magic, sizeof llmc_magic) == 0) {
+    int32_t magic;
+    memcpy(&magic, head, sizeof magic);
+    if (magic == SRF__LLMC_MAGIC) {
         s->kind = SRF_SOURCE_LLMC;
         return srf__llmc_read(s, path);
     }

@@ -7,6 +7,7 @@
 #include <jansson.h>
 
 enum {
+    SRF__LLMC_MAGIC = 20240326,    /* first int32 of an llm.c model */
     SRF__MAX_CONFIG = 1 << 20,     /* bytes of a config.json */
     SRF__MAX_TOKENIZER = 256 << 20 /* bytes of a tokenizer.json, vocab.json, merges.txt */
 };
