@@ -14,6 +14,9 @@
 
 struct srf_bpe; /* opaque */
 
+/* GPT-2's end of a document, an added token. */
+#define SRF_END_OF_TEXT "<|endoftext|>"
+
 /* A growing array of ids; owner frees ids by srf_ids_free. Starts zeroed. */
 struct srf_ids {
     int32_t *ids;

@@ -105,5 +105,3 @@ srf_status srf__bpe_encode_stream(const struct srf_bpe *bpe, FILE *in, bool adde
                                   size_t buffer_bytes,
                                   srf_status (*sink)(void *user, const int32_t *ids, int64_t n),
                                   void *user, int64_t *total_read);
-/* The whole file; NUL-terminated. */
-srf_status srf__read_file(const char *path, char **text, size_t *n);

@@ -1,5 +1,6 @@
 /* The tokenizer's files: tokenizer.json in and out, vocab.json with merges.txt. What a file asks for
  * and bpe_encode.c does not do is refused here, by its key. */
+#include "checkpoints/file.h"
 #include "data/bpe_internal.h"
 
 #include <errno.h>
@@ -8,7 +9,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-static const char end_of_text[] = "<|endoftext|>";
+enum { MAX_FILE = 512 << 20 };
 
 /* What a JSON value is, in words for an error. */
 static const char *kind(const json_t *v)
@@ -284,12 +285,12 @@ cleanup:
     return st;
 }
 
-static srf_status parse(const char *what, const char *text, size_t n, json_t **root)
+static srf_status parse(const char *text, size_t n, json_t **root)
 {
     json_error_t error;
     *root = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &error);
-    SRF_FAIL_IF(!*root, SRF_FORMAT, "%s: not JSON: %s at line %d, column %d", what, error.text,
-                error.line, error.column);
+    SRF_FAIL_IF(!*root, SRF_FORMAT, "not JSON: %s at line %d, column %d", error.text, error.line,
+                error.column);
     return SRF_OK;
 }
 
@@ -297,7 +298,7 @@ srf_status srf_bpe_from_json(const char *text, size_t n, struct srf_bpe **out)
 {
     json_t *root;
     *out = NULL;
-    SRF_TRY(parse("tokenizer", text, n, &root));
+    SRF_TRY(parse(text, n, &root));
     srf_status st = from_root(root, out);
     if (st != SRF_OK) srf__error_prefix("tokenizer");
     json_decref(root);
@@ -339,10 +340,10 @@ static srf_status from_vocab_merges(json_t *vocab, const char *merges, size_t n_
     SRF_TRY_GO(read_vocab(vocab, &parts));
     SRF_TRY_GO(read_merge_lines(merges, n_merges, &parts));
     SRF_TRY_GO(SRF_ALLOC(parts.added, json_object_size(added) + 1));
-    json_t *end = json_object_get(vocab, end_of_text);
-    if (end && !json_object_get(added, end_of_text))
-        parts.added[parts.n_added++] = (struct srf__bpe_part_added){.key = end_of_text,
-                                                                    .n = sizeof end_of_text - 1,
+    json_t *end = json_object_get(vocab, SRF_END_OF_TEXT);
+    if (end && !json_object_get(added, SRF_END_OF_TEXT))
+        parts.added[parts.n_added++] = (struct srf__bpe_part_added){.key = SRF_END_OF_TEXT,
+                                                                    .n = strlen(SRF_END_OF_TEXT),
                                                                     .id = json_integer_value(end),
                                                                     .special = true};
     const char *key;
@@ -356,7 +357,7 @@ static srf_status from_vocab_merges(json_t *vocab, const char *merges, size_t n_
             (struct srf__bpe_part_added){.key = key,
                                          .n = strlen(key),
                                          .id = json_integer_value(value),
-                                         .special = strcmp(key, end_of_text) == 0};
+                                         .special = strcmp(key, SRF_END_OF_TEXT) == 0};
     }
     SRF_TRY_GO(srf__bpe_build(&parts, out));
 cleanup:
@@ -369,7 +370,7 @@ srf_status srf_bpe_from_vocab_merges(const char *vocab, size_t n_vocab, const ch
 {
     json_t *root;
     *out = NULL;
-    SRF_TRY(parse("vocab", vocab, n_vocab, &root));
+    SRF_TRY(parse(vocab, n_vocab, &root));
     srf_status st = from_vocab_merges(root, merges, n_merges, NULL, out);
     json_decref(root);
     return st;
@@ -377,75 +378,40 @@ srf_status srf_bpe_from_vocab_merges(const char *vocab, size_t n_vocab, const ch
 
 /* --- paths --- */
 
-srf_status srf__read_file(const char *path, char **text, size_t *n)
-{
-    srf_status st = SRF_OK;
-    struct stat info;
-    *text = NULL;
-    *n = 0;
-    FILE *f = fopen(path, "rb");
-    SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
-    SRF_FAIL_GO_IF(fstat(fileno(f), &info) != 0 || !S_ISREG(info.st_mode), SRF_IO,
-                   "%s: expected a file", path);
-    SRF_TRY_GO(SRF_ALLOC(*text, (size_t)info.st_size + 1));
-    *n = fread(*text, 1, (size_t)info.st_size, f);
-    SRF_FAIL_GO_IF(ferror(f) || *n != (size_t)info.st_size, SRF_IO,
-                   "%s: read %zu of %lld bytes: %s", path, *n, (long long)info.st_size,
-                   ferror(f) ? strerror(errno) : "the file became shorter");
-    (*text)[*n] = '\0';
-cleanup:
-    fclose(f);
-    if (st != SRF_OK) {
-        srf__free(*text);
-        *text = NULL;
-    }
-    return st;
-}
-
-/* "dir/name", or name alone where dir is empty. */
-static srf_status join(const char *dir, size_t n_dir, const char *name, char **path)
-{
-    size_t n = n_dir + strlen(name) + 2;
-    SRF_TRY(SRF_ALLOC(*path, n));
-    snprintf(*path, n, "%.*s%s%s", (int)n_dir, dir, n_dir ? "/" : "", name);
-    return SRF_OK;
-}
-
 /* Is there a file of this name in the directory? */
-static bool beside(const char *dir, size_t n_dir, const char *name)
+static bool beside(const char *dir, const char *name)
 {
     char *path;
     struct stat info;
-    if (join(dir, n_dir, name, &path) != SRF_OK) return false;
+    if (srf__path_join(dir, name, &path) != SRF_OK) return false;
     bool is = stat(path, &info) == 0 && S_ISREG(info.st_mode);
     srf__free(path);
     return is;
 }
 
-static srf_status read_beside(const char *dir, size_t n_dir, const char *name, char **text,
-                              size_t *n)
+static srf_status read_beside(const char *dir, const char *name, char **text, size_t *n)
 {
     char *path;
-    SRF_TRY(join(dir, n_dir, name, &path));
-    srf_status st = srf__read_file(path, text, n);
+    SRF_TRY(srf__path_join(dir, name, &path));
+    srf_status st = srf__file_text(path, MAX_FILE, text, n);
     srf__free(path);
     return st;
 }
 
 /* A vocabulary was read from a file in dir: its merges and added tokens are beside it. */
-static srf_status load_merges(json_t *vocab, const char *dir, size_t n_dir, struct srf_bpe **out)
+static srf_status load_merges(json_t *vocab, const char *dir, struct srf_bpe **out)
 {
     char *merges = NULL, *added_text = NULL;
     size_t n, n_added;
     json_t *added = NULL;
     srf_status st = SRF_OK;
-    const char *name = beside(dir, n_dir, "merges.txt") ? "merges.txt" : "vocab.bpe";
-    SRF_FAIL_IF(!beside(dir, n_dir, name), SRF_IO,
+    const char *name = beside(dir, "merges.txt") ? "merges.txt" : "vocab.bpe";
+    SRF_FAIL_IF(!beside(dir, name), SRF_IO,
                 "a vocabulary without merges: expected merges.txt or vocab.bpe beside it");
-    SRF_TRY_GO(read_beside(dir, n_dir, name, &merges, &n));
-    if (beside(dir, n_dir, "added_tokens.json")) {
-        SRF_TRY_GO(read_beside(dir, n_dir, "added_tokens.json", &added_text, &n_added));
-        SRF_TRY_GO(parse("added_tokens.json", added_text, n_added, &added));
+    SRF_TRY_GO(read_beside(dir, name, &merges, &n));
+    if (beside(dir, "added_tokens.json")) {
+        SRF_TRY_GO(read_beside(dir, "added_tokens.json", &added_text, &n_added));
+        SRF_TRY_GO(parse(added_text, n_added, &added));
     }
     SRF_TRY_GO(from_vocab_merges(vocab, merges, n, added, out));
 cleanup:
@@ -457,41 +423,37 @@ cleanup:
 
 static srf_status load_file(const char *path, struct srf_bpe **out)
 {
-    char *text = NULL;
+    char *text = NULL, *dir = NULL;
     size_t n;
     json_t *root = NULL;
     srf_status st = SRF_OK;
-    SRF_TRY(srf__read_file(path, &text, &n));
-    SRF_TRY_GO(parse("tokenizer", text, n, &root));
-    /* A token may be called "model": then its value is a number. */
-    if (json_is_object(root) && json_is_integer(json_object_iter_value(json_object_iter(root)))) {
-        const char *slash = strrchr(path, '/');
-        SRF_TRY_GO(load_merges(root, slash == path ? "/." : path,
-                               slash == path ? 2
-                               : slash       ? (size_t)(slash - path)
-                                             : 0,
-                               out));
-    } else {
+    SRF_TRY(srf__file_text(path, MAX_FILE, &text, &n));
+    SRF_TRY_GO(srf__path_dir(path, &dir));
+    SRF_TRY_GO(parse(text, n, &root));
+    /* A vocabulary maps tokens to numbers. A token may be called "model", too. */
+    if (json_is_integer(json_object_iter_value(json_object_iter(root))))
+        SRF_TRY_GO(load_merges(root, dir, out));
+    else
         SRF_TRY_GO(from_root(root, out));
-    }
 cleanup:
     json_decref(root);
+    srf__free(dir);
     srf__free(text);
-    if (st != SRF_OK && st != SRF_IO) srf__error_prefix("%s", path);
+    if (st != SRF_OK) srf__error_prefix("%s", path);
     return st;
 }
 
 srf_status srf_bpe_load(const char *path, struct srf_bpe **out)
 {
+    static const char *const names[] = {"tokenizer.json", "vocab.json", "encoder.json"};
     struct stat info;
     *out = NULL;
     SRF_FAIL_IF(stat(path, &info) != 0, SRF_IO, "%s: %s", path, strerror(errno));
     if (!S_ISDIR(info.st_mode)) return load_file(path, out);
-    static const char *const names[] = {"tokenizer.json", "vocab.json", "encoder.json"};
     for (int i = 0; i < 3; i++) {
-        if (!beside(path, strlen(path), names[i])) continue;
+        if (!beside(path, names[i])) continue;
         char *file;
-        SRF_TRY(join(path, strlen(path), names[i], &file));
+        SRF_TRY(srf__path_join(path, names[i], &file));
         srf_status st = load_file(file, out);
         srf__free(file);
         return st;

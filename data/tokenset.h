@@ -11,7 +11,9 @@
 struct srf_tokenset; /* opaque */
 
 /* bpe: the model's tokenizer or NULL. SRF_MISMATCH if the set was made with another tokenizer
- * (hash), or holds an id >= vocab_size (0 = do not check). Text needs bpe. */
+ * (hash), or holds an id >= vocab_size (0 = do not check; for .npy and llm.c, which do not say what
+ * they hold, found when those ids are read). Text needs bpe. A path with *, ? or [ that no file
+ * bears names llm.c shards, taken in order. */
 srf_status srf_tokenset_open(const char *path, const struct srf_bpe *bpe, int64_t vocab_size,
                              struct srf_tokenset **out);
 void srf_tokenset_close(struct srf_tokenset *ts);

@@ -1,0 +1,276 @@
+/* Token sets: which format a file has, and reading ids from it. */
+#include "data/tokenset_internal.h"
+
+#include <errno.h>
+#include <glob.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+enum { BLOCK_IDS = 1 << 14, SNIFF_BYTES = 1 << 16 };
+
+int srf__id_bytes(enum srf__id_type type)
+{
+    switch (type) {
+    case SRF__ID_U16:
+        return 2;
+    case SRF__ID_U32:
+    case SRF__ID_I32:
+        return 4;
+    case SRF__ID_I64:
+        return 8;
+    }
+    return 0;
+}
+
+/* --- runs in files --- */
+
+static srf_status grow(void **p, int64_t *cap, int64_t n, size_t size)
+{
+    if (n < *cap) return SRF_OK;
+    int64_t want = *cap ? 2 * *cap : 4;
+    void *grown = srf__realloc(*p, (size_t)*cap, (size_t)want, size);
+    SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: a token set of %lld parts", (long long)want);
+    *p = grown;
+    *cap = want;
+    return SRF_OK;
+}
+
+srf_status srf__tokenset_add_file(struct srf_tokenset *ts, const char *path,
+                                  struct srf__file **file)
+{
+    SRF_TRY(grow((void **)&ts->files, &ts->cap_files, ts->n_files, sizeof *ts->files));
+    SRF_TRY(srf__file_open(path, &ts->files[ts->n_files]));
+    *file = &ts->files[ts->n_files++];
+    return SRF_OK;
+}
+
+srf_status srf__tokenset_add_run(struct srf_tokenset *ts, int64_t n, int64_t offset)
+{
+    const struct srf__file *f = &ts->files[ts->n_files - 1];
+    int width = srf__id_bytes(ts->type);
+    SRF_FAIL_IF(n < 0 || offset < 0 || offset > f->size || n > (f->size - offset) / width,
+                SRF_FORMAT, "%s: %lld tokens of %d bytes from byte %lld: the file has %lld bytes",
+                f->path, (long long)n, width, (long long)offset, (long long)f->size);
+    if (n == 0) return SRF_OK;
+    SRF_TRY(grow((void **)&ts->runs, &ts->cap_runs, ts->n_runs, sizeof *ts->runs));
+    ts->runs[ts->n_runs++] = (struct srf__run){
+        .first = ts->count, .n = n, .offset = offset, .file = (int32_t)(ts->n_files - 1)};
+    ts->count += n;
+    return SRF_OK;
+}
+
+/* Little-endian ids to the host's. */
+static int64_t id_at(enum srf__id_type type, const unsigned char *p)
+{
+    uint32_t low = (uint32_t)p[0] | (uint32_t)p[1] << 8;
+    if (type == SRF__ID_U16) return low;
+    low |= (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+    if (type == SRF__ID_U32) return low;
+    if (type == SRF__ID_I32) return (int32_t)low;
+    uint32_t high =
+        (uint32_t)p[4] | (uint32_t)p[5] << 8 | (uint32_t)p[6] << 16 | (uint32_t)p[7] << 24;
+    return (int64_t)((uint64_t)high << 32 | low);
+}
+
+static srf_status read_run(const struct srf_tokenset *ts, const struct srf__run *run, int64_t start,
+                           int64_t n, int32_t *ids)
+{
+    const struct srf__file *f = &ts->files[run->file];
+    unsigned char block[8 * 1024];
+    int width = srf__id_bytes(ts->type);
+    int64_t limit = ts->vocab_size ? ts->vocab_size : INT32_MAX;
+    for (int64_t done = 0; done < n;) {
+        int64_t some = (int64_t)sizeof block / width;
+        if (some > n - done) some = n - done;
+        int64_t at = start + done - run->first;
+        SRF_TRY(srf__file_read(f, run->offset + at * width, block, some * width));
+        for (int64_t i = 0; i < some; i++) {
+            int64_t id = id_at(ts->type, block + i * width);
+            SRF_FAIL_IF(id < 0 || id >= limit, SRF_MISMATCH,
+                        "%s: token %lld has id %lld, expected 0 to %lld", f->path,
+                        (long long)(start + done + i), (long long)id, (long long)limit - 1);
+            ids[done + i] = (int32_t)id;
+        }
+        done += some;
+    }
+    return SRF_OK;
+}
+
+srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, int32_t *ids)
+{
+    SRF_FAIL_IF(start < 0 || n < 0 || start > ts->count || n > ts->count - start, SRF_INVALID,
+                "tokens %lld and %lld more asked for, the set has %lld", (long long)start,
+                (long long)n, (long long)ts->count);
+    if (ts->n_runs == 0) {
+        if (n) memcpy(ids, ts->text.ids + start, (size_t)n * sizeof *ids);
+        return SRF_OK;
+    }
+    int64_t low = 0, high = ts->n_runs - 1; /* the run that holds start */
+    while (low < high) {
+        int64_t mid = (low + high + 1) / 2;
+        if (ts->runs[mid].first <= start)
+            low = mid;
+        else
+            high = mid - 1;
+    }
+    for (int64_t done = 0; done < n; low++) {
+        const struct srf__run *run = &ts->runs[low];
+        int64_t at = start + done, some = run->first + run->n - at;
+        if (some > n - done) some = n - done;
+        SRF_TRY(read_run(ts, run, at, some, ids + done));
+        done += some;
+    }
+    return SRF_OK;
+}
+
+/* --- plain text --- */
+
+static srf_status keep_ids(void *user, const int32_t *ids, int64_t n)
+{
+    struct srf_ids *all = user;
+    while (all->cap - all->n < n) {
+        int64_t cap = all->cap ? 2 * all->cap : 1 << 16;
+        int32_t *grown = srf__realloc(all->ids, (size_t)all->cap, (size_t)cap, sizeof *grown);
+        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %lld tokens of text", (long long)cap);
+        all->ids = grown;
+        all->cap = cap;
+    }
+    memcpy(all->ids + all->n, ids, (size_t)n * sizeof *ids);
+    all->n += n;
+    return SRF_OK;
+}
+
+/* Something that is meant to be another format should not be read as text. */
+static srf_status looks_like_text(const char *path, const char *head, size_t n)
+{
+    static const char *const binary[] = {".bin", ".npy", ".npz", ".h5",  ".hdf5", ".safetensors",
+                                         ".pt",  ".gz",  ".xz",  ".zst", ".zip"};
+    bool is = !memchr(head, '\0', n);
+    size_t len = strlen(path);
+    for (size_t i = 0; i < sizeof binary / sizeof *binary; i++) {
+        size_t k = strlen(binary[i]);
+        if (len > k && strcmp(path + len - k, binary[i]) == 0) is = false;
+    }
+    SRF_FAIL_IF(!is, SRF_FORMAT,
+                "%s: expected a token set of srf, llm.c tokens, a .npy or plain text, found "
+                "something else",
+                path);
+    return SRF_OK;
+}
+
+static srf_status open_text(const char *path, const struct srf_bpe *bpe, struct srf_tokenset *ts)
+{
+    SRF_FAIL_IF(!bpe, SRF_INVALID, "%s: plain text, and no tokenizer to encode it with", path);
+    FILE *f = fopen(path, "rb");
+    SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
+    ts->format = "text";
+    srf_bpe_hash(bpe, ts->hash);
+    srf_status st = srf_bpe_encode_stream(bpe, f, true, keep_ids, &ts->text, NULL);
+    fclose(f);
+    if (st != SRF_OK) srf__error_prefix("%s", path);
+    SRF_TRY(st);
+    ts->count = ts->text.n;
+    int32_t end = srf_bpe_token_id(bpe, SRF_END_OF_TEXT);
+    for (int64_t i = 0; i < ts->count; i++) ts->documents += i == 0 || ts->text.ids[i - 1] == end;
+    /* Ids need no check when the tokenizer is the model's; it may still be too large for it. */
+    for (int64_t i = 0; i < ts->count; i++)
+        SRF_FAIL_IF(ts->vocab_size && ts->text.ids[i] >= ts->vocab_size, SRF_MISMATCH,
+                    "%s: the tokenizer gives id %d, expected 0 to %lld", path, (int)ts->text.ids[i],
+                    (long long)ts->vocab_size - 1);
+    return SRF_OK;
+}
+
+/* --- opening --- */
+
+static srf_status open_one(const char *path, const struct srf_bpe *bpe, struct srf_tokenset *ts)
+{
+    struct srf__file f;
+    SRF_TRY(srf__file_open(path, &f));
+    srf_status st = SRF_OK;
+    char *head = NULL;
+    int64_t n = f.size < SNIFF_BYTES ? f.size : SNIFF_BYTES;
+    SRF_TRY_GO(SRF_ALLOC(head, n + 8));
+    memset(head, 0, 8);
+    SRF_TRY_GO(srf__file_read(&f, 0, head, n));
+    int64_t magic = id_at(SRF__ID_U32, (const unsigned char *)head);
+    if (memcmp(head, "\x89HDF\r\n\x1a\n", 8) == 0)
+        SRF_TRY_GO(srf__tokenset_open_h5(path, bpe, ts));
+    else if (memcmp(head, "\x93NUMPY", 6) == 0)
+        SRF_TRY_GO(srf__tokenset_open_npy(path, ts));
+    else if (n >= 4 && (magic == SRF__LLMC_MAGIC_U16 || magic == SRF__LLMC_MAGIC_U32))
+        SRF_TRY_GO(srf__tokenset_add_llmc(path, ts));
+    else {
+        SRF_TRY_GO(looks_like_text(path, head, (size_t)n));
+        SRF_TRY_GO(open_text(path, bpe, ts));
+    }
+cleanup:
+    srf__free(head);
+    srf__file_close(&f);
+    return st;
+}
+
+/* A pattern such as shard_*.bin, where no file has that very name: llm.c shards in order. */
+static srf_status open_shards(const char *pattern, struct srf_tokenset *ts)
+{
+    glob_t found = {0};
+    int rc = glob(pattern, GLOB_ERR, NULL, &found);
+    srf_status st = SRF_OK;
+    SRF_FAIL_GO_IF(rc == GLOB_NOMATCH, SRF_IO, "%s: no such file", pattern);
+    SRF_FAIL_GO_IF(rc != 0, SRF_IO, "%s: cannot be searched for", pattern);
+    for (size_t i = 0; i < found.gl_pathc; i++)
+        SRF_TRY_GO(srf__tokenset_add_llmc(found.gl_pathv[i], ts));
+cleanup:
+    globfree(&found);
+    return st;
+}
+
+srf_status srf_tokenset_open(const char *path, const struct srf_bpe *bpe, int64_t vocab_size,
+                             struct srf_tokenset **out)
+{
+    struct srf_tokenset *ts;
+    struct stat info;
+    srf_status st = SRF_OK;
+    *out = NULL;
+    SRF_TRY(SRF_CALLOC(ts, 1));
+    ts->vocab_size = vocab_size;
+    if (stat(path, &info) != 0 && errno == ENOENT && strpbrk(path, "*?["))
+        SRF_TRY_GO(open_shards(path, ts));
+    else
+        SRF_TRY_GO(open_one(path, bpe, ts));
+    *out = ts;
+    return SRF_OK;
+cleanup:
+    srf_tokenset_close(ts);
+    return st;
+}
+
+void srf_tokenset_close(struct srf_tokenset *ts)
+{
+    if (!ts) return;
+    for (int64_t i = 0; i < ts->n_files; i++) srf__file_close(&ts->files[i]);
+    srf__free(ts->files);
+    srf__free(ts->runs);
+    srf_ids_free(&ts->text);
+    srf__free(ts);
+}
+
+int64_t srf_tokenset_count(const struct srf_tokenset *ts)
+{
+    return ts->count;
+}
+
+const char *srf_tokenset_tokenizer_hash(const struct srf_tokenset *ts)
+{
+    return ts->hash;
+}
+
+const char *srf_tokenset_format(const struct srf_tokenset *ts)
+{
+    return ts->format;
+}
+
+int64_t srf_tokenset_documents(const struct srf_tokenset *ts)
+{
+    return ts->documents;
+}
