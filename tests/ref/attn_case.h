@@ -1,0 +1,40 @@
+/* One attention problem for tests, held twice: for the op under test and for the double reference.
+ * q, k, v are slices of one packed tensor with padding, as a model has them, and so are dq, dk, dv;
+ * the padding must come back as it was. */
+#pragma once
+#include "tests/ref/attn.h"
+#include "tests/ref/twin.h"
+
+struct attn_case {
+    struct twins s;
+    struct srf_attn_shape shape;
+    int64_t ld, ld_o;
+    struct twin qkv, w, bias, d_o; /* random inputs */
+    struct twin o, dqkv, dw;       /* outputs; dw starts at 1 */
+    struct twin lse;
+};
+
+/* q, k ~ N(0, scale^2), v, d_o, w ~ N(0, 1), bias ~ N(0, 0.3^2). */
+struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_attn_shape shape,
+                               double scale);
+void attn_case_free(struct attn_case *c);
+/* Element (b, t, h, j) of q (part 0), k (1) or v (2) inside qkv. */
+int64_t attn_case_at(const struct attn_case *c, int part, int64_t b, int64_t t, int64_t h,
+                     int64_t j);
+/* Make one element of qkv `value` on both sides. */
+void attn_case_set(struct attn_case *c, int64_t i, double value);
+
+/* Run the op under test, or the reference. */
+void attn_case_fwd(struct attn_case *c);
+void attn_case_bwd(struct attn_case *c);
+void attn_case_ref_fwd(struct attn_case *c);
+void attn_case_ref_bwd(struct attn_case *c);
+/* Outputs of the same inputs by prefill and steps instead: lens[i] tokens at a time, a 1 being a
+ * step. Starts from an empty state. */
+void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens);
+
+/* Softmax attention of the same tensors. */
+void attn_case_softmax_fwd(struct attn_case *c);
+void attn_case_softmax_bwd(struct attn_case *c);
+void attn_case_ref_softmax_fwd(struct attn_case *c);
+void attn_case_ref_softmax_bwd(struct attn_case *c);
