@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# The command line as a whole: help, mistakes, Ctrl-C. What a command computes is tested elsewhere.
+source "$(dirname "$0")/shell.sh"
+
+# help COMMAND OPTION...: --help succeeds, prints to stdout only, and mentions each option.
+help() {
+    local command="$1" option
+    shift
+    run "$SRF" "$command" --help
+    [ $status -eq 0 ] || fail "srf $command --help: exit $status"
+    [ ! -s stderr ] || fail "srf $command --help writes to stderr"
+    grep -q "^usage: srf $command" stdout || fail "srf $command --help: no usage line"
+    for option in "$@"; do
+        grep -qE -- "(^|[ ,])$option( |$)" stdout || fail "srf $command --help: no $option"
+    done
+}
+
+# refuse EXIT COMMAND...: the command exits so, with one line of error and nothing on stdout, and
+# leaves nothing behind.
+refuse() {
+    local expected="$1"
+    shift
+    ls -A >before
+    run "$@"
+    shift
+    [ $status -eq "$expected" ] || fail "srf $*: expected exit $expected, found $status"
+    [ "$(wc -l <stderr)" -eq 1 ] || fail "srf $*: expected one line of error: $(cat stderr)"
+    grep -q '^srf: error: ' stderr || fail "srf $*: no 'srf: error:' in: $(cat stderr)"
+    [ ! -s stdout ] || fail "srf $*: prints results"
+    ls -A | cmp -s before - || fail "srf $*: leaves files: $(ls -A | diff before -)"
+}
+
+common=(--device --threads)
+attention=(--attention --m --window --features --rotation)
+recipe=(--steps --batch --lr --redraw-every --freeze-at --kl --mse --seed --save-every --resume)
+help import --help
+help export --format
+help tokenize --tokenizer --out
+help info
+help train --model --init --data --out "${recipe[@]}" "${attention[@]}" "${common[@]}"
+help retrofit --model --data --out "${recipe[@]}" "${attention[@]}" "${common[@]}"
+help eval --model --data --mode --json --per-token --logits "${attention[@]}" "${common[@]}"
+help validate --model --data --out --json "${common[@]}"
+help generate --model --prompt --temperature --top-k --top-p --seed --batch --json "${common[@]}"
+help bench --json
+
+run "$SRF" --help
+[ $status -eq 0 ] || fail "srf --help: exit $status"
+for command in import export tokenize info train retrofit eval validate generate bench; do
+    grep -qw $command stdout || fail "srf --help: no $command"
+done
+run "$SRF" --version
+[ $status -eq 0 ] || fail "srf --version: exit $status"
+
+# Mistakes of the command line: exit 2.
+make_tiny_model
+touch stdout stderr before
+for command in import export tokenize info train retrofit eval validate generate bench; do
+    refuse 2 "$SRF" $command --no-such-option
+done
+refuse 2 "$SRF"
+refuse 2 "$SRF" no-such-command
+refuse 2 "$SRF" --no-such-option
+for command in import export tokenize info train retrofit eval validate generate; do
+    refuse 2 "$SRF" $command
+done
+refuse 2 "$SRF" eval --model model.h5
+refuse 2 "$SRF" eval --model model.h5 --data
+refuse 2 "$SRF" eval --model model.h5 --data text.txt --batch x
+refuse 2 "$SRF" eval --model model.h5 --data text.txt --batch 0
+refuse 2 "$SRF" eval --model model.h5 --data text.txt --seq-len 1e3
+refuse 2 "$SRF" eval --model model.h5 --data text.txt --json=yes
+refuse 2 "$SRF" eval --model model.h5 --data text.txt stray
+refuse 2 "$SRF" import model.h5
+refuse 2 "$SRF" export model.h5 out --format docx
+refuse 2 "$SRF" generate --model model.h5 --temperature hot
+refuse 2 "$SRF" generate --model model.h5 --temperature nan
+refuse 2 "$SRF" generate --model model.h5 -n -3
+refuse 2 "$SRF" retrofit --model model.h5 --data text.txt --out run --lr ''
+refuse 2 "$SRF" retrofit --model model.h5 --data text.txt --out run --seed -1
+refuse 2 "$SRF" train --model model.h5 --init config.json --data text.txt --out run
+refuse 2 "$SRF" train --resume --model model.h5 --data text.txt --out run
+
+# What only the files can tell: exit 1.
+refuse 1 "$SRF" eval --model no-such-file --data text.txt
+refuse 1 "$SRF" eval --model model.h5 --data no-such-file
+refuse 1 "$SRF" eval --model text.txt --data text.txt
+refuse 1 "$SRF" info text.txt
+refuse 1 "$SRF" import no-such-folder out.h5
+refuse 1 "$SRF" export no-such-file out --format hf
+refuse 1 "$SRF" export model.h5 out.h5 --format recurrent # softmax has no fixed-size state
+refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 --quiet
+refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out run --rotation hd --features none
+refuse 1 "$SRF" train --init no-such-file --data text.txt --out run
+refuse 1 "$SRF" train --resume --data text.txt --out no-such-run
+
+# Ctrl-C: the step is finished, the run saved, the way on said; the rest gives the same model as
+# without the interruption.
+settings=(--model model.h5 --data text.txt --steps 400 --batch 2 --seq-len 32 --m 8 --window 0
+    --save-every 1000 --threads 1 --quiet)
+"$SRF" retrofit "${settings[@]}" --out whole >/dev/null || die "retrofit failed"
+# In the background a script's children ignore SIGINT, unless they ask for it.
+"$SRF" retrofit "${settings[@]}" --out cut >stdout 2>stderr &
+pid=$!
+for ((i = 0; i < 200; i++)); do
+    [ ! -s cut/metrics.jsonl ] || break
+    sleep 0.02
+done
+kill -INT $pid
+wait $pid
+status=$?
+[ $status -eq 1 ] || fail "an interrupted run: expected exit 1, found $status"
+[ -f cut/last.h5 ] || fail "an interrupted run left no checkpoint"
+[ ! -f cut/model.h5 ] || fail "the run ended before it could be interrupted"
+command=$(sed -n 's/.*go on with: //p' stderr)
+[[ "$command" == "srf retrofit --resume "* ]] || fail "no word on how to resume: $(cat stderr)"
+words=($command)
+"$SRF" "${words[@]:1}" --threads 1 --quiet >/dev/null || fail "that command failed: $command"
+cmp whole/model.h5 cut/model.h5 || fail "interrupted and resumed: another model"
+
+finish
