@@ -1,7 +1,7 @@
 /* How well SRF attention stands in for softmax attention, measured: the kernel's error over draws,
  * the error of each head's output on a model's own q, k, v, and the distance between the forms of
- * SRF attention that should agree. With x = q d^(-1/4), y = k d^(-1/4) all of it hangs on
- * |x + y|^2 = |q + k|^2 / sqrt(d): the kernel's relative variance is about (e^{|x+y|^2} - 1) / m. */
+ * SRF attention that should agree. With x = q d^(-1/4), y = k d^(-1/4) all of it hangs on |x + y|^2
+ * = |q + k|^2 / sqrt(d): the relative variance of the kernel is about (e^{|x+y|^2} - 1) / m. */
 #pragma once
 #include "model/model.h"
 
@@ -21,3 +21,40 @@ srf_status srf_kernel_error_measure(const struct srf_features_draw_args *draws, 
 /* The closed form of the same number; SRF_UNSUPPORTED for simplex+. */
 srf_status srf_kernel_error_closed(enum srf_feature_kind kind, int64_t m, int64_t d, double v_sq,
                                    double *mse);
+
+/* ---- attention on real text ----------------------------------------------------------------- */
+
+struct srf_validate_config {
+    struct srf_attention_config attention; /* the SRF side: kind and m are not read */
+    const int64_t *m;                      /* numbers of features to try (n_m), ascending */
+    int64_t n_m;
+    int64_t main_m;           /* the one of them that the forms are compared at */
+    int64_t windows, seq_len; /* of text */
+    int64_t n_draws;          /* draws from attention.draw on, at least 2 */
+    /* Called now and then with the part done, 0 to 1; may be NULL. */
+    void (*progress)(void *user, double done);
+    void *user;
+};
+
+/* Parts of the pairs that lie below v_quantile. */
+#define SRF_VALIDATE_QUANTILES 5
+static const double srf_validate_quantile[SRF_VALIDATE_QUANTILES] = {0.05, 0.25, 0.5, 0.75, 0.95};
+
+/* Starts zeroed; arrays in the order of the indices given. */
+struct srf_validate_result {
+    int64_t n_layers, n_heads, n_m;
+    double *v_mean;     /* (layers, heads): mean |q+k|^2/sqrt(d) over pairs s <= t of all windows */
+    double *v_quantile; /* (layers, heads, SRF_VALIDATE_QUANTILES), over a sample of the pairs */
+    double *error;    /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
+    double *error_sd; /* the same: standard deviation between draws */
+    /* (layers): |o - o_chunked| / |o_chunked| on the first window, where o is made one token at a
+     * time, or by a prefill of a third of the window and then one token at a time. */
+    double *step, *prefill;
+};
+
+/* The model is ck's weights with softmax attention; q, k, v are its own on tokens, host (windows,
+ * seq_len). */
+srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                                  const int32_t *tokens, const struct srf_validate_config *config,
+                                  struct srf_validate_result *out);
+void srf_validate_result_free(struct srf_validate_result *r);

@@ -1,0 +1,268 @@
+/* The measurements of srf validate on a tiny random model, against loops in double. */
+#include "tests/support.h"
+#include "train/validate.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { L = 2, H = 2, D = 8, C = H * D, B = 2, T = 37, V = 23, N_M = 3, DRAWS = 3 };
+
+static const char config_json[] =
+    "{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 16, \"n_positions\": 48,"
+    " \"vocab_size\": 23, \"activation_function\": \"gelu_new\"}";
+
+static struct srf_checkpoint *checkpoint(void)
+{
+    struct srf_checkpoint *ck;
+    test_ok(srf_checkpoint_init(config_json, 7, &ck));
+    for (int64_t i = 0; i < ck->table.total; i++) ck->params[i] *= 6; /* attention with a shape */
+    return ck;
+}
+
+static void random_tokens(int32_t *tokens)
+{
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 11, 0, 0);
+    for (int i = 0; i < B * T; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
+}
+
+/* q, k, v of every layer, (L, B * T, 3C). */
+static double *model_qkv(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                         const int32_t *tokens)
+{
+    struct srf_model *m;
+    struct srf_arena *arena;
+    struct srf_attention_config softmax = srf_attention_default();
+    test_ok(srf_model_create(ctx, &ck->config, &softmax, &m));
+    test_ok(srf_arena_create(ctx, &arena));
+    struct srf_model_plan plan = {.b = B, .t = T, .keep_qkv = true};
+    test_ok(srf_model_plan(m, arena, &plan));
+    test_ok(srf_arena_commit(arena));
+    test_ok(srf_model_upload(m, ck));
+    struct srf_batch batch = {.b = B, .t = T, .tokens = tokens};
+    test_ok(srf_model_forward(m, &batch));
+    double *qkv = srf__alloc(L * B * T * 3 * C, sizeof *qkv);
+    assert_non_null(qkv);
+    for (int l = 0; l < L; l++)
+        test_to_double(ctx, srf_model_qkv(m, l), qkv + l * B * T * 3 * C, B * T * 3 * C);
+    srf_model_free(m);
+    srf_arena_free(arena);
+    return qkv;
+}
+
+static double v_sq(const double *q, const double *k)
+{
+    double sum = 0;
+    for (int j = 0; j < D; j++) sum += (q[j] + k[j]) * (q[j] + k[j]);
+    return sum / sqrt(D);
+}
+
+/* One head's outputs (B, T, D): softmax without w, else with the kernel that the m features make
+ * and exact scores for the blocks of `window` tokens that hold t and come before it. */
+static void outputs(const double *qkv, const double *w, const double *bias, int m, int window,
+                    double *o)
+{
+    double scale = pow(D, -0.25);
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++) {
+            double den = 0, num[D] = {0};
+            for (int s = 0; s <= t; s++) {
+                const double *q = qkv + (b * T + t) * 3 * C, *k = qkv + (b * T + s) * 3 * C + C;
+                double score = 0, x_sq = 0, y_sq = 0, p = 0;
+                for (int j = 0; j < D; j++) {
+                    score += scale * q[j] * scale * k[j];
+                    x_sq += scale * q[j] * scale * q[j];
+                    y_sq += scale * k[j] * scale * k[j];
+                }
+                bool near = window && t / window - s / window <= 1;
+                if (!w || near)
+                    p = exp(score);
+                else
+                    for (int i = 0; i < m; i++) {
+                        double a = 2 * bias[i] - (x_sq + y_sq) / 2;
+                        for (int j = 0; j < D; j++) a += w[i * D + j] * scale * (q[j] + k[j]);
+                        p += exp(a) / m;
+                    }
+                den += p;
+                for (int j = 0; j < D; j++) num[j] += p * k[C + j];
+            }
+            for (int j = 0; j < D; j++) o[(b * T + t) * D + j] = num[j] / den;
+        }
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static struct srf_validate_config config_of(int window, bool per_head, const int64_t *m)
+{
+    struct srf_attention_config a = srf_attention_default();
+    a.window = window;
+    a.per_head = per_head;
+    a.seed = test_seed();
+    a.draw = 4;
+    a.oprf_a = -0.02;
+    return (struct srf_validate_config){.attention = a,
+                                        .m = m,
+                                        .n_m = N_M,
+                                        .main_m = m[1],
+                                        .windows = B,
+                                        .seq_len = T,
+                                        .n_draws = DRAWS};
+}
+
+static void check_norms(const double *qkv, const struct srf_validate_result *r)
+{
+    enum { PAIRS = B * T * (T + 1) / 2 };
+    double *pairs;
+    test_ok(SRF_ALLOC(pairs, PAIRS));
+    for (int l = 0; l < L; l++)
+        for (int h = 0; h < H; h++) {
+            double sum = 0;
+            int n = 0;
+            for (int b = 0; b < B; b++)
+                for (int t = 0; t < T; t++)
+                    for (int s = 0; s <= t; s++) {
+                        const double *rows = qkv + l * B * T * 3 * C + h * D;
+                        pairs[n] = v_sq(rows + (b * T + t) * 3 * C, rows + (b * T + s) * 3 * C + C);
+                        sum += pairs[n++];
+                    }
+            qsort(pairs, PAIRS, sizeof *pairs, compare);
+            double want = sum / PAIRS;
+            test_close("mean |q+k|^2", &r->v_mean[l * H + h], &want, 1, 1e-5);
+            for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++) {
+                want = pairs[(int)(srf_validate_quantile[i] * (PAIRS - 1))];
+                test_close("quantile", &r->v_quantile[(l * H + h) * SRF_VALIDATE_QUANTILES + i],
+                           &want, 1, 1e-5);
+            }
+        }
+    srf__free(pairs);
+}
+
+static void check_errors(const double *qkv, const struct srf_validate_config *c,
+                         const struct srf_validate_result *r)
+{
+    enum { N = B * T * D, M_MAX = 21 };
+    static double exact[N], o[N];
+    double w[M_MAX * D], bias[M_MAX];
+    for (int l = 0; l < L; l++)
+        for (int h = 0; h < H; h++) {
+            const double *head = qkv + l * B * T * 3 * C + h * D;
+            outputs(head, NULL, NULL, 0, 0, exact);
+            for (int i = 0; i < N_M; i++) {
+                double e[DRAWS], mean = 0, squares = 0;
+                for (int n = 0; n < DRAWS; n++) {
+                    struct srf_features_draw_args a = {.kind = c->attention.features,
+                                                       .seed = c->attention.seed,
+                                                       .draw = c->attention.draw + (uint64_t)n,
+                                                       .m = c->m[i],
+                                                       .d = D};
+                    test_ok(srf_features_draw_one(&a, l, c->attention.per_head ? h : 0,
+                                                  c->attention.oprf_a, w, bias));
+                    outputs(head, w, bias, (int)c->m[i], (int)c->attention.window, o);
+                    e[n] = test_error(o, exact, N);
+                    mean += e[n] / DRAWS;
+                }
+                for (int n = 0; n < DRAWS; n++) squares += (e[n] - mean) * (e[n] - mean);
+                double sd = sqrt(squares / (DRAWS - 1));
+                int64_t at = (i * L + l) * H + h;
+                assert_true(mean > 0.01); /* there is something to compare */
+                test_close("output error", &r->error[at], &mean, 1, 1e-4);
+                assert_true(fabs(r->error_sd[at] - sd) < 1e-4 * mean);
+            }
+        }
+}
+
+static void measurements(void **state)
+{
+    (void)state;
+    static const int64_t ms[N_M] = {3, 8, 21};
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    struct srf_checkpoint *ck = checkpoint();
+    for (int type = 0; type < 2; type++)
+        for (int hybrid = 0; hybrid < 2; hybrid++) {
+            struct srf_ctx *ctx;
+            test_ok(srf_ctx_create("cpu", type ? SRF_F64 : SRF_F32, 2, &ctx));
+            double *qkv = model_qkv(ctx, ck, tokens);
+            struct srf_validate_config c = config_of(hybrid ? 8 : 0, !hybrid, ms);
+            struct srf_validate_result r;
+            test_ok(srf_validate_attention(ctx, ck, tokens, &c, &r));
+            assert_int_equal(r.n_layers, L);
+            assert_int_equal(r.n_heads, H);
+            assert_int_equal(r.n_m, N_M);
+            check_norms(qkv, &r);
+            check_errors(qkv, &c, &r);
+            for (int l = 0; l < L; l++) {
+                assert_true(r.step[l] <= 1e-5 && r.prefill[l] <= 1e-5);
+                if (!type) assert_true(r.step[l] > 0); /* other roundings: they were compared */
+            }
+            srf_validate_result_free(&r);
+            srf__free(qkv);
+            srf_ctx_free(ctx);
+        }
+    srf_checkpoint_free(ck);
+}
+
+static void progress(void *user, double done)
+{
+    double *last = user;
+    assert_true(done > *last && done <= 1);
+    *last = done;
+}
+
+static void bad_arguments_and_progress(void **state)
+{
+    (void)state;
+    static const int64_t ms[N_M] = {3, 8, 21}, descending[N_M] = {3, 2, 8};
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    struct srf_checkpoint *ck = checkpoint();
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    struct srf_validate_result r;
+    struct srf_validate_config good = config_of(0, true, ms), c = good;
+    double last = 0;
+    c.progress = progress;
+    c.user = &last;
+    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &r));
+    assert_true(last == 1);
+    srf_validate_result_free(&r);
+    srf_validate_result_free(&r); /* twice is fine */
+    c = good, c.m = descending;
+    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    c = good, c.main_m = 64;
+    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    c = good, c.seq_len = 49;
+    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    c = good, c.n_draws = 1;
+    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    tokens[5] = V;
+    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &good, &r), SRF_MISMATCH);
+    assert_null(r.error);
+    tokens[5] = 0;
+    /* Every allocation may fail: no crash, no leak (the sanitizer looks). */
+    srf_status st = SRF_NOMEM;
+    int n = 0;
+    for (; st != SRF_OK && n < 1000; n++) {
+        srf__fail_alloc_after(n);
+        st = srf_validate_attention(ctx, ck, tokens, &good, &r);
+        assert_true(st == SRF_OK || st == SRF_NOMEM);
+    }
+    srf__fail_alloc_after(-1);
+    assert_true(st == SRF_OK && n > 10);
+    srf_validate_result_free(&r);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(measurements),
+        cmocka_unit_test(bad_arguments_and_progress),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
