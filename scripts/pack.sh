@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Pack the program and the tests of a build with the shared libraries they need, for a machine
+# that has neither the libraries' headers nor the network:
+#     scripts/pack.sh BUILD_DIR OUT.tar.xz [MORE_FILES...]
+# There:  mkdir p && tar xf OUT.tar.xz -C p && LD_LIBRARY_PATH=p/lib p/bin/srf ...
+# Left out: libc's own libraries and the driver's and toolkit's of CUDA, which belong to the machine.
+set -euo pipefail
+[ $# -ge 2 ] || { echo "usage: scripts/pack.sh BUILD_DIR OUT.tar.xz [MORE_FILES...]" >&2; exit 2; }
+build=$1 out=$2
+shift 2
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+mkdir -p "$folder/bin" "$folder/lib" "$folder/more" "$(dirname "$out")"
+for program in "$build"/srf "$build"/tests/test_*; do
+    [ -f "$program" ] && [ -x "$program" ] || continue
+    strip -o "$folder/bin/$(basename "$program")" "$program"
+    ldd "$program" | awk '$3 ~ /^\// {print $3}' |
+        { grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda|libcudart|libcublas|libcublasLt|libcurand)\.so' || true; } |
+        while read -r lib; do cp -Lu "$lib" "$folder/lib/"; done
+done
+for file in "$@"; do cp "$file" "$folder/more/"; done
+tar -C "$folder" -c bin lib more | xz -T0 -1 >"$out"
+ls -lh "$out" | awk '{print $9, $5}'
