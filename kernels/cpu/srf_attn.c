@@ -75,14 +75,15 @@ static void divide(real *o, int64_t ld, const real *den, int64_t n, int64_t d)
 
 static void pure_chunk(const struct attn_head *h, struct attn_state *st,
                        const struct attn_chunk *ch, const real *aq, const real *ak,
-                       const struct rows *r, int64_t n)
+                       const struct rows *r, int64_t n, bool whole)
 {
     int64_t m = h->m, d = h->d;
     if (!srf__attn_chunk(h, st, aq, ak, n, ch)) {
         int64_t half = n / 2;
         struct rows second = rows_at(r, half);
-        pure_chunk(h, st, ch, aq, ak, r, half);
-        pure_chunk(h, st, ch, aq + half * m, ak + half * m, &second, n - half);
+        if (whole) count_chunk(h->ctx, true);
+        pure_chunk(h, st, ch, aq, ak, r, half, false);
+        pure_chunk(h, st, ch, aq + half * m, ak + half * m, &second, n - half, false);
         return;
     }
     srf__gemm(h->ctx, false, false, n, d, n, 1, ch->p, n, r->v, r->ld, 0, r->o, r->ld_o);
@@ -113,7 +114,7 @@ static void pure_fwd(const struct attn_head *h, const struct fwd_scratch *f, str
             struct rows chunk = rows_at(&r, c);
             count_chunk(h->ctx, false);
             pure_chunk(h, st, &f->ch, f->aq + c * m, f->ak + c * m, &chunk,
-                       attn_min(ATTN_CHUNK, n - c));
+                       attn_min(ATTN_CHUNK, n - c), true);
         }
     }
 }

@@ -1,0 +1,139 @@
+/* softmax_attn_fwd, softmax_attn_bwd: the reference against central differences, the op against the
+ * reference, causality to the bit. */
+#include "tests/ref/attn_case.h"
+
+/* m, n_sets are those of SRF attention and mean nothing here. */
+#define SHAPE(b_, t_, h_, d_)                                                                      \
+    {                                                                                              \
+        .b = b_, .t = t_, .h = h_, .d = d_, .m = 1, .n_sets = 1                                    \
+    }
+static const struct srf_attn_shape shapes[] = {
+    SHAPE(1, 1, 1, 2),   SHAPE(2, 5, 3, 7),    SHAPE(1, 63, 2, 16),  SHAPE(2, 64, 1, 64),
+    SHAPE(1, 65, 2, 80), SHAPE(1, 512, 1, 64), SHAPE(1, 577, 2, 32), SHAPE(1, 1100, 1, 8),
+    SHAPE(0, 10, 2, 16), SHAPE(2, 0, 2, 16),   SHAPE(3, 2, 1, 1),
+};
+#define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+
+static double loss(void *p)
+{
+    struct attn_case *c = p;
+    attn_case_ref_softmax_fwd(c);
+    double sum = 0;
+    for (int64_t i = 0; i < c->shape.b * c->shape.t; i++)
+        sum += test_dot(c->o.ref + i * c->ld_o, c->d_o.ref + i * c->ld_o, c->shape.h * c->shape.d);
+    return sum;
+}
+
+static void test_reference_gradient(void **state)
+{
+    (void)state;
+    for (int causal = 0; causal < 2; causal++) {
+        struct srf_attn_shape shape = SHAPE(2, 5, 2, 3);
+        shape.causal = causal;
+        struct attn_case c = attn_case_new(SRF_F64, 1, shape, 1);
+        for (int64_t i = 0; i < c.dqkv.n; i++) c.dqkv.ref[i] = 0; /* padding has no gradient */
+        attn_case_ref_softmax_bwd(&c);
+        test_gradient("ref dq, dk, dv", loss, &c, c.qkv.ref, c.dqkv.ref, c.qkv.n, 1e-8);
+        attn_case_free(&c);
+    }
+}
+
+static void check(enum srf_dtype dtype, int threads, struct srf_attn_shape shape, double scale)
+{
+    struct attn_case c = attn_case_new(dtype, threads, shape, scale);
+    /* Scores grow as scale^2, and so does what rounding makes of them. */
+    double eps = dtype == SRF_F64 ? 0x1p-53 : 0x1p-24, tol = 16 * eps * (1 + scale * scale);
+    attn_case_softmax_fwd(&c);
+    attn_case_ref_softmax_fwd(&c);
+    twin_close(&c.s, "o", c.o, tol, 0);
+    twin_close(&c.s, "lse", c.lse, tol, 0);
+    attn_case_softmax_bwd(&c);
+    attn_case_ref_softmax_bwd(&c);
+    twin_close(&c.s, "dq, dk, dv", c.dqkv, 2 * tol, 0);
+    attn_case_free(&c);
+}
+
+static void check_all(enum srf_dtype dtype, int threads)
+{
+    for (int i = 0; i < 2 * N_SHAPES; i++) {
+        struct srf_attn_shape s = shapes[i / 2];
+        s.causal = i & 1;
+        check(dtype, threads, s, 1);
+        check(dtype, threads, s, 6);
+    }
+}
+
+static void test_reference(void **state)
+{
+    (void)state;
+    check_all(SRF_F32, 1);
+    check_all(SRF_F64, 2);
+}
+
+/* Later keys, however large, leave earlier outputs as they were. */
+static void test_causal(void **state)
+{
+    (void)state;
+    struct srf_attn_shape shape = SHAPE(1, 600, 1, 16);
+    shape.causal = true;
+    struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
+    attn_case_softmax_fwd(&c);
+    double *before = twin_values(&c.s, c.o);
+    for (int64_t from = 599; from > 0; from -= 37) {
+        for (int64_t i = from * c.ld; i < c.qkv.n; i++) attn_case_set(&c, i, 30 * c.qkv.ref[i]);
+        attn_case_softmax_fwd(&c);
+        double *after = twin_values(&c.s, c.o);
+        assert_memory_equal(before, after, (size_t)(from * c.ld_o) * sizeof *after);
+        assert_true(before[from * c.ld_o] != after[from * c.ld_o]);
+        srf__free(after);
+    }
+    srf__free(before);
+    attn_case_free(&c);
+}
+
+static void test_deterministic(void **state)
+{
+    (void)state;
+    struct srf_attn_shape shape = SHAPE(2, 200, 3, 16);
+    shape.causal = true;
+    struct attn_case c = attn_case_new(SRF_F32, 2, shape, 1);
+    attn_case_softmax_fwd(&c);
+    attn_case_softmax_bwd(&c);
+    double *first = twin_values(&c.s, c.dqkv);
+    attn_case_softmax_fwd(&c);
+    attn_case_softmax_bwd(&c);
+    double *second = twin_values(&c.s, c.dqkv);
+    assert_memory_equal(first, second, (size_t)c.dqkv.n * sizeof *first);
+    srf__free(first);
+    srf__free(second);
+    attn_case_free(&c);
+}
+
+static void test_arguments(void **state)
+{
+    (void)state;
+    struct twins s = twins_new(SRF_F32, 1);
+    test_ok(srf_ctx_reserve_workspace(s.ctx, 1 << 22));
+    assert_int_equal(
+        SRF_RUN(s.ctx, softmax_attn_fwd, .b = 1, .t = -1, .h = 1, .d = 4, .ld = 4, .ld_o = 4),
+        SRF_INVALID);
+    assert_int_equal(
+        SRF_RUN(s.ctx, softmax_attn_fwd, .b = 1, .t = 1, .h = 2, .d = 4, .ld = 7, .ld_o = 8),
+        SRF_INVALID);
+    assert_int_equal(
+        SRF_RUN(s.ctx, softmax_attn_bwd, .b = 1, .t = 1, .h = 2, .d = 4, .ld = 8, .ld_o = 7),
+        SRF_INVALID);
+    twins_free(&s);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_reference_gradient),
+        cmocka_unit_test(test_reference),
+        cmocka_unit_test(test_causal),
+        cmocka_unit_test(test_deterministic),
+        cmocka_unit_test(test_arguments),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
