@@ -1,8 +1,68 @@
-#include "cli/cli.h"
+/* srf bench: ops, training steps and decoding, beside this machine's floors. */
+#include "cli/bench.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    srf_status (*run)(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
+    bool needs_model;
+} parts[] = {{"op", bench_op, false}, {"step", bench_step, true}, {"decode", bench_decode, true}};
+
+/* Takes the reference. */
+static srf_status print_json(json_t *report)
+{
+    char *text = report ? json_dumps(report, JSON_REAL_PRECISION(6)) : NULL;
+    json_decref(report);
+    SRF_FAIL_IF(!text, SRF_NOMEM, "out of memory: the report");
+    puts(text);
+    free(text);
+    return SRF_OK;
+}
 
 int cmd_bench(int argc, char **argv)
 {
-    (void)argc;
-    (void)argv;
-    return cli_usage_error("bench: not built yet");
+    struct bench_options o = {.batch = 8,
+                              .micro_batch = CLI_NONE,
+                              .seq_len = CLI_NONE,
+                              .steps = 5,
+                              .n = 128,
+                              .device = CLI_DEVICE_DEFAULT,
+                              .attention = CLI_ATTENTION_DEFAULT};
+    const struct cli_option options[] = {
+        {"model", 0, CLI_STRING, &o.model, "PATH", "checkpoint (any format), for step and decode",
+         0, 0},
+        {"batch", 0, CLI_INT, &o.batch, "N", "sequences of a step or a decoded batch (8)", 1, 1e6},
+        {"micro-batch", 0, CLI_INT, &o.micro_batch, "N", "step: sequences at once (--batch)", 1,
+         1e6},
+        {"seq-len", 0, CLI_INT, &o.seq_len, "N", "step: tokens of a sequence (up to 512)", 2,
+         1 << 24},
+        {"steps", 0, CLI_INT, &o.steps, "N", "step: how many are timed (5)", 1, 60},
+        {"tokens", 'n', CLI_INT, &o.n, "N", "decode: tokens a sequence (128)", 1, 1 << 24},
+        {"filter", 0, CLI_STRING, &o.filter, "TEXT", "op: only cases whose name holds TEXT", 0, 0},
+        CLI_ATTENTION_OPTIONS(o.attention),
+        CLI_DEVICE_OPTIONS(o.device),
+        {"json", 0, CLI_FLAG, &o.json, NULL, "print one JSON object", 0, 0},
+        {0}};
+    const char *what = "op";
+    int code, n;
+    if (!cli_parse(argc, argv, "srf bench [op|step|decode] [options]",
+                   "Measure beside this machine's floors, which are measured in the same run:\n"
+                   "  op      every op: time, GFLOP/s, GB/s, share of the floor\n"
+                   "  step    one training step of --model: tokens/s, share and rate of BLAS\n"
+                   "  decode  recurrent generation with --model: tokens/s",
+                   options, &what, 0, 1, &n, NULL, &code))
+        return code;
+    size_t i = 0, n_parts = sizeof parts / sizeof *parts;
+    while (i < n_parts && strcmp(parts[i].name, what) != 0) i++;
+    if (i == n_parts) return cli_usage_error("bench %s: expected op, step or decode", what);
+    if (parts[i].needs_model && !o.model) return cli_usage_error("bench %s needs --model", what);
+    struct srf_ctx *ctx = NULL;
+    json_t *report = NULL;
+    srf_status st = cli_open_device(&o.device, &ctx);
+    if (st == SRF_OK) st = parts[i].run(&o, ctx, &report);
+    if (st == SRF_OK && o.json) st = print_json(report);
+    srf_ctx_free(ctx);
+    return st == SRF_OK ? EXIT_OK : cli_fail();
 }
