@@ -66,7 +66,8 @@ struct bench_options {
     struct cli_device device;
     struct cli_attention attention;
 };
-/* Each measures and reports: the object goes to *out with --json, else text to stdout. */
+/* Each measures and reports: with --json the object goes to *out (the caller drops it), else text
+ * to stdout. */
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_step(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);

@@ -6,6 +6,15 @@ struct stretch {
     int64_t from, n;
     double seconds;
 };
+static double rate(const struct stretch *s, int64_t batch)
+{
+    return s->seconds > 0 ? (double)(batch * s->n) / s->seconds : 0;
+}
+
+struct result {
+    struct stretch early, prefill, late;
+    struct srf_profile profile; /* of the early stretch */
+};
 
 /* n more steps from where the engine stands. */
 static srf_status decode(struct srf_engine *e, int64_t batch, int64_t n, float *logits,
@@ -23,40 +32,40 @@ static srf_status decode(struct srf_engine *e, int64_t batch, int64_t n, float *
 }
 
 /* Feed the sequences up to position `to` by prefill. */
-static srf_status skip_to(struct srf_engine *e, int64_t batch, int64_t to, double *seconds)
+static srf_status skip_to(struct srf_engine *e, int64_t batch, int64_t to, struct stretch *out)
 {
-    int64_t n = to - srf_engine_position(e), vocab = srf_engine_model(e)->config.vocab;
+    int64_t from = srf_engine_position(e), n = to - from;
+    int64_t vocab = srf_engine_model(e)->config.vocab;
+    *out = (struct stretch){.from = from, .n = n};
     int32_t *tokens;
     SRF_TRY(SRF_ALLOC(tokens, batch * n));
     for (int64_t i = 0; i < batch * n; i++) tokens[i] = (int32_t)(i * 7919 % vocab);
     double start = cli_now();
     srf_status st = srf_engine_feed(e, tokens, n, NULL);
-    *seconds = cli_now() - start;
+    out->seconds = cli_now() - start;
     srf__free(tokens);
     return st;
 }
 
 static srf_status measure(struct srf_ctx *ctx, struct srf_engine *e, int64_t batch, int64_t n,
-                          struct stretch s[2], double *prefill, int64_t *skipped,
-                          struct srf_profile *profile)
+                          struct result *out)
 {
-    int64_t n_pos = srf_engine_model(e)->config.n_pos;
-    SRF_FAIL_IF(2 * n + 4 > n_pos, SRF_INVALID,
-                "-n %lld: two stretches do not fit into the model's %lld positions", (long long)n,
-                (long long)n_pos);
+    const struct srf_model_config *cfg = &srf_engine_model(e)->config;
+    SRF_FAIL_IF(2 * n + 2 > cfg->n_pos, SRF_INVALID,
+                "-n %lld: two stretches of it do not fit into the model's %lld positions",
+                (long long)n, (long long)cfg->n_pos);
     float *logits;
     int32_t *tokens = NULL;
     srf_status st = SRF_OK;
-    SRF_TRY(SRF_ALLOC(logits, batch * srf_engine_model(e)->config.vocab));
+    SRF_TRY(SRF_ALLOC(logits, batch * cfg->vocab));
     SRF_TRY_GO(SRF_ALLOC(tokens, batch));
     SRF_TRY_GO(srf_engine_reset(e));
-    SRF_TRY_GO(decode(e, batch, 2, logits, tokens, &s[0])); /* first touch of all memory */
-    ctx->profile = profile;
-    SRF_TRY_GO(decode(e, batch, n, logits, tokens, &s[0]));
+    SRF_TRY_GO(decode(e, batch, 2, logits, tokens, &out->early)); /* first touch of all memory */
+    ctx->profile = &out->profile;
+    SRF_TRY_GO(decode(e, batch, n, logits, tokens, &out->early));
     ctx->profile = NULL;
-    *skipped = n_pos - n - srf_engine_position(e);
-    SRF_TRY_GO(skip_to(e, batch, n_pos - n, prefill));
-    SRF_TRY_GO(decode(e, batch, n, logits, tokens, &s[1]));
+    SRF_TRY_GO(skip_to(e, batch, cfg->n_pos - n, &out->prefill));
+    SRF_TRY_GO(decode(e, batch, n, logits, tokens, &out->late));
 cleanup:
     ctx->profile = NULL;
     srf__free(logits);
@@ -65,56 +74,53 @@ cleanup:
 }
 
 static void report(const struct bench_options *o, const struct srf_ctx *ctx, struct srf_engine *e,
-                   const struct stretch s[2], double prefill_rate, const struct srf_profile *p,
-                   json_t **out)
+                   const struct result *r, json_t **out)
 {
     char cpu[128], attention[200];
     bench_cpu_name(cpu, sizeof cpu);
     const struct srf_model *m = srf_engine_model(e);
     srf_attention_describe(&m->attention, attention, sizeof attention);
-    double rate[2], one = s[0].seconds / (double)s[0].n;
-    for (int k = 0; k < 2; k++) rate[k] = (double)(o->batch * s[k].n) / s[k].seconds;
-    long long state = srf_engine_state_bytes(e), kv = srf_engine_kv_bytes(e, m->config.n_pos);
+    double one = r->early.seconds / (double)r->early.n;
+    int64_t state = srf_engine_state_bytes(e), kv = srf_engine_kv_bytes(e, m->config.n_pos);
     if (!o->json) {
         printf("%s, %d threads, %s\n", cpu, ctx->n_threads, srf_dtype_name(ctx->dtype));
         printf("decoding, batch %lld, attention %s\n", (long long)o->batch, attention);
-        for (int k = 0; k < 2; k++)
-            printf("  from position %5lld: %.0f tokens/s, %.3f ms a token of every sequence\n",
-                   (long long)s[k].from, rate[k], s[k].seconds / (double)s[k].n * 1e3);
-        printf("  prefill: %.0f tokens/s\n", prefill_rate);
+        printf("  from position %5lld: %.0f tokens/s, %.3f ms a step\n", (long long)r->early.from,
+               rate(&r->early, o->batch), one * 1e3);
+        printf("  from position %5lld: %.0f tokens/s, %.3f ms a step\n", (long long)r->late.from,
+               rate(&r->late, o->batch), r->late.seconds / (double)r->late.n * 1e3);
+        printf("  prefill: %.0f tokens/s\n", rate(&r->prefill, o->batch));
         printf("  state %.1f KiB a sequence; a KV cache at %lld tokens: %.1f KiB\n",
                (double)state / 1024, (long long)m->config.n_pos, (double)kv / 1024);
-        bench_ops_print(p, (int)s[0].n, one);
+        bench_ops_print(&r->profile, (int)r->early.n, one);
         return;
     }
-    *out = json_pack("{s:s, s:s, s:s, s:i, s:s, s:I}", "bench", "decode", "cpu", cpu, "device",
-                     ctx->be->name, "threads", ctx->n_threads, "attention", attention, "batch",
-                     (json_int_t)o->batch);
-    json_object_update_new(*out, json_pack("{s:I, s:f, s:I, s:f, s:f, s:f, s:I, s:I}", "from",
-                                           (json_int_t)s[0].from, "tokens_per_s", rate[0],
-                                           "late_from", (json_int_t)s[1].from, "late_tokens_per_s",
-                                           rate[1], "ms_per_token", one * 1e3,
-                                           "prefill_tokens_per_s", prefill_rate, "state_bytes",
-                                           (json_int_t)state, "kv_bytes", (json_int_t)kv));
-    json_object_set_new(*out, "ops", bench_ops_json(p, (int)s[0].n, one));
+    *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:I}", "bench", "decode", "cpu", cpu, "device",
+                     ctx->be->name, "dtype", srf_dtype_name(ctx->dtype), "threads", ctx->n_threads,
+                     "attention", attention, "batch", (json_int_t)o->batch);
+    json_object_update_new(
+        *out,
+        json_pack("{s:I, s:f, s:I, s:f, s:f, s:f, s:I, s:I}", "from", (json_int_t)r->early.from,
+                  "tokens_per_s", rate(&r->early, o->batch), "late_from", (json_int_t)r->late.from,
+                  "late_tokens_per_s", rate(&r->late, o->batch), "step_ms", one * 1e3,
+                  "prefill_tokens_per_s", rate(&r->prefill, o->batch), "state_bytes",
+                  (json_int_t)state, "kv_bytes", (json_int_t)kv));
+    json_object_set_new(*out, "ops", bench_ops_json(&r->profile, (int)r->early.n, one));
 }
 
 srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)
 {
     struct srf_checkpoint *ck = NULL;
     struct srf_engine *e = NULL;
-    struct srf_profile profile = {0};
-    struct stretch s[2];
-    double prefill;
-    int64_t skipped;
+    struct result r = {.early = {.n = 0}};
     srf_status st = SRF_OK;
     SRF_TRY_GO(srf_checkpoint_load(o->model, NULL, &ck));
     /* only its speed is asked for: a softmax model may be decoded as if it were retrofitted */
     if (!o->attention.kind) ck->attention.kind = SRF_ATTN_SRF;
     SRF_TRY_GO(cli_set_attention(&o->attention, ck->config.c / ck->config.n_heads, &ck->attention));
     SRF_TRY_GO(srf_engine_create(ctx, ck, o->batch, 256, &e));
-    SRF_TRY_GO(measure(ctx, e, o->batch, o->n, s, &prefill, &skipped, &profile));
-    report(o, ctx, e, s, (double)(o->batch * skipped) / prefill, &profile, out);
+    SRF_TRY_GO(measure(ctx, e, o->batch, o->n, &r));
+    report(o, ctx, e, &r, out);
 cleanup:
     srf_engine_free(e);
     srf_checkpoint_free(ck);

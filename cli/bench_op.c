@@ -1,515 +1,8 @@
-/* srf bench op: every op at the shapes of a small GPT-2 (width 384, 6 heads of 64, vocabulary 8192,
- * 4096 tokens), beside max(bytes / copy bandwidth, flops / large product's rate). */
-#include "cli/bench.h"
+/* srf bench op: every op beside max(bytes / copy bandwidth, flops / large product's rate). */
+#include "cli/bench_cases.h"
 
 #include <math.h>
 #include <string.h>
-
-union op_args {
-#define X(name) struct srf_##name##_args name;
-#include "kernels/ops.def"
-#undef X
-};
-
-/* An op ready to run, again and again. */
-struct op_call {
-    enum srf_op_id op;
-    union op_args args;
-    int64_t tokens; /* for time per token; 0 = makes no sense */
-};
-
-static srf_status call_once(struct srf_ctx *ctx, const struct op_call *c)
-{
-    switch (c->op) {
-#define X(name)                                                                                    \
-    case SRF_OP_##name:                                                                            \
-        return srf_run_##name(ctx, &c->args.name);
-#include "kernels/ops.def"
-#undef X
-    case SRF_OP_COUNT:
-        break;
-    }
-    return SRF_OK;
-}
-
-static srf_status plan(struct srf_ctx *ctx, const struct op_call *c, struct srf_cost *cost)
-{
-    ctx->plan = true;
-    ctx->plan_workspace = 0;
-    ctx->plan_cost = (struct srf_cost){0};
-    srf_status st = call_once(ctx, c);
-    ctx->plan = false;
-    *cost = ctx->plan_cost;
-    SRF_TRY(st);
-    return srf_ctx_reserve_workspace(ctx, ctx->plan_workspace);
-}
-
-/* ---- cases: p holds the shape ---------------------------------------------------------------- */
-
-/* n, in, out, then what else */
-enum { TRANSPOSED = 1, GELU = 2, ACCUMULATE = 4, BIAS = 8 };
-
-static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t n = p[0], in = p[1], out = p[2], what = p[3];
-    void *x, *w, *bias, *pre, *y;
-    SRF_TRY(bench_reals(b, n * in, 1, &x));
-    SRF_TRY(bench_reals(b, in * out, 0.02, &w));
-    SRF_TRY(bench_reals(b, out, 0.02, &bias));
-    SRF_TRY(bench_reals(b, n * out, 0, &pre));
-    SRF_TRY(bench_reals(b, n * out, 0, &y));
-    c->op = SRF_OP_linear_fwd;
-    c->args.linear_fwd =
-        (struct srf_linear_fwd_args){.n = n,
-                                     .in = in,
-                                     .out = out,
-                                     .x = x,
-                                     .w = w,
-                                     .w_transposed = what & TRANSPOSED,
-                                     .b = what & BIAS ? bias : NULL,
-                                     .accumulate = what & ACCUMULATE,
-                                     .act = what & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
-                                     .pre = what & GELU ? pre : NULL,
-                                     .y = y};
-    return SRF_OK;
-}
-
-static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t n = p[0], in = p[1], out = p[2], what = p[3];
-    void *x, *w, *pre, *dy, *dx, *dw, *db;
-    SRF_TRY(bench_reals(b, n * in, 1, &x));
-    SRF_TRY(bench_reals(b, in * out, 0.02, &w));
-    SRF_TRY(bench_reals(b, n * in, 1, &pre));
-    SRF_TRY(bench_reals(b, n * out, 1e-3, &dy));
-    SRF_TRY(bench_reals(b, n * in, 0, &dx));
-    SRF_TRY(bench_reals(b, in * out, 0, &dw));
-    SRF_TRY(bench_reals(b, out, 0, &db));
-    c->op = SRF_OP_linear_bwd;
-    c->args.linear_bwd =
-        (struct srf_linear_bwd_args){.n = n,
-                                     .in = in,
-                                     .out = out,
-                                     .x = x,
-                                     .w = w,
-                                     .dy = dy,
-                                     .w_transposed = what & TRANSPOSED,
-                                     .x_pre = what & GELU ? pre : NULL,
-                                     .x_act = what & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
-                                     .dx = dx,
-                                     .dw = dw,
-                                     .db = what & BIAS ? db : NULL};
-    return SRF_OK;
-}
-
-static srf_status embed_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t n = p[0], width = p[1], v = p[2], t = p[3];
-    void *tokens, *wte, *wpe, *y;
-    SRF_TRY(bench_ids(b, n, v, &tokens));
-    SRF_TRY(bench_reals(b, v * width, 1, &wte));
-    SRF_TRY(bench_reals(b, t * width, 1, &wpe));
-    SRF_TRY(bench_reals(b, n * width, 0, &y));
-    c->op = SRF_OP_embed_fwd;
-    c->args.embed_fwd = (struct srf_embed_fwd_args){.n = n,
-                                                    .c = width,
-                                                    .v = v,
-                                                    .t = t,
-                                                    .n_pos = t,
-                                                    .tokens = tokens,
-                                                    .wte = wte,
-                                                    .wpe = wpe,
-                                                    .y = y};
-    return SRF_OK;
-}
-
-static srf_status embed_bwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t n = p[0], width = p[1], v = p[2], t = p[3];
-    void *tokens, *dwte, *dwpe, *dy;
-    SRF_TRY(bench_ids(b, n, v, &tokens));
-    SRF_TRY(bench_reals(b, v * width, 0, &dwte));
-    SRF_TRY(bench_reals(b, t * width, 0, &dwpe));
-    SRF_TRY(bench_reals(b, n * width, 1e-3, &dy));
-    c->op = SRF_OP_embed_bwd;
-    c->args.embed_bwd = (struct srf_embed_bwd_args){.n = n,
-                                                    .c = width,
-                                                    .v = v,
-                                                    .t = t,
-                                                    .n_pos = t,
-                                                    .tokens = tokens,
-                                                    .dy = dy,
-                                                    .dwte = dwte,
-                                                    .dwpe = dwpe};
-    return SRF_OK;
-}
-
-static srf_status layernorm(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t n = p[0], width = p[1];
-    bool backward = p[2];
-    void *x, *gamma, *beta, *y, *mean, *rstd, *dx, *dgamma, *dbeta;
-    SRF_TRY(bench_reals(b, n * width, 1, &x));
-    SRF_TRY(bench_reals(b, width, 1, &gamma));
-    SRF_TRY(bench_reals(b, width, 1, &beta));
-    SRF_TRY(bench_reals(b, n * width, 1, &y)); /* dy in backward */
-    SRF_TRY(bench_reals(b, n, 0.1, &mean));
-    SRF_TRY(bench_reals(b, n, 1, &rstd));
-    SRF_TRY(bench_reals(b, n * width, 0, &dx));
-    SRF_TRY(bench_reals(b, width, 0, &dgamma));
-    SRF_TRY(bench_reals(b, width, 0, &dbeta));
-    c->op = backward ? SRF_OP_layernorm_bwd : SRF_OP_layernorm_fwd;
-    if (backward)
-        c->args.layernorm_bwd = (struct srf_layernorm_bwd_args){.n = n,
-                                                                .c = width,
-                                                                .x = x,
-                                                                .gamma = gamma,
-                                                                .dy = y,
-                                                                .mean = mean,
-                                                                .rstd = rstd,
-                                                                .dx = dx,
-                                                                .dgamma = dgamma,
-                                                                .dbeta = dbeta};
-    else
-        c->args.layernorm_fwd = (struct srf_layernorm_fwd_args){.n = n,
-                                                                .c = width,
-                                                                .eps = 1e-5,
-                                                                .x = x,
-                                                                .gamma = gamma,
-                                                                .beta = beta,
-                                                                .y = y,
-                                                                .mean = mean,
-                                                                .rstd = rstd};
-    return SRF_OK;
-}
-
-static srf_status xent(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t n = p[0], v = p[1];
-    void *logits, *targets, *teacher = NULL, *nll, *kl, *dlogits = NULL;
-    SRF_TRY(bench_reals(b, n * v, 3, &logits));
-    SRF_TRY(bench_ids(b, n, v, &targets));
-    SRF_TRY(bench_reals(b, n, 0, &nll));
-    SRF_TRY(bench_reals(b, n, 0, &kl));
-    if (p[2]) SRF_TRY(bench_reals(b, n * v, 0, &dlogits));
-    if (p[3]) SRF_TRY(bench_reals(b, n * v, 3, &teacher));
-    c->op = SRF_OP_xent;
-    c->args.xent = (struct srf_xent_args){.n = n,
-                                          .v = v,
-                                          .logits = logits,
-                                          .targets = targets,
-                                          .teacher = teacher,
-                                          .scale = 1.0 / (double)n,
-                                          .ce_weight = 1,
-                                          .kl_weight = teacher ? 1 : 0,
-                                          .nll = nll,
-                                          .kl = teacher ? kl : NULL,
-                                          .dlogits = dlogits};
-    return SRF_OK;
-}
-
-static srf_status mse(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    void *x, *y, *dx, *sum;
-    SRF_TRY(bench_reals(b, p[0], 1, &x));
-    SRF_TRY(bench_reals(b, p[0], 1, &y));
-    SRF_TRY(bench_reals(b, p[0], 0, &dx));
-    SRF_TRY(bench_reals(b, 1, 0, &sum));
-    c->op = SRF_OP_mse;
-    c->args.mse =
-        (struct srf_mse_args){.n = p[0], .x = x, .y = y, .scale = 1e-3, .dx = dx, .sum = sum};
-    return SRF_OK;
-}
-
-static srf_status sumsq(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    void *x, *sum;
-    SRF_TRY(bench_reals(b, p[0], 1, &x));
-    SRF_TRY(bench_reals(b, 1, 0, &sum));
-    c->op = SRF_OP_sumsq;
-    c->args.sumsq = (struct srf_sumsq_args){.n = p[0], .x = x, .sum = sum};
-    return SRF_OK;
-}
-
-static srf_status adamw(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    void *grad, *param, *m, *v;
-    SRF_TRY(bench_reals(b, p[0], 1e-3, &grad));
-    SRF_TRY(bench_reals(b, p[0], 0.02, &param));
-    SRF_TRY(bench_reals(b, p[0], 0, &m));
-    SRF_TRY(bench_reals(b, p[0], 0, &v));
-    c->op = SRF_OP_adamw;
-    c->args.adamw = (struct srf_adamw_args){.n = p[0],
-                                            .step = 10,
-                                            .lr = 1e-5,
-                                            .beta1 = 0.9,
-                                            .beta2 = 0.95,
-                                            .eps = 1e-8,
-                                            .weight_decay = 0.1,
-                                            .grad_scale = 1,
-                                            .grad = grad,
-                                            .param = param,
-                                            .m = m,
-                                            .v = v};
-    return SRF_OK;
-}
-
-/* layers, sets, m, d, rotation */
-static srf_status features_draw(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    void *w, *bias;
-    SRF_TRY(bench_reals(b, p[0] * p[1] * p[2] * p[3], 0, &w));
-    SRF_TRY(bench_reals(b, p[0] * p[1] * p[2], 0, &bias));
-    c->op = SRF_OP_features_draw;
-    c->args.features_draw = (struct srf_features_draw_args){.kind = SRF_SIMPLEX,
-                                                            .rotation = (enum srf_rotation)p[4],
-                                                            .seed = 1,
-                                                            .n_layers = p[0],
-                                                            .n_sets = p[1],
-                                                            .m = p[2],
-                                                            .d = p[3],
-                                                            .w = w,
-                                                            .bias = bias};
-    return SRF_OK;
-}
-
-enum { HEADS = 6, HEAD = 64, FEATURES = 64 };
-
-/* One packed activation (b, t, 3c) each for q, k, v and their gradients, and o, d_o. */
-struct attn {
-    void *qkv, *o, *d_o, *dqkv, *lse;
-};
-
-/* Head slices of the packed activation: which = 0 q, 1 k, 2 v. */
-static void *part(const struct bench_buffers *b, void *qkv, int which)
-{
-    return (char *)qkv + (size_t)(which * HEADS * HEAD) * srf_dtype_bytes(b->ctx->dtype);
-}
-
-static srf_status attn_buffers(struct bench_buffers *b, int64_t n, struct attn *a)
-{
-    int64_t width = HEADS * HEAD;
-    SRF_TRY(bench_reals(b, n * 3 * width, 1, &a->qkv));
-    SRF_TRY(bench_reals(b, n * width, 0.1, &a->o));
-    SRF_TRY(bench_reals(b, n * width, 1e-3, &a->d_o));
-    SRF_TRY(bench_reals(b, n * 3 * width, 0, &a->dqkv));
-    return bench_reals(b, n * HEADS, 0, &a->lse);
-}
-
-/* Run the op now: what a case needs before it is timed. */
-static srf_status run_now(struct srf_ctx *ctx, const struct op_call *c)
-{
-    struct srf_cost cost;
-    SRF_TRY(plan(ctx, c, &cost));
-    return call_once(ctx, c);
-}
-
-/* b, t, backward */
-static srf_status softmax_attn(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    struct attn a;
-    SRF_TRY(attn_buffers(b, p[0] * p[1], &a));
-    int64_t ld_o = HEADS * HEAD, ld = 3 * ld_o;
-    c->tokens = p[0] * p[1];
-    c->op = SRF_OP_softmax_attn_fwd;
-    c->args.softmax_attn_fwd = (struct srf_softmax_attn_fwd_args){.b = p[0],
-                                                                  .t = p[1],
-                                                                  .h = HEADS,
-                                                                  .d = HEAD,
-                                                                  .causal = true,
-                                                                  .q = a.qkv,
-                                                                  .k = part(b, a.qkv, 1),
-                                                                  .v = part(b, a.qkv, 2),
-                                                                  .ld = ld,
-                                                                  .o = a.o,
-                                                                  .ld_o = ld_o,
-                                                                  .lse = a.lse};
-    if (!p[2]) return SRF_OK;
-    SRF_TRY(run_now(b->ctx, c));
-    c->op = SRF_OP_softmax_attn_bwd;
-    c->args.softmax_attn_bwd = (struct srf_softmax_attn_bwd_args){.b = p[0],
-                                                                  .t = p[1],
-                                                                  .h = HEADS,
-                                                                  .d = HEAD,
-                                                                  .causal = true,
-                                                                  .q = a.qkv,
-                                                                  .k = part(b, a.qkv, 1),
-                                                                  .v = part(b, a.qkv, 2),
-                                                                  .ld = ld,
-                                                                  .o = a.o,
-                                                                  .d_o = a.d_o,
-                                                                  .ld_o = ld_o,
-                                                                  .lse = a.lse,
-                                                                  .dq = a.dqkv,
-                                                                  .dk = part(b, a.dqkv, 1),
-                                                                  .dv = part(b, a.dqkv, 2)};
-    return SRF_OK;
-}
-
-static srf_status drawn_features(struct bench_buffers *b, void **w, void **bias)
-{
-    struct op_call draw = {0};
-    SRF_TRY(features_draw(b, (const int64_t[]){1, HEADS, FEATURES, HEAD, SRF_ROT_HAAR}, &draw));
-    *w = draw.args.features_draw.w;
-    *bias = draw.args.features_draw.bias;
-    return run_now(b->ctx, &draw);
-}
-
-/* b, t, window, backward */
-static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    struct attn a;
-    void *w, *bias;
-    SRF_TRY(attn_buffers(b, p[0] * p[1], &a));
-    SRF_TRY(drawn_features(b, &w, &bias));
-    int64_t ld_o = HEADS * HEAD, ld = 3 * ld_o;
-    struct srf_attn_shape s = {.b = p[0],
-                               .t = p[1],
-                               .h = HEADS,
-                               .d = HEAD,
-                               .m = FEATURES,
-                               .n_sets = HEADS,
-                               .window = p[2],
-                               .causal = true};
-    c->tokens = p[0] * p[1];
-    c->op = SRF_OP_srf_attn_fwd;
-    c->args.srf_attn_fwd = (struct srf_srf_attn_fwd_args){.s = s,
-                                                          .q = a.qkv,
-                                                          .k = part(b, a.qkv, 1),
-                                                          .v = part(b, a.qkv, 2),
-                                                          .ld = ld,
-                                                          .w = w,
-                                                          .bias = bias,
-                                                          .o = a.o,
-                                                          .ld_o = ld_o};
-    if (!p[3]) return SRF_OK;
-    SRF_TRY(run_now(b->ctx, c));
-    c->op = SRF_OP_srf_attn_bwd;
-    c->args.srf_attn_bwd = (struct srf_srf_attn_bwd_args){.s = s,
-                                                          .q = a.qkv,
-                                                          .k = part(b, a.qkv, 1),
-                                                          .v = part(b, a.qkv, 2),
-                                                          .ld = ld,
-                                                          .w = w,
-                                                          .bias = bias,
-                                                          .o = a.o,
-                                                          .d_o = a.d_o,
-                                                          .ld_o = ld_o,
-                                                          .dq = a.dqkv,
-                                                          .dk = part(b, a.dqkv, 1),
-                                                          .dv = part(b, a.dqkv, 2)};
-    return SRF_OK;
-}
-
-/* b, position, window: the state holds the tokens before (their last 4 windows, where it does not
- * matter how many more there were). */
-static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struct op_call *c)
-{
-    int64_t seqs = p[0], position = p[1], window = p[2], ld_o = HEADS * HEAD, ld = 3 * ld_o;
-    int64_t count = srf_attn_state_count(FEATURES, HEAD, window), size = 4;
-    int64_t before = position < 256 ? position : 256, first = position - before;
-    struct attn a;
-    void *w, *bias, *state, *pos;
-    SRF_TRY(attn_buffers(b, seqs * before, &a));
-    SRF_TRY(drawn_features(b, &w, &bias));
-    SRF_TRY(bench_reals(b, seqs * HEADS * count, 0, &state));
-    SRF_TRY(bench_ids(b, seqs, 1, &pos));
-    struct srf_attn_shape s = {.b = seqs,
-                               .t = before,
-                               .h = HEADS,
-                               .d = HEAD,
-                               .m = FEATURES,
-                               .n_sets = HEADS,
-                               .window = window,
-                               .causal = true};
-    for (int64_t i = 0; i < seqs; i++) {
-        int32_t at = (int32_t)(first - (window ? first % window : 0));
-        SRF_TRY(b->ctx->be->upload(b->ctx, (char *)pos + i * size, &at, (size_t)size));
-    }
-    struct op_call prefill = {.op = SRF_OP_srf_attn_prefill};
-    prefill.args.srf_attn_prefill = (struct srf_srf_attn_prefill_args){.s = s,
-                                                                       .q = a.qkv,
-                                                                       .k = part(b, a.qkv, 1),
-                                                                       .v = part(b, a.qkv, 2),
-                                                                       .ld = ld,
-                                                                       .w = w,
-                                                                       .bias = bias,
-                                                                       .o = a.o,
-                                                                       .ld_o = ld_o,
-                                                                       .state = state,
-                                                                       .pos = pos};
-    SRF_TRY(run_now(b->ctx, &prefill));
-    for (int64_t i = 0; i < seqs; i++) {
-        int32_t at = (int32_t)position;
-        SRF_TRY(b->ctx->be->upload(b->ctx, (char *)pos + i * size, &at, (size_t)size));
-    }
-    s.t = 1;
-    c->tokens = seqs;
-    c->op = SRF_OP_srf_attn_step;
-    c->args.srf_attn_step = (struct srf_srf_attn_step_args){.s = s,
-                                                            .q = a.qkv,
-                                                            .k = part(b, a.qkv, 1),
-                                                            .v = part(b, a.qkv, 2),
-                                                            .ld = ld,
-                                                            .w = w,
-                                                            .bias = bias,
-                                                            .o = a.o,
-                                                            .ld_o = ld_o,
-                                                            .state = state,
-                                                            .pos = pos};
-    return SRF_OK;
-}
-
-static const struct bench_case {
-    const char *name;
-    srf_status (*prepare)(struct bench_buffers *b, const int64_t *p, struct op_call *c);
-    int64_t p[5];
-} cases[] = {
-    {"linear_fwd qkv", linear_fwd, {4096, 384, 1152, BIAS}},
-    {"linear_fwd out, residual", linear_fwd, {4096, 384, 384, BIAS | ACCUMULATE}},
-    {"linear_fwd fc, gelu", linear_fwd, {4096, 384, 1536, BIAS | GELU}},
-    {"linear_fwd proj, residual", linear_fwd, {4096, 1536, 384, BIAS | ACCUMULATE}},
-    {"linear_fwd head", linear_fwd, {4096, 384, 8192, TRANSPOSED}},
-    {"linear_fwd fc, 1 row", linear_fwd, {1, 384, 1536, BIAS | GELU}},
-    {"linear_fwd head, 1 row", linear_fwd, {1, 384, 8192, TRANSPOSED}},
-    {"linear_fwd fc, 8 rows", linear_fwd, {8, 384, 1536, BIAS | GELU}},
-    {"linear_bwd qkv", linear_bwd, {4096, 384, 1152, BIAS}},
-    {"linear_bwd out", linear_bwd, {4096, 384, 384, BIAS}},
-    {"linear_bwd fc", linear_bwd, {4096, 384, 1536, BIAS}},
-    {"linear_bwd proj, gelu", linear_bwd, {4096, 1536, 384, BIAS | GELU}},
-    {"linear_bwd head", linear_bwd, {4096, 384, 8192, TRANSPOSED}},
-    {"layernorm_fwd", layernorm, {4096, 384, 0}},
-    {"layernorm_bwd", layernorm, {4096, 384, 1}},
-    {"embed_fwd", embed_fwd, {4096, 384, 8192, 512}},
-    {"embed_bwd", embed_bwd, {4096, 384, 8192, 512}},
-    {"xent", xent, {2048, 8192, 0, 0}},
-    {"xent, gradient", xent, {2048, 8192, 1, 0}},
-    {"xent, gradient, teacher", xent, {2048, 8192, 1, 1}},
-    {"mse", mse, {4096 * 384}},
-    {"sumsq", sumsq, {1 << 24}},
-    {"adamw", adamw, {1 << 24}},
-    {"features_draw haar", features_draw, {6, 6, 64, 64, SRF_ROT_HAAR}},
-    {"features_draw hd", features_draw, {6, 6, 64, 64, SRF_ROT_HD}},
-    {"softmax_attn_fwd T=512", softmax_attn, {8, 512, 0}},
-    {"softmax_attn_bwd T=512", softmax_attn, {8, 512, 1}},
-    {"softmax_attn_fwd T=2048", softmax_attn, {2, 2048, 0}},
-    {"srf_attn_fwd T=512", srf_attn, {16, 512, 0, 0}},
-    {"srf_attn_fwd T=1024", srf_attn, {8, 1024, 0, 0}},
-    {"srf_attn_fwd T=2048", srf_attn, {4, 2048, 0, 0}},
-    {"srf_attn_fwd T=4096", srf_attn, {2, 4096, 0, 0}},
-    {"srf_attn_fwd T=8192", srf_attn, {1, 8192, 0, 0}},
-    {"srf_attn_bwd T=512", srf_attn, {16, 512, 0, 1}},
-    {"srf_attn_bwd T=8192", srf_attn, {1, 8192, 0, 1}},
-    {"srf_attn_fwd W=64 T=512", srf_attn, {16, 512, 64, 0}},
-    {"srf_attn_fwd W=64 T=8192", srf_attn, {1, 8192, 64, 0}},
-    {"srf_attn_bwd W=64 T=512", srf_attn, {16, 512, 64, 1}},
-    {"srf_attn_bwd W=64 T=8192", srf_attn, {1, 8192, 64, 1}},
-    {"srf_attn_step at 10", srf_attn_step, {8, 10, 0}},
-    {"srf_attn_step at 100000", srf_attn_step, {8, 100000, 0}},
-    {"srf_attn_step W=64 at 200", srf_attn_step, {8, 200, 64}},
-    {"srf_attn_step W=64 at 100000", srf_attn_step, {8, 100040, 64}},
-};
-#define N_CASES ((int)(sizeof cases / sizeof *cases))
 
 /* ---- measuring -------------------------------------------------------------------------------- */
 
@@ -524,11 +17,11 @@ struct row {
 
 static srf_status time_calls(struct srf_ctx *ctx, const struct op_call *c, struct row *out)
 {
-    SRF_TRY(plan(ctx, c, &out->cost));
+    SRF_TRY(bench_plan(ctx, c, &out->cost));
     double one = INFINITY;
     for (int i = 0; i < 2; i++) { /* the first call touches the memory */
         double start = cli_now();
-        SRF_TRY(call_once(ctx, c));
+        SRF_TRY(bench_call(ctx, c));
         SRF_TRY(ctx->be->sync(ctx));
         one = fmin(one, cli_now() - start);
     }
@@ -538,7 +31,7 @@ static srf_status time_calls(struct srf_ctx *ctx, const struct op_call *c, struc
     struct bench_samples samples = {.n = 0};
     for (int i = 0; i < n; i++) {
         double start = cli_now();
-        for (int k = 0; k < calls; k++) SRF_TRY(call_once(ctx, c));
+        for (int k = 0; k < calls; k++) SRF_TRY(bench_call(ctx, c));
         SRF_TRY(ctx->be->sync(ctx));
         bench_add(&samples, (cli_now() - start) / calls);
     }
@@ -605,55 +98,53 @@ static const struct {
 /* Best time a token of a case that ran, or NaN. */
 static double per_token(const struct row *rows, const char *name)
 {
-    for (int i = 0; i < N_CASES; i++)
-        if (strcmp(cases[i].name, name) == 0 && rows[i].tokens)
+    for (int i = 0; i < n_bench_cases; i++)
+        if (strcmp(bench_cases[i].name, name) == 0 && rows[i].tokens)
             return rows[i].time.best / (double)rows[i].tokens;
     return NAN;
 }
 
-static void report_ratios(const struct row *rows, json_t *out)
+static void report_ratios(const struct row *rows, json_t *out, bool print)
 {
     for (size_t i = 0; i < sizeof ratios / sizeof *ratios; i++) {
         double x = per_token(rows, ratios[i].above) / per_token(rows, ratios[i].below);
         if (isnan(x)) continue;
-        if (out)
-            json_object_set_new(out, ratios[i].key, json_real(x));
-        else
-            printf("%s: %.3f\n", ratios[i].what, x);
+        json_object_set_new(out, ratios[i].key, json_real(x));
+        if (print) printf("%s: %.3f\n", ratios[i].what, x);
     }
+}
+
+static srf_status run_cases(const struct bench_options *o, struct srf_ctx *ctx,
+                            const struct bench_machine *m, struct row *rows, json_t *list)
+{
+    if (!o->json) {
+        bench_machine_print(ctx, m);
+        printf("%-30s %10s %9s %9s %8s %8s %7s %8s\n", "case", "us", "best", "worst", "GFLOP/s",
+               "GB/s", "floor", "ns/token");
+    }
+    for (int i = 0; i < n_bench_cases; i++) {
+        const char *name = bench_cases[i].name;
+        if (o->filter && !strstr(name, o->filter)) continue;
+        srf_status st = run_case(ctx, &bench_cases[i], &rows[i]);
+        if (st != SRF_OK) srf__error_prefix("%s", name);
+        SRF_TRY(st);
+        json_array_append_new(list, row_json(name, &rows[i], m));
+        if (!o->json) print_row(name, &rows[i], m);
+    }
+    return SRF_OK;
 }
 
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)
 {
     struct bench_machine m;
-    struct row rows[N_CASES];
-    memset(rows, 0, sizeof rows);
+    struct row *rows;
     SRF_TRY(bench_measure_machine(ctx, &m));
-    if (!o->json) {
-        bench_machine_print(ctx, &m);
-        printf("%-30s %10s %9s %9s %8s %8s %7s %8s\n", "case", "us", "best", "worst", "GFLOP/s",
-               "GB/s", "floor", "ns/token");
-    }
-    json_t *list = json_array();
-    srf_status st = SRF_OK;
-    for (int i = 0; i < N_CASES && st == SRF_OK; i++) {
-        if (o->filter && !strstr(cases[i].name, o->filter)) continue;
-        st = run_case(ctx, &cases[i], &rows[i]);
-        if (st != SRF_OK) srf__error_prefix("%s", cases[i].name);
-        if (st != SRF_OK) break;
-        if (o->json)
-            json_array_append_new(list, row_json(cases[i].name, &rows[i], &m));
-        else
-            print_row(cases[i].name, &rows[i], &m);
-    }
-    if (st != SRF_OK || !o->json) {
-        json_decref(list);
-        if (st == SRF_OK) report_ratios(rows, NULL);
-        return st;
-    }
-    json_t *found = json_object();
-    report_ratios(rows, found);
+    SRF_TRY(SRF_CALLOC(rows, n_bench_cases));
+    json_t *list = json_array(), *quotients = json_object();
+    srf_status st = run_cases(o, ctx, &m, rows, list);
+    if (st == SRF_OK) report_ratios(rows, quotients, !o->json);
     *out = json_pack("{s:s, s:o, s:o, s:o}", "bench", "op", "machine", bench_machine_json(ctx, &m),
-                     "cases", list, "ratios", found);
-    return SRF_OK;
+                     "cases", list, "ratios", quotients);
+    srf__free(rows);
+    return st;
 }

@@ -10,11 +10,9 @@ static const struct {
     bool needs_model;
 } parts[] = {{"op", bench_op, false}, {"step", bench_step, true}, {"decode", bench_decode, true}};
 
-/* Takes the reference. */
-static srf_status print_json(json_t *report)
+static srf_status print_json(const json_t *report)
 {
     char *text = report ? json_dumps(report, JSON_REAL_PRECISION(6)) : NULL;
-    json_decref(report);
     SRF_FAIL_IF(!text, SRF_NOMEM, "out of memory: the report");
     puts(text);
     free(text);
@@ -63,6 +61,7 @@ int cmd_bench(int argc, char **argv)
     srf_status st = cli_open_device(&o.device, &ctx);
     if (st == SRF_OK) st = parts[i].run(&o, ctx, &report);
     if (st == SRF_OK && o.json) st = print_json(report);
+    json_decref(report);
     srf_ctx_free(ctx);
     return st == SRF_OK ? EXIT_OK : cli_fail();
 }
