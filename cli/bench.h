@@ -60,12 +60,14 @@ void bench_ops_print(const struct srf_profile *p, int n, double seconds);
 
 /* What `srf bench` was asked. */
 struct bench_options {
-    const char *model, *filter;
+    const char *model, *init, *filter;
     int64_t batch, micro_batch, seq_len, steps, n;
     bool json;
     struct cli_device device;
     struct cli_attention attention;
 };
+/* The model of --model, or a fresh one of --init, with the attention asked for. */
+srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck);
 /* Each measures and reports: with --json the object goes to *out (the caller drops it), else text
  * to stdout. */
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);

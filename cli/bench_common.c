@@ -221,3 +221,18 @@ void bench_ops_print(const struct srf_profile *p, int n, double seconds)
     }
     printf("  %-18s %6s %10.3f %6.1f%%\n", "(outside ops)", "", left * 1e3, 100 * left / seconds);
 }
+
+srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck)
+{
+    if (o->model) {
+        SRF_TRY(srf_checkpoint_load(o->model, NULL, ck));
+    } else {
+        char *text;
+        SRF_TRY(cli_read_text(o->init, &text));
+        srf_status st = srf_checkpoint_init(text, 0, ck);
+        srf__free(text);
+        SRF_TRY(st);
+    }
+    return cli_set_attention(&o->attention, (*ck)->config.c / (*ck)->config.n_heads,
+                             &(*ck)->attention);
+}

@@ -114,10 +114,9 @@ srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json
     struct srf_engine *e = NULL;
     struct result r = {.early = {.n = 0}};
     srf_status st = SRF_OK;
-    SRF_TRY_GO(srf_checkpoint_load(o->model, NULL, &ck));
-    /* only its speed is asked for: a softmax model may be decoded as if it were retrofitted */
+    SRF_TRY_GO(bench_load(o, &ck));
+    /* only its speed is asked for: a softmax model is decoded as if it were retrofitted */
     if (!o->attention.kind) ck->attention.kind = SRF_ATTN_SRF;
-    SRF_TRY_GO(cli_set_attention(&o->attention, ck->config.c / ck->config.n_heads, &ck->attention));
     SRF_TRY_GO(srf_engine_create(ctx, ck, o->batch, 256, &e));
     SRF_TRY_GO(measure(ctx, e, o->batch, o->n, &r));
     report(o, ctx, e, &r, out);

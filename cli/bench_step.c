@@ -54,9 +54,8 @@ static srf_status random_data(struct run *r, int64_t n)
 static srf_status open_run(const struct bench_options *o, struct srf_ctx *ctx, struct run *r,
                            struct srf_train_config *c)
 {
-    SRF_TRY(srf_checkpoint_load(o->model, NULL, &r->ck));
+    SRF_TRY(bench_load(o, &r->ck));
     const struct srf_model_config *cfg = &r->ck->config;
-    SRF_TRY(cli_set_attention(&o->attention, cfg->c / cfg->n_heads, &r->ck->attention));
     *c = srf_train_defaults();
     c->steps = 1000000;
     c->warmup = 0;

@@ -31,6 +31,7 @@ int cmd_bench(int argc, char **argv)
     const struct cli_option options[] = {
         {"model", 0, CLI_STRING, &o.model, "PATH", "checkpoint (any format), for step and decode",
          0, 0},
+        {"init", 0, CLI_STRING, &o.init, "CONFIG.json", "... or a fresh model of this shape", 0, 0},
         {"batch", 0, CLI_INT, &o.batch, "N", "sequences of a step or a decoded batch (8)", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &o.micro_batch, "N", "step: sequences at once (--batch)", 1,
          1e6},
@@ -55,7 +56,8 @@ int cmd_bench(int argc, char **argv)
     size_t i = 0, n_parts = sizeof parts / sizeof *parts;
     while (i < n_parts && strcmp(parts[i].name, what) != 0) i++;
     if (i == n_parts) return cli_usage_error("bench %s: expected op, step or decode", what);
-    if (parts[i].needs_model && !o.model) return cli_usage_error("bench %s needs --model", what);
+    if (parts[i].needs_model && !o.model && !o.init)
+        return cli_usage_error("bench %s needs --model or --init", what);
     struct srf_ctx *ctx = NULL;
     json_t *report = NULL;
     srf_status st = cli_open_device(&o.device, &ctx);
