@@ -2,6 +2,8 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
+# Threads that wait do not spin: on a busy machine that costs more than it saves.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 JOBS="${JOBS:-$(nproc)}"
 # The distribution's python3 sees the distribution's modules (numpy, matplotlib); another one that
 # comes first on PATH may not.

@@ -59,8 +59,7 @@ build_and_test() {
     say "Tests in $folder"
     local report="$ROOT/$folder/tests.xml"
     rm -f "$report"
-    # Two test programs at a time, each with its own threads: waiting threads must not spin.
-    OMP_WAIT_POLICY=passive ctest --test-dir "$folder" -j 2 --output-on-failure \
+    ctest --test-dir "$folder" -j 2 --output-on-failure \
         --output-junit "$report" || status=$?
     if [ ! -f "$report" ]; then
         failed=$((failed + 1))

@@ -58,7 +58,9 @@ touch stdout stderr before
 for command in import export tokenize info train retrofit eval validate generate bench; do
     refuse 2 "$SRF" $command --no-such-option
 done
-refuse 2 "$SRF"
+run "$SRF"
+[ $status -eq 2 ] || fail "srf alone: expected exit 2, found $status"
+grep -q retrofit stderr || fail "srf alone: no list of commands"
 refuse 2 "$SRF" no-such-command
 refuse 2 "$SRF" --no-such-option
 for command in import export tokenize info train retrofit eval validate generate; do
