@@ -1,8 +1,108 @@
-#include "cli/cli.h"
+/* srf export: a native checkpoint -> transformers, llm.c, or the recurrent kind. */
+#include "cli/common.h"
+
+#include <string.h>
+
+enum format { HF, LLMC, RECURRENT };
+
+static const struct {
+    const char *name, *what;
+} formats[] = {{"hf", "transformers directory"},
+               {"llmc", "llm.c checkpoint"},
+               {"recurrent", "recurrent checkpoint"}};
+
+/* The features in force, drawn from their key where the file does not hold them. */
+static srf_status freeze_features(struct srf_checkpoint *ck)
+{
+    if (ck->features_w) return SRF_OK;
+    const struct srf_attention_config *a = &ck->attention;
+    int64_t d = ck->config.c / ck->config.n_heads, sets = a->per_head ? ck->config.n_heads : 1;
+    const struct srf_features_draw_args args = {.kind = a->features,
+                                                .rotation = a->rotation,
+                                                .normalize_rows = a->normalize_rows,
+                                                .seed = a->seed,
+                                                .draw = a->draw,
+                                                .m = a->m,
+                                                .d = d};
+    srf_status st = SRF_OK;
+    double *w = NULL, *bias = NULL;
+    SRF_TRY_GO(SRF_ALLOC(w, a->m * d));
+    SRF_TRY_GO(SRF_ALLOC(bias, a->m));
+    SRF_TRY_GO(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
+    SRF_TRY_GO(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
+    for (int64_t i = 0; i < ck->config.n_layers * sets; i++) {
+        SRF_TRY_GO(srf_features_draw_one(&args, i / sets, i % sets, a->oprf_a, w, bias));
+        for (int64_t k = 0; k < a->m * d; k++) ck->features_w[i * a->m * d + k] = (float)w[k];
+        for (int64_t k = 0; k < a->m; k++) ck->features_bias[i * a->m + k] = (float)bias[k];
+    }
+cleanup:
+    srf__free(w);
+    srf__free(bias);
+    return st;
+}
+
+static srf_status export_as(struct srf_checkpoint *ck, const char *out, enum format format,
+                            enum srf_dtype dtype)
+{
+    if (format == HF) return srf_checkpoint_export_hf(ck, out, dtype);
+    if (format == LLMC) return srf_checkpoint_export_llmc(ck, out, dtype);
+    SRF_FAIL_IF(ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
+                "a recurrent export needs SRF attention; this model has softmax: run srf retrofit "
+                "first");
+    SRF_TRY(freeze_features(ck));
+    ck->kind = SRF_CKPT_RECURRENT;
+    return srf_checkpoint_save(ck, out);
+}
+
+static int run(const char *in, const char *out, enum format format, enum srf_dtype dtype)
+{
+    struct srf_checkpoint *ck;
+    if (srf_checkpoint_load(in, NULL, &ck) != SRF_OK) return cli_fail();
+    int code = EXIT_OK;
+    if (export_as(ck, out, format, dtype) == SRF_OK) {
+        char attention[200];
+        srf_attention_describe(&ck->attention, attention, sizeof attention);
+        bool lost = format != RECURRENT && ck->attention.kind == SRF_ATTN_SRF;
+        printf("wrote %s (%s, %s)%s%s%s%s\n", out, formats[format].what, srf_dtype_name(dtype),
+               format == RECURRENT ? ": " : "", format == RECURRENT ? attention : "",
+               lost ? "; the format has no place for the attention kind, readers will use softmax: "
+                    : "",
+               lost ? attention : "");
+        if (format == LLMC && ck->tokenizer_json)
+            printf("the tokenizer is left out: the format has no place for it\n");
+    } else {
+        code = cli_fail();
+    }
+    srf_checkpoint_free(ck);
+    return code;
+}
 
 int cmd_export(int argc, char **argv)
 {
-    (void)argc;
-    (void)argv;
-    return cli_usage_error("export: not built yet");
+    const char *paths[2], *format_name = NULL, *dtype_name = "f32";
+    const struct cli_option options[] = {
+        {"format", 0, CLI_STRING, &format_name, "FORMAT", "hf, llmc or recurrent", 0, 0},
+        {"dtype", 0, CLI_STRING, &dtype_name, "T", "hf: f32, f16, bf16; llmc: f32, bf16 (f32)", 0,
+         0},
+        {0}};
+    int code, format = -1, dtype = -1;
+    if (!cli_parse(
+            argc, argv, "srf export IN.h5 OUT --format hf|llmc|recurrent [options]",
+            "Write a checkpoint as a transformers directory (hf: OUT must be new or empty), an\n"
+            "llm.c model, or a recurrent checkpoint: weights, frozen features and tokenizer,\n"
+            "all that generation needs. OUT is written as a whole or not at all.",
+            options, paths, 2, 2, NULL, NULL, &code))
+        return code;
+    if (!format_name) return cli_usage_error("export needs --format hf, llmc or recurrent");
+    for (int i = 0; i < 3; i++)
+        if (strcmp(formats[i].name, format_name) == 0) format = i;
+    if (format < 0)
+        return cli_usage_error("--format %s: expected hf, llmc or recurrent", format_name);
+    static const enum srf_dtype dtypes[] = {SRF_F32, SRF_F16, SRF_BF16};
+    for (int i = 0; i < 3; i++)
+        if (strcmp(srf_dtype_name(dtypes[i]), dtype_name) == 0) dtype = (int)dtypes[i];
+    if (dtype < 0) return cli_usage_error("--dtype %s: expected f32, f16 or bf16", dtype_name);
+    if (format == RECURRENT && dtype != SRF_F32)
+        return cli_usage_error("--dtype %s: recurrent checkpoints are f32", dtype_name);
+    return run(paths[0], paths[1], (enum format)format, (enum srf_dtype)dtype);
 }
