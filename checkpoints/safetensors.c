@@ -188,14 +188,14 @@ static srf_status make_header(const struct srf_tensor_out *tensors, int64_t n, s
     bool ok = true;
     json_t *header = json_pack("{s:{s:s}}", "__metadata__", "format", "pt");
     for (int64_t i = 0; i < n && ok; i++) {
+        SRF_FAIL_GO_IF(json_object_get(header, tensors[i].name), SRF_INVALID,
+                       "tensor %s is there twice", tensors[i].name);
         int64_t end = at + count_of(&tensors[i]) * (int64_t)width;
         json_t *shape = json_array();
         for (int k = 0; k < tensors[i].ndim; k++)
             ok = ok && json_array_append_new(shape, json_integer(tensors[i].shape[k])) == 0;
         json_t *entry = json_pack("{s:s, s:o, s:[I, I]}", "dtype", type, "shape", shape,
                                   "data_offsets", (json_int_t)at, (json_int_t)end);
-        SRF_FAIL_GO_IF(json_object_get(header, tensors[i].name), SRF_INVALID,
-                       "tensor %s is there twice", tensors[i].name);
         ok = ok && json_object_set_new(header, tensors[i].name, entry) == 0;
         at = end;
     }
