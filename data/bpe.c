@@ -313,9 +313,9 @@ static srf_status compile_pattern(struct srf_bpe *bpe)
     pcre2_compile_context_free(context);
     if (!bpe->pattern) {
         char text[128] = "";
+        SRF_FAIL_IF(error == PCRE2_ERROR_HEAP_FAILED, SRF_NOMEM, "out of memory: PCRE2 pattern");
         pcre2_get_error_message(error, (PCRE2_UCHAR *)text, sizeof text);
-        SRF_FAIL(error == PCRE2_ERROR_HEAP_FAILED ? SRF_NOMEM : SRF_UNSUPPORTED,
-                 "PCRE2 cannot compile the GPT-2 pattern: %s", text);
+        SRF_FAIL(SRF_UNSUPPORTED, "PCRE2 cannot compile the GPT-2 pattern: %s", text);
     }
     /* Where the system forbids generated code, PCRE2 interprets: slower, the same pieces. */
     (void)pcre2_jit_compile(bpe->pattern, PCRE2_JIT_COMPLETE);

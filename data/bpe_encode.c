@@ -228,7 +228,7 @@ srf_status srf__bpe_encode_stream(const struct srf_bpe *bpe, FILE *in, bool adde
     char *buffer = NULL;
     SRF_TRY(encoder_start(&e, bpe, added, &ids));
     srf_status st = SRF_OK;
-    SRF_TRY_GO(srf__bpe_scratch_cache(&e.scratch));
+    if (cap >= CACHE_FROM_BYTES) SRF_TRY_GO(srf__bpe_scratch_cache(&e.scratch));
     SRF_TRY_GO(SRF_ALLOC(buffer, cap));
     for (bool open = true; open;) {
         if (n == cap) {
