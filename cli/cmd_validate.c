@@ -1,8 +1,235 @@
-#include "cli/cli.h"
+/* srf validate: how well SRF attention stands in for a model's softmax attention, with pictures. */
+#include "checkpoints/file.h"
+#include "cli/common.h"
+#include "cli/validate_report.h"
+
+#include <errno.h>
+#include <math.h>
+#include <string.h>
+#include <sys/stat.h>
+
+struct inputs {
+    const char *model, *data, *out;
+    int64_t windows, seq_len, draws, kernel_draws;
+    bool json, quiet;
+    struct cli_device device;
+    struct cli_attention attention;
+};
+
+enum { SWEEP = 6, MAX_M = SWEEP + 1 };
+
+struct run {
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_bpe *bpe;
+    struct srf_tokenset *data;
+    int32_t *tokens;
+    int64_t m[MAX_M];
+    struct srf_validate_config config;
+    struct srf_validate_result result;
+    struct srf_kernel_error *kernel;
+    double *closed;
+    char *json, *html;
+    struct cli_progress progress;
+    double seconds;
+};
+
+static void free_run(struct run *r)
+{
+    srf_validate_result_free(&r->result);
+    srf_tokenset_close(r->data);
+    srf_bpe_free(r->bpe);
+    srf_checkpoint_free(r->ck);
+    srf_ctx_free(r->ctx);
+    srf__free(r->tokens);
+    srf__free(r->kernel);
+    srf__free(r->closed);
+    srf__free(r->json);
+    srf__free(r->html);
+}
+
+/* The kernel's part of the time is about a third of the whole. */
+#define KERNEL_PART 0.3
+
+static void on_progress(void *user, double done)
+{
+    struct run *r = user;
+    cli_progress_update(&r->progress, KERNEL_PART + (1 - KERNEL_PART) * done, 1, "heads");
+}
+
+/* The usual numbers of features, and the one asked for. */
+static int64_t features_to_try(int64_t main_m, int64_t *m)
+{
+    static const int64_t usual[SWEEP] = {16, 32, 64, 128, 256, 512};
+    int64_t n = 0;
+    for (int i = 0; i < SWEEP; i++) {
+        if (main_m < usual[i] && (n == 0 || m[n - 1] < main_m)) m[n++] = main_m;
+        m[n++] = usual[i];
+    }
+    if (m[n - 1] < main_m) m[n++] = main_m;
+    return n;
+}
+
+/* Windows spread evenly over the whole set. */
+static srf_status read_tokens(const struct inputs *in, struct run *r)
+{
+    struct srf_validate_config *c = &r->config;
+    int64_t total = srf_tokenset_count(r->data);
+    SRF_FAIL_IF(total < c->seq_len, SRF_INVALID, "%s: %lld tokens are less than a window of %lld",
+                in->data, (long long)total, (long long)c->seq_len);
+    if (c->windows > total / c->seq_len) c->windows = total / c->seq_len;
+    SRF_TRY(SRF_ALLOC(r->tokens, c->windows * c->seq_len));
+    for (int64_t i = 0; i < c->windows; i++)
+        SRF_TRY(srf_tokenset_read(r->data, i * (total / c->windows), c->seq_len,
+                                  r->tokens + i * c->seq_len));
+    return SRF_OK;
+}
+
+static srf_status open_run(const struct inputs *in, struct run *r)
+{
+    SRF_TRY(cli_open_device(&in->device, &r->ctx));
+    SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
+    const struct srf_model_config *cfg = &r->ck->config;
+    struct srf_attention_config a = r->ck->attention;
+    SRF_TRY(cli_set_attention(&in->attention, cfg->c / cfg->n_heads, &a));
+    a.kind = SRF_ATTN_SRF;
+    SRF_TRY(srf_attention_check(&a, cfg->c / cfg->n_heads));
+    SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
+    struct srf_validate_config *c = &r->config;
+    c->attention = a;
+    c->main_m = a.m;
+    c->m = r->m;
+    c->n_m = features_to_try(a.m, r->m);
+    c->windows = in->windows;
+    c->seq_len = in->seq_len;
+    if (in->seq_len == CLI_NONE) c->seq_len = cfg->n_pos < 512 ? cfg->n_pos : 512;
+    SRF_FAIL_IF(c->seq_len > cfg->n_pos, SRF_INVALID,
+                "--seq-len %lld: the model's learned positions end at %lld", (long long)c->seq_len,
+                (long long)cfg->n_pos);
+    c->n_draws = in->draws;
+    c->progress = on_progress;
+    c->user = r;
+    SRF_TRY(read_tokens(in, r));
+    SRF_FAIL_IF(mkdir(in->out, 0777) != 0 && errno != EEXIST, SRF_IO, "%s: %s", in->out,
+                strerror(errno));
+    return SRF_OK;
+}
+
+/* All kinds of features, in the model's rotation, at the model's head size. */
+static srf_status measure_kernel(const struct inputs *in, struct run *r)
+{
+    const struct srf_validate_config *c = &r->config;
+    int64_t d = r->ck->config.c / r->ck->config.n_heads, cells = c->n_m * VALIDATE_V;
+    SRF_TRY(SRF_ALLOC(r->kernel, VALIDATE_KINDS * cells));
+    SRF_TRY(SRF_ALLOC(r->closed, VALIDATE_KINDS * cells));
+    for (int kind = 0; kind < VALIDATE_KINDS; kind++) {
+        struct srf_features_draw_args draws = {.kind = (enum srf_feature_kind)kind,
+                                               .rotation = c->attention.rotation,
+                                               .seed = c->attention.seed,
+                                               .d = d};
+        cli_progress_update(&r->progress, KERNEL_PART * kind / VALIDATE_KINDS, 1, "kernel");
+        SRF_TRY(srf_kernel_error_measure(&draws, in->kernel_draws, c->m, c->n_m, validate_v_sq,
+                                         VALIDATE_V, r->kernel + kind * cells));
+        for (int64_t i = 0; i < cells; i++) {
+            double *closed = &r->closed[kind * cells + i];
+            *closed = NAN;
+            if (kind != SRF_SIMPLEX_PLUS)
+                SRF_TRY(srf_kernel_error_closed(draws.kind, c->m[i / VALIDATE_V], d,
+                                                validate_v_sq[i % VALIDATE_V], closed));
+        }
+    }
+    return SRF_OK;
+}
+
+static srf_status write_file(const char *dir, const char *name, const char *text)
+{
+    char *path;
+    SRF_TRY(srf__path_join(dir, name, &path));
+    struct srf__out o;
+    srf_status st = srf__out_open(path, &o);
+    srf__free(path);
+    SRF_TRY(st);
+    st = srf__out_write(&o, text, strlen(text));
+    if (st == SRF_OK) return srf__out_commit(&o);
+    srf__out_abort(&o);
+    return st;
+}
+
+static srf_status measure(const struct inputs *in, struct run *r)
+{
+    double start = cli_now();
+    SRF_TRY(open_run(in, r));
+    cli_progress_start(&r->progress, "validate", in->quiet);
+    srf_status st = measure_kernel(in, r);
+    if (st == SRF_OK) st = srf_validate_attention(r->ctx, r->ck, r->tokens, &r->config, &r->result);
+    cli_progress_end(&r->progress);
+    r->seconds = cli_now() - start;
+    return st;
+}
+
+static srf_status report(const struct inputs *in, struct run *r)
+{
+    const struct srf_model_config *cfg = &r->ck->config;
+    struct validate_report v = {.model = in->model,
+                                .data = in->data,
+                                .head_size = cfg->c / cfg->n_heads,
+                                .kernel_draws = in->kernel_draws,
+                                .tokens = r->config.windows * r->config.seq_len,
+                                .config = &r->config,
+                                .result = &r->result,
+                                .kernel = r->kernel,
+                                .closed = r->closed,
+                                .seconds = r->seconds};
+    SRF_TRY(validate_json(&v, &r->json));
+    SRF_TRY(validate_html(&v, &r->html));
+    SRF_TRY(write_file(in->out, "validate.json", r->json));
+    SRF_TRY(write_file(in->out, "validate.html", r->html));
+    if (in->json) {
+        puts(r->json);
+    } else {
+        validate_print(&v);
+        printf("pictures: %s/validate.html\n", in->out);
+    }
+    return SRF_OK;
+}
 
 int cmd_validate(int argc, char **argv)
 {
-    (void)argc;
-    (void)argv;
-    return cli_usage_error("validate: not built yet");
+    struct inputs in = {.windows = 4,
+                        .seq_len = CLI_NONE,
+                        .draws = 4,
+                        .kernel_draws = 64,
+                        .device = CLI_DEVICE_DEFAULT,
+                        .attention = CLI_ATTENTION_DEFAULT};
+    const struct cli_option options[] = {
+        {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint (any format)", 0, 0},
+        {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
+         0},
+        {"out", 0, CLI_STRING, &in.out, "DIR", "where validate.json and validate.html go", 0, 0},
+        {"windows", 0, CLI_INT, &in.windows, "N", "windows of text, spread over the data (4)", 1,
+         4096},
+        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a window (the model's, up to 512)", 2,
+         1 << 24},
+        {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' output errors (4)", 2, 1e6},
+        {"kernel-draws", 0, CLI_INT, &in.kernel_draws, "N", "draws for the kernel's error (64)", 2,
+         1e6},
+        CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_DEVICE_OPTIONS(in.device),
+        {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {0}};
+    int code;
+    if (!cli_parse(argc, argv, "srf validate --model M.h5 --data D.h5 --out DIR [options]",
+                   "Error of SRF attention against the softmax attention of a model, on text:\n"
+                   "of the kernel beside its closed forms, of every head, of the recurrent form.",
+                   options, NULL, 0, 0, NULL, NULL, &code))
+        return code;
+    if (!in.model || !in.data || !in.out)
+        return cli_usage_error("validate needs --model, --data and --out");
+    struct run r = {0};
+    srf_status st = measure(&in, &r);
+    if (st == SRF_OK) st = report(&in, &r);
+    code = st == SRF_OK ? EXIT_OK : cli_fail();
+    free_run(&r);
+    return code;
 }

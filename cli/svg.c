@@ -1,0 +1,376 @@
+#include "cli/svg.h"
+
+#include <math.h>
+#include <string.h>
+
+void svg_style(FILE *to)
+{
+    fputs("<style>\n"
+          ":root{--ground:#ffffff;--ink:#1c1f24;--quiet:#5b626d;--rule:#e1e4e8;--axis:#9aa1ab;"
+          "--s0:#6b7280;--s1:#d9622b;--s2:#2468c8;--s3:#12936a}\n"
+          "@media (prefers-color-scheme:dark){:root{--ground:#16181c;--ink:#eceef1;"
+          "--quiet:#a4abb6;--rule:#2c3037;--axis:#6c7480;"
+          "--s0:#a2a9b4;--s1:#f08a55;--s2:#6aa5f5;--s3:#3cc598}}\n"
+          "body{background:var(--ground);color:var(--ink);margin:2rem auto;max-width:68rem;"
+          "padding:0 1rem;font:16px/1.5 system-ui,sans-serif}\n"
+          "h1{font-size:1.5rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}\n"
+          "p{max-width:46rem}p.quiet{color:var(--quiet);margin:.15rem 0}\n"
+          ".row{display:flex;flex-wrap:wrap;gap:.5rem 1rem}.wide{overflow-x:auto}\n"
+          ".legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;color:var(--quiet);"
+          "font-size:.85rem;align-items:center}.legend svg{vertical-align:-2px}\n"
+          "table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}\n"
+          "th,td{padding:.2rem .9rem .2rem 0;text-align:right;border-bottom:1px solid var(--rule)}"
+          "th{color:var(--quiet);font-weight:500}\n"
+          "svg text{font:12px system-ui,sans-serif;fill:var(--quiet)}"
+          "svg text.title{font-size:13px;font-weight:600;fill:var(--ink)}\n"
+          "svg text.dark{fill:#10131a}svg text.light{fill:#ffffff}\n"
+          ".grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--axis);stroke-width:1}\n",
+          to);
+    for (int i = 0; i < SVG_LOOKS; i++)
+        fprintf(to,
+                ".m%d{fill:var(--s%d);stroke:var(--ground);stroke-width:1.5}"
+                ".l%d{stroke:var(--s%d);stroke-width:2;fill:none;stroke-linejoin:round}"
+                ".e%d{stroke:var(--s%d);stroke-width:1.5}\n",
+                i, i, i, i, i, i);
+    fputs("</style>\n", to);
+}
+
+void svg_text(FILE *to, const char *text)
+{
+    for (const char *s = text; *s; s++) switch (*s) {
+        case '&':
+            fputs("&amp;", to);
+            break;
+        case '<':
+            fputs("&lt;", to);
+            break;
+        case '>':
+            fputs("&gt;", to);
+            break;
+        case '"':
+            fputs("&quot;", to);
+            break;
+        default:
+            fputc(*s, to);
+        }
+}
+
+static void text_at(FILE *to, double x, double y, const char *anchor, const char *class,
+                    const char *text)
+{
+    fprintf(to, "<text x='%.1f' y='%.1f' text-anchor='%s'%s%s%s>", x, y, anchor,
+            class ? " class='" : "", class ? class : "", class ? "'" : "");
+    svg_text(to, text);
+    fputs("</text>\n", to);
+}
+
+/* Circle, square, triangle, diamond: series differ by more than colour. */
+static void mark(FILE *to, int look, double x, double y)
+{
+    switch (look) {
+    case 0:
+        fprintf(to, "<circle class='m0' cx='%.1f' cy='%.1f' r='4.5'/>", x, y);
+        break;
+    case 1:
+        fprintf(to, "<rect class='m1' x='%.1f' y='%.1f' width='8.5' height='8.5'/>", x - 4.25,
+                y - 4.25);
+        break;
+    case 2:
+        fprintf(to, "<path class='m2' d='M%.1f %.1fl5.5 9.5h-11z'/>", x, y - 5.8);
+        break;
+    default:
+        fprintf(to, "<path class='m3' d='M%.1f %.1fl5.5 5.5l-5.5 5.5l-5.5 -5.5z'/>", x, y - 5.5);
+    }
+}
+
+/* ---- axes ---------------------------------------------------------------------------------- */
+
+struct axis {
+    double min, max, from, to; /* data range -> pixels */
+    bool log;
+};
+
+static bool shows(const struct axis *a, double v)
+{
+    return isfinite(v) && (!a->log || v > 0);
+}
+
+static double place(const struct axis *a, double v)
+{
+    double part =
+        a->log ? log(v / a->min) / log(a->max / a->min) : (v - a->min) / (a->max - a->min);
+    return a->from + part * (a->to - a->from);
+}
+
+static void widen(double v, bool log_axis, double *min, double *max)
+{
+    if (!isfinite(v) || (log_axis && v <= 0)) return;
+    if (v < *min) *min = v;
+    if (v > *max) *max = v;
+}
+
+static void data_range(const struct svg_series *series, int n, bool of_x, bool log_axis,
+                       double *min, double *max)
+{
+    *min = INFINITY;
+    *max = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        const struct svg_series *s = &series[i];
+        const double *columns[] = {of_x ? s->x : s->y, of_x ? NULL : s->low, of_x ? NULL : s->high,
+                                   of_x ? NULL : s->line};
+        for (int c = 0; c < 4; c++)
+            for (int64_t j = 0; columns[c] && j < s->n; j++)
+                widen(columns[c][j], log_axis, min, max);
+    }
+    if (*min > *max) *min = *max = 1;
+}
+
+/* 1, 2 or 5 times a power of ten, at least (or at most) v. */
+static double round_up(double v)
+{
+    double power = pow(10, floor(log10(v) + 1e-9)), digit = v / power;
+    return power * (digit <= 1 + 1e-9 ? 1 : digit <= 2 + 1e-9 ? 2 : digit <= 5 + 1e-9 ? 5 : 10);
+}
+
+static double round_down(double v)
+{
+    double power = pow(10, floor(log10(v) + 1e-9)), digit = v / power;
+    return power * (digit >= 5 - 1e-9 ? 5 : digit >= 2 - 1e-9 ? 2 : 1);
+}
+
+void svg_log_range(const struct svg_series *series, int n, double *min, double *max)
+{
+    data_range(series, n, false, true, min, max);
+    *min = round_down(*min);
+    *max = round_up(*max);
+    if (*max <= *min) *max = *min * 2;
+}
+
+/* Tick values of an axis into v, at most 32. */
+static int ticks(const struct axis *a, double *v)
+{
+    int n = 0;
+    if (!a->log) {
+        double step = round_up((a->max - a->min) / 6);
+        for (double t = ceil(a->min / step - 1e-9) * step; t <= a->max + 1e-9 * step && n < 32;
+             t += step)
+            v[n++] = fabs(t) < 1e-9 * step ? 0 : t;
+        return n;
+    }
+    bool decades = a->max / a->min > 1e3;
+    for (double t = round_down(a->min); t <= a->max * (1 + 1e-9) && n < 32;
+         t = decades ? t * 10 : round_up(t * 1.5))
+        if (t >= a->min * (1 - 1e-9)) v[n++] = t;
+    return n;
+}
+
+static void format_number(double v, char *buf, size_t size)
+{
+    double a = fabs(v);
+    if (a != 0 && (a < 1e-3 || a >= 1e5))
+        snprintf(buf, size, "%.0e", v);
+    else
+        snprintf(buf, size, "%.3g", v);
+}
+
+/* ---- line chart ---------------------------------------------------------------------------- */
+
+static void path(FILE *to, const struct axis *x, const struct axis *y, const struct svg_series *s,
+                 const double *values)
+{
+    fprintf(to, "<path class='l%d' d='", s->look);
+    bool open = false;
+    for (int64_t i = 0; i < s->n; i++) {
+        if (!shows(x, s->x[i]) || !shows(y, values[i])) {
+            open = false;
+            continue;
+        }
+        fprintf(to, "%c%.1f %.1f", open ? 'L' : 'M', place(x, s->x[i]), place(y, values[i]));
+        open = true;
+    }
+    fputs("'/>\n", to);
+}
+
+static void series(FILE *to, const struct axis *x, const struct axis *y, const struct svg_series *s)
+{
+    if (s->line) path(to, x, y, s, s->line);
+    if (s->connect) path(to, x, y, s, s->y);
+    for (int64_t i = 0; i < s->n; i++) {
+        if (!shows(x, s->x[i]) || !shows(y, s->y[i])) continue;
+        double px = place(x, s->x[i]), py = place(y, s->y[i]);
+        if (s->low && shows(y, s->low[i]) && shows(y, s->high[i]))
+            fprintf(to, "<line class='e%d' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", s->look,
+                    px, px, place(y, s->low[i]), place(y, s->high[i]));
+        fputs("<g><title>", to);
+        svg_text(to, s->name);
+        fprintf(to, ": %.4g at %.6g", s->y[i], s->x[i]);
+        if (s->low) fprintf(to, " (%.4g to %.4g)", s->low[i], s->high[i]);
+        if (s->line && isfinite(s->line[i])) fprintf(to, "; line %.4g", s->line[i]);
+        fputs("</title>", to);
+        mark(to, s->look, px, py);
+        fputs("</g>\n", to);
+    }
+}
+
+void svg_line_chart(FILE *to, const struct svg_chart *c)
+{
+    struct axis x = {.log = c->log_x, .from = 66, .to = c->width - 16};
+    struct axis y = {.log = c->log_y, .from = c->height - 46, .to = 34};
+    data_range(c->series, c->n_series, true, c->log_x, &x.min, &x.max);
+    if (c->y_min < c->y_max) {
+        y.min = c->y_min;
+        y.max = c->y_max;
+    } else if (c->log_y) {
+        svg_log_range(c->series, c->n_series, &y.min, &y.max);
+    } else {
+        data_range(c->series, c->n_series, false, false, &y.min, &y.max);
+        if (y.min > 0) y.min = 0;
+        if (y.max <= y.min) y.max = y.min + 1;
+    }
+    if (x.max <= x.min) x.max = x.log ? x.min * 2 : x.min + 1;
+    double values[32];
+    char label[32];
+    fprintf(to, "<svg width='%.0f' height='%.0f' viewBox='0 0 %.0f %.0f' role='img'>\n", c->width,
+            c->height, c->width, c->height);
+    text_at(to, x.from, 18, "start", "title", c->title);
+    int n = ticks(&y, values);
+    for (int i = 0; i < n; i++) {
+        double py = place(&y, values[i]);
+        fprintf(to, "<line class='grid' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
+                py, py);
+        format_number(values[i], label, sizeof label);
+        text_at(to, x.from - 8, py + 4, "end", NULL, label);
+    }
+    /* On x the data's own values are what a reader looks for. */
+    const struct svg_series *first = c->series;
+    for (int64_t i = 0; c->n_series && i < first->n; i++) {
+        if (!shows(&x, first->x[i])) continue;
+        snprintf(label, sizeof label, "%.6g", first->x[i]);
+        text_at(to, place(&x, first->x[i]), y.from + 18, "middle", NULL, label);
+    }
+    fprintf(to, "<line class='axis' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
+            y.from, y.from);
+    text_at(to, (x.from + x.to) / 2, c->height - 8, "middle", NULL, c->x_label);
+    fprintf(to, "<g transform='translate(14 %.1f) rotate(-90)'>", (y.from + y.to) / 2);
+    text_at(to, 0, 0, "middle", NULL, c->y_label);
+    fputs("</g>\n", to);
+    for (int i = 0; i < c->n_series; i++) series(to, &x, &y, &c->series[i]);
+    fputs("</svg>\n", to);
+}
+
+void svg_legend(FILE *to, const struct svg_series *s, int n, const char *points, const char *lines)
+{
+    fputs("<div class='legend'>", to);
+    for (int i = 0; i < n; i++) {
+        fputs("<span><svg width='24' height='14'>", to);
+        if (s[i].connect || (lines && s[i].line))
+            fprintf(to, "<path class='l%d' d='M0 7H24'/>", s[i].look);
+        mark(to, s[i].look, 12, 7);
+        fputs("</svg> ", to);
+        svg_text(to, s[i].name);
+        fputs("</span>", to);
+    }
+    if (points) {
+        fputs("<span>marks: ", to);
+        svg_text(to, points);
+        fputs("</span>", to);
+    }
+    if (lines) {
+        fputs("<span>lines: ", to);
+        svg_text(to, lines);
+        fputs("</span>", to);
+    }
+    fputs("</div>\n", to);
+}
+
+/* ---- heat map ------------------------------------------------------------------------------ */
+
+/* One hue from pale to deep; part in [0, 1]. */
+static void shade(double part, int rgb[3])
+{
+    static const double stops[4][3] = {
+        {236, 243, 252}, {148, 190, 240}, {52, 118, 208}, {13, 43, 99}};
+    double at = fmin(fmax(part, 0), 1) * 3;
+    int i = at >= 3 ? 2 : (int)at;
+    for (int k = 0; k < 3; k++)
+        rgb[k] = (int)lrint(stops[i][k] + (at - i) * (stops[i + 1][k] - stops[i][k]));
+}
+
+static void cell(FILE *to, double x, double y, double w, double h, double part)
+{
+    int rgb[3];
+    shade(part, rgb);
+    fprintf(to, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='2' fill='#%02x%02x%02x'/>",
+            x, y, w, h, rgb[0], rgb[1], rgb[2]);
+}
+
+static void format_cell(double v, char *buf, size_t size)
+{
+    double a = fabs(v);
+    if (a >= 1e4 || (a != 0 && a < 1e-3))
+        snprintf(buf, size, "%.0e", v);
+    else
+        snprintf(buf, size, a >= 100 ? "%.0f" : a >= 10 ? "%.1f" : a >= 0.1 ? "%.2f" : "%.3f", v);
+}
+
+void svg_heat(FILE *to, const struct svg_heat_map *m)
+{
+    double size = m->columns <= 16 ? 46 : 20, tall = m->columns <= 16 ? 28 : 18;
+    double left = 58, top = 58, right = 96;
+    double width = left + size * (double)m->columns + right;
+    double height = top + tall * (double)m->rows + 12;
+    if (width < 340) width = 340;
+    if (height < 200) height = 200;
+    double min = INFINITY, max = -INFINITY;
+    for (int64_t i = 0; i < m->rows * m->columns; i++) widen(m->values[i], false, &min, &max);
+    if (min > max) min = max = 0;
+    /* Values of one sign start at zero, so that pale always means little; a wide range goes by its
+     * logarithm. */
+    bool by_log = min > 0 && max / min > 30;
+    double low = by_log ? min : fmin(min, 0);
+    struct axis scale = {.min = low, .max = max > low ? max : low + 1, .to = 1, .log = by_log};
+    char label[64];
+    fprintf(to, "<svg width='%.0f' height='%.0f' viewBox='0 0 %.0f %.0f' role='img'>\n", width,
+            height, width, height);
+    text_at(to, left, 18, "start", "title", m->title);
+    text_at(to, left + size * (double)m->columns / 2, 36, "middle", NULL, m->column_label);
+    for (int64_t c = 0; c < m->columns; c++) {
+        if (size < 30 && c % 4) continue;
+        snprintf(label, sizeof label, "%lld", (long long)c);
+        text_at(to, left + size * ((double)c + 0.5), 52, "middle", NULL, label);
+    }
+    fprintf(to, "<g transform='translate(16 %.1f) rotate(-90)'>", top + tall * (double)m->rows / 2);
+    text_at(to, 0, 0, "middle", NULL, m->row_label);
+    fputs("</g>\n", to);
+    for (int64_t r = 0; r < m->rows; r++) {
+        double y = top + tall * (double)r;
+        snprintf(label, sizeof label, "%lld", (long long)r);
+        text_at(to, left - 8, y + tall / 2 + 4, "end", NULL, label);
+        for (int64_t c = 0; c < m->columns; c++) {
+            double v = m->values[r * m->columns + c], x = left + size * (double)c;
+            if (!isfinite(v)) continue;
+            double part = place(&scale, v);
+            fprintf(to, "<g><title>%s %lld, %s %lld: %.5g</title>", m->row_label, (long long)r,
+                    m->column_label, (long long)c, v);
+            cell(to, x + 1, y + 1, size - 2, tall - 2, part);
+            if (size >= 40) {
+                format_cell(v, label, sizeof label);
+                text_at(to, x + size / 2, y + tall / 2 + 4, "middle", part > 0.5 ? "light" : "dark",
+                        label);
+            }
+            fputs("</g>\n", to);
+        }
+    }
+    /* The scale: steps from high to low, its ends named. */
+    enum { STEPS = 40 };
+    double x = left + size * (double)m->columns + 22, bar = fmax(tall * (double)m->rows, 120);
+    for (int i = 0; i < STEPS; i++)
+        cell(to, x, top + bar * i / STEPS, 12, bar / STEPS + 0.5, 1 - (i + 0.5) / STEPS);
+    fputs("\n", to);
+    format_cell(scale.max, label, sizeof label);
+    text_at(to, x + 18, top + 10, "start", NULL, label);
+    format_cell(scale.min, label, sizeof label);
+    text_at(to, x + 18, top + bar, "start", NULL, label);
+    if (by_log) text_at(to, x + 18, top + bar / 2 + 4, "start", NULL, "(log)");
+    fputs("</svg>\n", to);
+}

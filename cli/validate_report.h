@@ -1,0 +1,25 @@
+/* What srf validate found, as JSON and as one self-contained HTML page. */
+#pragma once
+#include "train/validate.h"
+
+/* |x+y|^2 at which the kernel is measured; kinds of features: all four. */
+enum { VALIDATE_KINDS = 4, VALIDATE_V = 3 };
+static const double validate_v_sq[VALIDATE_V] = {0.5, 1, 2};
+
+struct validate_report {
+    const char *model, *data; /* as given on the command line */
+    int64_t head_size, kernel_draws;
+    int64_t tokens; /* of text, in all */
+    const struct srf_validate_config *config;
+    const struct srf_validate_result *result;
+    /* (VALIDATE_KINDS, config->n_m, VALIDATE_V) */
+    const struct srf_kernel_error *kernel;
+    const double *closed; /* NaN where there is no closed form */
+    double seconds;
+};
+
+/* Caller srf__free()s text. */
+srf_status validate_json(const struct validate_report *r, char **text);
+srf_status validate_html(const struct validate_report *r, char **text);
+/* The result in a few lines for a terminal. */
+void validate_print(const struct validate_report *r);
