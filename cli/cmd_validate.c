@@ -110,8 +110,11 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     c->progress = on_progress;
     c->user = r;
     SRF_TRY(read_tokens(in, r));
-    SRF_FAIL_IF(mkdir(in->out, 0777) != 0 && errno != EEXIST, SRF_IO, "%s: %s", in->out,
-                strerror(errno));
+    /* The folder is made at the end, so that a failure leaves nothing; a name that is taken is said
+     * now. */
+    struct stat taken;
+    SRF_FAIL_IF(stat(in->out, &taken) == 0 && !S_ISDIR(taken.st_mode), SRF_IO,
+                "%s: is there and is no folder", in->out);
     return SRF_OK;
 }
 
@@ -182,6 +185,8 @@ static srf_status report(const struct inputs *in, struct run *r)
                                 .seconds = r->seconds};
     SRF_TRY(validate_json(&v, &r->json));
     SRF_TRY(validate_html(&v, &r->html));
+    SRF_FAIL_IF(mkdir(in->out, 0777) != 0 && errno != EEXIST, SRF_IO, "%s: %s", in->out,
+                strerror(errno));
     SRF_TRY(write_file(in->out, "validate.json", r->json));
     SRF_TRY(write_file(in->out, "validate.html", r->html));
     if (in->json) {

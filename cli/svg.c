@@ -32,7 +32,8 @@ void svg_style(FILE *to)
                 ".l%d{stroke:var(--s%d);stroke-width:2;fill:none;stroke-linejoin:round}"
                 ".e%d{stroke:var(--s%d);stroke-width:1.5}\n",
                 i, i, i, i, i, i);
-    fputs("</style>\n", to);
+    /* The last mark is hollow: it lies on others without hiding them. */
+    fputs(".m3{fill:none;stroke:var(--s3);stroke-width:2}\n</style>\n", to);
 }
 
 void svg_text(FILE *to, const char *text)
@@ -76,10 +77,10 @@ static void mark(FILE *to, int look, double x, double y)
                 y - 4.25);
         break;
     case 2:
-        fprintf(to, "<path class='m2' d='M%.1f %.1fl5.5 9.5h-11z'/>", x, y - 5.8);
+        fprintf(to, "<path class='m2' d='M%.1f %.1fl5 8.7h-10z'/>", x, y - 5.5);
         break;
     default:
-        fprintf(to, "<path class='m3' d='M%.1f %.1fl5.5 5.5l-5.5 5.5l-5.5 -5.5z'/>", x, y - 5.5);
+        fprintf(to, "<path class='m3' d='M%.1f %.1fl7 7l-7 7l-7 -7z'/>", x, y - 7);
     }
 }
 
@@ -158,7 +159,8 @@ static int ticks(const struct axis *a, double *v)
         return n;
     }
     bool decades = a->max / a->min > 1e3;
-    for (double t = round_down(a->min); t <= a->max * (1 + 1e-9) && n < 32;
+    double first = decades ? pow(10, ceil(log10(a->min) - 1e-9)) : round_down(a->min);
+    for (double t = first; t <= a->max * (1 + 1e-9) && n < 32;
          t = decades ? t * 10 : round_up(t * 1.5))
         if (t >= a->min * (1 - 1e-9)) v[n++] = t;
     return n;
@@ -296,12 +298,12 @@ static void shade(double part, int rgb[3])
         rgb[k] = (int)lrint(stops[i][k] + (at - i) * (stops[i + 1][k] - stops[i][k]));
 }
 
-static void cell(FILE *to, double x, double y, double w, double h, double part)
+static void cell(FILE *to, double x, double y, double w, double h, double radius, double part)
 {
     int rgb[3];
     shade(part, rgb);
-    fprintf(to, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='2' fill='#%02x%02x%02x'/>",
-            x, y, w, h, rgb[0], rgb[1], rgb[2]);
+    fprintf(to, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%g' fill='#%02x%02x%02x'/>",
+            x, y, w, h, radius, rgb[0], rgb[1], rgb[2]);
 }
 
 static void format_cell(double v, char *buf, size_t size)
@@ -324,9 +326,8 @@ void svg_heat(FILE *to, const struct svg_heat_map *m)
     double min = INFINITY, max = -INFINITY;
     for (int64_t i = 0; i < m->rows * m->columns; i++) widen(m->values[i], false, &min, &max);
     if (min > max) min = max = 0;
-    /* Values of one sign start at zero, so that pale always means little; a wide range goes by its
-     * logarithm. */
-    bool by_log = min > 0 && max / min > 30;
+    /* Linear shades start at zero, so that pale always means little. */
+    bool by_log = m->log && min > 0 && max / min > 10;
     double low = by_log ? min : fmin(min, 0);
     struct axis scale = {.min = low, .max = max > low ? max : low + 1, .to = 1, .log = by_log};
     char label[64];
@@ -352,7 +353,7 @@ void svg_heat(FILE *to, const struct svg_heat_map *m)
             double part = place(&scale, v);
             fprintf(to, "<g><title>%s %lld, %s %lld: %.5g</title>", m->row_label, (long long)r,
                     m->column_label, (long long)c, v);
-            cell(to, x + 1, y + 1, size - 2, tall - 2, part);
+            cell(to, x + 1, y + 1, size - 2, tall - 2, 2, part);
             if (size >= 40) {
                 format_cell(v, label, sizeof label);
                 text_at(to, x + size / 2, y + tall / 2 + 4, "middle", part > 0.5 ? "light" : "dark",
@@ -365,7 +366,7 @@ void svg_heat(FILE *to, const struct svg_heat_map *m)
     enum { STEPS = 40 };
     double x = left + size * (double)m->columns + 22, bar = fmax(tall * (double)m->rows, 120);
     for (int i = 0; i < STEPS; i++)
-        cell(to, x, top + bar * i / STEPS, 12, bar / STEPS + 0.5, 1 - (i + 0.5) / STEPS);
+        cell(to, x, top + bar * i / STEPS, 12, bar / STEPS + 0.5, 0, 1 - (i + 0.5) / STEPS);
     fputs("\n", to);
     format_cell(scale.max, label, sizeof label);
     text_at(to, x + 18, top + 10, "start", NULL, label);

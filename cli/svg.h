@@ -31,6 +31,7 @@ struct svg_heat_map {
     const char *title, *row_label, *column_label; /* "layer", "head" */
     int64_t rows, columns;
     const double *values; /* (rows, columns); what is not finite stays blank */
+    bool log;             /* shade positive values of a wide range by their logarithm */
 };
 
 /* <style> for the page's head. */

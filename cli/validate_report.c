@@ -13,10 +13,18 @@ struct summary {
     int64_t worst_layer, worst_head;
 };
 
-static int compare_doubles(const void *a, const void *b)
+/* The k-th smallest of x. Heads are few: counting needs no memory. */
+static double ranked(const double *x, int64_t n, int64_t k)
 {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t below = 0, equal = 0;
+        for (int64_t j = 0; j < n; j++) {
+            below += x[j] < x[i];
+            equal += x[j] == x[i];
+        }
+        if (below <= k && k < below + equal) return x[i];
+    }
+    return NAN; /* only with NaN among x */
 }
 
 /* Over the heads of values (layers, heads). */
@@ -24,7 +32,6 @@ static struct summary summarize(const struct validate_report *r, const double *v
 {
     int64_t heads = r->result->n_heads, n = r->result->n_layers * heads;
     struct summary s = {.worst = -INFINITY};
-    double *sorted = srf__alloc((size_t)n, sizeof *sorted);
     for (int64_t i = 0; i < n; i++) {
         s.mean += values[i] / (double)n;
         if (!(values[i] <= s.worst)) {
@@ -33,12 +40,7 @@ static struct summary summarize(const struct validate_report *r, const double *v
             s.worst_head = i % heads;
         }
     }
-    s.median = s.mean;
-    if (!sorted) return s; /* a summary without its median: out of memory shows elsewhere */
-    memcpy(sorted, values, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, compare_doubles);
-    s.median = n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
-    srf__free(sorted);
+    s.median = (ranked(values, n, (n - 1) / 2) + ranked(values, n, n / 2)) / 2;
     return s;
 }
 
@@ -124,9 +126,9 @@ static json_t *kernel_json(const struct validate_report *r)
                 json_array_append_new(
                     rows, json_pack("{s:s, s:I, s:f, s:o, s:o, s:o}", "kind",
                                     srf_feature_kind_name((enum srf_feature_kind)kind), "m",
-                                    (json_int_t)r->config->m[i], "v_sq", validate_v_sq[v], "mse",
+                                    (json_int_t)r->config->m[i], "v2", validate_v_sq[v], "mse",
                                     number(r->kernel[c].mse), "se", number(r->kernel[c].se),
-                                    "closed", number(r->closed[c])));
+                                    "closed_form", number(r->closed[c])));
             }
     return rows;
 }
@@ -147,10 +149,9 @@ static json_t *errors_json(const struct validate_report *r)
     return rows;
 }
 
-static json_t *norms_json(const struct validate_report *r)
+static json_t *quantiles_json(const struct validate_report *r)
 {
     json_t *o = json_object();
-    json_object_set_new(o, "mean", matrix(r, r->result->v_mean, 1));
     for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++) {
         char name[16];
         snprintf(name, sizeof name, "q%02.0f", 100 * srf_validate_quantile[i]);
@@ -180,8 +181,11 @@ srf_status validate_json(const struct validate_report *r, char **text)
     SRF_FAIL_IF(!o, SRF_INVALID, "validate: a name is not UTF-8 text, which JSON needs: %s, %s",
                 r->model, r->data);
     json_object_set_new(o, "kernel", kernel_json(r));
-    json_object_set_new(o, "v_sq", norms_json(r));
-    json_object_set_new(o, "output_error", errors_json(r));
+    json_object_set_new(o, "v2", matrix(r, res->v_mean, 1));
+    json_object_set_new(o, "v2_quantiles", quantiles_json(r));
+    json_object_set_new(o, "output_error", matrix(r, errors_at(r, res->error, i), 1));
+    json_object_set_new(o, "output_error_sd", matrix(r, errors_at(r, res->error_sd, i), 1));
+    json_object_set_new(o, "output_error_by_m", errors_json(r));
     json_object_set_new(o, "step_error", list(res->step, res->n_layers));
     json_object_set_new(o, "prefill_error", list(res->prefill, res->n_layers));
     char *dump = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(9));
@@ -255,13 +259,15 @@ static void kernel_section(const struct validate_report *r, FILE *to)
     int64_t i = main_index(r);
     double iid = r->kernel[kernel_at(r, SRF_IID, i, 1)].mse;
     double simplex = r->kernel[kernel_at(r, SRF_SIMPLEX, i, 1)].mse;
-    fprintf(to,
-            "</div>\n<p>How far the random-feature kernel is from e<sup>x·y</sup> with heads of "
-            "%lld, over %lld draws: it falls as 1/m, and the measured points lie on the closed "
-            "forms to %.1f %% at most (%.1f standard errors); with %lld features at |x+y|² = 1, "
-            "simplex has %.2f of the error of independent features.</p>\n",
-            (long long)r->head_size, (long long)r->kernel_draws, 100 * part, errors,
-            (long long)c->main_m, simplex / iid);
+    fprintf(
+        to,
+        "</div>\n<p>How far the random-feature kernel is from e<sup>x·y</sup> with heads of "
+        "%lld, over %lld draws: it falls as 1/m, faster while the first block of d rows fills up. "
+        "The measured points lie on the closed forms to %.1f %% at most (%.1f standard "
+        "errors); with %lld features at |x+y|² = 1, simplex has %.2f of the error of "
+        "independent features.</p>\n",
+        (long long)r->head_size, (long long)r->kernel_draws, 100 * part, errors,
+        (long long)c->main_m, simplex / iid);
 }
 
 static void norms_section(const struct validate_report *r, FILE *to)
@@ -272,15 +278,17 @@ static void norms_section(const struct validate_report *r, FILE *to)
                                .column_label = "head",
                                .rows = r->result->n_layers,
                                .columns = r->result->n_heads,
-                               .values = r->result->v_mean};
+                               .values = r->result->v_mean,
+                               .log = true};
     fputs("<h2>How hard each head is</h2>\n<div class='wide'>", to);
     svg_heat(to, &map);
     const double *q = r->result->v_quantile +
                       (s.worst_layer * r->result->n_heads + s.worst_head) * SRF_VALIDATE_QUANTILES;
     fprintf(to,
             "</div>\n<p>|x+y|² = |q+k|²/√d on the text, over pairs of a token and one before it: "
-            "the relative variance of a head's kernel grows as e to this number over m. The median "
-            "head has %.3g; the hardest, layer %lld head %lld, has %.3g (5 %% of its pairs below "
+            "the relative variance of a head's kernel is about (e<sup>|x+y|²</sup> − 1)/m. The "
+            "median head has %.3g; the hardest, layer %lld head %lld, has %.3g (5 %% of its pairs "
+            "below "
             "%.3g, 5 %% above %.3g).</p>\n",
             s.median, (long long)s.worst_layer, (long long)s.worst_head, s.worst, q[0],
             q[SRF_VALIDATE_QUANTILES - 1]);
@@ -347,7 +355,6 @@ static void sweep_section(const struct validate_report *r, FILE *to)
                               .width = 460,
                               .height = 300,
                               .log_x = true,
-                              .log_y = true,
                               .series = &series,
                               .n_series = 1};
     fputs("<h2>What more features buy</h2>\n", to);

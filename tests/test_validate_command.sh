@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# srf validate as a command: its two files, what --json prints, and what it refuses.
+source "$(dirname "$0")/shell.sh"
+make_tiny_model
+
+# has FILE TEXT...: the file holds each text.
+has() {
+    local file="$1" text
+    shift
+    for text in "$@"; do
+        grep -qF -- "$text" "$file" || fail "$file lacks $text"
+    done
+}
+
+validate=("$SRF" validate --model model.h5 --data text.txt --kernel-draws 4)
+
+run "${validate[@]}" --out one -q
+[ $status -eq 0 ] || die "srf validate: exit $status: $(cat stderr)"
+[ ! -s stderr ] || fail "--quiet: something on stderr: $(cat stderr)"
+has stdout 'kernel error' 'median head' 'one/validate.html'
+[ "$(ls one | xargs)" = 'validate.html validate.json' ] || fail "files of a run: $(ls one)"
+has one/validate.json '"kernel":[{' '"kind":"simplex+"' '"closed_form":' '"v2":[[' \
+    '"output_error":[[' '"output_error_by_m":[{' '"step_error":[' '"heads":2' '"head_size":16'
+[ "$(grep -o '"closed_form":null' one/validate.json | wc -l)" -eq 18 ] ||
+    fail "simplex+ alone has no closed form"
+has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel'
+[ "$(grep -c '<svg.*role=' one/validate.html)" -eq 6 ] || fail "a picture is missing"
+[ "$(grep -o '<svg' one/validate.html | wc -l)" -eq "$(grep -o '</svg>' one/validate.html | wc -l)" ] ||
+    fail "an svg element is not closed"
+! grep -qE '(src|href)=|https?:|@import|nan|inf[ "<]' one/validate.html ||
+    fail "the page needs something else, or shows no number"
+
+# --json prints what the file holds; the same command gives the same numbers.
+run "${validate[@]}" --out two -q --json
+[ $status -eq 0 ] || fail "--json: exit $status"
+cmp -s stdout <(cat two/validate.json; echo) || fail "--json prints something else than the file"
+for file in one two; do sed 's/"seconds":[0-9.e-]*//' $file/validate.json >$file.json; done
+cmp -s one.json two.json || fail "two runs differ"
+
+# Other settings, a number of features of its own, and names that HTML must escape.
+cp text.txt 'a<b>&.txt'
+run "$SRF" validate --model model.h5 --data 'a<b>&.txt' --out three -q --kernel-draws 4 \
+    --draws 2 --windows 2 --seq-len 48 -m 40 -W 8 --features orthogonal --share-heads
+[ $status -eq 0 ] || fail "srf validate with settings: exit $status: $(cat stderr)"
+has three/validate.html 'a&lt;b&gt;&amp;.txt' 'orthogonal m=40'
+has three/validate.json '"m":40' '"window":8' '"tokens":96' 'a<b>&.txt'
+
+# refuse EXIT OPTION...: one line of error, no files.
+refuse() {
+    local expected="$1"
+    shift
+    run "$SRF" validate -q "$@" --out bad
+    [ $status -eq "$expected" ] || fail "validate $*: expected exit $expected, found $status"
+    [ "$(grep -c '^srf: error: ' stderr)" -eq 1 ] && [ "$(wc -l <stderr)" -eq 1 ] ||
+        fail "validate $*: expected one line of error: $(cat stderr)"
+    [ ! -s stdout ] || fail "validate $*: prints results"
+    [ ! -e bad ] || fail "validate $*: leaves files"
+}
+refuse 2 --model model.h5
+refuse 2 --model model.h5 --data text.txt --draws 1
+refuse 2 --model model.h5 --data text.txt --windows 0
+refuse 1 --model model.h5 --data text.txt --seq-len 65
+refuse 1 --model model.h5 --data text.txt --features best
+refuse 1 --model no-such-file --data text.txt
+refuse 1 --model model.h5 --data no-such-file
+echo 'short' >short.txt
+refuse 1 --model model.h5 --data short.txt
+run "${validate[@]}" -q --out text.txt
+[ $status -eq 1 ] || fail "--out that is a file: exit $status"
+finish
