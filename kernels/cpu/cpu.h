@@ -17,14 +17,14 @@ typedef double real;
 #define SRF_CPU(name) cpu_f64_##name
 #define srf__gemm     srf__gemm_f64
 #define srf__exp2     srf__exp2_f64
-#define srf__exp      srf__exp_f64
+#define srf__exp_neg  srf__exp_neg_f64
 #define REAL_MIN_DEN  1e-150
 #else
 typedef float real;
 #define SRF_CPU(name) cpu_f32_##name
 #define srf__gemm     srf__gemm_f32
 #define srf__exp2     srf__exp2_f32
-#define srf__exp      srf__exp_f32
+#define srf__exp_neg  srf__exp_neg_f32
 #define REAL_MIN_DEN  1e-20f
 #endif
 
@@ -99,13 +99,14 @@ static inline real srf__exp2(real x)
 #endif
 }
 
-static inline real srf__exp(real x)
+/* e^x for x <= 0 only: there one power of two will do. */
+static inline real srf__exp_neg(real x)
 {
 #ifdef SRF_REAL_F64
     return exp(x);
 #else
     /* n ln 2 in two pieces keeps the error of large |x| at the ulp level */
-    float n = rintf(x * 1.44269504f), half = rintf(0.5f * n);
+    float n = rintf(x * 1.44269504f);
     float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     float p = 1.9875691500e-4f;
     p = p * f + 1.3981999507e-3f;
@@ -114,8 +115,6 @@ static inline real srf__exp(real x)
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    float r = p * srf__pow2(half) * srf__pow2(n - half);
-    r = x > 88.7228394f ? INFINITY : r;
-    return x < -87.3365402f ? 0.0f : r;
+    return x < -87.3365402f ? 0.0f : p * srf__pow2(n);
 #endif
 }

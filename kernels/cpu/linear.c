@@ -5,18 +5,13 @@
  *
  * The bias is written into y before the product, which then runs with beta = 1: BLAS would clear y
  * in that pass anyway. GELU is a pass over u after the product; its derivative a pass over dx.
- *     gelu(u) = u s,  gelu'(u) = s + u s (1 - s) r',  s = 1 / (1 + e^-r),
- *     r = 2 sqrt(2/pi) (u + 0.044715 u^3):  the tanh form, since (1 + tanh z) / 2 = 1 / (1 + e^-2z)
- * where small s keep their relative precision. u is clamped inside r so that e^-r stays finite;
- * beyond the clamp s is 0 or 1 to the last bit of y.
+ *     gelu(u) = u s,  gelu'(u) = s + u s (1 - s) r',  r = 2 sqrt(2/pi) (u + 0.044715 u^3),
+ *     s = 1 / (1 + e^-r):  the tanh form, since (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+ * With e = e^-|r|, s is 1 / (1 + e) for u > 0 and e / (1 + e) for u < 0, and s (1 - s) is
+ * e / (1 + e)^2: nothing overflows and small s keep their relative precision.
  * Floor: BLAS's rate; 2 n in out flops forward, twice that backward. */
 #include "kernels/cpu/split.h"
 
-#ifdef SRF_REAL_F64
-#define GELU_CLAMP 20 /* r(20) = 603, e^603 is finite */
-#else
-#define GELU_CLAMP 10 /* r(10) = 87.3 */
-#endif
 #define GELU_SCALE ((real)1.5957691216057308) /* 2 sqrt(2/pi) */
 #define GELU_CUBIC ((real)0.044715)
 
@@ -25,17 +20,18 @@
 
 static inline real gelu(real u)
 {
-    real x = u < -GELU_CLAMP ? -GELU_CLAMP : u; /* NaN passes through */
-    x = x > GELU_CLAMP ? GELU_CLAMP : x;
-    return u / (1 + srf__exp(-GELU_SCALE * x * (1 + GELU_CUBIC * x * x)));
+    real r = GELU_SCALE * (real)fabs(u) * (1 + GELU_CUBIC * u * u), e = srf__exp_neg(-r);
+    return u * (u > 0 ? 1 : e) / (1 + e);
 }
 
 static inline real gelu_derivative(real u)
 {
-    real x = u < -GELU_CLAMP ? -GELU_CLAMP : u;
-    x = x > GELU_CLAMP ? GELU_CLAMP : x;
-    real e = srf__exp(-GELU_SCALE * x * (1 + GELU_CUBIC * x * x)), s = 1 / (1 + e);
-    return s + x * s * (e * s) * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x);
+    /* beyond 100, e is 0 in both precisions; r' must not be infinite then. NaN passes through. */
+    real x = u < -100 ? -100 : u;
+    x = x > 100 ? 100 : x;
+    real x2 = x * x, e = srf__exp_neg(-GELU_SCALE * (real)fabs(x) * (1 + GELU_CUBIC * x2));
+    real q = 1 / (1 + e);
+    return q * ((x > 0 ? 1 : e) + x * e * q * GELU_SCALE * (1 + 3 * GELU_CUBIC * x2));
 }
 
 static srf_status check_shape(const char *op, int64_t n, int64_t in, int64_t out)

@@ -1,111 +1,126 @@
 /* Softmax cross entropy, KL to a teacher, and their gradient.
  *
- * Two passes over a row. The first finds max and sum of exp(l - max) together: a block's maximum,
- * then its exponentials; the sum so far is rescaled when a block raises the maximum. The second
- * writes p = exp(l - max) / sum into the gradient and adds up
- *     kl = sum p_t ((t - max_t - log sum_t) - (l - max - log sum))
- * whose terms keep their precision when both rows carry a common offset. A block is in L1 for its
- * two loops, a row in L2 for its two passes.
- * Floor: memory; logits and teacher are read once, dlogits written once. */
+ * With l' = l - max l and Z = sum exp(l'), and the same with subscript t for the teacher,
+ *     nll = log Z - l'[target]
+ *     kl  = sum exp(t') (t' - l') / Z_t - (log Z_t - log Z)
+ *     dl  = a exp(l') - b exp(t') - c onehot,  a = scale (ce + kl) / Z,  b = scale kl / Z_t
+ * so each exponential is computed once: exp(l') goes into the gradient's place, exp(t') into a row
+ * of the workspace, and a last loop combines them. Differences of shifted logits keep their
+ * precision when a common offset is large. Sums are in T within a block, in double over blocks.
+ * Floor: memory; logits and teacher are read once, dlogits written once: a row's loops find it in
+ * L2. */
 #include "kernels/cpu/split.h"
 
-#define BLOCK 512
+#define BLOCK 2048
 
-/* A row's normaliser: exp(l - max) * scale is its softmax, l - max - log_sum the logarithm. */
-struct norm {
-    real max, scale;
-    double log_sum;
-};
-
-static struct norm row_norm(const real *x, int64_t v)
+static real row_max(const real *x, int64_t v)
 {
-    real max = -INFINITY, sum = 0;
-    for (int64_t begin = 0; begin < v; begin += BLOCK) {
-        const real *p = x + begin;
-        int64_t n = v - begin < BLOCK ? v - begin : BLOCK;
-        real top = max, part = 0;
-#pragma omp simd reduction(max : top)
-        for (int64_t j = 0; j < n; j++) top = p[j] > top ? p[j] : top;
-        if (top > max) {
-            sum *= srf__exp(max - top);
-            max = top;
-        }
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = 0; j < n; j++) part += srf__exp(p[j] - max);
-        sum += part; /* NaN or +inf logits make it NaN, and all that follows */
-    }
-    return (struct norm){.max = max, .scale = 1 / sum, .log_sum = log((double)sum)};
+    real max = -INFINITY;
+#pragma omp simd reduction(max : max)
+    for (int64_t j = 0; j < v; j++) max = x[j] > max ? x[j] : max;
+    return max; /* NaN is passed over here, and shows in the sum */
 }
 
-/* sum p_t (log p_t - log p) */
-static double row_kl(const real *x, struct norm nx, const real *t, struct norm nt, int64_t v)
+/* sum exp(x - max); e, if not NULL, gets the terms and may be x. */
+static double exp_sum(const real *x, real max, int64_t v, real *e)
 {
-    real mt = nt.max, mx = nx.max, scale = nt.scale, shift = (real)(nt.log_sum - nx.log_sum);
-    double kl = 0;
+    double sum = 0;
     for (int64_t begin = 0; begin < v; begin += BLOCK) {
         int64_t end = v - begin < BLOCK ? v : begin + BLOCK;
         real part = 0;
+        if (e) {
 #pragma omp simd reduction(+ : part)
-        for (int64_t j = begin; j < end; j++) {
-            real p = srf__exp(t[j] - mt) * scale;
-            /* p = 0 adds nothing, however far apart the logits; NaN is not 0 */
-            part += p == 0 ? 0 : p * (((t[j] - mt) - (x[j] - mx)) - shift);
+            for (int64_t j = begin; j < end; j++) {
+                real p = srf__exp_neg(x[j] - max);
+                e[j] = p;
+                part += p;
+            }
+        } else {
+#pragma omp simd reduction(+ : part)
+            for (int64_t j = begin; j < end; j++) part += srf__exp_neg(x[j] - max);
         }
-        kl += (double)part;
+        sum += (double)part;
     }
-    return kl;
+    return sum;
 }
 
-static void row_gradient(const struct srf_xent_args *a, const real *x, struct norm nx,
-                         const real *t, struct norm nt, int32_t target, real *dx)
+/* The teacher's: sum exp(t - max_t), terms into e, and *excess = sum exp(t') (t' - x'). */
+static double teacher_sum(const real *t, real max_t, const real *x, real max, int64_t v, real *e,
+                          double *excess)
 {
-    double kl_weight = t ? a->kl_weight : 0;
-    real mx = nx.max, px = (real)(a->scale * (a->ce_weight + kl_weight)) * nx.scale;
-    if (kl_weight != 0) {
-        real mt = nt.max, pt = (real)(a->scale * kl_weight) * nt.scale;
-#pragma omp simd
-        for (int64_t j = 0; j < a->v; j++)
-            dx[j] = px * srf__exp(x[j] - mx) - pt * srf__exp(t[j] - mt);
-    } else {
-#pragma omp simd
-        for (int64_t j = 0; j < a->v; j++) dx[j] = px * srf__exp(x[j] - mx);
+    double sum = 0;
+    *excess = 0;
+    for (int64_t begin = 0; begin < v; begin += BLOCK) {
+        int64_t end = v - begin < BLOCK ? v : begin + BLOCK;
+        real part = 0, more = 0;
+#pragma omp simd reduction(+ : part, more)
+        for (int64_t j = begin; j < end; j++) {
+            real p = srf__exp_neg(t[j] - max_t);
+            e[j] = p;
+            part += p;
+            /* p = 0 adds nothing, however far apart the logits; NaN is not 0 */
+            more += p == 0 ? 0 : p * ((t[j] - max_t) - (x[j] - max));
+        }
+        sum += (double)part;
+        *excess += (double)more;
     }
-    dx[target] -= (real)(a->scale * a->ce_weight);
+    return sum;
 }
 
-static void xent_row(const struct srf_xent_args *a, int64_t i)
+/* scratch: (v) */
+static void xent_row(const struct srf_xent_args *a, int64_t i, real *scratch)
 {
-    const real *x = (const real *)a->logits + i * a->v;
-    const real *t = a->teacher ? (const real *)a->teacher + i * a->v : NULL;
-    real *dx = a->dlogits ? (real *)a->dlogits + i * a->v : NULL;
-    real *kl = t && a->kl ? (real *)a->kl + i : NULL, *nll = (real *)a->nll + i;
+    int64_t v = a->v;
+    const real *x = (const real *)a->logits + i * v;
+    const real *t = a->teacher ? (const real *)a->teacher + i * v : NULL;
+    real *dx = a->dlogits ? (real *)a->dlogits + i * v : NULL, *nll = (real *)a->nll + i;
+    real *kl = t && a->kl ? (real *)a->kl + i : NULL;
     int32_t target = ((const int32_t *)a->targets)[i];
     if (target < 0) {
         *nll = 0;
         if (kl) *kl = 0;
-        if (dx) memset(dx, 0, (size_t)a->v * sizeof *dx);
+        if (dx) memset(dx, 0, (size_t)v * sizeof *dx);
         return;
     }
-    struct norm nx = row_norm(x, a->v), nt = {0};
-    *nll = (real)(nx.log_sum + ((double)nx.max - (double)x[target]));
-    if (t) nt = row_norm(t, a->v);
-    if (kl) *kl = (real)row_kl(x, nx, t, nt, a->v);
-    if (dx) row_gradient(a, x, nx, t, nt, target, dx);
+    real max = row_max(x, v), max_t = t ? row_max(t, v) : 0;
+    double excess = 0, z_t = t ? teacher_sum(t, max_t, x, max, v, scratch, &excess) : 1;
+    double behind =
+        (double)max - (double)x[target]; /* read before dx, which may be x, is written */
+    double z = exp_sum(x, max, v, dx);
+    *nll = (real)(log(z) + behind);
+    if (kl) *kl = (real)(excess / z_t - (log(z_t) - log(z)));
+    if (!dx) return;
+    double kl_weight = t ? a->kl_weight : 0;
+    real px = (real)(a->scale * (a->ce_weight + kl_weight) / z);
+    real pt = (real)(a->scale * kl_weight / z_t);
+    if (kl_weight != 0) {
+#pragma omp simd
+        for (int64_t j = 0; j < v; j++) dx[j] = px * dx[j] - pt * scratch[j];
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < v; j++) dx[j] *= px;
+    }
+    dx[target] -= (real)(a->scale * a->ce_weight);
 }
 
 srf_status SRF_CPU(xent)(struct srf_ctx *ctx, const struct srf_xent_args *a)
 {
     SRF_FAIL_IF(a->n > 0 && a->v < 1, SRF_INVALID, "xent: vocabulary of %lld, expected >= 1",
                 (long long)a->v);
+    int64_t parts = ctx->n_threads, stride = srf__part_stride(a->v);
+    real *scratch = ctx->workspace;
 #pragma omp parallel for schedule(static)                                                          \
     num_threads(ctx->n_threads) if (a->n * a->v > MIN_PARALLEL)
-    for (int64_t i = 0; i < a->n; i++) xent_row(a, i);
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t end = srf__split(a->n, parts, part + 1);
+        for (int64_t i = srf__split(a->n, parts, part); i < end; i++)
+            xent_row(a, i, a->teacher ? scratch + part * stride : NULL);
+    }
     return SRF_OK;
 }
 
 size_t SRF_CPU(xent_workspace)(const struct srf_ctx *ctx, const struct srf_xent_args *a)
 {
-    (void)ctx;
-    (void)a;
-    return 0;
+    if (!a->teacher) return 0;
+    return (size_t)ctx->n_threads * (size_t)srf__part_stride(a->v) * sizeof(real);
 }
