@@ -93,18 +93,37 @@ static double now(void)
     return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
 }
 
+/* A few rows times a transposed matrix (the output head of a decoding step): a product packs the
+ * matrix first, which takes longer than the product; row by row it is read once each. */
+#define FEW_ROWS 3
+
+static void product(bool ta, bool tb, blasint m, blasint n, blasint k, real alpha, const real *a,
+                    blasint lda, const real *b, blasint ldb, real beta, real *c, blasint ldc)
+{
+#ifdef SRF_REAL_F64
+#define GEMM cblas_dgemm
+#define GEMV cblas_dgemv
+#else
+#define GEMM cblas_sgemm
+#define GEMV cblas_sgemv
+#endif
+    if (!ta && tb && m <= FEW_ROWS && k > 0) {
+        for (blasint i = 0; i < m; i++)
+            GEMV(CblasRowMajor, CblasNoTrans, n, k, alpha, b, ldb, a + (size_t)i * (size_t)lda, 1,
+                 beta, c + (size_t)i * (size_t)ldc, 1);
+        return;
+    }
+    GEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k,
+         alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
 void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int64_t k, real alpha,
                const real *a, int64_t lda, const real *b, int64_t ldb, real beta, real *c,
                int64_t ldc)
 {
     double t0 = ctx->profile ? now() : 0;
-#ifdef SRF_REAL_F64
-    cblas_dgemm
-#else
-    cblas_sgemm
-#endif
-        (CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, (blasint)m,
-         (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+    product(ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb,
+            beta, c, (blasint)ldc);
     if (!ctx->profile) return;
     /* A call inside a parallel region keeps one of n_threads busy. */
     double share = omp_in_parallel() ? 1.0 / ctx->n_threads : 1.0, dt = (now() - t0) * share;
