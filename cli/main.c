@@ -1,6 +1,7 @@
 /* srf: the program. Finds the command; everything else is in cmd_<name>.c. */
 #include "cli/cli.h"
 
+#include <hdf5.h>
 #include <signal.h>
 #include <string.h>
 
@@ -26,6 +27,9 @@ static void usage(FILE *to)
 int main(int argc, char **argv)
 {
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is an I/O error like another */
+    /* Every file is closed when main returns. What HDF5 does beyond that at exit is to complain on
+     * stderr about what a broken file made it lose. */
+    H5dont_atexit();
     if (argc < 2) {
         usage(stderr);
         return EXIT_USAGE;
