@@ -228,6 +228,8 @@ void svg_line_chart(FILE *to, const struct svg_chart *c)
         data_range(c->series, c->n_series, false, false, &y.min, &y.max);
         if (y.min > 0) y.min = 0;
         if (y.max <= y.min) y.max = y.min + 1;
+        double step = round_up((y.max - y.min) / 6);
+        y.max = ceil(y.max / step - 1e-9) * step;
     }
     if (x.max <= x.min) x.max = x.log ? x.min * 2 : x.min + 1;
     double values[32];
