@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the libFuzzer targets (tests/fuzz_*.c) with clang and the sanitizers, and runs each for a
-# while on what it found before (out/fuzz/<target>).
+# while on what it found before (out/fuzz/<target>), starting from tests/seeds/<target>.
 #
 #   scripts/fuzz.sh [SECONDS [TARGET...]]   default: 60 seconds each, all targets
 source "$(dirname "$0")/lib.sh"
@@ -27,6 +27,7 @@ failed=0
 for target in "${targets[@]}"; do
     corpus="out/fuzz/$target"
     mkdir -p "$corpus"
+    [ ! -d "tests/seeds/$target" ] || cp -n tests/seeds/"$target"/* "$corpus"
     say "$target: $seconds s"
     if ! "build-fuzz/tests/$target" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 \
         -print_final_stats=1 -verbosity=0 -artifact_prefix="$corpus-" "$corpus"; then
