@@ -1,7 +1,8 @@
 /* HDF5 files, thinly: typed datasets and attributes, errors as status, atomic writing.
  *
- * Files from strangers: only hard links are followed, only contiguous or compact datasets that lie
- * inside the file are read, and types and sizes are checked before anything is allocated. The
+ * Files from strangers: metadata must have checksums (superblock 2 or 3), only hard links are
+ * followed, only contiguous or compact datasets that lie inside the file are read, and types and
+ * sizes are checked before anything is allocated. The
  * library's own error printing is off during every call and as it was after it.
  */
 #pragma once

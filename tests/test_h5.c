@@ -156,7 +156,7 @@ static void error_printing(void **state)
     char path[128];
     struct srf_h5 *f;
     H5Eset_auto2(H5E_DEFAULT, my_handler, &calls);
-    test_spit(test_at(path, "bad.h5"), "\x89HDF\r\n\x1a\nnonsense", 16);
+    test_spit(test_at(path, "bad.h5"), "\x89HDF\r\n\x1a\n\2nonsense", 17);
     test_fails(srf_h5_open(path, &f), SRF_FORMAT, "broken HDF5 file");
     test_ok(srf_h5_create(path, &f));
     test_ok(srf_h5_put_i64(f, "/a", "x", 1));
@@ -189,7 +189,10 @@ static void strangers(void **state)
     char path[128], other[128], secret[160];
     test_at(path, "stranger.h5");
     test_spit(test_at(other, "secret"), "0123456789abcdef", 16);
-    hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
+    H5Pset_libver_bounds(fapl, H5F_LIBVER_V18, H5F_LIBVER_LATEST);
+    hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, fapl);
+    H5Pclose(fapl);
     hid_t chunked = H5Pcreate(H5P_DATASET_CREATE), external = H5Pcreate(H5P_DATASET_CREATE);
     hid_t compact = H5Pcreate(H5P_DATASET_CREATE), early = H5Pcreate(H5P_DATASET_CREATE);
     H5Pset_chunk(chunked, 1, (hsize_t[]){1 << 20});
@@ -260,6 +263,13 @@ static void strangers(void **state)
     test_fails(srf_h5_each(f, "/links", collect, names), SRF_FORMAT, "external links");
     test_fails(srf_h5_each(f, "/loop", collect, names), SRF_FORMAT, "too deep");
     srf_h5_close(f);
+    unlink(other);
+
+    /* Old metadata, without checksums. */
+    file = H5Fcreate(test_at(other, "old.h5"), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    H5Fclose(file);
+    test_fails(srf_h5_open(other, &f), SRF_FORMAT, "found superblock 0");
+    unlink(other);
 
     /* Cut anywhere, the file is refused; HDF5 sees that by its superblock. */
     size_t n;
@@ -270,7 +280,6 @@ static void strangers(void **state)
     }
     free(raw);
     unlink(path);
-    unlink(other);
     H5Pclose(chunked);
     H5Pclose(external);
     H5Pclose(compact);
