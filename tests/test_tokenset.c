@@ -486,7 +486,10 @@ static void make_faulty(const char *path, const char *other, enum fault fault)
     int64_t documents[7] = {0, 2, 4, 5, 6, 7, 8};
     double starts[3] = {0, 2, 4};
     hsize_t n = 6, two[2] = {2, 3}, chunk = 4, n_documents = 3, huge = 1ull << 40;
-    hid_t f = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
+    H5Pset_libver_bounds(fapl, H5F_LIBVER_V18, H5F_LIBVER_LATEST);
+    hid_t f = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, fapl);
+    H5Pclose(fapl);
     hid_t dcpl = H5Pcreate(H5P_DATASET_CREATE);
     if (fault != NO_FORMAT) put_str(f, "format", fault == WRONG_FORMAT ? "else" : "srf");
     put_int(f, "version", fault == WRONG_VERSION ? 2 : 1);
