@@ -92,7 +92,7 @@ srf_status srf_arena_commit(struct srf_arena *a)
 
 void *srf_arena_ptr(const struct srf_arena *a, int slot)
 {
-    if (!a->base) return NULL;
+    if (!a->base) return (void *)(uintptr_t)(ALIGN + a->slots[slot].offset);
     size_t skew = (ALIGN - (uintptr_t)a->base % ALIGN) % ALIGN;
     return a->base + skew + a->slots[slot].offset;
 }

@@ -128,8 +128,7 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
 
 static char *element(const struct srf_model *m, int slot, int64_t offset)
 {
-    char *base = PTR(slot);
-    return base ? base + (size_t)offset * srf_dtype_bytes(m->ctx->dtype) : NULL;
+    return (char *)PTR(slot) + (size_t)offset * srf_dtype_bytes(m->ctx->dtype);
 }
 
 void *srf_model_param(const struct srf_model *m, int64_t row)
@@ -401,7 +400,7 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
     char *targets = PTR(m->slot_targets);
     SRF_TRY(SRF_RUN(
         ctx, xent, .n = n, .v = cfg->vocab, .logits = logits,
-        .targets = targets ? targets + at * 4 : NULL, .teacher = teacher, .scale = args->scale,
+        .targets = targets + at * 4, .teacher = teacher, .scale = args->scale,
         .ce_weight = args->ce_weight, .kl_weight = args->kl_weight, .nll = PTR(m->slot_nll),
         .kl = args->teacher ? PTR(m->slot_kl) : NULL, .dlogits = args->backward ? logits : NULL));
     if (!args->backward) return SRF_OK;
