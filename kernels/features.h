@@ -10,7 +10,7 @@
  *     simplex     D S R    SimRF (arXiv 2301.13856). Rows of S are vertices of the unit simplex:
  *                          s_i = sqrt(d/(d-1)) e_i - (sqrt(d)+1)/(d-1)^(3/2) (1,...,1,0), i < d,
  *                          s_d = (d-1)^(-1/2) (1,...,1,0); every pairwise cosine is -1/(d-1)
- *     simplex+    SimRF+ (same paper, Eq. 17): directions follow the drawn norms, by sweeps of
+ *     simplex+    SimRF+ (same paper, Eq. 17): directions follow the drawn norms, by 5 sweeps of
  *                          w_i <- -|w_i| sum_{j != i} w_j / |sum_{j != i} w_j| from the simplex
  *
  * chi_d has d degrees of freedom. Rotation R:
@@ -42,7 +42,8 @@
  *
  *     n hi = 0, the matrix: iid row r, column j   normal r d + j
  *                           haar                  normals k(k-1)/2 + (0..k-1): the Gaussian vector
- *                                                 of the reflection that acts on k dimensions
+ *                                                 of the reflection that acts on k dimensions;
+ *                                                 rotation.c has how they multiply
  *                           hd                    sign of D(1 + p/d) at p % d: -1 if bit p % 32 of
  *                                                 word p / 32 is set
  *                normal i is z(i % 2) of call i / 2, word i is w(i % 4) of call i / 4

@@ -229,6 +229,58 @@ static void addressing(void **state)
     }
 }
 
+/* The stream is a promise to saved runs and to other devices: numbers made by another program from
+ * the table in features.h. Rows are first of the first block, last of it, first and second of the
+ * next; columns 0, 1, d - 1, 0. */
+static void published_layout(void **state)
+{
+    (void)state;
+    static const struct {
+        enum srf_feature_kind kind;
+        enum srf_rotation rotation;
+        int64_t d;
+        double want[4];
+    } rows[] = {
+        {SRF_IID,
+         SRF_ROT_HAAR,
+         5,
+         {1.170020904983, 0.161298086085, -1.291928746794, 0.062030996481}},
+        {SRF_ORTHOGONAL,
+         SRF_ROT_HAAR,
+         5,
+         {0.624015041579, 1.036288590819, -0.037387515516, 0.601737636548}},
+        {SRF_SIMPLEX,
+         SRF_ROT_HAAR,
+         5,
+         {0.543318508437, 1.546900993468, 0.085046197059, 0.425005491294}},
+        {SRF_SIMPLEX_PLUS,
+         SRF_ROT_HAAR,
+         5,
+         {0.630411609680, 1.547215774189, 0.877858932291, 0.429343891390}},
+        {SRF_SIMPLEX,
+         SRF_ROT_HD,
+         4,
+         {0.435259100003, -1.431218964876, 0.446253091366, -1.844539288428}},
+        {SRF_ORTHOGONAL,
+         SRF_ROT_HAAR,
+         4,
+         {0.198907247886, 0.666979890910, 0.283589820421, -0.851407749007}},
+    };
+    double w[7 * 5], bias[7];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        int64_t d = rows[i].d;
+        struct srf_features_draw_args a = {.kind = rows[i].kind,
+                                           .rotation = rows[i].rotation,
+                                           .seed = 0x0123456789abcdef,
+                                           .draw = 0x100000007,
+                                           .m = d + 2,
+                                           .d = d};
+        test_ok(srf_features_draw_one(&a, 3, 2, 0, w, bias));
+        double got[4] = {w[0], w[(d - 1) * d + 1], w[d * d + d - 1], w[(d + 1) * d]};
+        test_close(srf_feature_kind_name(a.kind), got, rows[i].want, 4, 1e-11);
+    }
+}
+
 static void normalized_rows_and_oprf(void **state)
 {
     (void)state;
@@ -391,6 +443,7 @@ int main(void)
         cmocka_unit_test(op_is_the_host_draw),
         cmocka_unit_test(bad_arguments),
         cmocka_unit_test(names),
+        cmocka_unit_test(published_layout),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
