@@ -3,6 +3,7 @@
 #include "cli/common.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -91,17 +92,32 @@ static srf_status on_ids(void *user, const int32_t *ids, int64_t n)
     return SRF_OK;
 }
 
+/* Standard input may wait for more for ever: look out for Ctrl-C meanwhile, even for one that came
+ * just before the waiting began. */
+static ssize_t read_standard(void *cookie, char *to, size_t n)
+{
+    (void)cookie;
+    struct pollfd in = {.fd = STDIN_FILENO, .events = POLLIN};
+    for (;;) {
+        int ready = poll(&in, 1, 200);
+        if (cli_interrupted()) errno = EINTR;
+        if (cli_interrupted() || (ready < 0 && errno != EINTR)) return -1;
+        if (ready > 0) return read(STDIN_FILENO, to, n);
+    }
+}
+
 static srf_status tokenize_one(struct run *r, const char *path)
 {
     bool standard = strcmp(path, "-") == 0;
-    FILE *f = standard ? stdin : fopen(path, "rb");
+    FILE *f = standard ? fopencookie(NULL, "rb", (cookie_io_functions_t){.read = read_standard})
+                       : fopen(path, "rb");
     SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
     r->now = NULL;
     r->file_bytes = 0;
     srf_status st = srf_bpe_encode_stream(r->bpe, f, true, on_ids, r, &r->file_bytes);
     r->bytes += r->file_bytes;
     r->file_bytes = 0;
-    if (!standard) fclose(f);
+    fclose(f);
     if (st != SRF_OK) srf__error_prefix("%s", standard ? "standard input" : path);
     return st;
 }

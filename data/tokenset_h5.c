@@ -253,6 +253,7 @@ static srf_status flush_chunk(struct srf_tokenset_writer *w)
         hsize_t none = 0;
         hid_t space = H5Screate_simple(1, &none, &unlimited);
         hid_t dcpl = H5Pcreate(H5P_DATASET_CREATE);
+        H5Pset_obj_track_times(dcpl, false); /* same contents, same bytes */
         ok = H5Pset_chunk(dcpl, 1, &chunk) >= 0;
         w->set = H5Dcreate2(w->file->file, "/tokens", file_type(w), space, H5P_DEFAULT, dcpl,
                             H5P_DEFAULT);
@@ -320,11 +321,14 @@ static srf_status put_plain(struct srf_tokenset_writer *w, const char *name, hid
     hsize_t size = (hsize_t)n;
     struct srf__hush hush = srf__hush();
     hid_t space = H5Screate_simple(1, &size, NULL);
-    hid_t set = H5Dcreate2(w->file->file, name, type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t dcpl = H5Pcreate(H5P_DATASET_CREATE);
+    H5Pset_obj_track_times(dcpl, false);
+    hid_t set = H5Dcreate2(w->file->file, name, type, space, H5P_DEFAULT, dcpl, H5P_DEFAULT);
     srf_status st = SRF_OK;
     if (set < 0 || (n && H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0))
         st = srf__fail(__FILE__, __LINE__, SRF_IO, "%s: %s", w->file->path, srf__h5_why().text);
     if (set >= 0) H5Dclose(set);
+    H5Pclose(dcpl);
     H5Sclose(space);
     return srf__unhush(hush, st);
 }
