@@ -5,8 +5,8 @@ source "$(dirname "$0")/shell.sh"
 
 times="${SRF_KILL_TESTS:-3}"
 RANDOM="${SRF_TEST_SEED:-17}"
-steps=60
-save_every=4
+steps=120
+save_every=5
 
 # Features are redrawn, then frozen and trained; two teachers' signals: all that a resume restores.
 retrofit=("$SRF" retrofit --model model.h5 --data text.txt --steps $steps --batch 4
