@@ -8,7 +8,10 @@ source "$(dirname "$0")/lib.sh"
 
 out="$ROOT/out/demo"
 features=64 # m: random features a head
-window=32   # the hybrid: this block of tokens and the one before it are attended to exactly
+window=64   # the hybrid: this block of tokens and the one before it are attended to exactly
+
+pure_steps="${SRF_DEMO_PURE_STEPS:-150}"
+hybrid_steps="${SRF_DEMO_HYBRID_STEPS:-60}"
 
 scripts/setup.sh
 scripts/build.sh
@@ -47,13 +50,17 @@ tokenize() {
 }
 
 retrofit() {
-    "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" "$@"
+    "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" --batch 16 "$@"
 }
 
-# One paragraph for the report, and the bytes of state that it took.
+# A paragraph each for the report, with the bytes of state that it took.
 generate() {
-    "$srf" generate --model "$out/hybrid.recurrent.h5" --json -n 120 --temperature 0.8 --top-p 0.9 \
-        --seed 7 --prompt "And it came to pass" >"$out/generate.json"
+    local name
+    printf 'And it came to pass' >"$out/prompt.txt"
+    for name in pure hybrid; do
+        "$srf" generate --model "$out/$name.recurrent.h5" --prompt-file "$out/prompt.txt" -n 150 \
+            --temperature 0.8 --top-p 0.9 --seed 7 --json >"$out/generate_$name.json"
+    done
 }
 
 section "Import the bundled checkpoint (a small GPT-2, softmax attention)" \
@@ -62,27 +69,31 @@ section "Tokenize the text; the held-out chapters stay apart" tokenize
 section "Perplexity of the untouched model, softmax attention" \
     evaluate softmax --model "$out/base.h5"
 section "Perplexity right after the swap to random features, m = $features" \
-    evaluate swapped --model "$out/base.h5" --attention srf --m "$features"
+    evaluate swapped --model "$out/base.h5" --attention srf --m "$features" \
+    --window 0
 section "Perplexity right after the swap with exact attention in a window of $window" \
     evaluate swapped_hybrid --model "$out/base.h5" --attention srf --m "$features" \
     --window "$window"
-section "Retrofit: pure random features, m = $features" retrofit --out "$out/pure"
+section "Retrofit: pure random features, m = $features" \
+    retrofit --window 0 --steps "$pure_steps" --out "$out/pure"
 section "Perplexity of the pure retrofit" evaluate pure --model "$out/pure/model.h5"
 section "Retrofit: the hybrid with a window of $window" \
-    retrofit --window "$window" --out "$out/hybrid"
+    retrofit --window "$window" --steps "$hybrid_steps" --out "$out/hybrid"
 section "Perplexity of the hybrid retrofit" evaluate hybrid --model "$out/hybrid/model.h5"
 section "Export the pure retrofit as a recurrent model" \
     "$srf" export "$out/pure/model.h5" "$out/pure.recurrent.h5" --format recurrent
 section "Export the hybrid as a recurrent model" \
     "$srf" export "$out/hybrid/model.h5" "$out/hybrid.recurrent.h5" --format recurrent
 section "Perplexity of the recurrent pure model, one token at a time" \
-    evaluate recurrent --model "$out/pure.recurrent.h5" --mode recurrent
+    evaluate recurrent --model "$out/pure.recurrent.h5" --mode recurrent \
+    --batch 64
 section "Perplexity of the recurrent hybrid, one token at a time" \
-    evaluate recurrent_hybrid --model "$out/hybrid.recurrent.h5" --mode recurrent
+    evaluate recurrent_hybrid --model "$out/hybrid.recurrent.h5" --mode recurrent \
+    --batch 64
 section "Measure the error of the approximation" \
     "$srf" validate --model "$out/base.h5" --data "$out/heldout.h5" --m "$features" \
-    --out "$out/validate"
-section "Generate a paragraph with the recurrent hybrid" generate
+    --window 0 --out "$out/validate"
+section "Generate a paragraph with each recurrent model" generate
 
 seconds=$(awk -v a="$demo_start" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
 say "Report"

@@ -78,13 +78,15 @@ def summarize(out, seconds):
     names = ["softmax", "swapped", "swapped_hybrid", "pure", "hybrid"]
     names += ["recurrent", "recurrent_hybrid"]
     ppl = {name: read_json(out / f"eval_{name}.json")["ppl"] for name in names}
-    generated = read_json(out / "generate.json")
+    generated = {name: read_json(out / f"generate_{name}.json") for name in ("pure", "hybrid")}
     summary = {f"ppl_{name}": value for name, value in ppl.items()}
     summary["closed_pure"] = closed(ppl["pure"], ppl["softmax"], ppl["swapped"])
     summary["closed_hybrid"] = closed(ppl["hybrid"], ppl["softmax"], ppl["swapped"])
     summary["closed_hybrid_own_gap"] = closed(ppl["hybrid"], ppl["softmax"], ppl["swapped_hybrid"])
-    summary["state_bytes"] = generated["state_bytes"]
-    summary["kv_bytes"] = generated["kv_bytes"]
+    summary["state_bytes"] = generated["pure"]["state_bytes"]
+    summary["state_bytes_hybrid"] = generated["hybrid"]["state_bytes"]
+    summary["kv_bytes"] = generated["pure"]["kv_bytes"]  # at kv_tokens of context
+    summary["kv_tokens"] = generated["pure"]["kv_positions"]
     summary["seconds"] = seconds
     return summary
 
@@ -181,26 +183,52 @@ def draw_perplexities(out, summary):
     return save(figure, out, "perplexity")
 
 
-def draw_kernel_error(out, rows, v2):
+def draw_kernel_error(out, validation, v_sq):
     """Measured error of the kernel estimate beside its closed form, one colour a coupling."""
     figure, axes = plt.subplots()
-    rows = [row for row in rows if row["v2"] == v2]
+    rows = [row for row in validation["kernel"] if row["v_sq"] == v_sq]
     for kind, colour in KIND_COLOURS.items():
         mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["m"])
         if not mine:
             continue
         m = [row["m"] for row in mine]
         axes.plot(m, [row["mse"] for row in mine], "o", color=colour, markersize=4, label=kind)
-        closed_form = [(row["m"], row["closed_form"]) for row in mine if row.get("closed_form")]
-        if closed_form:
-            axes.plot(*zip(*closed_form), color=colour, linewidth=1.2)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.set_xlabel("features m")
-    axes.set_ylabel("mean squared error of the kernel")
+        if mine[0]["closed"] is not None:
+            axes.plot(m, [row["closed"] for row in mine], color=colour, linewidth=1.2)
+    features_axis(axes, sorted({row["m"] for row in rows}))
+    axes.set_ylabel("relative squared error of a weight")
     axes.legend(title="dots: measured, lines: theory", title_fontsize=9)
     return save(figure, out, "kernel_error")
+
+
+def draw_error_of_m(out, validation):
+    """Error of the heads' outputs against the number of features: mean, best and worst head."""
+    rows = sorted(validation["output_error"], key=lambda row: row["m"])
+    m = [row["m"] for row in rows]
+    heads = [np.ravel(row["heads"]) for row in rows]
+    figure, axes = plt.subplots()
+    axes.fill_between(
+        m,
+        [h.min() for h in heads],
+        [h.max() for h in heads],
+        color=COLOURS["pure"],
+        alpha=0.15,
+        linewidth=0,
+        label="best to worst head",
+    )
+    axes.plot(m, [h.mean() for h in heads], "o-", color=COLOURS["pure"], label="mean over heads")
+    features_axis(axes, m)
+    axes.set_ylabel("relative error of the output")
+    axes.legend()
+    return save(figure, out, "error_of_m")
+
+
+def features_axis(axes, m):
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(m, m)
+    axes.minorticks_off()
+    axes.set_xlabel("features m")
 
 
 def draw_heat_map(out, name, values, label, number):
@@ -300,36 +328,49 @@ retrofitted ones do: it is the same model, computed another way.</p>
 dashed line is where the untouched model stands on the held-out text.</p>"""
 
 
-def memory_section(summary, generated):
+def memory_section(out, summary):
     s = summary
+    ratio = s["kv_bytes"] / s["state_bytes"]
+    quotes = ""
+    for name in ("pure", "hybrid"):
+        generated = read_json(out / f"generate_{name}.json")
+        prompt = (out / "prompt.txt").read_text(encoding="utf-8")
+        quotes += (
+            f"<p>{name.capitalize()}:</p><blockquote><b>{html.escape(prompt)}</b>"
+            f"{html.escape(generated['texts'][0])}</blockquote>"
+        )
     return f"""
 <h2>What it needs to remember</h2>
-<p>While it writes, the recurrent hybrid keeps <b>{size(s['state_bytes'])}</b> a sequence, however
-long the sequence grows. A softmax model keeps the keys and values of every token: at this model's
-context that is {size(s['kv_bytes'])}, and it grows with each token.</p>
+<p>While it writes, the pure model keeps <b>{size(s['state_bytes'])}</b> a sequence and the hybrid
+{size(s['state_bytes_hybrid'])}, however long the sequence grows. A softmax model keeps the keys and
+values of every token: {size(s['kv_bytes'])} for {s['kv_tokens']} tokens, {ratio:.1f} times what the
+pure model keeps, and growing with each token.</p>
 <h2>What it writes</h2>
-<p>The recurrent hybrid, from the prompt in bold. It is a very small model: expect the sound of the
-text it learned, not sense.</p>
-<blockquote><b>{html.escape(generated['prompt'])}</b>{html.escape(generated['text'])}</blockquote>"""
+<p>The recurrent models go on from the prompt in bold. They are very small: expect the sound of the
+text they learned, not sense.</p>
+{quotes}"""
 
 
-def error_section(pictures):
+def error_section(pictures, validation):
+    m = validation["m"]
     return f"""
 <h2>How close is the approximation?</h2>
 {picture(pictures["kernel_error"], "Error of the kernel estimate against the number of features")}
-<p>Random features estimate the weight that softmax gives to a pair of tokens. The error falls as
-there are more features, and faster the better the features are spread: simplex features are spread
-best. The dots should lie on the lines.</p>
+<p>Random features estimate the weight that softmax gives to a pair of tokens (here for pairs with
+|q + k|²/√d = 1). The error falls as there are more features, and faster the better the features are
+spread: simplex features are spread best. The dots should lie on the lines.</p>
+{picture(pictures["error_of_m"], "Error of the attention output against the number of features")}
+<p>The same for what comes out of attention, on the model's own queries, keys and values, before any
+training.</p>
 {picture(pictures["output_error"], "Heat map: attention output error by layer and head")}
-<p>How far each head's output is from softmax attention's, right after the swap (0 = the same). Pale
-heads hardly notice the swap; dark ones are what the retrofit has to mend.</p>
+<p>How far each head's output is from softmax attention's with {m} features (0 = the same). Pale heads
+hardly notice the swap; dark ones are what the retrofit has to mend.</p>
 {picture(pictures["difficulty"], "Heat map: size of q + k by layer and head")}
 <p>Why some heads are harder: the larger the queries and keys, |q + k|²/√d, the noisier the
 estimate, exponentially so.</p>"""
 
 
-def write_page(out, summary, pictures):
-    generated = read_json(out / "generate.json")
+def write_page(out, summary, pictures, validation):
     steps = [line.split("\t") for line in (out / "timings.tsv").read_text().splitlines()]
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -341,8 +382,8 @@ random features in, and trained it a little more, so that it can write with a me
 grows. <b>Pure</b> has random features only; <b>hybrid</b> also looks exactly at the latest
 tokens.</p>
 {results_section(summary, pictures)}
-{memory_section(summary, generated)}
-{error_section(pictures)}
+{memory_section(out, summary)}
+{error_section(pictures, validation)}
 <h2>How long it took</h2>
 {table(("step", "seconds"), steps)}
 <p class="small">{summary['seconds']:.0f} seconds in all, on {os.cpu_count()} cores of
@@ -368,16 +409,20 @@ def main():
     summary = summarize(out, args.seconds)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     validation = read_json(out / "validate" / "validate.json")
+    at_main_m = next(row for row in validation["output_error"] if row["m"] == validation["m"])
     pictures = {
         "loss": draw_loss(out, summary),
         "perplexity": draw_perplexities(out, summary),
-        "kernel_error": draw_kernel_error(out, validation["kernel"], v2=1),
+        "kernel_error": draw_kernel_error(out, validation, v_sq=1),
+        "error_of_m": draw_error_of_m(out, validation),
         "output_error": draw_heat_map(
-            out, "output_error", validation["output_error"], "relative error", "{:.2f}"
+            out, "output_error", at_main_m["heads"], "relative error", "{:.2f}"
         ),
-        "difficulty": draw_heat_map(out, "difficulty", validation["v2"], "|q + k|²/√d", "{:.1f}"),
+        "difficulty": draw_heat_map(
+            out, "difficulty", validation["v_sq"]["mean"], "|q + k|²/√d", "{:.1f}"
+        ),
     }
-    page = write_page(out, summary, pictures)
+    page = write_page(out, summary, pictures, validation)
     print(f"    {out / 'summary.json'}\n    {page}")
     if broken_promises(summary):
         sys.exit(1)
