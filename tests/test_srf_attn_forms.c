@@ -9,20 +9,19 @@ static const struct srf_attn_shape shapes[] = {
     {.b = 1, .t = 63, .h = 3, .d = 16, .m = 20, .n_sets = 1, .causal = true},
     {.b = 2, .t = 131, .h = 2, .d = 64, .m = 64, .n_sets = 2, .causal = true},
     {.b = 1, .t = 200, .h = 1, .d = 80, .m = 100, .n_sets = 1, .causal = true},
-    {.b = 1, .t = 330, .h = 1, .d = 16, .m = 256, .n_sets = 1, .causal = true},
+    {.b = 1, .t = 170, .h = 1, .d = 16, .m = 256, .n_sets = 1, .causal = true},
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
-static const int64_t windows[] = {0, 1, 7, 16, 64, 100, 400};
+static const int64_t windows[] = {0, 1, 7, 16, 64, 250};
 #define N_WINDOWS ((int)(sizeof windows / sizeof *windows))
 
-/* Every shape with every window, in both dtypes. */
+/* Every shape with every window, the dtypes in turn. */
 static void each(void (*body)(enum srf_dtype dtype, struct srf_attn_shape shape))
 {
     for (int i = 0; i < N_SHAPES * N_WINDOWS; i++) {
         struct srf_attn_shape s = shapes[i / N_WINDOWS];
         s.window = windows[i % N_WINDOWS];
-        body(SRF_F32, s);
-        body(SRF_F64, s);
+        body((i + i / N_WINDOWS) % 2 ? SRF_F64 : SRF_F32, s);
     }
 }
 
@@ -44,11 +43,11 @@ static void check_forms(enum srf_dtype dtype, struct srf_attn_shape shape)
     attn_case_recurrent(&c, lens, (int)n);
     twin_close(&c.s, "step by step", c.o, tol_of(dtype), 0);
     struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 77, (uint32_t)shape.window);
-    for (int round = 0; round < 6; round++) {
+    for (int round = 0; round < 4; round++) {
         int count = 0;
         int64_t left = n;
         while (left > 0) {
-            int64_t most = round < 3 ? left : round < 5 ? 40 : 3;
+            int64_t most = round < 2 ? left : round < 3 ? 40 : 3;
             int64_t len = 1 + (int64_t)srf_rng_below(&rng, (uint64_t)most);
             lens[count] = len < left ? len : left;
             left -= lens[count++];
@@ -80,21 +79,45 @@ static void check_causal(enum srf_dtype dtype, struct srf_attn_shape shape)
     struct attn_case c = attn_case_new(dtype, 1, shape, 1);
     attn_case_fwd(&c);
     double *before = twin_values(&c.s, c.o);
-    for (int64_t from = 1; from < shape.t; from += 1 + from / 2) {
+    for (int64_t from = shape.t - 1; from > 0; from -= 1 + from / 3) {
         for (int64_t i = from * c.ld; i < c.qkv.n; i++)
-            attn_case_set(&c, i, 1.5 * c.qkv.ref[i] + 0.1);
+            attn_case_set(&c, i, 0.1 - 1.3 * c.qkv.ref[i]);
         attn_case_fwd(&c);
         double *after = twin_values(&c.s, c.o);
         size_t row = (size_t)c.ld_o * sizeof *after;
         assert_memory_equal(before, after, (size_t)from * row);
         assert_memory_not_equal(before + from * c.ld_o, after + from * c.ld_o, row);
         srf__free(after);
-        /* The next round starts from these inputs' outputs again. */
-        attn_case_free(&c);
-        c = attn_case_new(dtype, 1, shape, 1);
     }
     srf__free(before);
     attn_case_free(&c);
+}
+
+/* A NaN shows at its token; one of q or k does not show before it. */
+static void check_nan(enum srf_dtype dtype, struct srf_attn_shape shape)
+{
+    if (shape.b > 1) return;
+    for (int part = 0; part < 3; part++) {
+        struct attn_case c = attn_case_new(dtype, 1, shape, 1);
+        int64_t at = shape.t / 2;
+        attn_case_fwd(&c);
+        double *before = twin_values(&c.s, c.o);
+        attn_case_set(&c, attn_case_at(&c, part, 0, at, 0, 1), NAN);
+        attn_case_fwd(&c);
+        double *after = twin_values(&c.s, c.o);
+        /* A NaN may send the chunk down the slow path, which rounds otherwise. */
+        if (part < 2) test_close("before a NaN", after, before, at * c.ld_o, tol_of(dtype));
+        assert_true(isnan(after[at * c.ld_o + 1]));
+        srf__free(before);
+        srf__free(after);
+        attn_case_free(&c);
+    }
+}
+
+static void test_nan(void **state)
+{
+    (void)state;
+    each(check_nan);
 }
 
 static void test_causal(void **state)
@@ -244,9 +267,10 @@ static void test_arguments(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_forms),           cmocka_unit_test(test_causal),
-        cmocka_unit_test(test_causal_gradient), cmocka_unit_test(test_values),
-        cmocka_unit_test(test_gradients),       cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_forms),     cmocka_unit_test(test_causal),
+        cmocka_unit_test(test_nan),       cmocka_unit_test(test_causal_gradient),
+        cmocka_unit_test(test_values),    cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_arguments),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
