@@ -27,6 +27,7 @@
 #endif
 
 #define ATTN_CHUNK 64 /* tokens whose mutual weights are formed explicitly */
+#define ATTN_AHEAD 16 /* rows between asking for one and using it */
 #define ATTN_LOG2E ((real)1.4426950408889634)
 #define ATTN_LIMIT ((real)1e17)  /* components of x, y are clamped to this: |x|^2 stays in range */
 #define ATTN_LOW   ((real)-1e30) /* exponents are clamped to this */
@@ -76,6 +77,12 @@ static inline int64_t attn_min(int64_t a, int64_t b)
 static inline int64_t attn_max(int64_t a, int64_t b)
 {
     return a > b ? a : b;
+}
+/* d values will be needed soon. Heads are narrow slices of long rows, a page or so apart, so that
+ * the hardware does not see the next one coming: loops over rows ask for it ATTN_AHEAD rows early. */
+static inline void attn_prefetch(const real *p, int64_t d)
+{
+    for (int64_t j = 0; j < d; j += 64 / (int64_t)sizeof(real)) __builtin_prefetch(p + j);
 }
 static inline bool attn_is_empty(const struct attn_state *st)
 {

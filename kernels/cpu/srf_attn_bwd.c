@@ -99,6 +99,10 @@ static void upstream(const struct attn_head *h, const struct bwd_scratch *f, con
     for (int64_t t = 0; t < n; t++) {
         const real *o = r->o + t * r->ld_o, *d_o = r->d_o + t * r->ld_o;
         real by = 1 / f->ch.den[t], dot = 0, *g = f->g + t * d;
+        if (t + ATTN_AHEAD < n) {
+            attn_prefetch(o + ATTN_AHEAD * r->ld_o, d);
+            attn_prefetch(d_o + ATTN_AHEAD * r->ld_o, d);
+        }
 #pragma omp simd reduction(+ : dot)
         for (int64_t j = 0; j < d; j++) {
             g[j] = d_o[j] * by;
@@ -422,7 +426,8 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                      a->ld,
                      a->ld_o};
     size_t head_bytes = (size_t)s->d * sizeof(real);
-    memset(f.states, 0, (size_t)(n_states(s) * s->m * (s->d + 2)) * sizeof(real));
+    /* The state before a sequence, and in the hybrid those of its first two blocks: empty. */
+    memset(f.states, 0, (size_t)(attn_min(n_states(s), 2) * s->m * (s->d + 2)) * sizeof(real));
     memset(f.r, 0, (size_t)(s->m * s->d) * sizeof(real));
     memset(f.u, 0, (size_t)s->m * sizeof(real));
     if (s->causal && s->window == 0) {

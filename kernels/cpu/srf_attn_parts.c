@@ -38,6 +38,7 @@ void srf__attn_load(const struct attn_head *h, const real *src, int64_t ld, int6
     for (int64_t t = 0; t < n; t++) {
         const real *from = src + t * ld;
         real *to = x + t * h->d, sum = 0;
+        if (t + ATTN_AHEAD < n) attn_prefetch(from + ATTN_AHEAD * ld, h->d);
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < h->d; j++) {
             real c = from[j] * h->scale;
