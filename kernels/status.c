@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* The newest failure of each thread: the one piece of state outside a context, as errno is. */
 static _Thread_local char message[1024];
@@ -93,13 +94,23 @@ static int must_fail(void)
     return atomic_fetch_sub(&fail_after, 1) == 0;
 }
 
+#define HUGE_PAGE ((size_t)2 << 20)
+
 void *srf__alloc(size_t n, size_t size)
 {
     size_t bytes;
     if (__builtin_mul_overflow(n, size, &bytes) || bytes > SIZE_MAX - 64) return NULL;
     if (must_fail()) return NULL;
-    bytes = (bytes + 63) / 64 * 64;
-    return aligned_alloc(64, bytes ? bytes : 64);
+    if (bytes < HUGE_PAGE) {
+        bytes = (bytes + 63) / 64 * 64;
+        return aligned_alloc(64, bytes ? bytes : 64);
+    }
+    /* Rows of large tensors lie a page apart: huge pages spare most of the address translation. */
+    if (bytes > SIZE_MAX - HUGE_PAGE) return NULL;
+    bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    void *p = aligned_alloc(HUGE_PAGE, bytes);
+    if (p) (void)madvise(p, bytes, MADV_HUGEPAGE);
+    return p;
 }
 
 void *srf__calloc(size_t n, size_t size)
