@@ -56,7 +56,7 @@ echo '{"a": 0}' >vocabulary/vocab.json
 touch bad.json
 reject 1 'no tokenizer' text.txt --tokenizer empty --out x.h5
 reject 1 'without merges' text.txt --tokenizer vocabulary --out x.h5
-reject 1 'broken HDF5' text.txt --tokenizer fake.h5 --out x.h5
+reject 1 'expected HDF5 with checksums' text.txt --tokenizer fake.h5 --out x.h5
 reject 1 'holds no tokenizer' text.txt --tokenizer good.h5 --out x.h5
 reject 1 'not JSON' text.txt --tokenizer bad.json --out x.h5
 tokenizer '[1, 2'
@@ -81,7 +81,7 @@ decode() {
     reject 1 "$1" "$2" --decode --tokenizer "$T"
 }
 decode 'No such file' nowhere.h5
-decode 'broken HDF5' fake.h5
+decode 'expected HDF5 with checksums' fake.h5
 for n in 1 4 8 100 1000; do
     head -c $n good.h5 >cut.h5
     decode '' cut.h5
