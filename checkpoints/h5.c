@@ -141,19 +141,23 @@ static srf_status open_file(const char *path, struct srf_h5 **out)
     srf_status st = SRF_OK;
     struct srf__file raw;
     struct srf_h5 *f = NULL;
-    hid_t fapl = H5I_INVALID_HID;
+    hid_t fapl = H5I_INVALID_HID, group = H5I_INVALID_HID;
     SRF_TRY(srf__file_open(path, &raw));
     SRF_TRY_GO(check_superblock(path, &raw));
     SRF_TRY_GO(new_handle(path, &f));
     f->size = raw.size;
     fapl = file_access();
     f->file = H5Fopen(path, H5F_ACC_RDONLY, fapl);
-    SRF_FAIL_GO_IF(f->file < 0, SRF_FORMAT, "%s: broken HDF5 file: %s", path, srf__h5_why().text);
+    /* A broken root would look like an empty one. */
+    if (f->file >= 0) group = H5Gopen2(f->file, "/", H5P_DEFAULT);
+    SRF_FAIL_GO_IF(group < 0, SRF_FORMAT, "%s: broken HDF5 file: %s", path, srf__h5_why().text);
     *out = f;
     f = NULL;
 cleanup:
     srf__file_close(&raw);
     if (fapl >= 0) H5Pclose(fapl);
+    if (group >= 0) H5Gclose(group);
+    if (f && f->file >= 0) H5Fclose(f->file);
     if (f) forget(f);
     return st;
 }

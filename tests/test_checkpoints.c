@@ -383,6 +383,53 @@ static void llmc_refusals(void **state)
     free_model(&m);
 }
 
+/* ---- native files --------------------------------------------------------------------------- */
+
+/* Files of the HDF5 layer that are no checkpoints, each wrong in one thing. */
+static void native_refusals(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *format;
+        int64_t version;
+        const char *config, *text, *words;
+        bool ints, nan;
+    } cases[] = {
+        {.words = "no attribute format"},
+        {"other", 1, .words = "expected attribute format srf, found other"},
+        {"srf", 2, .words = "expected version 1, found 2"},
+        {"srf", 1, .words = "/config is missing"},
+        {"srf", 1, "{}", .text = "/weights/text", .words = "/weights/text: expected floats"},
+        {"srf", 1, "{}", .words = "/weights/a: expected floats", .ints = true},
+        {"srf", 1, "{}", .words = "tensor a: element 2 is nan", .nan = true},
+    };
+    char path[128];
+    test_at(path, "native.h5");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const int64_t three = 3;
+        const int32_t ints[3] = {1, 2, 3};
+        const float floats[3] = {1, 2, cases[i].nan ? NAN : 3};
+        float x[3];
+        struct srf_h5 *f;
+        test_ok(srf_h5_create(path, &f));
+        if (cases[i].format) test_ok(srf_h5_put_str(f, "/", "format", cases[i].format));
+        if (cases[i].format) test_ok(srf_h5_put_i64(f, "/", "version", cases[i].version));
+        if (cases[i].config) test_ok(srf_h5_put_text(f, "/config", cases[i].config));
+        if (cases[i].text) test_ok(srf_h5_put_text(f, cases[i].text, "abc"));
+        test_ok(srf_h5_put(f, "/weights/a", cases[i].ints ? SRF_I32 : SRF_F32, 1, &three,
+                           cases[i].ints ? (const void *)ints : floats));
+        test_ok(srf_h5_commit(f));
+        struct srf_source *s;
+        srf_status st = srf_source_open(path, &s);
+        for (int64_t k = 0; st == SRF_OK && k < srf_source_count(s); k++)
+            st = srf_source_read_f32(s, srf_source_count(s) - 1 - k, x);
+        assert_int_not_equal(st, SRF_OK);
+        test_fails(st, st, cases[i].words);
+        srf_source_close(s);
+    }
+    unlink(path);
+}
+
 /* ---- failures ------------------------------------------------------------------------------- */
 
 /* With the n-th allocation failing, for each n: an error, nothing leaked (the sanitizer build
@@ -462,6 +509,7 @@ int main(void)
         cmocka_unit_test(sharded),
         cmocka_unit_test(llmc_layout),
         cmocka_unit_test(llmc_refusals),
+        cmocka_unit_test(native_refusals),
         cmocka_unit_test(allocation_failures),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
