@@ -12,7 +12,6 @@ struct run {
     struct srf_tokenset *data;
     struct srf_trainer *trainer;
     struct bench_product product;
-    char path[64]; /* of the temporary token set; "" if there is none */
 };
 
 static void free_run(struct run *r)
@@ -21,18 +20,11 @@ static void free_run(struct run *r)
     srf_tokenset_close(r->data);
     srf_checkpoint_free(r->ck);
     bench_product_free(&r->product);
-    if (r->path[0]) unlink(r->path);
 }
 
-/* A .npy of random ids: what is read does not matter, that it is read as in training does. */
-static srf_status random_data(struct run *r, int64_t n)
+static srf_status write_ids(FILE *f, int64_t n, int64_t vocab)
 {
     char header[128];
-    strcpy(r->path, "/tmp/srf-bench-XXXXXX.npy");
-    int fd = mkstemps(r->path, 4);
-    if (fd < 0) r->path[0] = '\0';
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
-    SRF_FAIL_IF(!f, SRF_IO, "/tmp: cannot write a temporary token set");
     memset(header, ' ', sizeof header);
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
     int len =
@@ -43,12 +35,28 @@ static srf_status random_data(struct run *r, int64_t n)
     fwrite(header, 1, sizeof header, f);
     struct srf_rng rng = srf_rng_at(3, SRF_RNG_DATA, 0, 0, 0);
     for (int64_t i = 0; i < n; i++) {
-        uint32_t id = (uint32_t)srf_rng_below(&rng, (uint64_t)r->ck->config.vocab);
+        uint32_t id = (uint32_t)srf_rng_below(&rng, (uint64_t)vocab);
         fwrite(&id, sizeof id, 1, f);
     }
     bool failed = ferror(f);
-    SRF_FAIL_IF((fclose(f) != 0) | failed, SRF_IO, "%s: cannot write", r->path);
-    return srf_tokenset_open(r->path, NULL, r->ck->config.vocab, &r->data);
+    SRF_FAIL_IF((fclose(f) != 0) | failed, SRF_IO, "cannot write a temporary token set");
+    return SRF_OK;
+}
+
+/* A .npy of random ids: what is read does not matter, that it is read as in training does. The
+ * token set holds it open; its name goes at once. */
+static srf_status random_data(struct run *r, int64_t n)
+{
+    char path[4096];
+    const char *dir = getenv("TMPDIR");
+    snprintf(path, sizeof path, "%s/srf-bench-XXXXXX.npy", dir && *dir ? dir : "/tmp");
+    int fd = mkstemps(path, 4);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    SRF_FAIL_IF(!f, SRF_IO, "%s: cannot write a temporary token set", path);
+    srf_status st = write_ids(f, n, r->ck->config.vocab);
+    if (st == SRF_OK) st = srf_tokenset_open(path, NULL, r->ck->config.vocab, &r->data);
+    unlink(path);
+    return st;
 }
 
 static srf_status open_run(const struct bench_options *o, struct srf_ctx *ctx, struct run *r,
