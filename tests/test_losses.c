@@ -4,8 +4,8 @@
 
 #include <string.h>
 
-static const int64_t shapes[][2] = {{1, 1},   {1, 2},    {5, 17}, {3, 512},
-                                    {3, 513}, {2, 1777}, {0, 9},  {64, 300}};
+static const int64_t shapes[][2] = {{1, 1},    {1, 2},    {5, 17}, {3, 512}, {3, 513},
+                                    {2, 2048}, {3, 4099}, {0, 9},  {64, 300}};
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
 enum { MAX_ROWS = 64 };
 
