@@ -4,9 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The tokenizers library's GPT-2 pattern. White space is spelt out as Unicode's White_Space: PCRE2's
- * own \s differs from it (U+180E). PCRE2_UCP is set for good measure, no class here depends on it.
- */
+/* The tokenizers library's GPT-2 pattern. White space is spelt out as Unicode's White_Space: the \s
+ * of PCRE2 differs from it (U+180E). Letters and numbers are those of PCRE2's Unicode version: a
+ * character that was assigned later is neither here (10.42 has Unicode 14). */
 #define SPACE                                                                                      \
     "\\t-\\r "                                                                                     \
     "\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
@@ -67,8 +67,8 @@ static void byte_of_code_table(int16_t table[512])
     for (int b = 0; b < 256; b++) table[code_of_byte((unsigned char)b)] = (int16_t)b;
 }
 
-/* Bytes that a vocabulary key stands for, written to out (n at most); a key with a character outside
- * the alphabet stands for itself. */
+/* Bytes that a vocabulary key stands for, written to out (n at most); a key with a character
+ * outside the alphabet stands for itself. */
 static size_t bytes_of_key(const int16_t table[512], const char *key, size_t n, char *out)
 {
     size_t k = 0;
@@ -309,7 +309,7 @@ static srf_status compile_pattern(struct srf_bpe *bpe)
     pcre2_compile_context *context = pcre2_compile_context_create(bpe->pcre_memory);
     SRF_FAIL_IF(!context, SRF_NOMEM, "out of memory: PCRE2 context");
     bpe->pattern = pcre2_compile((PCRE2_SPTR)gpt2_pattern, sizeof gpt2_pattern - 1,
-                                 PCRE2_UTF | PCRE2_UCP | PCRE2_ANCHORED, &error, &at, context);
+                                 PCRE2_UTF | PCRE2_ANCHORED, &error, &at, context);
     pcre2_compile_context_free(context);
     if (!bpe->pattern) {
         char text[128] = "";
@@ -381,10 +381,10 @@ static uint64_t hash_u32(uint64_t h, uint32_t x)
     return fnv1a(h, le, 4);
 }
 
-/* FNV-1a 64 over: number of ids; per token (ascending ids) id, whether added, length, key; number of
- * merges; per merge (by rank) the two ids. Numbers as u32 little endian. Not in it: whether an added
- * token is listed in the vocabulary too, is special or normalized: files differ in that for the same
- * tokenizer. */
+/* FNV-1a 64 over: number of ids; per token (ascending ids) id, whether added, length, key; number
+ * of merges; per merge (by rank) the two ids. Numbers as u32 little endian. Not in it: whether an
+ * added token is listed in the vocabulary too, is special or normalized: files differ in that for
+ * the same tokenizer. */
 void srf_bpe_hash(const struct srf_bpe *bpe, char hex[17])
 {
     uint64_t h = hash_u32(fnv1a_start, (uint32_t)bpe->n_tokens);

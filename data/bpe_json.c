@@ -1,5 +1,5 @@
-/* The tokenizer's files: tokenizer.json in and out, vocab.json with merges.txt. What a file asks for
- * and bpe_encode.c does not do is refused here, by its key. */
+/* The tokenizer's files: tokenizer.json in and out, vocab.json with merges.txt. What a file asks
+ * for and bpe_encode.c does not do is refused here, by its key. */
 #include "checkpoints/file.h"
 #include "data/bpe_internal.h"
 
@@ -328,8 +328,8 @@ static srf_status read_merge_lines(const char *text, size_t n, struct srf__bpe_p
     return SRF_OK;
 }
 
-/* added: the object of an added_tokens.json (content -> id) or NULL. <|endoftext|> is an added token
- * wherever the vocabulary has it, as in GPT-2's own encoder. */
+/* added: the object of an added_tokens.json (content -> id) or NULL. <|endoftext|> is an added
+ * token wherever the vocabulary has it, as in GPT-2's own encoder. */
 static srf_status from_vocab_merges(json_t *vocab, const char *merges, size_t n_merges,
                                     json_t *added, struct srf_bpe **out)
 {

@@ -1,6 +1,6 @@
-/* The native token set. Root attributes format "srf", version 1, kind "tokens", tokenizer_hash, vocab_size,
- * max_id, creator; /tokens: u16 (vocabularies up to 65536) or u32, little endian, no filters;
- * /documents: i64, the token at which each document starts.
+/* The native token set. Root attributes format "srf", version 1, kind "tokens", tokenizer_hash,
+ * vocab_size, max_id, creator; /tokens: u16 (vocabularies up to 65536) or u32, little endian, no
+ * filters; /documents: i64, the token at which each document starts.
  *
  * Ids are read by pread at the addresses HDF5 gives, not through it: a random window costs one
  * system call, and threads may read at once. */

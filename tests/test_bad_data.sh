@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Malformed tokenizers, token sets, texts and command lines of srf tokenize: exit 1 (2 for the command
-# line), exactly one line of error that names the matter, no output, nothing left behind.
+# Malformed tokenizers, token sets, texts and command lines of srf tokenize: exit 1 (2 for the
+# command line), exactly one line of error that names the matter, no output, nothing left behind.
 source "$(dirname "$0")/shell.sh"
 T="$SOURCE/checkpoints/tiny-gpt2/tokenizer.json"
 [ -f "$T" ] || die "no $T"
@@ -43,7 +43,8 @@ reject 1 'the texts are empty' /dev/null --tokenizer "$T" --out x.h5
 reject 1 'No such file' text.txt --tokenizer nowhere.json --out x.h5
 reject 1 'No such file' text.txt --tokenizer "$T" --out no/such/place.h5
 reject 1 'is the output' text.txt --tokenizer "$T" --out ./text.txt
-reject 1 'only 1 documents' text.txt --tokenizer "$T" --out x.h5 --holdout-every 2 --holdout-out y.h5
+reject 1 'only 1 documents' text.txt --tokenizer "$T" --out x.h5 --holdout-every 2 \
+    --holdout-out y.h5
 
 # Tokenizers. tests/test_bpe_files.c has a longer table of what may be wrong inside.
 # tokenizer TEXT: writes bad.json
@@ -76,7 +77,7 @@ tokenizer '{"model": {"vocab": {"a": 0}, "merges": ["a \n\u001b[31m"]}, "pre_tok
 {"type": "ByteLevel", "add_prefix_space": false}}'
 reject 1 'merge 0' text.txt --tokenizer bad.json --out x.h5
 
-# Token sets. tests/test_tokenset.c has more.
+# Token sets. tests/test_tokenset_h5.c and test_tokenset.c have more.
 decode() {
     reject 1 "$1" "$2" --decode --tokenizer "$T"
 }

@@ -1,7 +1,8 @@
 /* The tokenizer against a naive reference: random merges, hostile text, streams cut anywhere.
- * Mutants that these caught: LOOKAHEAD 4, no hazard of added tokens (either class), classes swapped,
- * segments left open at an added token, ties merged from the right, no update of the pair to the
- * left, cache hits by prefix, shortest added token first, U+0085 or 're dropped from the pattern. */
+ * Mutants that these caught: LOOKAHEAD 4, no hazard of added tokens (either class), classes
+ * swapped, segments left open at an added token, ties merged from the right, no update of the pair
+ * to the left, cache hits by prefix, shortest added token first, U+0085 or 're dropped from the
+ * pattern. */
 #include "data/bpe_internal.h"
 #include "tests/ref/bpe.h"
 #include "tests/support.h"

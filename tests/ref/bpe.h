@@ -1,5 +1,5 @@
-/* A byte-level BPE tokenizer written from its definition, quadratic, and random tokenizers and texts
- * to compare with it. Shares nothing with data/. */
+/* A byte-level BPE tokenizer written from its definition, quadratic, and random tokenizers and
+ * texts to compare with it. Shares nothing with data/. */
 #pragma once
 #include "kernels/features.h"
 #include <stdbool.h>
