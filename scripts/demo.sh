@@ -8,7 +8,7 @@ source "$(dirname "$0")/lib.sh"
 
 out="$ROOT/out/demo"
 features=64 # m: random features a head
-window=64   # the hybrid: this block of tokens and the one before it are attended to exactly
+window=16   # the hybrid: this block of tokens and the one before it are attended to exactly
 
 pure_steps="${SRF_DEMO_PURE_STEPS:-150}"
 hybrid_steps="${SRF_DEMO_HYBRID_STEPS:-60}"
@@ -37,7 +37,7 @@ section() {
 evaluate() {
     local name="$1"
     shift
-    "$srf" eval --data "$out/heldout.h5" --json "$@" >"$out/eval_$name.json"
+    "$srf" eval --data "$out/heldout.h5" --json --quiet "$@" >"$out/eval_$name.json"
     note "perplexity: $("$PYTHON" scripts/report.py --perplexity "$out/eval_$name.json")"
 }
 
@@ -53,12 +53,12 @@ retrofit() {
     "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" --batch 16 "$@"
 }
 
-# A paragraph each for the report, with the bytes of state that it took.
+# A paragraph each for the report, to the end of the model's context, and the bytes of its state.
 generate() {
     local name
     printf 'And it came to pass' >"$out/prompt.txt"
     for name in pure hybrid; do
-        "$srf" generate --model "$out/$name.recurrent.h5" --prompt-file "$out/prompt.txt" -n 150 \
+        "$srf" generate --model "$out/$name.recurrent.h5" --prompt-file "$out/prompt.txt" -n 251 \
             --temperature 0.8 --top-p 0.9 --seed 7 --json >"$out/generate_$name.json"
     done
 }
@@ -68,6 +68,8 @@ section "Import the bundled checkpoint (a small GPT-2, softmax attention)" \
 section "Tokenize the text; the held-out chapters stay apart" tokenize
 section "Perplexity of the untouched model, softmax attention" \
     evaluate softmax --model "$out/base.h5"
+section "The same on a part of the training text, for the loss curves" \
+    evaluate softmax_train --model "$out/base.h5" --data "$out/train.h5" --max-tokens 65536
 section "Perplexity right after the swap to random features, m = $features" \
     evaluate swapped --model "$out/base.h5" --attention srf --m "$features" \
     --window 0

@@ -82,7 +82,6 @@ def summarize(out, seconds):
     summary = {f"ppl_{name}": value for name, value in ppl.items()}
     summary["closed_pure"] = closed(ppl["pure"], ppl["softmax"], ppl["swapped"])
     summary["closed_hybrid"] = closed(ppl["hybrid"], ppl["softmax"], ppl["swapped"])
-    summary["closed_hybrid_own_gap"] = closed(ppl["hybrid"], ppl["softmax"], ppl["swapped_hybrid"])
     summary["state_bytes"] = generated["pure"]["state_bytes"]
     summary["state_bytes_hybrid"] = generated["hybrid"]["state_bytes"]
     summary["kv_bytes"] = generated["pure"]["kv_bytes"]  # at kv_tokens of context
@@ -128,7 +127,7 @@ def running_mean(values, width):
     return (sums[1:] - sums[low]) / (np.arange(1, len(sums)) - low)
 
 
-def draw_loss(out, summary):
+def draw_loss(out):
     figure, axes = plt.subplots()
     top = []
     for name in ("pure", "hybrid"):
@@ -140,11 +139,11 @@ def draw_loss(out, summary):
         axes.plot(steps, smooth, color=COLOURS[name], linewidth=1.8, label=f"{name} retrofit")
         top.append(max(smooth))
     axes.axhline(
-        math.log(summary["ppl_softmax"]),
+        read_json(out / "eval_softmax_train.json")["nll"],
         color=COLOURS["softmax"],
         linestyle="--",
         linewidth=1.2,
-        label="untouched, held-out text",
+        label="untouched model",
     )
     axes.set_ylim(top=max(top) * 1.03)
     axes.set_xlabel("optimizer step")
@@ -183,27 +182,27 @@ def draw_perplexities(out, summary):
     return save(figure, out, "perplexity")
 
 
-def draw_kernel_error(out, validation, v_sq):
+def draw_kernel_error(out, validation, v2):
     """Measured error of the kernel estimate beside its closed form, one colour a coupling."""
     figure, axes = plt.subplots()
-    rows = [row for row in validation["kernel"] if row["v_sq"] == v_sq]
+    rows = [row for row in validation["kernel"] if row["v2"] == v2]
     for kind, colour in KIND_COLOURS.items():
         mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["m"])
         if not mine:
             continue
         m = [row["m"] for row in mine]
         axes.plot(m, [row["mse"] for row in mine], "o", color=colour, markersize=4, label=kind)
-        if mine[0]["closed"] is not None:
-            axes.plot(m, [row["closed"] for row in mine], color=colour, linewidth=1.2)
+        if mine[0]["closed_form"] is not None:
+            axes.plot(m, [row["closed_form"] for row in mine], color=colour, linewidth=1.2)
     features_axis(axes, sorted({row["m"] for row in rows}))
     axes.set_ylabel("relative squared error of a weight")
-    axes.legend(title="dots: measured, lines: theory", title_fontsize=9)
+    axes.legend(loc="upper right", title="dots: measured, lines: theory", title_fontsize=9)
     return save(figure, out, "kernel_error")
 
 
 def draw_error_of_m(out, validation):
     """Error of the heads' outputs against the number of features: mean, best and worst head."""
-    rows = sorted(validation["output_error"], key=lambda row: row["m"])
+    rows = sorted(validation["output_error_by_m"], key=lambda row: row["m"])
     m = [row["m"] for row in rows]
     heads = [np.ravel(row["heads"]) for row in rows]
     figure, axes = plt.subplots()
@@ -312,20 +311,19 @@ def results_section(summary, pictures):
     ]
     return f"""
 <h2>How good is it?</h2>
-<p>Perplexity says how many words, so to speak, the model hesitates between: lower is better. All
-numbers are from the same held-out chapters, which no model here was trained on.</p>
+<p>Perplexity says between how many next tokens (pieces of words) the model hesitates: lower is
+better. All numbers are from the same held-out chapters, which no model here was trained on.</p>
 {table(("model", "perplexity", "gap closed"), rows)}
 <p class="small">Gap closed: how much of the damage done by the swap the training undid, measured in
-log-perplexity. The hybrid is measured against the gap of the pure swap, as the pure model is. Right
-after its own swap it stands at {s['ppl_swapped_hybrid']:.2f}; of that smaller gap it closes
-{s['closed_hybrid_own_gap']:.1%}.</p>
+log-perplexity; the hybrid is measured against the gap of the pure swap, as the pure model is. Right
+after its own swap, before any training, the hybrid stands at {s['ppl_swapped_hybrid']:.2f}.</p>
 {picture(pictures["perplexity"], "Bars: perplexity of every model")}
 <p>The recurrent bars are the exported models, fed one token at a time. They must stand where the
 retrofitted ones do: it is the same model, computed another way.</p>
 <h2>Training</h2>
 {picture(pictures["loss"], "Curves: training loss of the two retrofits")}
 <p>Loss of the two retrofits on the training text. Pale: each step. Strong: a running mean. The
-dashed line is where the untouched model stands on the held-out text.</p>"""
+dashed line is where the untouched model stands on a part of the same text.</p>"""
 
 
 def memory_section(out, summary):
@@ -409,17 +407,16 @@ def main():
     summary = summarize(out, args.seconds)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     validation = read_json(out / "validate" / "validate.json")
-    at_main_m = next(row for row in validation["output_error"] if row["m"] == validation["m"])
     pictures = {
-        "loss": draw_loss(out, summary),
+        "loss": draw_loss(out),
         "perplexity": draw_perplexities(out, summary),
-        "kernel_error": draw_kernel_error(out, validation, v_sq=1),
+        "kernel_error": draw_kernel_error(out, validation, v2=1),
         "error_of_m": draw_error_of_m(out, validation),
         "output_error": draw_heat_map(
-            out, "output_error", at_main_m["heads"], "relative error", "{:.2f}"
+            out, "output_error", validation["output_error"], "relative error", "{:.2f}"
         ),
         "difficulty": draw_heat_map(
-            out, "difficulty", validation["v_sq"]["mean"], "|q + k|²/√d", "{:.1f}"
+            out, "difficulty", validation["v2"], "|q + k|²/√d", "{:.1f}"
         ),
     }
     page = write_page(out, summary, pictures, validation)
