@@ -39,6 +39,45 @@ void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int6
 void srf__blas_serial_begin(const struct srf_ctx *ctx);
 void srf__blas_serial_end(const struct srf_ctx *ctx);
 
+/* Sums over rows of a few hundred values: compilers end a simd reduction with a lane by lane sum,
+ * which costs more than the rest of such a row. */
+typedef real srf__lanes __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
+enum { SRF__LANES = 64 / sizeof(real) };
+
+static inline real srf__lane_sum(srf__lanes v)
+{
+    union {
+        srf__lanes v;
+        real x[SRF__LANES];
+    } u = {v};
+    for (int half = SRF__LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) u.x[i] += u.x[i + half];
+    return u.x[0];
+}
+
+/* sum_i a_i b_i */
+static inline real srf__dot(const real *a, const real *b, int64_t n)
+{
+    srf__lanes sum = {0};
+    int64_t whole = n / SRF__LANES * SRF__LANES;
+    for (int64_t i = 0; i < whole; i += SRF__LANES)
+        sum += *(const srf__lanes *)(a + i) * *(const srf__lanes *)(b + i);
+    real rest = 0;
+    for (int64_t i = 0; i < n % SRF__LANES; i++) rest += a[whole + i] * b[whole + i];
+    return srf__lane_sum(sum) + rest;
+}
+
+/* sum_i a_i */
+static inline real srf__sum(const real *a, int64_t n)
+{
+    srf__lanes sum = {0};
+    int64_t whole = n / SRF__LANES * SRF__LANES;
+    for (int64_t i = 0; i < whole; i += SRF__LANES) sum += *(const srf__lanes *)(a + i);
+    real rest = 0;
+    for (int64_t i = 0; i < n % SRF__LANES; i++) rest += a[whole + i];
+    return srf__lane_sum(sum) + rest;
+}
+
 /* 2^x and e^x, written so that loops over them vectorise: fp32 to about 1 ulp (polynomials on
  * [-1/2, 1/2] and the like), fp64 by libm. Below the smallest normal number the result is 0; above
  * the largest, infinity. NaN gives NaN. */

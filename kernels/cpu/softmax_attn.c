@@ -123,13 +123,8 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_softmax_attn_bwd_args
     }
     for (int64_t t0 = 0; t0 < t_len; t0 += TILE_Q) {
         int64_t n = min64(TILE_Q, t_len - t0), keys = a->causal ? t0 + n : t_len;
-        for (int64_t t = 0; t < n; t++) {
-            real sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < d; j++)
-                sum += o[(t0 + t) * ld_o + j] * d_o[(t0 + t) * ld_o + j];
-            delta[t] = sum;
-        }
+        for (int64_t t = 0; t < n; t++)
+            delta[t] = srf__dot(o + (t0 + t) * ld_o, d_o + (t0 + t) * ld_o, d);
         for (int64_t s0 = 0; s0 < keys; s0 += TILE_K) {
             int64_t c = min64(TILE_K, keys - s0);
             const real *vs = v + s0 * ld, *ks = k + s0 * ld, *qs = q + t0 * ld;

@@ -138,10 +138,7 @@ static void noncausal_fwd(const struct attn_head *h, const struct fwd_scratch *f
         srf__attn_features(h, f->x, NULL, 0, n, f->aq);
         for (int64_t t = 0; t < n; t++) den[t] = ATTN_UNSET;
         srf__attn_queries(h, f->aq, st->top, n, den, f->ch.qf);
-        for (int64_t t = 0; t < n; t++) {
-            den[t] = 0;
-            for (int64_t i = 0; i < m; i++) den[t] += f->ch.qf[t * m + i] * st->z[i];
-        }
+        for (int64_t t = 0; t < n; t++) den[t] = srf__dot(f->ch.qf + t * m, st->z, m);
         srf__gemm(h->ctx, false, false, n, d, m, 1, f->ch.qf, m, st->s, d, 0, r.o, r.ld_o);
         divide(r.o, r.ld_o, den, n, d);
     }

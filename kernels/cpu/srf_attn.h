@@ -108,7 +108,8 @@ static inline struct attn_head attn_head_of(struct srf_ctx *ctx, const struct sr
 srf_status srf__attn_check(const struct srf_attn_shape *s, int64_t ld, int64_t ld_o);
 struct attn_chunk srf__attn_carve_chunk(struct attn_bump *b, int64_t m);
 
-/* x (n, d) = src * scale, clamped; half (n) = log2(e) |x|^2 / 2. NaN stays NaN. */
+/* x (n, d) = src * scale, clamped; half (n) = log2(e) |x|^2 / 2, or NULL. NaN stays
+ * NaN. */
 void srf__attn_load(const struct attn_head *h, const real *src, int64_t ld, int64_t n, real *x,
                     real *half);
 /* a (n, m) = log2(e) (x W^T + bias) - half - shift; half may be NULL (= 0). */

@@ -98,17 +98,14 @@ static void upstream(const struct attn_head *h, const struct bwd_scratch *f, con
     int64_t d = h->d;
     for (int64_t t = 0; t < n; t++) {
         const real *o = r->o + t * r->ld_o, *d_o = r->d_o + t * r->ld_o;
-        real by = 1 / f->ch.den[t], dot = 0, *g = f->g + t * d;
+        real by = 1 / f->ch.den[t], *g = f->g + t * d;
         if (t + ATTN_AHEAD < n) {
             attn_prefetch(o + ATTN_AHEAD * r->ld_o, d);
             attn_prefetch(d_o + ATTN_AHEAD * r->ld_o, d);
         }
-#pragma omp simd reduction(+ : dot)
-        for (int64_t j = 0; j < d; j++) {
-            g[j] = d_o[j] * by;
-            dot += d_o[j] * o[j];
-        }
-        f->delta[t] = -dot * by;
+#pragma omp simd
+        for (int64_t j = 0; j < d; j++) g[j] = d_o[j] * by;
+        f->delta[t] = -srf__dot(d_o, o, d) * by;
     }
 }
 
@@ -132,20 +129,17 @@ static void step_back(const struct attn_head *h, const struct bwd_scratch *f, co
     }
 }
 
-/* da (n, m) = weight (dphi + a_t b_i), sum_t = sum_i da_ti; a NULL is 1. */
+/* da (n, m) = weight (dphi + a_t b_i), sum_t = sum_i da_ti; a is 1 where it is NULL. */
 static void to_exponents(const struct attn_head *h, const real *weight, const real *dphi,
                          const real *a, const real *b, int64_t n, real *da, real *sum)
 {
     int64_t m = h->m;
     for (int64_t t = 0; t < n; t++) {
         const real *w = weight + t * m, *p = dphi + t * m;
-        real *out = da + t * m, by = a ? a[t] : 1, total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < m; i++) {
-            out[i] = w[i] * (p[i] + by * b[i]);
-            total += out[i];
-        }
-        sum[t] = total;
+        real *out = da + t * m, by = a ? a[t] : 1;
+#pragma omp simd
+        for (int64_t i = 0; i < m; i++) out[i] = w[i] * (p[i] + by * b[i]);
+        if (sum) sum[t] = srf__sum(out, m);
     }
 }
 
@@ -200,7 +194,7 @@ static void pure_chunk(const struct attn_head *h, const struct bwd_scratch *f,
             for (int64_t i = 0; i < m; i++) f->dphi[t * m + i] *= ch->step[i];
     }
     srf__gemm(h->ctx, false, false, n, m, n, 1, f->dp, n, ch->kf, m, empty ? 0 : 1, f->dphi, m);
-    to_exponents(h, ch->qf, f->dphi, f->delta, ch->zs, n, aq, sum);
+    to_exponents(h, ch->qf, f->dphi, f->delta, ch->zs, n, aq, NULL);
 
     srf__gemm(h->ctx, false, true, n, m, d, 1, r->v, r->ld, f->r, d, 0, f->dphi, m);
     srf__gemm(h->ctx, true, false, n, m, n, 1, f->dp, n, ch->qf, m, 1, f->dphi, m);
@@ -292,10 +286,7 @@ static void noncausal_bwd(const struct attn_head *h, const struct bwd_scratch *f
         srf__attn_features(h, f->x, NULL, 0, n, f->aq);
         for (int64_t t = 0; t < n; t++) den[t] = ATTN_UNSET;
         srf__attn_queries(h, f->aq, st.top, n, den, f->ch.qf);
-        for (int64_t t = 0; t < n; t++) {
-            den[t] = 0;
-            for (int64_t i = 0; i < m; i++) den[t] += f->ch.qf[t * m + i] * st.z[i];
-        }
+        for (int64_t t = 0; t < n; t++) den[t] = srf__dot(f->ch.qf + t * m, st.z, m);
         upstream(h, f, &r, n);
         far_queries(h, f, &st, f->aq, NULL, f->x, &r, n);
     }

@@ -37,17 +37,16 @@ void srf__attn_load(const struct attn_head *h, const real *src, int64_t ld, int6
 {
     for (int64_t t = 0; t < n; t++) {
         const real *from = src + t * ld;
-        real *to = x + t * h->d, sum = 0;
+        real *to = x + t * h->d;
         if (t + ATTN_AHEAD < n) attn_prefetch(from + ATTN_AHEAD * ld, h->d);
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd
         for (int64_t j = 0; j < h->d; j++) {
             real c = from[j] * h->scale;
             c = c > ATTN_LIMIT ? ATTN_LIMIT : c;
             c = c < -ATTN_LIMIT ? -ATTN_LIMIT : c;
             to[j] = c;
-            sum += c * c;
         }
-        half[t] = (real)0.5 * ATTN_LOG2E * sum;
+        if (half) half[t] = (real)0.5 * ATTN_LOG2E * srf__dot(to, to, h->d);
     }
 }
 
@@ -160,13 +159,9 @@ bool srf__attn_chunk(const struct attn_head *h, const struct attn_state *st, con
     for (int64_t i = 0; i < m; i++) ch->zs[i] = st->z[i] * ch->step[i];
     srf__gemm(h->ctx, false, true, n, n, m, 1, ch->qf, m, ch->kf, m, 0, ch->p, n);
     for (int64_t t = 0; t < n; t++) {
-        const real *qf = ch->qf + t * m;
-        real *p = ch->p + t * n, den = 0;
-#pragma omp simd reduction(+ : den)
-        for (int64_t i = 0; i < m; i++) den += qf[i] * ch->zs[i];
-#pragma omp simd reduction(+ : den)
-        for (int64_t s = 0; s <= t; s++) den += p[s];
+        real *p = ch->p + t * n;
         for (int64_t s = t + 1; s < n; s++) p[s] = 0;
+        real den = srf__dot(ch->qf + t * m, ch->zs, m) + srf__sum(p, n);
         ch->den[t] = den;
         ok = ok && den >= REAL_MIN_DEN;
     }
@@ -194,17 +189,13 @@ void srf__attn_window(const struct attn_head *h, const struct attn_block_pair *p
     if (has_far) srf__attn_queries(h, aq, far->top, n, den, qf);
     for (int64_t t = 0; t < n; t++) {
         int64_t seen = before + row + t + 1;
-        real *weight = p + t * cols, r = den[t], sum = 0;
-#pragma omp simd reduction(+ : sum)
+        real *weight = p + t * cols, r = den[t];
+#pragma omp simd
         for (int64_t s = 0; s < seen; s++) {
             real e = srf__round(weight[s]);
             weight[s] = srf__exp2_parts(weight[s] - e, e - r);
-            sum += weight[s];
         }
         for (int64_t s = seen; s < cols; s++) weight[s] = 0;
-        if (has_far)
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < m; i++) sum += qf[t * m + i] * far->z[i];
-        den[t] = sum;
+        den[t] = srf__sum(weight, cols) + (has_far ? srf__dot(qf + t * m, far->z, m) : 0);
     }
 }
