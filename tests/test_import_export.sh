@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Checkpoints through the program: every way out and in again gives the same model; info on each kind.
+source "$(dirname "$0")/shell.sh"
+
+# ok COMMAND...: succeeds, says nothing on stderr.
+ok() {
+    run "$@"
+    [ $status -eq 0 ] || die "$*: exit $status: $(cat stderr)"
+    [ ! -s stderr ] || fail "$* writes to stderr: $(cat stderr)"
+}
+
+# info FILE FACT...: each fact is in the JSON of the file, and its JSON is valid.
+info() {
+    local file="$1" fact
+    shift
+    ok "$SRF" info "$file" --json
+    python3 -m json.tool stdout >/dev/null || fail "info $file: no JSON"
+    for fact in "$@"; do
+        grep -qF -- "$fact" stdout || fail "info $file: no $fact in $(cat stdout)"
+    done
+    ok "$SRF" info "$file"
+    [ "$(wc -l <stdout)" -gt 1 ] || fail "info $file: $(cat stdout)"
+}
+
+command -v python3 >/dev/null || { finished=1; exit 77; }
+make_tiny_model
+same() {
+    cmp "$1" "$2" || fail "$3"
+}
+
+# transformers
+ok "$SRF" export model.h5 hf --format hf
+[ "$(ls hf | tr '\n' ' ')" = "config.json model.safetensors tokenizer.json " ] || fail "hf: $(ls hf)"
+ok "$SRF" import hf back.h5
+grep -q "tokenizer of 2048 tokens" stdout || fail "import says: $(cat stdout)"
+same model.h5 back.h5 "hf f32 and back: another model"
+ok "$SRF" import hf/model.safetensors back.h5
+same model.h5 back.h5 "safetensors and back: another model"
+cp hf/model.safetensors bare.safetensors
+ok "$SRF" import bare.safetensors back.h5 --config hf/config.json --json
+grep -q '"tokenizer": false' stdout || fail "a bare file has a tokenizer: $(cat stdout)"
+for dtype in f16 bf16; do
+    ok "$SRF" export model.h5 hf-$dtype --format hf --dtype $dtype
+    ok "$SRF" import hf-$dtype $dtype.h5
+    ! cmp -s model.h5 $dtype.h5 || fail "$dtype loses nothing"
+    ok "$SRF" export $dtype.h5 hf-$dtype-2 --format hf --dtype $dtype
+    same hf-$dtype/model.safetensors hf-$dtype-2/model.safetensors "$dtype twice: other weights"
+done
+mkdir empty
+ok "$SRF" export hf empty/ --format hf
+same hf/model.safetensors empty/model.safetensors "hf to hf: other weights"
+
+# llm.c
+ok "$SRF" export model.h5 model.bin --format llmc
+grep -q "the tokenizer is left out" stdout || fail "llmc: no word on the tokenizer: $(cat stdout)"
+ok "$SRF" import model.bin llmc.h5
+ok "$SRF" export llmc.h5 hf-llmc --format hf
+same hf/model.safetensors hf-llmc/model.safetensors "llm.c and back: other weights"
+ok "$SRF" export llmc.h5 again.bin --format llmc
+same model.bin again.bin "llm.c twice: another file"
+ok "$SRF" export model.h5 model16.bin --format llmc --dtype bf16
+ok "$SRF" import model16.bin llmc16.h5
+ok "$SRF" export llmc16.h5 hf-llmc16 --format hf --dtype bf16
+same hf-bf16/model.safetensors hf-llmc16/model.safetensors "llm.c bf16: other weights"
+
+# recurrent
+ok "$SRF" retrofit --model model.h5 --data text.txt --out run --steps 2 --batch 2 --seq-len 32 \
+    --m 8 --window 8 --threads 1 --quiet
+ok "$SRF" export run/model.h5 recurrent.h5 --format recurrent
+grep -q "m=8" stdout || fail "recurrent: no word on attention: $(cat stdout)"
+ok "$SRF" import recurrent.h5 back.h5
+same recurrent.h5 back.h5 "the recurrent kind and back: another file"
+ok "$SRF" export run/last.h5 last.h5 --format recurrent
+same recurrent.h5 last.h5 "recurrent from the training checkpoint: another file"
+ok "$SRF" export run/model.h5 hf-srf --format hf
+grep -q "readers will use softmax" stdout || fail "hf: no word on the lost attention: $(cat stdout)"
+for mode in parallel recurrent; do
+    ok "$SRF" eval --model recurrent.h5 --data text.txt --mode $mode --max-tokens 512 --seq-len 64 \
+        --threads 1 --quiet --json
+    sed 's/.*"ppl": \([0-9.]*\).*/\1/' stdout >$mode
+done
+awk '{ p = $1; getline <"parallel"; d = p / $1 - 1; exit !(d < 1e-4 && d > -1e-4) }' recurrent ||
+    fail "perplexity parallel $(cat parallel), recurrent $(cat recurrent)"
+
+# info
+info model.h5 '"kind": "weights"' '"layers": 2' '"attention": "softmax"' '"tokenizer_tokens": 2048'
+info run/last.h5 '"kind": "training"' '"step": 2' '"features_stored": true'
+info recurrent.h5 '"kind": "recurrent"' '"state_bytes_per_sequence": 10496' '"tokenizer": true'
+info hf '"format": "transformers directory"' '"types": "F32"' '"parameters": 93056'
+info hf-bf16/model.safetensors '"format": "safetensors file"' '"types": "BF16"'
+info bare.safetensors '"tensors": 28' '"tokenizer": false'
+info model.bin '"format": "llm.c checkpoint"' '"vocab": 2048' '"tokenizer": false'
+info hf/config.json '"format": "config.json"' '"positions": 64'
+info hf/tokenizer.json '"format": "tokenizer.json"' '"tokenizer_tokens": 2048'
+mkdir alone
+cp hf/tokenizer.json alone
+info alone '"format": "tokenizer directory"'
+ok "$SRF" tokenize text.txt --tokenizer hf --out tokens.h5
+info tokens.h5 '"format": "token set"' '"tokenizer_hash"' '"documents": 1'
+python3 - <<'END'
+import struct
+ids = range(100)
+open("shard.bin", "wb").write(struct.pack("<256i", 20240520, 1, 100, *[0] * 253) +
+                              struct.pack("<100H", *ids))
+head = b"{'descr': '<u2', 'fortran_order': False, 'shape': (100,), }"
+head += b" " * (117 - len(head)) + b"\n"
+open("ids.npy", "wb").write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head +
+                            struct.pack("<100H", *ids))
+END
+info shard.bin '"format": "llm.c tokens"' '"tokens": 100'
+info ids.npy '"format": "NumPy array of tokens"' '"tokens": 100'
+
+finish
