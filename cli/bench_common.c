@@ -1,7 +1,6 @@
 #include "cli/bench.h"
 #include "kernels/numeric.h"
 
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
