@@ -4,8 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-/* ---- measuring -------------------------------------------------------------------------------- */
-
 struct row {
     struct bench_summary time; /* of one call */
     struct srf_cost cost;
