@@ -3,7 +3,7 @@
 # checkpoint, swap its softmax attention for simplex random features, retrofit, evaluate, export
 # the recurrent model, validate, generate, report.
 #
-#   scripts/demo.sh        writes out/demo/: report.html, summary.json, and all that they are made of
+#   scripts/demo.sh     writes out/demo/: report.html, summary.json, and what they are made of
 source "$(dirname "$0")/lib.sh"
 
 out="$ROOT/out/demo"

@@ -38,8 +38,9 @@ def main():
     if len(chapters) != CHAPTERS:
         sys.exit(f"make_text.py: expected {CHAPTERS} chapters, found {len(chapters)}")
     # The middle one of each 16: the last chapters of the short books stay in the training part.
-    held_out = [text for i, text in enumerate(chapters) if i % HELD_OUT_EVERY == HELD_OUT_EVERY // 2]
-    train = [text for i, text in enumerate(chapters) if i % HELD_OUT_EVERY != HELD_OUT_EVERY // 2]
+    first = HELD_OUT_EVERY // 2
+    held_out = chapters[first::HELD_OUT_EVERY]
+    train = [text for i, text in enumerate(chapters) if i % HELD_OUT_EVERY != first]
     out.mkdir(parents=True, exist_ok=True)
     for name, documents in (("train", train), ("heldout", held_out)):
         path = out / f"{name}.txt"

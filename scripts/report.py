@@ -361,8 +361,8 @@ spread: simplex features are spread best. The dots should lie on the lines.</p>
 <p>The same for what comes out of attention, on the model's own queries, keys and values, before any
 training.</p>
 {picture(pictures["output_error"], "Heat map: attention output error by layer and head")}
-<p>How far each head's output is from softmax attention's with {m} features (0 = the same). Pale heads
-hardly notice the swap; dark ones are what the retrofit has to mend.</p>
+<p>How far each head's output is from softmax attention's with {m} features (0 = the same). Pale
+heads hardly notice the swap; dark ones are what the retrofit has to mend.</p>
 {picture(pictures["difficulty"], "Heat map: size of q + k by layer and head")}
 <p>Why some heads are harder: the larger the queries and keys, |q + k|²/√d, the noisier the
 estimate, exponentially so.</p>"""
