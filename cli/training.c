@@ -88,6 +88,7 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
         snprintf(last, sizeof last, "%s/last.h5", in->out);
         SRF_TRY(srf_checkpoint_load(last, NULL, &r->ck));
     } else {
+        SRF_TRY(srf_run_check_new(in->out));
         SRF_TRY(open_start(defaults, in, r));
     }
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
@@ -274,6 +275,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
                    &code))
         return code;
     if (!in.data || !in.out) return cli_usage_error("%s needs --data and --out", defaults->name);
+    if (!in.out[0]) return cli_usage_error("--out: expected a directory, found an empty name");
     if (!in.resume && !in.model == !in.init)
         return cli_usage_error("%s needs one of --model, --init and --resume", defaults->name);
     if (in.resume && (in.model || in.init))

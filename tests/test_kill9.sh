@@ -11,8 +11,9 @@ save_every=5
 # Features are redrawn, then frozen and trained; two teachers' signals: all that a resume restores.
 retrofit=("$SRF" retrofit --model model.h5 --data text.txt --steps $steps --batch 4
     --micro-batch 2 --seq-len 32 --m 8 --window 8 --redraw-every 3 --freeze-at 0.5
-    --train-features --kl 1 --mse 1 --save-every $save_every --threads 2 --quiet)
-resume=("$SRF" retrofit --resume --data text.txt --threads 2 --quiet)
+    --train-features --kl 1 --mse 1 --save-every $save_every
+    --val text.txt --eval-every $((4 * save_every)) --eval-tokens 400 --threads 2 --quiet)
+resume=("$SRF" retrofit --resume --data text.txt --val text.txt --threads 2 --quiet)
 
 # All of the log but the speed.
 metrics() {
@@ -23,12 +24,14 @@ now_ms() {
     date +%s%3N
 }
 
-# start_and_kill MS COMMAND...: kills it MS milliseconds after its start, if it still runs.
+# start_and_kill DIR MS COMMAND...: runs it in DIR; kills it MS milliseconds after the run's first
+# checkpoint is there (saved before the first step), if it still runs.
 start_and_kill() {
-    local ms="$1" pid
-    shift
-    "$@" >/dev/null 2>&1 &
+    local dir="$1" ms="$2" pid
+    shift 2
+    "$@" --out "$dir" >/dev/null 2>&1 &
     pid=$!
+    while [ ! -f "$dir/last.h5" ] && kill -0 $pid 2>/dev/null; do sleep 0.01; done
     sleep "$(awk -v ms="$ms" 'BEGIN { print ms / 1000 }')"
     kill -9 $pid 2>/dev/null
     wait $pid 2>/dev/null
@@ -43,22 +46,17 @@ length=$(($(now_ms) - start))
 killed=0
 for ((i = 1; i <= times; i++)); do
     run=run$i
-    at=$((length * (RANDOM % 100) / 100))
-    start_and_kill $at "${retrofit[@]}" --out $run
+    mkdir $run
+    : >$run/last.h5.tmp.1 # of a run that was killed before
+    at=$((length * (RANDOM % 60) / 100))
+    start_and_kill $run $at "${retrofit[@]}"
     # A second kill while it resumes.
-    if [ -f $run/last.h5 ]; then
-        start_and_kill $((length * (RANDOM % 100) / 100)) "${resume[@]}" --out $run
-    fi
+    start_and_kill $run $((length * (RANDOM % 60) / 100)) "${resume[@]}"
     [ -f $run/model.h5 ] || killed=$((killed + 1))
-    if [ -f $run/last.h5 ]; then
-        "$SRF" info $run/last.h5 >/dev/null || fail "run $i, killed after $at ms: no whole checkpoint"
-        "${resume[@]}" --out $run >/dev/null || fail "run $i, killed after $at ms: resume failed"
-    else
-        # Killed before the first save was due: nothing to resume from, and nothing lost.
-        lines=$(cat $run/metrics.jsonl 2>/dev/null | wc -l)
-        [ "$lines" -le $save_every ] || fail "run $i: $lines steps done and no checkpoint"
-        "${retrofit[@]}" --out $run >/dev/null || fail "run $i: the new start failed"
-    fi
+    "$SRF" info $run/last.h5 >/dev/null || fail "run $i, killed after $at ms: no whole checkpoint"
+    "${resume[@]}" --out $run >/dev/null || fail "run $i, killed after $at ms: resume failed"
+    [ "$(ls $run | tr '\n' ' ')" = "last.h5 metrics.jsonl model.h5 " ] ||
+        fail "run $i, killed after $at ms: left $(ls $run)"
     cmp <(metrics whole) <(metrics $run) || fail "run $i, killed after $at ms: other metrics"
     cmp whole/model.h5 $run/model.h5 || fail "run $i, killed after $at ms: other weights"
     cmp whole/last.h5 $run/last.h5 || fail "run $i, killed after $at ms: another state"

@@ -299,12 +299,138 @@ static void run_and_interrupt(void **state)
     close_setup(&s);
 }
 
+static bool stop_after_two(void *user)
+{
+    return ++*(int *)user == 2;
+}
+
+static bool exists(const char *dir, const char *name)
+{
+    char path[160];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return access(path, F_OK) == 0;
+}
+
+static void touch(const char *dir, const char *name)
+{
+    char path[160];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fclose(f);
+}
+
+/* The folder of a run belongs to it: it takes no second one, and loses what a kill left. */
+static void run_directory(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    char last[96];
+    double ppl;
+    int calls = 0;
+    struct srf_run_hooks none = {0}, hooks = {.user = &calls, .stop = stop_after_two};
+    open_setup(&s, 0, false);
+    snprintf(last, sizeof last, "%s/last.h5", s.dir);
+    touch(s.dir, "last.h5.tmp.1234");
+    touch(s.dir, "model.h5.tmp.1");
+    touch(s.dir, "last.h5.tmp.mine");
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_run(t, "", &none, &ppl), SRF_INVALID);
+    assert_int_equal(srf_trainer_run(t, s.dir, &hooks, &ppl), SRF_INTERRUPTED);
+    srf_trainer_free(t);
+    assert_false(exists(s.dir, "last.h5.tmp.1234"));
+    assert_false(exists(s.dir, "model.h5.tmp.1"));
+    assert_true(exists(s.dir, "last.h5.tmp.mine"));
+
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_run(t, s.dir, &none, &ppl), SRF_INVALID);
+    assert_non_null(strstr(srf_error_message(), "last.h5"));
+    assert_int_equal(srf_trainer_steps_done(t), 0);
+    srf_trainer_free(t);
+    test_ok(srf_trainer_resume(s.ctx, last, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_steps_done(t), 2);
+    test_ok(srf_trainer_run(t, s.dir, &none, &ppl));
+    srf_trainer_free(t);
+    assert_int_equal(unlink(last), 0); /* the model alone is a run, too */
+    assert_int_equal(srf_run_check_new(s.dir), SRF_INVALID);
+    assert_non_null(strstr(srf_error_message(), "model.h5"));
+    close_setup(&s);
+}
+
+/* A validation set that cannot be used is refused at the start, or costs nothing but its result. */
+static void bad_validation_set(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    struct srf_tokenset *bad;
+    struct srf_run_hooks none = {0};
+    char path[96];
+    double ppl;
+    open_setup(&s, 0, false);
+    snprintf(path, sizeof path, "%s/bad.npy", s.dir);
+    write_tokens(path, 1, 2);
+    test_ok(srf_tokenset_open(path, NULL, 16, &bad));
+    assert_int_equal(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, bad, &t),
+                     SRF_INVALID);
+    srf_tokenset_close(bad);
+    s.config.seq_len = 1;
+    assert_int_equal(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t),
+                     SRF_INVALID);
+    s.config.seq_len = 24;
+
+    /* An id that is none of the model's, in the middle of a long set: found by the evaluation. */
+    write_tokens(path, 40000, 2);
+    FILE *f = fopen(path, "r+b");
+    fseek(f, 128 + 2 * 20000, SEEK_SET);
+    fwrite("\x63\x00", 1, 2, f);
+    fclose(f);
+    test_ok(srf_tokenset_open(path, NULL, 16, &bad));
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, bad, &t));
+    assert_int_equal(srf_trainer_run(t, s.dir, &none, &ppl), SRF_MISMATCH);
+    srf_trainer_free(t);
+    srf_tokenset_close(bad);
+    assert_true(exists(s.dir, "model.h5"));
+    snprintf(path, sizeof path, "%s/last.h5", s.dir);
+    test_ok(srf_trainer_resume(s.ctx, path, s.train, s.held, &t));
+    assert_int_equal(srf_trainer_steps_done(t), 12);
+    test_ok(srf_trainer_run(t, s.dir, &none, &ppl));
+    assert_true(ppl > 1);
+    srf_trainer_free(t);
+    close_setup(&s);
+}
+
+/* Saved before the first step, so that an early end loses nothing. */
+static bool stop_checks_checkpoint(void *user)
+{
+    const char *dir = user;
+    assert_true(exists(dir, "last.h5"));
+    return false;
+}
+
+static void saved_at_once(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    double ppl;
+    open_setup(&s, 0, false);
+    s.config.save_every = 0;
+    struct srf_run_hooks hooks = {.user = s.dir, .stop = stop_checks_checkpoint};
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    test_ok(srf_trainer_run(t, s.dir, &hooks, &ppl));
+    srf_trainer_free(t);
+    close_setup(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(policies),          cmocka_unit_test(learns),
-        cmocka_unit_test(resume_is_exact),   cmocka_unit_test(non_finite_steps),
-        cmocka_unit_test(run_and_interrupt),
+        cmocka_unit_test(policies),           cmocka_unit_test(learns),
+        cmocka_unit_test(resume_is_exact),    cmocka_unit_test(non_finite_steps),
+        cmocka_unit_test(run_and_interrupt),  cmocka_unit_test(run_directory),
+        cmocka_unit_test(bad_validation_set), cmocka_unit_test(saved_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,6 +1,7 @@
 /* The loop around the steps: metrics log, evaluations, checkpoints. */
 #include "train/trainer_internal.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <jansson.h>
 #include <math.h>
@@ -12,10 +13,37 @@
 
 #define PATH_SIZE 4096
 
+/* ---- the directory of a run ---------------------------------------------------------------- */
+
+struct paths {
+    char metrics[PATH_SIZE], last[PATH_SIZE], model[PATH_SIZE];
+};
+
+static srf_status set_paths(const char *dir, struct paths *p)
+{
+    SRF_FAIL_IF(dir[0] == '\0', SRF_INVALID, "the run's directory has an empty name");
+    SRF_FAIL_IF(strlen(dir) >= PATH_SIZE - 64, SRF_INVALID, "%s: path too long", dir);
+    snprintf(p->metrics, PATH_SIZE, "%s/metrics.jsonl", dir);
+    snprintf(p->last, PATH_SIZE, "%s/last.h5", dir);
+    snprintf(p->model, PATH_SIZE, "%s/model.h5", dir);
+    return SRF_OK;
+}
+
+srf_status srf_run_check_new(const char *dir)
+{
+    struct paths p;
+    struct stat info;
+    SRF_TRY(set_paths(dir, &p));
+    const char *found = lstat(p.last, &info) == 0 ? p.last : p.model;
+    SRF_FAIL_IF(lstat(found, &info) == 0, SRF_INVALID,
+                "%s is there, of an earlier run: go on with --resume, or name another directory",
+                found);
+    return SRF_OK;
+}
+
 static srf_status make_dir(const char *dir)
 {
     char path[PATH_SIZE];
-    SRF_FAIL_IF(strlen(dir) >= sizeof path - 64, SRF_INVALID, "%s: path too long", dir);
     strcpy(path, dir);
     for (char *s = path + 1; *s; s++) {
         if (*s != '/') continue;
@@ -31,35 +59,62 @@ static srf_status make_dir(const char *dir)
     return SRF_OK;
 }
 
-/* metrics.jsonl for appending, with lines of steps after `step` (of a run that was killed) dropped:
- * *keep is where the next line goes. */
-static srf_status keep_metrics(FILE *f, int64_t step, long *keep)
+/* Whether a name is one that an unfinished last.h5 or model.h5 has: see srf__temp_name. */
+static bool is_unfinished(const char *name)
+{
+    static const char *const starts[] = {"last.h5.tmp.", "model.h5.tmp."};
+    for (int i = 0; i < 2; i++) {
+        size_t n = strlen(starts[i]), digits = 0;
+        if (strncmp(name, starts[i], n) != 0) continue;
+        digits = strspn(name + n, "0123456789");
+        return digits > 0 && name[n + digits] == '\0';
+    }
+    return false;
+}
+
+/* A killed run may have left half a file. Failing to remove it harms nobody. */
+static void remove_unfinished(const char *dir)
+{
+    DIR *d = opendir(dir);
+    if (!d) return;
+    for (const struct dirent *e; (e = readdir(d)) != NULL;)
+        if (is_unfinished(e->d_name)) unlinkat(dirfd(d), e->d_name, 0);
+    closedir(d);
+}
+
+/* ---- metrics.jsonl ------------------------------------------------------------------------- */
+
+/* Drops the lines of steps after `step` (of a run that was killed). *evaluated: the line of `step`
+ * itself has its perplexity. */
+static srf_status keep_metrics(FILE *f, const char *path, int64_t step, bool *evaluated)
 {
     char line[4096];
-    *keep = 0;
-    rewind(f);
+    long keep = 0;
     while (fgets(line, sizeof line, f)) {
         json_t *row = json_loads(line, 0, NULL);
         const json_t *at = json_object_get(row, "step");
         bool good = strchr(line, '\n') && json_is_integer(at) && json_integer_value(at) <= step;
+        *evaluated = good && json_integer_value(at) == step && json_object_get(row, "val_ppl");
         json_decref(row);
         if (!good) break;
-        *keep = ftell(f);
+        keep = ftell(f);
     }
+    SRF_FAIL_IF(ferror(f) || ftruncate(fileno(f), keep) != 0 || fseek(f, keep, SEEK_SET) != 0,
+                SRF_IO, "%s: cannot be continued: %s", path, strerror(errno));
     return SRF_OK;
 }
 
-static srf_status open_metrics(const char *path, int64_t step, FILE **out)
+static srf_status open_metrics(const char *path, int64_t step, FILE **out, bool *evaluated)
 {
-    *out = fopen(path, step > 0 ? "a+" : "w");
+    *evaluated = false;
+    *out = step > 0 ? fopen(path, "r+") : NULL;
+    if (!*out) *out = fopen(path, "w");
     SRF_FAIL_IF(!*out, SRF_IO, "%s: cannot write: %s", path, strerror(errno));
-    if (step == 0) return SRF_OK;
-    long keep;
-    srf_status st = keep_metrics(*out, step, &keep);
-    if (st == SRF_OK && ftruncate(fileno(*out), keep) == 0) return SRF_OK;
+    srf_status st = step > 0 ? keep_metrics(*out, path, step, evaluated) : SRF_OK;
+    if (st == SRF_OK) return SRF_OK;
     fclose(*out);
     *out = NULL;
-    SRF_FAIL(SRF_IO, "%s: cannot be continued: %s", path, strerror(errno));
+    return st;
 }
 
 /* JSON has no NaN: a non-finite number is logged as null. */
@@ -71,8 +126,7 @@ static void put_number(FILE *f, const char *key, double x)
         fprintf(f, ", \"%s\": null", key);
 }
 
-static srf_status log_step(FILE *f, const struct srf_train_metrics *m, double val_ppl,
-                           const struct srf_trainer *t)
+static srf_status log_step(FILE *f, const struct srf_train_metrics *m, const struct srf_trainer *t)
 {
     fprintf(f, "{\"step\": %lld, \"tokens\": %lld", (long long)m->step, (long long)m->tokens);
     put_number(f, "loss", m->loss);
@@ -85,50 +139,82 @@ static srf_status log_step(FILE *f, const struct srf_train_metrics *m, double va
     put_number(f, "tokens_per_s", m->tokens_per_s);
     if (t->model->attention.kind == SRF_ATTN_SRF)
         fprintf(f, ", \"draw\": %llu", (unsigned long long)m->draw);
-    if (val_ppl > 0) put_number(f, "val_ppl", val_ppl);
     if (m->skipped) fprintf(f, ", \"skipped\": true");
     fprintf(f, "}\n");
     SRF_FAIL_IF(fflush(f) != 0, SRF_IO, "metrics.jsonl: cannot write: %s", strerror(errno));
     return SRF_OK;
 }
 
+/* Evaluates, and adds the result to the newest line of the log, over its "}\n", in one write. */
+static srf_status evaluate(struct srf_trainer *t, FILE *f, double *ppl)
+{
+    SRF_TRY(srf_trainer_evaluate(t, ppl));
+    if (fseek(f, -2, SEEK_END) != 0) return SRF_OK; /* an empty log: of someone who deleted it */
+    put_number(f, "val_ppl", *ppl);
+    fprintf(f, "}\n");
+    SRF_FAIL_IF(fflush(f) != 0, SRF_IO, "metrics.jsonl: cannot write: %s", strerror(errno));
+    return SRF_OK;
+}
+
+/* ---- the loop ------------------------------------------------------------------------------ */
+
 static bool due(int64_t step, int64_t every, int64_t last)
 {
     return step == last || (every > 0 && step % every == 0);
 }
 
+/* One step and what follows it. What was learned is safe before anything else can go wrong: an
+ * evaluation comes after the save, and its result is made up for by a resume (see below). */
+static srf_status step_and_save(struct srf_trainer *t, const struct paths *p, FILE *log,
+                                const struct srf_run_hooks *hooks, double *val_ppl)
+{
+    const struct srf_train_config *c = &t->config;
+    struct srf_train_metrics m;
+    double ppl = 0;
+    SRF_TRY(srf_trainer_step(t, &m));
+    bool evaluates = t->val && due(m.step, c->eval_every, c->steps), last = m.step == c->steps;
+    bool stop = hooks->stop && hooks->stop(hooks->user);
+    if (due(m.step, c->log_every, c->steps) || evaluates || m.skipped)
+        SRF_TRY(log_step(log, &m, t));
+    if (stop || due(m.step, c->save_every, c->steps)) SRF_TRY(srf_trainer_save(t, p->last));
+    if (last) SRF_TRY(srf_trainer_save_model(t, p->model));
+    if (evaluates && (last || !stop)) SRF_TRY(evaluate(t, log, &ppl));
+    if (ppl > 0) *val_ppl = ppl;
+    if (hooks->step) hooks->step(hooks->user, &m, ppl);
+    SRF_FAIL_IF(stop && !last, SRF_INTERRUPTED, "interrupted after step %lld of %lld; saved in %s",
+                (long long)m.step, (long long)c->steps, p->last);
+    return SRF_OK;
+}
+
+/* Before the first step: a new run is saved at once, so that there is always something to resume.
+ * A resumed one makes up for what the last step had still to do. */
+static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log, bool evaluated,
+                        double *val_ppl)
+{
+    const struct srf_train_config *c = &t->config;
+    if (!t->resumed) return srf_trainer_save(t, p->last);
+    bool done = t->step == c->steps;
+    if (done) SRF_TRY(srf_trainer_save_model(t, p->model));
+    if (!t->val || t->step == 0 || !due(t->step, c->eval_every, c->steps)) return SRF_OK;
+    if (evaluated) return done ? srf_trainer_evaluate(t, val_ppl) : SRF_OK;
+    return evaluate(t, log, val_ppl);
+}
+
 srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
                            const struct srf_run_hooks *hooks, double *val_ppl)
 {
-    const struct srf_train_config *c = &t->config;
-    char metrics[PATH_SIZE + 32], last[PATH_SIZE + 32], model[PATH_SIZE + 32];
-    *val_ppl = 0;
-    SRF_TRY(make_dir(dir));
-    snprintf(metrics, sizeof metrics, "%s/metrics.jsonl", dir);
-    snprintf(last, sizeof last, "%s/last.h5", dir);
-    snprintf(model, sizeof model, "%s/model.h5", dir);
+    struct paths p;
     FILE *log;
-    SRF_TRY(open_metrics(metrics, t->step, &log));
-    srf_status st = SRF_OK;
-    while (t->step < c->steps) {
-        struct srf_train_metrics m;
-        SRF_TRY_GO(srf_trainer_step(t, &m));
-        double ppl = 0;
-        if (t->val && due(m.step, c->eval_every, c->steps)) {
-            SRF_TRY_GO(srf_trainer_evaluate(t, &ppl));
-            *val_ppl = ppl;
-        }
-        if (due(m.step, c->log_every, c->steps) || ppl > 0 || m.skipped)
-            SRF_TRY_GO(log_step(log, &m, ppl, t));
-        if (hooks->step) hooks->step(hooks->user, &m, ppl);
-        bool stop = hooks->stop && hooks->stop(hooks->user);
-        if (stop || due(m.step, c->save_every, c->steps)) SRF_TRY_GO(srf_trainer_save(t, last));
-        if (stop && m.step < c->steps)
-            SRF_FAIL_GO(SRF_INTERRUPTED, "interrupted after step %lld of %lld; saved in %s",
-                        (long long)m.step, (long long)c->steps, last);
-    }
-    SRF_TRY_GO(srf_trainer_save_model(t, model));
-cleanup:
+    bool evaluated;
+    *val_ppl = 0;
+    SRF_TRY(set_paths(dir, &p));
+    if (!t->resumed) SRF_TRY(srf_run_check_new(dir));
+    SRF_TRY(make_dir(dir));
+    remove_unfinished(dir);
+    SRF_TRY(open_metrics(p.metrics, t->step, &log, &evaluated));
+    srf_status st = start(t, &p, log, evaluated, val_ppl);
+    while (st == SRF_OK && t->step < t->config.steps)
+        st = step_and_save(t, &p, log, hooks, val_ppl);
     fclose(log);
     return st;
 }

@@ -51,6 +51,17 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     return SRF_ALLOC(t->targets, rows);
 }
 
+/* What an evaluation at the end would fail for, now. */
+static srf_status check_val(const struct srf_train_config *c, const struct srf_tokenset *val)
+{
+    SRF_FAIL_IF(srf_tokenset_count(val) < 2, SRF_INVALID,
+                "the validation set has %lld tokens: a prediction needs 2",
+                (long long)srf_tokenset_count(val));
+    SRF_FAIL_IF(c->seq_len < 2, SRF_INVALID,
+                "sequences of %lld token: an evaluation needs at least 2", (long long)c->seq_len);
+    return SRF_OK;
+}
+
 srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
                               const struct srf_checkpoint *teacher,
                               const struct srf_train_config *config, struct srf_tokenset *data,
@@ -64,6 +75,7 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
     SRF_FAIL_IF(srf_tokenset_count(data) < config->seq_len + 1, SRF_INVALID,
                 "the training set has %lld tokens: one sequence needs %lld",
                 (long long)srf_tokenset_count(data), (long long)config->seq_len + 1);
+    if (val) SRF_TRY(check_val(config, val));
     SRF_FAIL_IF(srf_policy_needs_teacher(config) && !teacher, SRF_INVALID,
                 "distillation needs a teacher");
     SRF_FAIL_IF(config->train_features && ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,

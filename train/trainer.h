@@ -56,6 +56,10 @@ struct srf_run_hooks {
     /* Asked after every step: true saves and returns SRF_INTERRUPTED. May be NULL. */
     bool (*stop)(void *user);
 };
-/* Run to the end in directory dir (made if need be). *val_ppl: the last evaluation, 0 without a validation set. */
+/* SRF_INVALID if directory dir holds the checkpoints of an earlier run. */
+srf_status srf_run_check_new(const char *dir);
+/* Run to the end in directory dir (made if need be; one with an earlier run is for a resumed trainer
+ * only). Saved before the first step, then as the settings say. *val_ppl: the last evaluation, 0
+ * without a validation set. */
 srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
                            const struct srf_run_hooks *hooks, double *val_ppl);

@@ -162,6 +162,7 @@ srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_
     if (srf_h5_has(f, "/teacher")) SRF_TRY_GO(get_teacher(f, ck, &teacher));
     SRF_TRY_GO(srf_trainer_create(ctx, ck, teacher, &config, data, val, &t));
     SRF_TRY_GO(get_trainer(t, f));
+    t->resumed = true;
     *out = t;
     t = NULL;
 cleanup:

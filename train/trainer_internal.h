@@ -15,6 +15,7 @@ struct srf_trainer {
     int64_t step;                   /* steps done */
     int64_t updates;                /* of them, those that changed the weights */
     int skipped;                    /* in a row */
+    bool resumed;                   /* made from a run's last.h5 */
     uint64_t first_draw;            /* draw index of step 0 */
     int32_t *window, *tokens, *targets;
 };
