@@ -8,9 +8,9 @@ source "$(dirname "$0")/lib.sh"
 
 out="$ROOT/out/demo"
 features=64 # m: random features a head
-window=16   # the hybrid: this block of tokens and the one before it are attended to exactly
+window=32   # the hybrid: this block of tokens and the one before it are attended to exactly
 
-pure_steps="${SRF_DEMO_PURE_STEPS:-150}"
+pure_steps="${SRF_DEMO_PURE_STEPS:-300}"
 hybrid_steps="${SRF_DEMO_HYBRID_STEPS:-60}"
 
 scripts/setup.sh
@@ -50,7 +50,7 @@ tokenize() {
 }
 
 retrofit() {
-    "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" --batch 16 "$@"
+    "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" --batch 8 "$@"
 }
 
 # A paragraph each for the report, to the end of the model's context, and the bytes of its state.
@@ -77,10 +77,12 @@ section "Perplexity right after the swap with exact attention in a window of $wi
     evaluate swapped_hybrid --model "$out/base.h5" --attention srf --m "$features" \
     --window "$window"
 section "Retrofit: pure random features, m = $features" \
-    retrofit --window 0 --steps "$pure_steps" --out "$out/pure"
+    retrofit --window 0 --steps "$pure_steps" --warmup 20 --lr 1e-3 --kl 3 --freeze-at 0.1 \
+    --out "$out/pure"
 section "Perplexity of the pure retrofit" evaluate pure --model "$out/pure/model.h5"
 section "Retrofit: the hybrid with a window of $window" \
-    retrofit --window "$window" --steps "$hybrid_steps" --out "$out/hybrid"
+    retrofit --window "$window" --steps "$hybrid_steps" --warmup 10 --lr 3e-4 --freeze-at 0.1 \
+    --out "$out/hybrid"
 section "Perplexity of the hybrid retrofit" evaluate hybrid --model "$out/hybrid/model.h5"
 section "Export the pure retrofit as a recurrent model" \
     "$srf" export "$out/pure/model.h5" "$out/pure.recurrent.h5" --format recurrent
