@@ -299,6 +299,69 @@ static void run_and_interrupt(void **state)
     close_setup(&s);
 }
 
+/* Copies a run's folder after its sixth step, as a kill at that moment would leave it. */
+static void copy_at_six(void *user, const struct srf_train_metrics *m, double val_ppl)
+{
+    const struct setup *s = user;
+    char command[256];
+    (void)val_ppl;
+    if (m->step != 6) return;
+    snprintf(command, sizeof command, "cp -r '%s/whole' '%s/killed'", s->dir, s->dir);
+    assert_int_equal(system(command), 0);
+}
+
+/* How many lines of a run's log have a perplexity; none may have two. */
+static int evaluations(const char *dir, int *lines)
+{
+    char path[160], line[512];
+    snprintf(path, sizeof path, "%s/metrics.jsonl", dir);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    int n = 0;
+    *lines = 0;
+    while (fgets(line, sizeof line, f)) {
+        const char *ppl = strstr(line, "\"val_ppl\": ");
+        ++*lines;
+        n += ppl != NULL;
+        if (ppl) assert_null(strstr(ppl + 2, "val_ppl"));
+        assert_non_null(strstr(line, "}\n"));
+    }
+    fclose(f);
+    return n;
+}
+
+/* Evaluations are in the log once each, whether their step was the last before a kill or not. */
+static void evaluations_of_a_killed_run(void **state)
+{
+    (void)state;
+    for (int every = 2; every <= 4; every++) {
+        struct setup s;
+        struct srf_trainer *t;
+        char whole[96], killed[96], last[128];
+        double want, ppl;
+        int lines;
+        open_setup(&s, 0, false);
+        snprintf(whole, sizeof whole, "%s/whole", s.dir);
+        snprintf(killed, sizeof killed, "%s/killed", s.dir);
+        snprintf(last, sizeof last, "%s/last.h5", killed);
+        s.config.save_every = 4;
+        s.config.eval_every = every;
+        struct srf_run_hooks hooks = {.user = &s, .step = copy_at_six}, none = {0};
+        test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+        test_ok(srf_trainer_run(t, whole, &hooks, &want));
+        srf_trainer_free(t);
+        test_ok(srf_trainer_resume(s.ctx, last, s.train, s.held, &t));
+        assert_int_equal(srf_trainer_steps_done(t), 4);
+        test_ok(srf_trainer_run(t, killed, &none, &ppl));
+        srf_trainer_free(t);
+        assert_true(ppl == want);
+        assert_int_equal(evaluations(whole, &lines), 12 / every);
+        assert_int_equal(evaluations(killed, &lines), 12 / every);
+        assert_int_equal(lines, 12);
+        close_setup(&s);
+    }
+}
+
 static bool stop_after_two(void *user)
 {
     return ++*(int *)user == 2;
@@ -427,10 +490,11 @@ static void saved_at_once(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(policies),           cmocka_unit_test(learns),
-        cmocka_unit_test(resume_is_exact),    cmocka_unit_test(non_finite_steps),
-        cmocka_unit_test(run_and_interrupt),  cmocka_unit_test(run_directory),
-        cmocka_unit_test(bad_validation_set), cmocka_unit_test(saved_at_once),
+        cmocka_unit_test(policies),          cmocka_unit_test(learns),
+        cmocka_unit_test(resume_is_exact),   cmocka_unit_test(non_finite_steps),
+        cmocka_unit_test(run_and_interrupt), cmocka_unit_test(evaluations_of_a_killed_run),
+        cmocka_unit_test(run_directory),     cmocka_unit_test(bad_validation_set),
+        cmocka_unit_test(saved_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -94,7 +94,7 @@ static srf_status keep_metrics(FILE *f, const char *path, int64_t step, bool *ev
         json_t *row = json_loads(line, 0, NULL);
         const json_t *at = json_object_get(row, "step");
         bool good = strchr(line, '\n') && json_is_integer(at) && json_integer_value(at) <= step;
-        *evaluated = good && json_integer_value(at) == step && json_object_get(row, "val_ppl");
+        if (good) *evaluated = json_integer_value(at) == step && json_object_get(row, "val_ppl");
         json_decref(row);
         if (!good) break;
         keep = ftell(f);
