@@ -133,13 +133,15 @@ def bad_safetensors():
     changed("st-one-offset", data_offsets=[0])
     changed("st-offsets-reversed", data_offsets=[end, 0])
     changed("st-offsets-past-end", data_offsets=[1 << 40, (1 << 40) + end])
-    changed("st-overlap", data_offsets=[4, 4 + end])
+    changed("st-gap-first", data_offsets=[4, 4 + end])
     changed("st-transposed", shape=[C, VOCAB])
-    header, data = entries(GOOD)
-    for name, entry in header.items():
-        if name not in ("__metadata__", "transformer.wte.weight"):
-            entry["data_offsets"] = [x + 4 for x in entry["data_offsets"]]
-    directory("st-gap", framed(json.dumps(header).encode(), data + bytes(4)))
+    for wrong, shift in ("st-gap", 4), ("st-overlap", -4):
+        header, data = entries(GOOD)
+        for name, entry in header.items():
+            if name not in ("__metadata__", "transformer.wte.weight"):
+                entry["data_offsets"] = [x + shift for x in entry["data_offsets"]]
+        data = data + bytes(4) if shift > 0 else data[:-4]
+        directory(wrong, framed(json.dumps(header).encode(), data))
 
 
 def bad_tensors():

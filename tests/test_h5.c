@@ -2,6 +2,7 @@
 #include "checkpoints/h5.h"
 #include "checkpoints/source.h"
 #include "checkpoints/writers.h"
+#include "tests/h5_seal.h"
 #include "tests/scratch.h"
 
 #include <hdf5.h>
@@ -290,6 +291,42 @@ static void strangers(void **state)
     test_fails(srf_h5_open("no/such", &f), SRF_IO, "No such file");
 }
 
+/* A dataset whose header, checksum and all, puts it elsewhere. */
+static void addresses(void **state)
+{
+    (void)state;
+    char path[128];
+    struct srf_h5 *f;
+    const int64_t n = 12;
+    test_ok(srf_h5_create(test_at(path, "a.h5"), &f));
+    test_ok(srf_h5_put(f, "/x", SRF_F32, 1, &n, floats));
+    test_ok(srf_h5_commit(f));
+    size_t size, at = 0;
+    unsigned char *good = test_slurp(path, &size), *bad = malloc(size);
+    uint64_t data = 0, where = 0;
+    while (memcmp(good + data, floats, sizeof floats) != 0) assert_true(++data < size);
+    for (; where != data; at++) memcpy(&where, good + at, 8); /* the address, in x's header */
+    at--;
+    const uint64_t places[] = {data,     size - 48,  size - 47, size,
+                               size + 1, 1ull << 62, -2ull,     -1ull};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        float x[12];
+        memcpy(bad, good, size);
+        memcpy(bad + at, &places[i], 8);
+        assert_true(h5_seal(bad, good, size) >= 2);
+        test_spit(path, bad, size);
+        test_ok(srf_h5_open(path, &f));
+        if (i < 2)
+            test_ok(srf_h5_get(f, "/x", SRF_F32, 1, &n, x));
+        else
+            test_fails(srf_h5_get(f, "/x", SRF_F32, 1, &n, x), SRF_FORMAT, "/x");
+        srf_h5_close(f);
+    }
+    free(good);
+    free(bad);
+    unlink(path);
+}
+
 /* ---- full disks ----------------------------------------------------------------------------- */
 
 static srf_status write_h5(const char *path, int n, float *data)
@@ -353,10 +390,8 @@ static void full_disk(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(round_trip),
-        cmocka_unit_test(error_printing),
-        cmocka_unit_test(strangers),
-        cmocka_unit_test(full_disk),
+        cmocka_unit_test(round_trip), cmocka_unit_test(error_printing), cmocka_unit_test(strangers),
+        cmocka_unit_test(addresses),  cmocka_unit_test(full_disk),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }

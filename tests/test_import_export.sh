@@ -53,6 +53,8 @@ same hf/model.safetensors empty/model.safetensors "hf to hf: other weights"
 # llm.c
 ok "$SRF" export model.h5 model.bin --format llmc
 grep -q "the tokenizer is left out" stdout || fail "llmc: no word on the tokenizer: $(cat stdout)"
+# 93056 parameters; a vocabulary of 16 * 128 needs no padding.
+[ "$(stat -c %s model.bin)" -eq $((1024 + 4 * 93056)) ] || fail "llmc: $(stat -c %s model.bin) bytes"
 ok "$SRF" import model.bin llmc.h5
 ok "$SRF" export llmc.h5 hf-llmc --format hf
 same hf/model.safetensors hf-llmc/model.safetensors "llm.c and back: other weights"
