@@ -31,7 +31,7 @@ static srf_status read_text(const char *dir, const char *name, int64_t max, char
     return st;
 }
 
-/* The text of a tokenizer.json from GPT-2's older pair of files (srf_bpe_load knows their names). */
+/* The text of a tokenizer.json from GPT-2's older pair of files (srf_bpe_load knows the names). */
 static srf_status convert_tokenizer(const char *dir, char **text)
 {
     struct srf_bpe *bpe;

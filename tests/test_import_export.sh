@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checkpoints through the program: every way out and in again gives the same model; info on each kind.
+# Checkpoints through the program: every way out and in again gives the same model; info on each
+# kind of file.
 source "$(dirname "$0")/shell.sh"
 
 # ok COMMAND...: succeeds, says nothing on stderr.
@@ -30,7 +31,8 @@ same() {
 
 # transformers
 ok "$SRF" export model.h5 hf --format hf
-[ "$(ls hf | tr '\n' ' ')" = "config.json model.safetensors tokenizer.json " ] || fail "hf: $(ls hf)"
+[ "$(ls hf | tr '\n' ' ')" = "config.json model.safetensors tokenizer.json " ] ||
+    fail "hf: $(ls hf)"
 ok "$SRF" import hf back.h5
 grep -q "tokenizer of 2048 tokens" stdout || fail "import says: $(cat stdout)"
 same model.h5 back.h5 "hf f32 and back: another model"
@@ -54,7 +56,7 @@ same hf/model.safetensors empty/model.safetensors "hf to hf: other weights"
 ok "$SRF" export model.h5 model.bin --format llmc
 grep -q "the tokenizer is left out" stdout || fail "llmc: no word on the tokenizer: $(cat stdout)"
 # 93056 parameters; a vocabulary of 16 * 128 needs no padding.
-[ "$(stat -c %s model.bin)" -eq $((1024 + 4 * 93056)) ] || fail "llmc: $(stat -c %s model.bin) bytes"
+[ "$(stat -c %s model.bin)" -eq $((1024 + 4 * 93056)) ] || fail "llmc: $(wc -c <model.bin) bytes"
 ok "$SRF" import model.bin llmc.h5
 ok "$SRF" export llmc.h5 hf-llmc --format hf
 same hf/model.safetensors hf-llmc/model.safetensors "llm.c and back: other weights"
