@@ -175,7 +175,9 @@ struct srf_srf_attn_bwd_args {
 /* Recurrent state: one per sequence and head, srf_attn_state_count() values of type A, all zero
  * at the start of a sequence. It does not hold the position: the caller does. Layout:
  *     S (m, d), z (m), M (m): the far sums, scaled by 2^-M_i per feature; z = 0 says "nothing yet"
- *     ring_k (2 window, d), ring_v (2 window, d): raw k, v of token p in row p % (2 window)     */
+ *     ring_k (2 window, d), ring_v (2 window, d): raw k, v of token p in row p % (2 window)
+ * At position p the sums hold every earlier token (window = 0), or the blocks up to
+ * p / window - 2. */
 int64_t srf_attn_state_count(int64_t m, int64_t d, int64_t window);
 
 /* t more tokens of every sequence at once, chunked. Any split of a sequence into prefills and steps

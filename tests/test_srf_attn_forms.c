@@ -70,6 +70,69 @@ static void test_forms(void **state)
     each(check_forms);
 }
 
+/* Nothing but the window's phase depends on the position: the last positions there are give the
+ * bits of the first. */
+static void test_late_positions(void **state)
+{
+    (void)state;
+    const int64_t lens[] = {70, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 33, 1, 50};
+    for (int64_t window = 0; window <= 8; window += 8) {
+        struct srf_attn_shape shape = {.b = 2,
+                                       .t = 172,
+                                       .h = 2,
+                                       .d = 16,
+                                       .m = 20,
+                                       .n_sets = 1,
+                                       .window = window,
+                                       .causal = true};
+        struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
+        int n = (int)(sizeof lens / sizeof *lens);
+        attn_case_recurrent(&c, lens, n);
+        double *first = twin_values(&c.s, c.o);
+        c.pos_shift = (INT32_MAX - 172) / 16 * 16;
+        attn_case_recurrent(&c, lens, n);
+        double *late = twin_values(&c.s, c.o);
+        assert_memory_equal(first, late, (size_t)c.o.n * sizeof *first);
+        srf__free(first);
+        srf__free(late);
+        attn_case_free(&c);
+    }
+}
+
+/* Thousands of tokens: the sums' errors do not build up, and prefill's scratch does not grow. */
+static void test_long(void **state)
+{
+    (void)state;
+    int64_t lens[3] = {1300, 1, 2000 - 1301};
+    for (int64_t window = 0; window <= 16; window += 16) {
+        struct srf_attn_shape shape = {.b = 1,
+                                       .t = 2000,
+                                       .h = 1,
+                                       .d = 8,
+                                       .m = 6,
+                                       .n_sets = 1,
+                                       .window = window,
+                                       .causal = true};
+        struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
+        attn_case_ref_fwd(&c);
+        attn_case_fwd(&c);
+        twin_close(&c.s, "long", c.o, 1e-5, 0);
+        attn_case_recurrent(&c, lens, 3);
+        twin_close(&c.s, "long prefill", c.o, 1e-5, 0);
+        attn_case_ref_bwd(&c);
+        attn_case_bwd(&c);
+        twin_close(&c.s, "long gradient", c.dqkv, 1e-5, 0);
+        size_t bytes[2];
+        for (int i = 0; i < 2; i++) {
+            struct srf_srf_attn_prefill_args a = {.s = shape};
+            a.s.t = i ? 1 << 30 : 2000;
+            bytes[i] = c.s.ctx->be->srf_attn_prefill_workspace(c.s.ctx, &a);
+        }
+        assert_int_equal(bytes[0], bytes[1]);
+        attn_case_free(&c);
+    }
+}
+
 /* --- causality -------------------------------------------------------------------------------- */
 
 /* Other tokens from `from` on leave every output before it as it was, to the bit. */
@@ -181,6 +244,13 @@ static void check_values(enum srf_dtype dtype, struct srf_attn_shape shape)
         }
     attn_case_fwd(&c);
     twin_close(&c.s, "linear in v", c.o, tol_of(dtype), 0);
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t j = 0; j < width; j++) {
+            attn_case_set(&c, t * c.ld + 2 * width + j, 0x1p97 * v[t * c.ld + 2 * width + j]);
+            c.o.ref[t * c.ld_o + j] = 0x1p97 * o[t * c.ld_o + j];
+        }
+    attn_case_fwd(&c);
+    twin_close(&c.s, "huge v", c.o, tol_of(dtype), 0);
     srf__free(o);
     srf__free(v);
     attn_case_free(&c);
@@ -208,6 +278,10 @@ static void check_gradients(enum srf_dtype dtype, struct srf_attn_shape shape)
     assert_memory_equal(first, c.dqkv.dev, bytes);
     for (int64_t i = 0; i < c.dw.n; i++) c.dw.ref[i] = 2 * dw[i] - 1;
     twin_close(&c.s, "dw twice", c.dw, tol_of(dtype), 0);
+    c.no_dw = true;
+    attn_case_bwd(&c);
+    assert_memory_equal(first, c.dqkv.dev, bytes);
+    c.no_dw = false;
     /* No upstream gradient: zeros, and nothing for dw. */
     for (int64_t i = 0; i < c.d_o.n; i++) c.d_o.ref[i] = 0;
     double *zero = c.d_o.ref, *before = twin_values(&c.s, c.dw);
@@ -267,7 +341,8 @@ static void test_arguments(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_forms),     cmocka_unit_test(test_causal),
+        cmocka_unit_test(test_forms),     cmocka_unit_test(test_late_positions),
+        cmocka_unit_test(test_long),      cmocka_unit_test(test_causal),
         cmocka_unit_test(test_nan),       cmocka_unit_test(test_causal_gradient),
         cmocka_unit_test(test_values),    cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_arguments),

@@ -85,7 +85,7 @@ void attn_case_bwd(struct attn_case *c)
              .k = dev(c, c->qkv, 1, 0, 0), .v = dev(c, c->qkv, 2, 0, 0), .ld = c->ld, .w = c->w.dev,
              .bias = c->bias.dev, .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o,
              .dq = dev(c, c->dqkv, 0, 0, 0), .dk = dev(c, c->dqkv, 1, 0, 0),
-             .dv = dev(c, c->dqkv, 2, 0, 0), .dw = c->dw.dev);
+             .dv = dev(c, c->dqkv, 2, 0, 0), .dw = c->no_dw ? NULL : c->dw.dev);
 }
 
 void attn_case_ref_bwd(struct attn_case *c)
@@ -130,7 +130,7 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
     for (int i = 0; i < n_lens; i++) {
         int64_t width = s.h * s.d;
         s.t = lens[i];
-        for (int64_t b = 0; b < s.b; b++) positions[b] = (int32_t)pos;
+        for (int64_t b = 0; b < s.b; b++) positions[b] = (int32_t)(pos + (i ? c->pos_shift : 0));
         copy_rows(c, c->qkv.dev, qkv, c->ld, pos, s.t, false);
         copy_rows(c, c->o.dev, o, c->ld_o, pos, s.t, false);
         const char *k = (char *)qkv + (size_t)width * size, *v = k + (size_t)width * size;

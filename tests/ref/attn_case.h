@@ -12,6 +12,8 @@ struct attn_case {
     struct twin qkv, w, bias, d_o; /* random inputs */
     struct twin o, dqkv, dw;       /* outputs; dw starts at 1 */
     struct twin lse;
+    int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
+    bool no_dw;        /* features are not trained */
 };
 
 /* q, k ~ N(0, scale^2), v, d_o, w ~ N(0, 1), bias ~ N(0, 0.3^2). */
