@@ -1,9 +1,9 @@
 /* How HDF5 files are written: a file driver for HDF5 whose writes never fail.
  *
  * HDF5 does not survive a failing write: after ENOSPC it cannot close the file any more, and
- * crashes when the program exits (1.10.8 does). So the driver remembers the first error, drops what cannot
- * be written and lets the library carry on; srf__h5_check after each call and the commit report
- * the error, and the file is thrown away. */
+ * crashes when the program exits (1.10.8 does). So the driver remembers the first error, drops
+ * what cannot be written and lets the library carry on; srf__h5_check after each call and the
+ * commit report the error, and the file is thrown away. */
 #include "checkpoints/h5_internal.h"
 
 #include <errno.h>

@@ -1,4 +1,4 @@
-/* srf info: what a file holds. Facts are gathered as one JSON object, printed as that or as lines. */
+/* srf info: what a file holds. Facts are gathered as one JSON object, printed so or as lines. */
 #include "checkpoints/file.h"
 #include "cli/common.h"
 
