@@ -73,6 +73,11 @@ static srf_status write_per_token(const struct run *r, const char *path)
 
 static srf_status open_run(struct inputs *in, struct run *r)
 {
+    if (in->per_token) {
+        SRF_TRY(cli_check_output(in->per_token));
+        SRF_TRY(cli_check_apart(in->model, in->per_token));
+        SRF_TRY(cli_check_apart(in->data, in->per_token));
+    }
     SRF_TRY(cli_open_device(&in->device, &r->ctx));
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     struct srf_attention_config a = r->ck->attention;
@@ -134,8 +139,11 @@ static int run(struct inputs *in)
     if (st != SRF_OK) {
         code = cli_fail();
     } else if (in->json) {
-        printf("{\"tokens\": %lld, \"nll\": %.9g, \"ppl\": %.9g, \"attention\": ",
-               (long long)result.tokens, result.nll, result.ppl);
+        printf("{\"tokens\": %lld, \"nll\": ", (long long)result.tokens);
+        cli_json_number(stdout, result.nll);
+        printf(", \"ppl\": ");
+        cli_json_number(stdout, result.ppl);
+        printf(", \"attention\": ");
         cli_json_string(stdout, attention, strlen(attention));
         printf(", \"mode\": \"%s\", \"seconds\": %.3f, \"tokens_per_s\": %.1f}\n", in->mode,
                result.seconds, rate);

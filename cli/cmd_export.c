@@ -56,8 +56,11 @@ static srf_status export_as(struct srf_checkpoint *ck, const char *out, enum for
 
 static int run(const char *in, const char *out, enum format format, enum srf_dtype dtype)
 {
-    struct srf_checkpoint *ck;
-    if (srf_checkpoint_load(in, NULL, &ck) != SRF_OK) return cli_fail();
+    struct srf_checkpoint *ck = NULL;
+    srf_status st = cli_check_apart(in, out);
+    if (st == SRF_OK && format != HF) st = cli_check_output(out);
+    if (st == SRF_OK) st = srf_checkpoint_load(in, NULL, &ck);
+    if (st != SRF_OK) return cli_fail();
     int code = EXIT_OK;
     if (export_as(ck, out, format, dtype) == SRF_OK) {
         char attention[200];

@@ -3,7 +3,9 @@
 #include "infer/engine.h"
 #include "infer/sampler.h"
 
+#include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 struct inputs {
     const char *model, *prompt, *prompt_file;
@@ -25,8 +27,9 @@ struct run {
     int32_t *tokens, *next, *scratch; /* (batch, n), (batch), (vocab) */
     int64_t *made;                    /* (batch): tokens before the end of the sequence */
     float *logits;                    /* (batch, vocab) */
+    char held[4];                     /* streaming: bytes of a character that is not whole yet */
+    size_t n_held;
     double prefill_s, decode_s;
-    int64_t steps;
 };
 
 static void free_run(struct run *r)
@@ -44,6 +47,19 @@ static void free_run(struct run *r)
     srf__free(r->logits);
 }
 
+static const char *prompt_text(const struct inputs *in, const struct run *r)
+{
+    return r->prompt_text ? r->prompt_text : in->prompt ? in->prompt : "";
+}
+
+/* What an empty prompt starts from, the document separator; -1 if there is none. */
+static int64_t start_token(const struct run *r)
+{
+    const struct srf_model_config *cfg = &r->ck->config;
+    if (cfg->bos >= 0) return cfg->bos;
+    return cfg->eos >= 0 ? cfg->eos : srf_bpe_token_id(r->bpe, SRF_END_OF_TEXT);
+}
+
 static srf_status open_run(struct inputs *in, struct run *r)
 {
     SRF_TRY(srf_sampler_check(&in->sampler));
@@ -52,20 +68,18 @@ static srf_status open_run(struct inputs *in, struct run *r)
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
                               &r->ck->attention));
     SRF_TRY(cli_tokenizer(r->ck, "srf generate", &r->bpe));
-    const char *text = in->prompt;
-    if (in->prompt_file) {
-        SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
-        text = r->prompt_text;
-    }
+    if (in->prompt_file) SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
+    const char *text = prompt_text(in, r);
     SRF_TRY(srf_bpe_encode(r->bpe, text, strlen(text), true, &r->prompt));
-    if (r->prompt.n == 0) { /* nothing to start from: the document separator */
-        int32_t start = (int32_t)(r->ck->config.bos >= 0 ? r->ck->config.bos : r->ck->config.eos);
+    if (r->prompt.n == 0) {
+        int64_t start = start_token(r);
         SRF_FAIL_IF(start < 0, SRF_INVALID, "an empty prompt, and the model has no start token");
         SRF_TRY(srf_bpe_encode(r->bpe, "\n", 1, false, &r->prompt));
-        r->prompt.ids[0] = start;
+        r->prompt.ids[0] = (int32_t)start;
         r->prompt.n = 1;
     }
-    SRF_FAIL_IF(r->prompt.n + in->n > r->ck->config.n_pos, SRF_INVALID,
+    /* The last token is never fed. */
+    SRF_FAIL_IF(r->prompt.n + in->n - 1 > r->ck->config.n_pos, SRF_INVALID,
                 "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld",
                 (long long)r->prompt.n, (long long)in->n, (long long)r->ck->config.n_pos);
     SRF_TRY(srf_engine_create(r->ctx, r->ck, in->batch, in->chunk, &r->engine));
@@ -89,13 +103,55 @@ static srf_status prefill(const struct inputs *in, struct run *r)
     return st;
 }
 
+/* One text is printed as it comes, a few wait for each other. */
+static bool streams(const struct inputs *in)
+{
+    return in->batch == 1 && !in->json;
+}
+
+/* Past stdio: a Ctrl-C while a reader keeps us waiting must not lose a part. */
+static srf_status print_now(const char *text, size_t n)
+{
+    while (n > 0) {
+        ssize_t done = write(STDOUT_FILENO, text, n);
+        if (done < 0 && errno == EINTR) continue;
+        SRF_FAIL_IF(done < 0, SRF_IO, "standard output: %s", strerror(errno));
+        text += done, n -= (size_t)done;
+    }
+    return SRF_OK;
+}
+
+/* A token's bytes, whole characters at a time: a token may end inside one. */
+static srf_status stream_token(struct run *r, int32_t token)
+{
+    char *text, *joined = NULL;
+    size_t n;
+    SRF_TRY(srf_bpe_decode(r->bpe, &token, 1, &text, &n));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(SRF_ALLOC(joined, r->n_held + n));
+    memcpy(joined, r->held, r->n_held);
+    memcpy(joined + r->n_held, text, n);
+    n += r->n_held;
+    size_t whole = 0;
+    for (int length; whole < n && (length = cli_utf8(joined + whole, n - whole)) >= 0;)
+        whole += length ? (size_t)length : 1;
+    r->n_held = n - whole;
+    memcpy(r->held, joined + whole, r->n_held);
+    st = print_now(joined, whole);
+cleanup:
+    srf__free(text);
+    srf__free(joined);
+    return st;
+}
+
 static srf_status generate(const struct inputs *in, struct run *r)
 {
     const struct srf_model_config *cfg = &r->ck->config;
     struct cli_progress progress;
     SRF_TRY(prefill(in, r));
-    cli_progress_start(&progress, "generate", in->quiet);
+    cli_progress_start(&progress, "generate", in->quiet || streams(in));
     cli_catch_signals();
+    if (streams(in)) SRF_TRY(print_now(prompt_text(in, r), strlen(prompt_text(in, r))));
     double start = cli_now();
     bool *ended;
     SRF_TRY(SRF_CALLOC(ended, in->batch));
@@ -112,8 +168,8 @@ static srf_status generate(const struct inputs *in, struct run *r)
                 continue;
             }
             r->tokens[i * in->n + r->made[i]++] = r->next[i];
+            if (streams(in)) SRF_TRY_GO(stream_token(r, r->next[i]));
         }
-        r->steps = t + 1;
         if (t + 1 < in->n && left) SRF_TRY_GO(srf_engine_feed(r->engine, r->next, 1, r->logits));
         cli_progress_update(&progress, (double)(t + 1), (double)in->n, "");
     }
@@ -124,12 +180,8 @@ cleanup:
     return st;
 }
 
-static srf_status print_results(const struct inputs *in, const struct run *r)
+static srf_status print_texts(const struct inputs *in, const struct run *r)
 {
-    int64_t total = 0, state = srf_engine_state_bytes(r->engine);
-    int64_t positions = r->prompt.n + in->n, kv = srf_engine_kv_bytes(r->engine, positions);
-    for (int64_t i = 0; i < in->batch; i++) total += r->made[i];
-    double rate = r->decode_s > 0 ? (double)total / r->decode_s : 0;
     if (in->json) printf("{\"texts\": [");
     for (int64_t i = 0; i < in->batch; i++) {
         char *text;
@@ -139,12 +191,28 @@ static srf_status print_results(const struct inputs *in, const struct run *r)
             if (i) printf(", ");
             cli_json_string(stdout, text, n);
         } else {
-            if (in->batch > 1) printf("--- %lld ---\n", (long long)i + 1);
-            fputs(r->prompt_text ? r->prompt_text : in->prompt, stdout);
+            printf("--- %lld ---\n%s", (long long)i + 1, prompt_text(in, r));
             fwrite(text, 1, n, stdout);
             putchar('\n');
         }
         srf__free(text);
+    }
+    return SRF_OK;
+}
+
+static srf_status print_results(const struct inputs *in, const struct run *r)
+{
+    int64_t total = 0, state = srf_engine_state_bytes(r->engine);
+    /* A KV cache would hold what was fed. */
+    int64_t positions = srf_engine_position(r->engine);
+    int64_t kv = srf_engine_kv_bytes(r->engine, positions);
+    for (int64_t i = 0; i < in->batch; i++) total += r->made[i];
+    double rate = r->decode_s > 0 ? (double)total / r->decode_s : 0;
+    if (streams(in)) {
+        SRF_TRY(print_now(r->held, r->n_held));
+        SRF_TRY(print_now("\n", 1));
+    } else {
+        SRF_TRY(print_texts(in, r));
     }
     if (in->json)
         printf("], \"prompt_tokens\": %lld, \"tokens\": %lld, \"state_bytes\": %lld, "
@@ -169,6 +237,8 @@ static int run(struct inputs *in)
     srf_status st = open_run(in, &r);
     if (st == SRF_OK) st = generate(in, &r);
     if (st == SRF_OK) st = print_results(in, &r);
+    if (st == SRF_OK && cli_interrupted())
+        st = srf__fail(__FILE__, __LINE__, SRF_INTERRUPTED, "interrupted");
     int code = st == SRF_OK ? EXIT_OK : cli_fail();
     free_run(&r);
     return code;
@@ -176,8 +246,7 @@ static int run(struct inputs *in)
 
 int cmd_generate(int argc, char **argv)
 {
-    struct inputs in = {.prompt = "",
-                        .n = 100,
+    struct inputs in = {.n = 100,
                         .batch = 1,
                         .chunk = 256,
                         .sampler = {.temperature = 1, .top_p = 1},
@@ -209,9 +278,14 @@ int cmd_generate(int argc, char **argv)
     if (!cli_parse(
             argc, argv, "srf generate --model R.h5 --prompt TEXT [-n N] [options]",
             "Generate text in the recurrent form: the state of a sequence has a fixed size.\n"
-            "The text goes to stdout; figures, state beside KV cache, to stderr.",
+            "The text goes to stdout as it is made (several texts, and JSON, at the end); "
+            "figures,\n"
+            "state beside KV cache, to stderr. A model with learned positions (GPT-2) ends there:\n"
+            "prompt and new tokens together are its number of positions and one at most.",
             options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model) return cli_usage_error("generate needs --model");
+    if (in.prompt && in.prompt_file)
+        return cli_usage_error("--prompt and --prompt-file are two prompts: give one");
     return run(&in);
 }

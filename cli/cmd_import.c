@@ -10,6 +10,17 @@ static int64_t parameters(const struct srf_checkpoint *ck)
     return n;
 }
 
+/* --tokenizer in place of the source's own. */
+static srf_status attach_tokenizer(struct srf_checkpoint *ck, const char *path)
+{
+    struct srf_bpe *bpe;
+    SRF_TRY(cli_load_tokenizer(path, &bpe));
+    srf__free(ck->tokenizer_json);
+    srf_status st = srf_bpe_to_json(bpe, &ck->tokenizer_json);
+    srf_bpe_free(bpe);
+    return st;
+}
+
 /* Tokens of the checkpoint's tokenizer, 0 if it has none. A tokenizer that cannot be read, or has
  * more tokens than the model, would fail later, with the source long gone. */
 static srf_status check_tokenizer(const struct srf_checkpoint *ck, int64_t *n)
@@ -33,10 +44,14 @@ struct imported {
 };
 
 static srf_status import(const char *src, const char *out, const char *config_path,
-                         struct imported *r)
+                         const char *tokenizer, struct imported *r)
 {
     char *config = NULL;
     struct srf_source *source;
+    const char *inputs[] = {src, config_path, tokenizer};
+    for (int i = 0; i < 3; i++)
+        if (inputs[i]) SRF_TRY(cli_check_apart(inputs[i], out));
+    SRF_TRY(cli_check_output(out));
     if (config_path) SRF_TRY(cli_read_text(config_path, &config));
     srf_status st = srf_source_open(src, &source);
     if (st == SRF_OK) {
@@ -46,8 +61,9 @@ static srf_status import(const char *src, const char *out, const char *config_pa
     }
     srf__free(config);
     SRF_TRY(st);
+    if (tokenizer) SRF_TRY(attach_tokenizer(r->ck, tokenizer));
     st = check_tokenizer(r->ck, &r->tokens);
-    if (st != SRF_OK) srf__error_prefix("%s", src);
+    if (st != SRF_OK) srf__error_prefix("%s", tokenizer ? tokenizer : src);
     SRF_TRY(st);
     /* The optimizer's state of a training checkpoint is not the model's. */
     if (r->ck->kind == SRF_CKPT_TRAINING) r->ck->kind = SRF_CKPT_WEIGHTS;
@@ -84,11 +100,13 @@ static void report(const struct imported *r, const char *src, const char *out, b
 
 int cmd_import(int argc, char **argv)
 {
-    const char *paths[2], *config = NULL;
+    const char *paths[2], *config = NULL, *tokenizer = NULL;
     bool json = false;
     const struct cli_option options[] = {
         {"config", 0, CLI_STRING, &config, "C.json",
          "the model's config.json (beside the weights, or in the file)", 0, 0},
+        {"tokenizer", 0, CLI_STRING, &tokenizer, "T",
+         "tokenizer.json, a directory, vocab.json, or a checkpoint (the source's)", 0, 0},
         {"json", 0, CLI_FLAG, &json, NULL, "print the result as JSON", 0, 0},
         {0}};
     int code;
@@ -100,7 +118,7 @@ int cmd_import(int argc, char **argv)
             options, paths, 2, 2, NULL, NULL, &code))
         return code;
     struct imported r = {0};
-    if (import(paths[0], paths[1], config, &r) == SRF_OK)
+    if (import(paths[0], paths[1], config, tokenizer, &r) == SRF_OK)
         report(&r, paths[0], paths[1], json);
     else
         code = cli_fail();

@@ -1,5 +1,4 @@
 /* srf tokenize: texts to a token set, and a token set back to text (--decode). */
-#include "checkpoints/h5.h"
 #include "cli/common.h"
 
 #include <errno.h>
@@ -32,32 +31,6 @@ struct run {
     int64_t bytes, file_bytes, total_bytes; /* read of earlier texts, of this one; to be read */
     struct cli_progress progress;
 };
-
-/* A tokenizer's own files, or the one inside a native checkpoint. */
-static srf_status load_tokenizer(const char *path, struct srf_bpe **out)
-{
-    struct srf_h5 *f;
-    char *json = NULL, head[8] = "";
-    struct stat info;
-    FILE *file = stat(path, &info) == 0 && S_ISREG(info.st_mode) ? fopen(path, "rb") : NULL;
-    if (file) {
-        size_t n = fread(head, 1, sizeof head, file);
-        (void)n; /* a shorter file is no HDF5 file, and head says so */
-        fclose(file);
-    }
-    if (memcmp(head, "\x89HDF\r\n\x1a\n", sizeof head) != 0) return srf_bpe_load(path, out);
-    srf_status st = SRF_OK;
-    SRF_TRY(srf_h5_open(path, &f));
-    SRF_FAIL_GO_IF(!srf_h5_has(f, "/tokenizer"), SRF_INVALID,
-                   "%s: holds no tokenizer (expected /tokenizer)", path);
-    SRF_TRY_GO(srf_h5_get_text(f, "/tokenizer", &json));
-    st = srf_bpe_from_json(json, strlen(json), out);
-    if (st != SRF_OK) srf__error_prefix("%s", path);
-cleanup:
-    srf__free(json);
-    srf_h5_close(f);
-    return st;
-}
 
 /* --- texts to a token set --- */
 
@@ -122,21 +95,21 @@ static srf_status tokenize_one(struct run *r, const char *path)
     return st;
 }
 
-/* An output that is one of the texts would replace it. */
-static srf_status check_texts(struct run *r)
+/* An output that is one of the inputs would replace it. */
+static srf_status check_inputs(struct run *r)
 {
     const char *outs[] = {r->in->out, r->in->holdout_out};
+    for (int k = 0; k < 2; k++)
+        if (outs[k]) SRF_TRY(cli_check_apart(r->in->tokenizer, outs[k]));
     for (int i = 0; i < r->in->n_texts; i++) {
-        struct stat text, out;
+        struct stat text;
         const char *path = r->in->texts[i];
         if (strcmp(path, "-") == 0) continue;
         SRF_FAIL_IF(stat(path, &text) != 0, SRF_IO, "%s: %s", path, strerror(errno));
         SRF_FAIL_IF(S_ISDIR(text.st_mode), SRF_IO, "%s: expected a text, found a directory", path);
         r->total_bytes += text.st_size;
         for (int k = 0; k < 2; k++)
-            SRF_FAIL_IF(outs[k] && stat(outs[k], &out) == 0 && out.st_dev == text.st_dev &&
-                            out.st_ino == text.st_ino,
-                        SRF_INVALID, "%s: is the output, too", path);
+            if (outs[k]) SRF_TRY(cli_check_apart(path, outs[k]));
     }
     return SRF_OK;
 }
@@ -162,8 +135,8 @@ static srf_status finish(struct run *r)
 static srf_status tokenize(struct run *r)
 {
     const struct inputs *in = r->in;
-    SRF_TRY(check_texts(r));
-    SRF_TRY(load_tokenizer(in->tokenizer, &r->bpe));
+    SRF_TRY(check_inputs(r));
+    SRF_TRY(cli_load_tokenizer(in->tokenizer, &r->bpe));
     r->end = srf_bpe_token_id(r->bpe, SRF_END_OF_TEXT);
     SRF_TRY(srf_tokenset_writer_create(in->out, r->bpe, &r->kept.writer));
     if (in->holdout_out)
@@ -239,7 +212,7 @@ static int run_decode(const struct inputs *in)
 {
     struct srf_bpe *bpe = NULL;
     struct srf_tokenset *ts = NULL;
-    srf_status st = load_tokenizer(in->tokenizer, &bpe);
+    srf_status st = cli_load_tokenizer(in->tokenizer, &bpe);
     if (st == SRF_OK) st = srf_tokenset_open(in->texts[0], bpe, srf_bpe_vocab_size(bpe), &ts);
     if (st == SRF_OK) st = decode(ts, bpe);
     srf_tokenset_close(ts);

@@ -1,9 +1,13 @@
 #include "cli/common.h"
+#include "checkpoints/file.h"
 
 #include <errno.h>
+#include <math.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 srf_status cli_open_device(const struct cli_device *d, struct srf_ctx **out)
 {
@@ -18,6 +22,26 @@ srf_status cli_open_device(const struct cli_device *d, struct srf_ctx **out)
     return srf_ctx_create(d->device, dtype, (int)d->threads, out);
 }
 
+/* The first option given that softmax attention has no use for, or NULL. */
+static const char *srf_setting(const struct cli_attention *a)
+{
+    const struct {
+        const char *name;
+        bool given;
+    } options[] = {{"m", a->m != CLI_NONE},
+                   {"window", a->window != CLI_NONE},
+                   {"features", a->features != NULL},
+                   {"rotation", a->rotation != NULL},
+                   {"share-heads", a->share_heads},
+                   {"normalize-rows", a->normalize_rows},
+                   {"oprf-a", !isnan(a->oprf_a)},
+                   {"draw", a->draw != UINT64_MAX},
+                   {"features-seed", a->seed != UINT64_MAX}};
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++)
+        if (options[i].given) return options[i].name;
+    return NULL;
+}
+
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention)
 {
@@ -26,11 +50,14 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                     "--attention %s: expected softmax or srf", a->kind);
         attention->kind = strcmp(a->kind, "srf") == 0 ? SRF_ATTN_SRF : SRF_ATTN_SOFTMAX;
     }
+    const char *needs_srf = srf_setting(a);
+    SRF_FAIL_IF(needs_srf && attention->kind == SRF_ATTN_SOFTMAX, SRF_INVALID,
+                "--%s: the attention is softmax: add --attention srf", needs_srf);
     if (a->features) SRF_TRY(srf_feature_kind_parse(a->features, &attention->features));
     if (a->rotation) SRF_TRY(srf_rotation_parse(a->rotation, &attention->rotation));
     if (a->m != CLI_NONE) attention->m = a->m;
     if (a->window != CLI_NONE) attention->window = a->window;
-    if (a->oprf_a <= 0) attention->oprf_a = a->oprf_a;
+    if (!isnan(a->oprf_a)) attention->oprf_a = a->oprf_a;
     if (a->share_heads) attention->per_head = false;
     if (a->normalize_rows) attention->normalize_rows = true;
     if (a->seed != UINT64_MAX) attention->seed = a->seed;
@@ -41,9 +68,11 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
 srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for,
                          struct srf_bpe **out)
 {
-    SRF_FAIL_IF(!ck->tokenizer_json, SRF_INVALID,
-                "the model holds no tokenizer, which %s needs: import it from a directory with one",
-                needed_for);
+    SRF_FAIL_IF(
+        !ck->tokenizer_json, SRF_INVALID,
+        "the model holds no tokenizer, which %s needs: attach one by 'srf import MODEL OUT.h5 "
+        "--tokenizer T'",
+        needed_for);
     return srf_bpe_from_json(ck->tokenizer_json, strlen(ck->tokenizer_json), out);
 }
 
@@ -56,6 +85,71 @@ srf_status cli_open_data(const char *path, const struct srf_checkpoint *ck, stru
     if (st == SRF_OK) return st;
     srf_bpe_free(*bpe);
     *bpe = NULL;
+    return st;
+}
+
+srf_status cli_check_output(const char *path)
+{
+    struct stat info;
+    char *dir;
+    SRF_FAIL_IF(!path[0], SRF_INVALID, "the output path is empty");
+    bool there = stat(path, &info) == 0;
+    SRF_FAIL_IF(there && S_ISDIR(info.st_mode), SRF_IO, "%s: %s", path, strerror(EISDIR));
+    SRF_TRY(srf__path_dir(path, &dir));
+    int error = stat(dir, &info) != 0      ? errno
+                : !S_ISDIR(info.st_mode)   ? ENOTDIR
+                : access(dir, W_OK | X_OK) ? errno
+                                           : 0;
+    srf__free(dir);
+    SRF_FAIL_IF(error, SRF_IO, "%s: %s", path, strerror(error));
+    return SRF_OK;
+}
+
+static bool same_file(const struct stat *a, const struct stat *b)
+{
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+srf_status cli_check_apart(const char *in, const char *out)
+{
+    struct stat input, output, parent;
+    if (stat(in, &input) != 0 || stat(out, &output) != 0) return SRF_OK;
+    bool clash = same_file(&input, &output);
+    if (S_ISDIR(input.st_mode) && S_ISREG(output.st_mode)) {
+        /* Ours beside a model's own files is fine, one of those files is not. */
+        char *dir;
+        size_t n = strlen(out);
+        SRF_TRY(srf__path_dir(out, &dir));
+        clash = stat(dir, &parent) == 0 && same_file(&input, &parent) &&
+                (n < 3 || strcmp(out + n - 3, ".h5") != 0);
+        srf__free(dir);
+    }
+    SRF_FAIL_IF(clash, SRF_INVALID, "%s: is the output, too: choose another path", in);
+    return SRF_OK;
+}
+
+srf_status cli_load_tokenizer(const char *path, struct srf_bpe **out)
+{
+    struct srf_h5 *f;
+    char *json = NULL, head[8] = "";
+    struct stat info;
+    FILE *file = stat(path, &info) == 0 && S_ISREG(info.st_mode) ? fopen(path, "rb") : NULL;
+    if (file) {
+        size_t n = fread(head, 1, sizeof head, file);
+        (void)n; /* a shorter file is no HDF5 file, and head says so */
+        fclose(file);
+    }
+    if (memcmp(head, "\x89HDF\r\n\x1a\n", sizeof head) != 0) return srf_bpe_load(path, out);
+    srf_status st = SRF_OK;
+    SRF_TRY(srf_h5_open(path, &f));
+    SRF_FAIL_GO_IF(!srf_h5_has(f, "/tokenizer"), SRF_INVALID,
+                   "%s: holds no tokenizer (expected /tokenizer)", path);
+    SRF_TRY_GO(srf_h5_get_text(f, "/tokenizer", &json));
+    st = srf_bpe_from_json(json, strlen(json), out);
+    if (st != SRF_OK) srf__error_prefix("%s", path);
+cleanup:
+    srf__free(json);
+    srf_h5_close(f);
     return st;
 }
 
@@ -110,19 +204,51 @@ bool cli_interrupted(void)
     return interrupted;
 }
 
+int cli_utf8(const char *text, size_t n)
+{
+    const unsigned char *s = (const unsigned char *)text;
+    if (n == 0) return -1;
+    if (s[0] < 0x80) return 1;
+    int length = s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : 4;
+    if (s[0] < 0xC2 || s[0] > 0xF4) return 0;
+    for (int i = 1; i < length; i++) {
+        if ((size_t)i == n) return -1;
+        /* The second byte excludes overlong forms, surrogates and what lies past U+10FFFF. */
+        unsigned char low = 0x80, high = 0xBF;
+        if (i == 1 && s[0] == 0xE0) low = 0xA0;
+        if (i == 1 && s[0] == 0xED) high = 0x9F;
+        if (i == 1 && s[0] == 0xF0) low = 0x90;
+        if (i == 1 && s[0] == 0xF4) high = 0x8F;
+        if (s[i] < low || s[i] > high) return 0;
+    }
+    return length;
+}
+
 void cli_json_string(FILE *to, const char *text, size_t n)
 {
     fputc('"', to);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n;) {
         unsigned char ch = (unsigned char)text[i];
-        if (ch == '"' || ch == '\\')
+        int length = cli_utf8(text + i, n - i);
+        if (length <= 0)
+            fputs("\\ufffd", to);
+        else if (ch == '"' || ch == '\\')
             fprintf(to, "\\%c", ch);
         else if (ch == '\n')
             fputs("\\n", to);
         else if (ch < 32 || ch == 127)
             fprintf(to, "\\u%04x", ch);
         else
-            fputc(ch, to);
+            fwrite(text + i, 1, (size_t)length, to);
+        i += length > 0 ? (size_t)length : 1;
     }
     fputc('"', to);
+}
+
+void cli_json_number(FILE *to, double x)
+{
+    if (isfinite(x))
+        fprintf(to, "%.9g", x);
+    else
+        fputs("null", to);
 }

@@ -3,6 +3,7 @@
 #include "cli/cli.h"
 #include "data/tokenset.h"
 #include "model/checkpoint.h"
+#include <math.h>
 
 /* --device, --threads, --dtype */
 struct cli_device {
@@ -12,7 +13,10 @@ struct cli_device {
 #define CLI_DEVICE_DEFAULT ((struct cli_device){.device = "auto", .dtype = "f32"})
 #define CLI_DEVICE_OPTIONS(d)                                                                      \
     {"device", 0, CLI_STRING, &(d).device, "NAME", "auto, cpu or cuda (auto)", 0, 0},              \
-        {"threads", 0, CLI_INT, &(d).threads, "N", "CPU threads (all)", 0, 4096},                  \
+        {"threads", 0,                                                                             \
+         CLI_INT,   &(d).threads,                                                                  \
+         "N",       "CPU threads (OMP_NUM_THREADS, else all cores)",                               \
+         0,         4096},                                                                         \
     {                                                                                              \
         "dtype", 0, CLI_STRING, &(d).dtype, "T", "f32, or f64 for checks on the CPU (f32)", 0, 0   \
     }
@@ -29,7 +33,7 @@ struct cli_attention {
 #define CLI_NONE INT64_MIN
 #define CLI_ATTENTION_DEFAULT                                                                      \
     ((struct cli_attention){                                                                       \
-        .m = CLI_NONE, .window = CLI_NONE, .oprf_a = 1, .seed = UINT64_MAX, .draw = UINT64_MAX})
+        .m = CLI_NONE, .window = CLI_NONE, .oprf_a = NAN, .seed = UINT64_MAX, .draw = UINT64_MAX})
 #define CLI_ATTENTION_OPTIONS(a)                                                                   \
     {"attention", 0, CLI_STRING, &(a).kind, "KIND", "softmax or srf (the model's own)", 0, 0},     \
         {"m", 'm', CLI_INT, &(a).m, "N", "random features a head (64)", 1, 65536},                 \
@@ -59,12 +63,12 @@ struct cli_attention {
          "unit-norm projections: biased, for comparisons",                                         \
          0,                                                                                        \
          0},                                                                                       \
-        {"oprf-a", 0, CLI_DOUBLE, &(a).oprf_a, "A", "OPRF parameter, <= 0 (0)", -1e6, 1},          \
+        {"oprf-a", 0, CLI_DOUBLE, &(a).oprf_a, "A", "OPRF parameter, <= 0 (0)", -1e6, 0},          \
         {"draw", 0, CLI_U64, &(a).draw, "N", "index of the draw (the model's own)", 0, 0},         \
     {                                                                                              \
         "features-seed", 0, CLI_U64, &(a).seed, "N", "seed of the draws (the model's own)", 0, 0   \
     }
-/* Apply to the model's own settings; SRF_INVALID names a wrong one. */
+/* Apply to the model's own settings; SRF_INVALID names a wrong one, or one given to softmax. */
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention);
 
@@ -76,6 +80,14 @@ srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for
 srf_status cli_open_data(const char *path, const struct srf_checkpoint *ck, struct srf_bpe **bpe,
                          struct srf_tokenset **out);
 
+/* A tokenizer's own files (as srf_bpe_load), or the one inside a native checkpoint. */
+srf_status cli_load_tokenizer(const char *path, struct srf_bpe **out);
+
+/* Before long work: whether a file can be written at `path`. */
+srf_status cli_check_output(const char *path);
+/* SRF_INVALID if writing `out` would replace `in`, or a file of the directory `in`. */
+srf_status cli_check_apart(const char *in, const char *out);
+
 /* A whole text file (a config.json); srf__free. */
 srf_status cli_read_text(const char *path, char **text);
 
@@ -83,5 +95,10 @@ srf_status cli_read_text(const char *path, char **text);
 void cli_catch_signals(void);
 bool cli_interrupted(void);
 
-/* Print a string as a JSON string literal, quotes included. */
+/* Length of the UTF-8 character that text[0..n) starts with; 0 if it starts with none, -1 if more
+ * bytes could make it one. */
+int cli_utf8(const char *text, size_t n);
+/* Print a string as a JSON string literal, quotes included. A byte that is no UTF-8 becomes U+FFFD. */
 void cli_json_string(FILE *to, const char *text, size_t n);
+/* Print a number as JSON: null where it is not finite. */
+void cli_json_number(FILE *to, double x);

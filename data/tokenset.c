@@ -161,7 +161,10 @@ static srf_status looks_like_text(const char *path, const char *head, size_t n)
 
 static srf_status open_text(const char *path, const struct srf_bpe *bpe, struct srf_tokenset *ts)
 {
-    SRF_FAIL_IF(!bpe, SRF_INVALID, "%s: plain text, and no tokenizer to encode it with", path);
+    SRF_FAIL_IF(
+        !bpe, SRF_INVALID,
+        "%s: plain text, and the model holds no tokenizer: srf import --tokenizer attaches one",
+        path);
     FILE *f = fopen(path, "rb");
     SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
     ts->format = "text";

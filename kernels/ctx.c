@@ -91,6 +91,20 @@ srf_status srf_ctx_reserve_workspace(struct srf_ctx *ctx, size_t bytes)
     return SRF_OK;
 }
 
+/* After a launch. With SRF_SYNC_CHECK the device is waited for, so that a fault names its op. */
+static srf_status launched(struct srf_ctx *ctx, const char *op, srf_status st)
+{
+#ifdef SRF_SYNC_CHECK
+    if (st != SRF_OK) return st;
+    st = ctx->be->sync(ctx);
+    if (st != SRF_OK) srf__error_prefix("%s", op);
+#else
+    (void)ctx;
+    (void)op;
+#endif
+    return st;
+}
+
 /* Plan or launch: the same three lines for every op. */
 #define X(name)                                                                                    \
     srf_status srf_run_##name(struct srf_ctx *ctx, const struct srf_##name##_args *args)           \
@@ -106,9 +120,9 @@ srf_status srf_ctx_reserve_workspace(struct srf_ctx *ctx, size_t bytes)
         SRF_FAIL_IF(need > ctx->workspace_bytes, SRF_INVALID,                                      \
                     #name ": needs a workspace of %zu bytes, the context holds %zu", need,         \
                     ctx->workspace_bytes);                                                         \
-        if (!ctx->profile) return ctx->be->name(ctx, args);                                        \
-        double t0 = now();                                                                         \
-        srf_status st = ctx->be->name(ctx, args);                                                  \
+        double t0 = ctx->profile ? now() : 0;                                                      \
+        srf_status st = launched(ctx, #name, ctx->be->name(ctx, args));                            \
+        if (!ctx->profile) return st;                                                              \
         if (st == SRF_OK) st = ctx->be->sync(ctx);                                                 \
         ctx->profile->op_seconds[SRF_OP_##name] += now() - t0;                                     \
         ctx->profile->op_calls[SRF_OP_##name]++;                                                   \

@@ -1,4 +1,4 @@
-/* Scratch files of a test program: a directory of its own below the build tree, and what tests of
+/* Scratch files of a test program: a directory of its own below TMPDIR or /tmp, and what tests of
  * readers and writers say about files. */
 #pragma once
 #include "tests/support.h"
@@ -18,9 +18,17 @@ static inline const char *test_at(char *buf, const char *name)
     return buf;
 }
 
+/* To where files that a crash leaves behind are no litter. */
+static inline int test_enter_tmp(void)
+{
+    const char *tmp = getenv("TMPDIR");
+    return chdir(tmp && tmp[0] ? tmp : "/tmp");
+}
+
 static inline int test_make_root(void **state)
 {
     (void)state;
+    if (test_enter_tmp() != 0) return -1;
     strcpy(test_root, "checkpoints.XXXXXX");
     return mkdtemp(test_root) ? 0 : -1;
 }

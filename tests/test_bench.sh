@@ -20,7 +20,9 @@ has() {
 has "$dir/op" bench machine cpu sgemm_gflops copy_gb_s us us_worst gflops gb_s of_floor
 [ "$(wc -l <"$dir/op")" = 1 ] || fail "more than one line of JSON"
 "$srf" bench --filter step >"$dir/step-ops" || fail "bench (op by default)"
-grep -q 'recurrent step at position 100000 over 10: [0-9]' "$dir/step-ops" || fail "no ratio"
+# A step costs the same at every position. 2: a busy machine; a cost that grows would give thousands.
+sed -n 's/.*recurrent step at position 100000 over 10: //p' "$dir/step-ops" |
+    awk '$1 > 0 && $1 <= 2 { good = 1 } END { exit !good }' || fail "ratio: $(cat "$dir/step-ops")"
 
 cat >"$dir/config.json" <<'JSON'
 {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32,

@@ -74,6 +74,8 @@ refuse 2 "$SRF" eval --model model.h5 --data text.txt --seq-len 1e3
 refuse 2 "$SRF" eval --model model.h5 --data text.txt --json=yes
 refuse 2 "$SRF" eval --model model.h5 --data text.txt stray
 refuse 2 "$SRF" import model.h5
+refuse 2 "$SRF" eval --model model.h5 --data text.txt --attention srf --oprf-a 0.5
+refuse 2 "$SRF" eval --model model.h5 --data text.txt --attention srf --oprf-a nan
 refuse 2 "$SRF" export model.h5 out --format docx
 refuse 2 "$SRF" generate --model model.h5 --temperature hot
 refuse 2 "$SRF" generate --model model.h5 --temperature nan
@@ -91,6 +93,34 @@ refuse 1 "$SRF" info text.txt
 refuse 1 "$SRF" import no-such-folder out.h5
 refuse 1 "$SRF" export no-such-file out --format hf
 refuse 1 "$SRF" export model.h5 out.h5 --format recurrent # softmax has no fixed-size state
+for option in '--m 8' '--window 8' '--features iid' '--rotation hd' '--oprf-a 0' '--draw 0' \
+    '--features-seed 0' --share-heads --normalize-rows; do
+    for command in eval generate 'train --out run'; do
+        case $command in generate) data= ;; *) data='--data text.txt' ;; esac
+        refuse 1 "$SRF" $command --model model.h5 $data $option
+        grep -q 'add --attention srf' stderr || fail "$command $option: $(cat stderr)"
+    done
+done
+
+# Outputs that would replace an input, or cannot be written: said before the work begins.
+cp model.h5 precious.h5
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --per-token ./model.h5
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --per-token text.txt
+refuse 1 "$SRF" eval --model no-such-file --data text.txt --per-token no/such/place.h5
+grep -q 'no/such/place.h5' stderr || fail "eval looks at its output late: $(cat stderr)"
+refuse 1 "$SRF" eval --model no-such-file --data text.txt --per-token .
+grep -q 'Is a directory' stderr || fail "eval looks at its output late: $(cat stderr)"
+refuse 1 "$SRF" import model.h5 ./model.h5
+refuse 1 "$SRF" export model.h5 model.h5 --format recurrent
+refuse 1 "$SRF" export model.h5 model.h5 --format llmc
+refuse 1 "$SRF" import no-such-file no/such/place.h5
+grep -q 'no/such/place.h5' stderr || fail "import looks at its output late: $(cat stderr)"
+refuse 1 "$SRF" tokenize text.txt --tokenizer model.h5 --out ./model.h5
+refuse 1 "$SRF" tokenize text.txt --tokenizer model.h5 --out out.h5 --holdout-every 2 \
+    --holdout-out model.h5
+refuse 1 "$SRF" import start/no-such-file out.h5 --tokenizer model.h5
+cmp -s model.h5 precious.h5 || fail "the model was replaced"
+
 refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 --quiet
 refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out run --rotation hd --features none
 refuse 1 "$SRF" train --init no-such-file --data text.txt --out run

@@ -60,6 +60,19 @@ grep -q "the tokenizer is left out" stdout || fail "llmc: no word on the tokeniz
 ok "$SRF" import model.bin llmc.h5
 ok "$SRF" export llmc.h5 hf-llmc --format hf
 same hf/model.safetensors hf-llmc/model.safetensors "llm.c and back: other weights"
+T="$SOURCE/checkpoints/tiny-gpt2/tokenizer.json"
+for tokenizer in "$T" "$(dirname "$T")" hf model.h5; do # the format has no place for one: it is attached
+    ok "$SRF" import model.bin attached.h5 --tokenizer "$tokenizer"
+    grep -q "tokenizer of 2048 tokens" stdout || fail "--tokenizer $tokenizer: $(cat stdout)"
+    ok "$SRF" eval --model attached.h5 --data text.txt --max-tokens 64 --quiet
+done
+cp -r hf own
+run "$SRF" import own own/model.safetensors
+[ $status -eq 1 ] && cmp -s hf/model.safetensors own/model.safetensors ||
+    fail "import replaces the weights that it reads: exit $status"
+ok "$SRF" import own own/model.h5
+run "$SRF" eval --model llmc.h5 --data text.txt
+[ $status -eq 1 ] && grep -q -- '--tokenizer' stderr || fail "no word on --tokenizer: $(cat stderr)"
 ok "$SRF" export llmc.h5 again.bin --format llmc
 same model.bin again.bin "llm.c twice: another file"
 ok "$SRF" export model.h5 model16.bin --format llmc --dtype bf16

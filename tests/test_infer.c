@@ -1,5 +1,5 @@
 /* Recurrent inference: the engine against the parallel form, evaluation in both, the sampler. */
-#include "tests/support.h"
+#include "tests/scratch.h"
 #include "infer/engine.h"
 #include "infer/evaluate.h"
 #include "infer/sampler.h"
@@ -111,6 +111,7 @@ static srf_status take(void *user, int64_t first, int64_t n, int64_t len, const 
 static void evaluation(void **state)
 {
     (void)state;
+    assert_int_equal(test_enter_tmp(), 0);
     char path[] = "eval_XXXXXX";
     int fd = mkstemp(path);
     FILE *f = fdopen(fd, "wb");

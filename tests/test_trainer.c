@@ -1,5 +1,5 @@
 /* Training: policies, learning, resume, non-finite steps. */
-#include "tests/support.h"
+#include "tests/scratch.h"
 #include "infer/evaluate.h"
 #include "train/trainer.h"
 
@@ -46,6 +46,7 @@ struct setup {
 static void open_setup(struct setup *s, int64_t window, bool srf)
 {
     memset(s, 0, sizeof *s);
+    assert_int_equal(test_enter_tmp(), 0);
     strcpy(s->dir, "trainer_XXXXXX");
     assert_non_null(mkdtemp(s->dir));
     snprintf(s->data, sizeof s->data, "%s/data.npy", s->dir);

@@ -1,12 +1,15 @@
 /* The CPU backend's tables (one a precision), memory, and BLAS. */
 #include "kernels/cpu/cpu.h"
 
+#include <stdlib.h>
 #include <time.h>
 
 int openblas_get_parallel(void);
 void openblas_set_num_threads(int n);
 
 #ifndef SRF_REAL_F64
+enum { MAX_THREADS = 4096 };
+
 static srf_status cpu_alloc(struct srf_ctx *ctx, size_t bytes, void **out)
 {
     (void)ctx;
@@ -60,14 +63,23 @@ static const struct srf_backend f64_table = {
 #undef X
 };
 
+/* OMP_NUM_THREADS if it says something, else all cores. From the environment each time: OpenMP itself
+ * forgets it once a context has set another number. */
+static int default_threads(void)
+{
+    const char *text = getenv("OMP_NUM_THREADS"); /* "4", or "4,2" for nested levels */
+    long n = text ? strtol(text, NULL, 10) : 0;
+    return n >= 1 && n <= MAX_THREADS ? (int)n : omp_get_num_procs();
+}
+
 srf_status srf__cpu_open(struct srf_ctx *ctx, int threads)
 {
     SRF_FAIL_IF(ctx->dtype != SRF_F32 && ctx->dtype != SRF_F64, SRF_UNSUPPORTED,
                 "the CPU computes in f32 or f64, not in %s", srf_dtype_name(ctx->dtype));
-    SRF_FAIL_IF(threads < 0 || threads > 4096, SRF_INVALID, "%d threads: expected 0 (all) to 4096",
-                threads);
+    SRF_FAIL_IF(threads < 0 || threads > MAX_THREADS, SRF_INVALID,
+                "%d threads: expected 0 (the default) to %d", threads, MAX_THREADS);
     ctx->be = ctx->dtype == SRF_F64 ? &f64_table : &f32_table;
-    ctx->n_threads = threads ? threads : omp_get_num_procs();
+    ctx->n_threads = threads ? threads : default_threads();
     /* Both settings belong to the process, as OpenMP and OpenBLAS have them. */
     omp_set_num_threads(ctx->n_threads);
     openblas_set_num_threads(ctx->n_threads);

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# srf generate: streaming, JSON, prompts, the end of the positions, Ctrl-C.
+source "$(dirname "$0")/shell.sh"
+command -v python3 >/dev/null || { finished=1; exit 77; }
+make_tiny_model
+generate=("$SRF" generate --model model.h5 --attention srf --threads 1)
+
+# ok ARGUMENT...: succeeds.
+ok() {
+    run "${generate[@]}" "$@"
+    [ $status -eq 0 ] || die "generate $*: exit $status: $(cat stderr)"
+}
+
+# refuse EXIT WORDS ARGUMENT...: one line of error that holds the words, nothing printed.
+refuse() {
+    local expected="$1" words="$2"
+    shift 2
+    run "${generate[@]}" "$@"
+    [ $status -eq "$expected" ] || fail "generate $*: expected exit $expected, found $status"
+    [ "$(wc -l <stderr)" -eq 1 ] || fail "generate $*: expected one line of error: $(cat stderr)"
+    grep -qF -- "$words" stderr || fail "generate $*: expected '$words' in: $(cat stderr)"
+    [ ! -s stdout ] || fail "generate $*: prints $(cat stdout)"
+}
+
+# The streamed text is that of --json, and of the first of a batch. An untrained model makes tokens
+# of all kinds: bytes that are no character, too.
+hot=(--temperature 3 -n 60 --seed 3 --ignore-eos)
+ok --prompt "Café" "${hot[@]}" --quiet
+[ ! -s stderr ] || fail "--quiet: $(cat stderr)"
+cp stdout streamed
+ok --prompt "Café" "${hot[@]}" --batch 2 --quiet
+cp stdout batch
+ok --prompt "Café" "${hot[@]}" --json
+python3 - <<'END' || fail "the forms of the output differ"
+import json
+result = json.loads(open("stdout", "rb").read().decode("utf-8"))
+streamed = open("streamed", "rb").read()
+assert result["tokens"] == 60, result
+batch = open("batch", "rb").read()
+assert batch.startswith(b"--- 1 ---\n" + streamed + b"--- 2 ---\n")
+import re
+def whole(text): # a stray byte is one U+FFFD, or part of one
+    return re.sub("\ufffd+", "\ufffd", text)
+assert whole("Café" + result["texts"][0] + "\n") == whole(streamed.decode("utf-8", "replace"))
+assert "\ufffd" in result["texts"][0], "the test wants bytes that are no UTF-8"
+END
+
+# Prompts: from a file, empty, two of them.
+printf 'the king' >prompt.txt
+ok --prompt-file prompt.txt -n 3 --quiet
+cp stdout file
+ok --prompt 'the king' -n 3 --quiet
+cmp -s file stdout || fail "--prompt-file gives another text than --prompt"
+refuse 2 'two prompts' --prompt x --prompt-file prompt.txt
+refuse 1 'No such file' --prompt-file nowhere.txt
+refuse 1 'Is a directory' --prompt-file .
+ok -n 3 --temperature 0 --quiet
+cp stdout empty
+ok -n 3 --temperature 0 --quiet --prompt '<|endoftext|>'
+[ "<|endoftext|>$(cat empty)" = "$(cat stdout)" ] || fail "an empty prompt does not start a document"
+
+# A model that names no start token has its tokenizer's.
+cat >bare.json <<'END'
+{"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64,
+ "vocab_size": 2048, "layer_norm_epsilon": 1e-5}
+END
+"$SRF" train --init bare.json --tokenizer "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" \
+    --data text.txt --out bare --steps 2 --batch 4 --seq-len 32 --quiet >/dev/null || die "bare"
+run "$SRF" generate --model bare/model.h5 --attention srf -n 3 --quiet
+[ $status -eq 0 ] || fail "no start token in the config: $(cat stderr)"
+
+# 64 positions: the last token is made at the last of them and never fed.
+ok --prompt '<|endoftext|>' -n 64 --ignore-eos --json
+grep -q '"kv_positions": 64,' stdout || fail "positions: $(cat stdout)"
+refuse 1 'positions end at 64' --prompt '<|endoftext|>' -n 65
+
+# Ctrl-C: what there is stays, one line says why.
+cat >long.json <<'END'
+{"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 1000000,
+ "vocab_size": 2048, "layer_norm_epsilon": 1e-5, "bos_token_id": 0, "eos_token_id": 0}
+END
+"$SRF" train --init long.json --tokenizer "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" \
+    --data text.txt --out long --steps 1 --batch 1 --seq-len 8 --quiet >/dev/null || die "long"
+for form in stream json; do
+    [ $form = json ] && options=(--json) || options=()
+    "$SRF" generate --model long/model.h5 --attention srf --m 4 --window 0 --threads 1 --ignore-eos \
+        --prompt 'the king' -n 900000 "${options[@]}" >stdout 2>stderr &
+    pid=$!
+    for ((i = 0; i < 500; i++)); do
+        # Generation has begun when SIGINT is caught: the second bit of the mask.
+        ! grep -q 'SigCgt:.*[2367abef]$' /proc/$pid/status || break
+        sleep 0.02
+    done
+    sleep 0.2
+    kill -INT $pid
+    wait $pid
+    status=$?
+    [ $status -eq 1 ] || fail "Ctrl-C ($form): exit $status"
+    grep -q '^srf: error: interrupted' stderr || fail "Ctrl-C ($form): $(cat stderr)"
+    if [ $form = json ]; then
+        python3 -c 'import json; assert json.load(open("stdout"))["tokens"] > 0' || fail "no JSON"
+    else
+        [ "$(head -c 8 stdout)" = "the king" ] && [ "$(wc -c <stdout)" -gt 20 ] ||
+            fail "Ctrl-C: the text is gone: $(head -c 100 stdout)"
+    fi
+done
+
+# A full disk.
+"${generate[@]}" -n 3 --quiet >/dev/full 2>stderr && fail "a full disk is no error"
+[ "$(wc -l <stderr)" -eq 1 ] || fail "a full disk: $(cat stderr)"
+finish
