@@ -218,3 +218,24 @@ srf_status srf_write_file_atomic(const char *path, const void *data, size_t n)
     srf__out_abort(&o);
     return st;
 }
+
+srf_status srf_make_dir(const char *path)
+{
+    char part[PATH_MAX];
+    size_t n = strlen(path);
+    SRF_FAIL_IF(n == 0, SRF_INVALID, "the output path is empty");
+    SRF_FAIL_IF(n >= sizeof part, SRF_IO, "%s: path too long", path);
+    memcpy(part, path, n + 1);
+    for (char *s = part + 1; *s; s++) {
+        if (*s != '/') continue;
+        *s = '\0';
+        mkdir(part, 0777); /* the last mkdir says what is wrong */
+        *s = '/';
+    }
+    struct stat info;
+    SRF_FAIL_IF(mkdir(part, 0777) != 0 && errno != EEXIST, SRF_IO, "%s: %s", path, strerror(errno));
+    SRF_FAIL_IF(stat(part, &info) != 0 || !S_ISDIR(info.st_mode), SRF_IO,
+                "%s: expected a directory to write into", path);
+    SRF_FAIL_IF(access(part, W_OK | X_OK) != 0, SRF_IO, "%s: %s", path, strerror(errno));
+    return SRF_OK;
+}

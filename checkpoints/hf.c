@@ -122,10 +122,12 @@ cleanup:
 srf_status srf__hf_read(struct srf_source *s, const char *dir)
 {
     static const char one_name[] = "model.safetensors", index[] = "model.safetensors.index.json";
-    bool one, sharded, pickled;
+    bool one, sharded, pickled, trained, begun;
     SRF_TRY(is_there(dir, one_name, &one));
     SRF_TRY(is_there(dir, index, &sharded));
     SRF_TRY(is_there(dir, "pytorch_model.bin", &pickled));
+    SRF_TRY(is_there(dir, "model.h5", &trained));
+    SRF_TRY(is_there(dir, "last.h5", &begun));
     if (one) {
         char *path;
         SRF_TRY(srf__path_join(dir, one_name, &path));
@@ -137,6 +139,8 @@ srf_status srf__hf_read(struct srf_source *s, const char *dir)
         if (st != SRF_OK) srf__error_prefix("%s", dir);
         SRF_TRY(st);
     } else {
+        SRF_FAIL_IF(trained || begun, SRF_FORMAT, "%s: the directory of a training run: name %s/%s",
+                    dir, dir, trained ? "model.h5" : "last.h5");
         SRF_FAIL(SRF_FORMAT, "%s: expected %s or %s, found %s", dir, one_name, index,
                  pickled ? "pytorch_model.bin: save it again with safe_serialization=True"
                          : "neither");

@@ -1,12 +1,13 @@
 /* srf validate: how well SRF attention stands in for a model's softmax attention, with pictures. */
 #include "checkpoints/file.h"
+#include "checkpoints/writers.h"
 #include "cli/common.h"
 #include "cli/validate_report.h"
 
-#include <errno.h>
 #include <math.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 struct inputs {
     const char *model, *data, *out;
@@ -32,6 +33,7 @@ struct run {
     char *json, *html;
     struct cli_progress progress;
     double seconds;
+    bool made_dir;
 };
 
 static void free_run(struct run *r)
@@ -91,9 +93,10 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     const struct srf_model_config *cfg = &r->ck->config;
     struct srf_attention_config a = r->ck->attention;
+    a.kind = SRF_ATTN_SRF; /* of a softmax model: what swapping it would do */
     SRF_TRY(cli_set_attention(&in->attention, cfg->c / cfg->n_heads, &a));
-    a.kind = SRF_ATTN_SRF;
-    SRF_TRY(srf_attention_check(&a, cfg->c / cfg->n_heads));
+    SRF_FAIL_IF(a.kind != SRF_ATTN_SRF, SRF_INVALID,
+                "--attention softmax: validate measures SRF attention against it");
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
     struct srf_validate_config *c = &r->config;
     c->attention = a;
@@ -110,11 +113,11 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     c->progress = on_progress;
     c->user = r;
     SRF_TRY(read_tokens(in, r));
-    /* The folder is made at the end, so that a failure leaves nothing; a name that is taken is said
-     * now. */
-    struct stat taken;
-    SRF_FAIL_IF(stat(in->out, &taken) == 0 && !S_ISDIR(taken.st_mode), SRF_IO,
-                "%s: is there and is no folder", in->out);
+    /* Before the work, which a folder that cannot be made would waste. */
+    struct stat info;
+    bool there = stat(in->out, &info) == 0;
+    SRF_TRY(srf_make_dir(in->out));
+    r->made_dir = !there;
     return SRF_OK;
 }
 
@@ -148,13 +151,8 @@ static srf_status write_file(const char *dir, const char *name, const char *text
 {
     char *path;
     SRF_TRY(srf__path_join(dir, name, &path));
-    struct srf__out o;
-    srf_status st = srf__out_open(path, &o);
+    srf_status st = srf_write_file_atomic(path, text, strlen(text));
     srf__free(path);
-    SRF_TRY(st);
-    st = srf__out_write(&o, text, strlen(text));
-    if (st == SRF_OK) return srf__out_commit(&o);
-    srf__out_abort(&o);
     return st;
 }
 
@@ -185,8 +183,6 @@ static srf_status report(const struct inputs *in, struct run *r)
                                 .seconds = r->seconds};
     SRF_TRY(validate_json(&v, &r->json));
     SRF_TRY(validate_html(&v, &r->html));
-    SRF_FAIL_IF(mkdir(in->out, 0777) != 0 && errno != EEXIST, SRF_IO, "%s: %s", in->out,
-                strerror(errno));
     SRF_TRY(write_file(in->out, "validate.json", r->json));
     SRF_TRY(write_file(in->out, "validate.html", r->html));
     if (in->json) {
@@ -218,6 +214,8 @@ int cmd_validate(int argc, char **argv)
         {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' output errors (4)", 2, 1e6},
         {"kernel-draws", 0, CLI_INT, &in.kernel_draws, "N", "draws for the kernel's error (64)", 2,
          1e6},
+        {"seed", 0, CLI_U64, &in.attention.seed, "N", "of the draws, the same as --features-seed",
+         0, 0},
         CLI_ATTENTION_OPTIONS(in.attention),
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
@@ -234,6 +232,7 @@ int cmd_validate(int argc, char **argv)
     struct run r = {0};
     srf_status st = measure(&in, &r);
     if (st == SRF_OK) st = report(&in, &r);
+    if (st != SRF_OK && r.made_dir) rmdir(in.out); /* empty: a failure leaves nothing */
     code = st == SRF_OK ? EXIT_OK : cli_fail();
     free_run(&r);
     return code;

@@ -24,7 +24,7 @@ refuse() {
 
 # The streamed text is that of --json, and of the first of a batch. An untrained model makes tokens
 # of all kinds: bytes that are no character, too.
-hot=(--temperature 3 -n 60 --seed 3 --ignore-eos)
+hot=(--temperature 100 -n 60 --seed 5 --ignore-eos)
 ok --prompt "Café" "${hot[@]}" --quiet
 [ ! -s stderr ] || fail "--quiet: $(cat stderr)"
 cp stdout streamed

@@ -71,6 +71,9 @@ run "$SRF" import own own/model.safetensors
 [ $status -eq 1 ] && cmp -s hf/model.safetensors own/model.safetensors ||
     fail "import replaces the weights that it reads: exit $status"
 ok "$SRF" import own own/model.h5
+cp model.h5 start/model.h5
+run "$SRF" info start
+[ $status -eq 1 ] && grep -q 'start/model.h5' stderr || fail "info of a run: $(cat stderr)"
 run "$SRF" eval --model llmc.h5 --data text.txt
 [ $status -eq 1 ] && grep -q -- '--tokenizer' stderr || fail "no word on --tokenizer: $(cat stderr)"
 ok "$SRF" export llmc.h5 again.bin --format llmc

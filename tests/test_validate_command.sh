@@ -65,6 +65,16 @@ refuse 1 --model no-such-file --data text.txt
 refuse 1 --model model.h5 --data no-such-file
 echo 'short' >short.txt
 refuse 1 --model model.h5 --data short.txt
+refuse 1 --model model.h5 --data text.txt --attention softmax
 run "${validate[@]}" -q --out text.txt
 [ $status -eq 1 ] || fail "--out that is a file: exit $status"
+run "${validate[@]}" -q --out text.txt/run
+[ $status -eq 1 ] || fail "--out below a file: exit $status"
+run "${validate[@]}" -q --out new/parents/run --seed 5
+[ $status -eq 0 ] && [ -f new/parents/run/validate.json ] || fail "--out of three new folders"
+run "${validate[@]}" -q --out same --features-seed 5
+cmp -s <(sed 's/"seconds":[0-9.e-]*//' new/parents/run/validate.json) \
+    <(sed 's/"seconds":[0-9.e-]*//' same/validate.json) || fail "--seed is not --features-seed"
+! cmp -s <(sed 's/"seconds":[0-9.e-]*//' one/validate.json) \
+    <(sed 's/"seconds":[0-9.e-]*//' same/validate.json) || fail "--seed changes nothing"
 finish
