@@ -43,7 +43,7 @@ struct setup {
     struct srf_train_config config;
 };
 
-static void open_setup(struct setup *s, int64_t window, bool srf)
+static void open_setup_in(struct setup *s, enum srf_dtype dtype, int64_t window, bool srf)
 {
     memset(s, 0, sizeof *s);
     assert_int_equal(test_enter_tmp(), 0);
@@ -53,7 +53,7 @@ static void open_setup(struct setup *s, int64_t window, bool srf)
     snprintf(s->val, sizeof s->val, "%s/val.npy", s->dir);
     write_tokens(s->data, 4000, 0);
     write_tokens(s->val, 1000, 1);
-    test_ok(srf_ctx_create("cpu", SRF_F32, 2, &s->ctx));
+    test_ok(srf_ctx_create("cpu", dtype, 2, &s->ctx));
     test_ok(srf_checkpoint_init(config_json, 3, &s->ck));
     if (srf) {
         s->ck->attention.kind = SRF_ATTN_SRF;
@@ -69,6 +69,11 @@ static void open_setup(struct setup *s, int64_t window, bool srf)
     s->config.seq_len = 24;
     s->config.warmup = 2;
     s->config.lr = 3e-3;
+}
+
+static void open_setup(struct setup *s, int64_t window, bool srf)
+{
+    open_setup_in(s, SRF_F32, window, srf);
 }
 
 static void close_setup(struct setup *s)
@@ -156,18 +161,39 @@ static void learns(void **state)
     }
 }
 
+/* A teacher with SRF attention and features of its own, that no key gives again. */
+static void srf_teacher(struct srf_checkpoint *ck)
+{
+    ck->attention.kind = SRF_ATTN_SRF;
+    ck->attention.m = 5;
+    int64_t n = srf_checkpoint_features_count(ck), n_bias = srf_checkpoint_bias_count(ck);
+    ck->features_w = srf__alloc((size_t)n, sizeof *ck->features_w);
+    ck->features_bias = srf__alloc((size_t)n_bias, sizeof *ck->features_bias);
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 10, 0, 0);
+    for (int64_t i = 0; i < n; i++) ck->features_w[i] = (float)srf_rng_normal(&r);
+    for (int64_t i = 0; i < n_bias; i++) ck->features_bias[i] = (float)(0.3 * srf_rng_normal(&r));
+}
+
 /* Training to the end, and stopping at a step, saving, loading, going on: the same bits. */
 static void resume_is_exact(void **state)
 {
     (void)state;
-    for (int kind = 0; kind < 3; kind++) {
+    const struct {
+        enum srf_dtype dtype;
+        bool srf, srf_teacher;
+        int64_t window;
+    } cases[] = {
+        {SRF_F32, false, false, 0}, {SRF_F32, true, false, 0}, {SRF_F32, true, false, 4},
+        {SRF_F32, true, true, 4},   {SRF_F64, true, true, 4},
+    };
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         struct setup s;
         struct srf_trainer *t;
         struct srf_train_metrics whole[12], m;
         char last[96];
-        open_setup(&s, kind == 2 ? 4 : 0, kind > 0);
+        open_setup_in(&s, cases[k].dtype, cases[k].window, cases[k].srf);
         struct srf_checkpoint *teacher = NULL;
-        if (kind > 0) {
+        if (cases[k].srf) {
             test_ok(srf_checkpoint_init(config_json, 4, &teacher));
             s.config.kl_weight = 0.5;
             s.config.mse_weight = 0.5;
@@ -175,12 +201,13 @@ static void resume_is_exact(void **state)
             s.config.freeze_at = 0.5;
             s.config.train_features = true;
         }
+        if (cases[k].srf_teacher) srf_teacher(teacher);
         snprintf(last, sizeof last, "%s/last.h5", s.dir);
         test_ok(srf_trainer_create(s.ctx, s.ck, teacher, &s.config, s.train, NULL, &t));
         for (int i = 0; i < 12; i++) test_ok(srf_trainer_step(t, &whole[i]));
-        int64_t n = srf_trainer_model(t)->table.total;
-        float *want = srf__alloc((size_t)n, sizeof *want);
-        memcpy(want, srf_model_param(srf_trainer_model(t), 0), (size_t)n * sizeof *want);
+        size_t n = (size_t)srf_trainer_model(t)->table.total * srf_dtype_bytes(cases[k].dtype);
+        char *want = srf__alloc(n, 1);
+        memcpy(want, srf_model_param(srf_trainer_model(t), 0), n);
         srf_trainer_free(t);
         for (int cut = 1; cut < 12; cut += 5) {
             test_ok(srf_trainer_create(s.ctx, s.ck, teacher, &s.config, s.train, NULL, &t));
@@ -195,14 +222,88 @@ static void resume_is_exact(void **state)
                 assert_true(m.kl == whole[i].kl && m.mse == whole[i].mse);
                 assert_int_equal(m.draw, whole[i].draw);
             }
-            assert_memory_equal(srf_model_param(srf_trainer_model(t), 0), want,
-                                (size_t)n * sizeof *want);
+            assert_memory_equal(srf_model_param(srf_trainer_model(t), 0), want, n);
             srf_trainer_free(t);
         }
         srf__free(want);
         srf_checkpoint_free(teacher);
         close_setup(&s);
     }
+}
+
+static void refuses(struct srf_ctx *ctx, const char *last, struct srf_tokenset *data,
+                    const char *words)
+{
+    struct srf_trainer *t;
+    assert_int_equal(srf_trainer_resume(ctx, last, data, NULL, &t), SRF_MISMATCH);
+    assert_null(t);
+    if (!strstr(srf_error_message(), words)) fail_msg("no '%s' in: %s", words, srf_error_message());
+}
+
+/* Other data, other numbers: another run. */
+static void resume_of_another_run(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    struct srf_tokenset *other;
+    struct srf_ctx *ctx;
+    char last[96];
+    open_setup(&s, 0, false);
+    snprintf(last, sizeof last, "%s/last.h5", s.dir);
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_resumed_threads(t), 0);
+    test_ok(srf_trainer_save(t, last));
+    srf_trainer_free(t);
+    refuses(s.ctx, last, s.held, "1000 tokens");
+    char path[128];
+    snprintf(path, sizeof path, "%s/other.npy", s.dir);
+    write_tokens(path, 4000, 5); /* as long, other ids */
+    test_ok(srf_tokenset_open(path, NULL, 16, &other));
+    refuses(s.ctx, last, other, "training data");
+    srf_tokenset_close(other);
+    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    refuses(ctx, last, s.train, "f32, found f64");
+    srf_ctx_free(ctx);
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    test_ok(srf_trainer_resume(ctx, last, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_resumed_threads(t), 2);
+    srf_trainer_free(t);
+    srf_ctx_free(ctx);
+    close_setup(&s);
+}
+
+/* A teacher of another architecture is refused by the size that differs. */
+static void teacher_of_another_shape(void **state)
+{
+    (void)state;
+    const struct {
+        const char *json, *words;
+    } cases[] = {
+        {"{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 4, \"n_embd\": 16,"
+         " \"n_positions\": 32, \"vocab_size\": 16, \"activation_function\": \"gelu_new\"}",
+         "heads 2, found 4"},
+        {"{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 16,"
+         " \"n_positions\": 32, \"vocab_size\": 16, \"activation_function\": \"gelu_new\","
+         " \"layer_norm_epsilon\": 1e-3}",
+         "epsilon 1e-05, found 0.001"},
+        {"{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 16,"
+         " \"n_positions\": 64, \"vocab_size\": 16, \"activation_function\": \"gelu_new\"}",
+         "positions 32, found 64"},
+    };
+    struct setup s;
+    open_setup(&s, 0, false);
+    s.config.kl_weight = 1;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct srf_checkpoint *teacher;
+        struct srf_trainer *t;
+        test_ok(srf_checkpoint_init(cases[i].json, 1, &teacher));
+        assert_int_equal(srf_trainer_create(s.ctx, s.ck, teacher, &s.config, s.train, NULL, &t),
+                         SRF_MISMATCH);
+        if (!strstr(srf_error_message(), cases[i].words)) fail_msg("%s", srf_error_message());
+        srf_checkpoint_free(teacher);
+    }
+    close_setup(&s);
 }
 
 /* A poisoned forward never reaches the weights; too many in a row end the run. */
@@ -491,10 +592,16 @@ static void saved_at_once(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(policies),          cmocka_unit_test(learns),
-        cmocka_unit_test(resume_is_exact),   cmocka_unit_test(non_finite_steps),
-        cmocka_unit_test(run_and_interrupt), cmocka_unit_test(evaluations_of_a_killed_run),
-        cmocka_unit_test(run_directory),     cmocka_unit_test(bad_validation_set),
+        cmocka_unit_test(policies),
+        cmocka_unit_test(learns),
+        cmocka_unit_test(resume_is_exact),
+        cmocka_unit_test(resume_of_another_run),
+        cmocka_unit_test(teacher_of_another_shape),
+        cmocka_unit_test(non_finite_steps),
+        cmocka_unit_test(run_and_interrupt),
+        cmocka_unit_test(evaluations_of_a_killed_run),
+        cmocka_unit_test(run_directory),
+        cmocka_unit_test(bad_validation_set),
         cmocka_unit_test(saved_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -51,6 +51,8 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     return SRF_ALLOC(t->targets, rows);
 }
 
+/* ---- what goes in -------------------------------------------------------------------------- */
+
 /* What an evaluation at the end would fail for, now. */
 static srf_status check_val(const struct srf_train_config *c, const struct srf_tokenset *val)
 {
@@ -60,6 +62,79 @@ static srf_status check_val(const struct srf_train_config *c, const struct srf_t
     SRF_FAIL_IF(c->seq_len < 2, SRF_INVALID,
                 "sequences of %lld token: an evaluation needs at least 2", (long long)c->seq_len);
     return SRF_OK;
+}
+
+static srf_status tokenizer_hash(const char *json, char hex[17])
+{
+    struct srf_bpe *bpe;
+    SRF_TRY(srf_bpe_from_json(json, strlen(json), &bpe));
+    srf_bpe_hash(bpe, hex);
+    srf_bpe_free(bpe);
+    return SRF_OK;
+}
+
+/* A teacher's logits and attention outputs are compared with the student's one by one. */
+static srf_status check_teacher(const struct srf_checkpoint *student,
+                                const struct srf_checkpoint *teacher)
+{
+    const struct srf_model_config *a = &student->config, *b = &teacher->config;
+    const struct {
+        const char *name;
+        double student, teacher;
+    } sizes[] = {
+        {"layers", (double)a->n_layers, (double)b->n_layers},
+        {"heads", (double)a->n_heads, (double)b->n_heads},
+        {"width", (double)a->c, (double)b->c},
+        {"MLP width", (double)a->d_ff, (double)b->d_ff},
+        {"positions", (double)a->n_pos, (double)b->n_pos},
+        {"vocabulary", (double)a->vocab, (double)b->vocab},
+        {"layer norm epsilon", a->ln_eps, b->ln_eps},
+    };
+    SRF_FAIL_IF(a->arch != b->arch, SRF_MISMATCH, "the teacher has another architecture");
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        SRF_FAIL_IF(sizes[i].student != sizes[i].teacher, SRF_MISMATCH,
+                    "teacher: expected the model's %s %g, found %g", sizes[i].name,
+                    sizes[i].student, sizes[i].teacher);
+    if (!student->tokenizer_json || !teacher->tokenizer_json) return SRF_OK;
+    char want[17], found[17];
+    SRF_TRY(tokenizer_hash(student->tokenizer_json, want));
+    SRF_TRY(tokenizer_hash(teacher->tokenizer_json, found));
+    SRF_FAIL_IF(strcmp(want, found) != 0, SRF_MISMATCH,
+                "teacher: expected the model's tokenizer %s, found %s", want, found);
+    return SRF_OK;
+}
+
+/* FNV-1a of n ids. */
+static uint64_t hash_ids(uint64_t h, const int32_t *ids, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        for (int shift = 0; shift < 32; shift += 8) {
+            h ^= (uint32_t)ids[i] >> shift & 255;
+            h *= 0x100000001b3u;
+        }
+    return h;
+}
+
+/* A name for what the set holds. Whole sets are too long to read: both ends, so that one that was
+ * cut, or had something added, is another. */
+static srf_status identify(struct srf_tokenset *data, char *id, size_t size)
+{
+    enum { END = 4096 };
+    int64_t count = srf_tokenset_count(data), n = count < END ? count : END;
+    const char *tokenizer = srf_tokenset_tokenizer_hash(data);
+    int32_t *ids;
+    uint64_t h = 0xcbf29ce484222325u;
+    SRF_TRY(SRF_ALLOC(ids, n));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(srf_tokenset_read(data, 0, n, ids));
+    h = hash_ids(h, ids, n);
+    SRF_TRY_GO(srf_tokenset_read(data, count - n, n, ids));
+    h = hash_ids(h, ids, n);
+    snprintf(id, size, "%lld tokens %016llx, tokenizer %s", (long long)count, (unsigned long long)h,
+             tokenizer[0] ? tokenizer : "unknown");
+cleanup:
+    srf__free(ids);
+    return st;
 }
 
 srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
@@ -80,6 +155,8 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
                 "distillation needs a teacher");
     SRF_FAIL_IF(config->train_features && ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
                 "softmax attention has no features to train");
+    bool teach = srf_policy_needs_teacher(config);
+    if (teach) SRF_TRY(check_teacher(ck, teacher));
     struct srf_trainer *t;
     SRF_TRY(SRF_CALLOC(t, 1));
     t->ctx = ctx;
@@ -92,7 +169,8 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
         t->tokenizer_json = srf__strdup(ck->tokenizer_json);
         SRF_FAIL_GO_IF(!t->tokenizer_json, SRF_NOMEM, "out of memory: tokenizer");
     }
-    SRF_TRY_GO(plan(t, ck, srf_policy_needs_teacher(config) ? teacher : NULL));
+    SRF_TRY_GO(identify(data, t->data_id, sizeof t->data_id));
+    SRF_TRY_GO(plan(t, ck, teach ? teacher : NULL));
     *out = t;
 cleanup:
     if (st != SRF_OK) srf_trainer_free(t);
@@ -267,6 +345,11 @@ srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl)
 int64_t srf_trainer_steps_done(const struct srf_trainer *t)
 {
     return t->step;
+}
+
+int64_t srf_trainer_resumed_threads(const struct srf_trainer *t)
+{
+    return t->resumed_threads;
 }
 
 const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t)

@@ -23,12 +23,14 @@ struct srf_train_metrics {
 
 /* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL (required if the
  * config distils). Data sets stay owned by the caller and must outlive the trainer. val may be NULL.
- * The attention of ck is the one trained. */
+ * The attention of ck is the one trained. The teacher has the architecture of ck in every size, and
+ * its tokenizer. */
 srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
                               const struct srf_checkpoint *teacher,
                               const struct srf_train_config *config, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
-/* From last.h5 of an earlier run, teacher and settings included. */
+/* From last.h5 of an earlier run, teacher and settings included. SRF_MISMATCH where the training
+ * data or the context's dtype are not those of the run. */
 srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
 void srf_trainer_free(struct srf_trainer *t); /* NULL is fine */
@@ -43,6 +45,8 @@ srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
 srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path);
 
 int64_t srf_trainer_steps_done(const struct srf_trainer *t);
+/* CPU threads before a resume (another number gives other roundings); 0 for a new run. */
+int64_t srf_trainer_resumed_threads(const struct srf_trainer *t);
 const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t);
 struct srf_model *srf_trainer_model(struct srf_trainer *t);
 /* "weights 8.8 MB, gradients 8.8 MB, ..." */

@@ -1,7 +1,9 @@
 /* A training run's checkpoint: the model as in model/checkpoint.h, and
- *     /trainer    attributes settings (JSON), step, updates, first_draw
+ *     /trainer    attributes settings (JSON), step, updates, first_draw, dtype, threads, data
  *     /optimizer  m, v (flat, in the order of the tensor table; then those of the features)
- *     /teacher    params (flat), attention settings */
+ *     /teacher    params (flat), attention settings; w, bias (its features, flat)
+ *     /exact      params, w, bias of an f64 run: the model itself is stored in f32
+ * Flat arrays have the run's own precision. */
 #include "train/trainer_internal.h"
 
 #include <string.h>
@@ -38,13 +40,22 @@ srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path)
     return st;
 }
 
+/* What an array of `type` is stored as: without loss. */
+static enum srf_dtype stored_as(enum srf_dtype type)
+{
+    return type == SRF_F64 ? SRF_F64 : SRF_F32;
+}
+
 static srf_status put_flat(struct srf_trainer *t, struct srf_h5 *f, const char *path,
                            const void *values, enum srf_dtype type, int64_t n)
 {
-    float *host;
-    SRF_TRY(SRF_ALLOC(host, n));
-    srf_status st = srf_download_f32(t->ctx, host, values, type, n);
-    if (st == SRF_OK) st = srf_h5_put(f, path, SRF_F32, 1, &n, host);
+    enum srf_dtype stored = stored_as(type);
+    size_t size = srf_dtype_bytes(stored);
+    void *host = srf__alloc((size_t)n, size);
+    SRF_FAIL_IF(!host, SRF_NOMEM, "out of memory: %lld elements of %s", (long long)n, path);
+    srf_status st = stored == type ? t->ctx->be->download(t->ctx, host, values, (size_t)n * size)
+                                   : srf_download_f32(t->ctx, host, values, type, n);
+    if (st == SRF_OK) st = srf_h5_put(f, path, stored, 1, &n, host);
     srf__free(host);
     return st;
 }
@@ -52,12 +63,37 @@ static srf_status put_flat(struct srf_trainer *t, struct srf_h5 *f, const char *
 static srf_status get_flat(struct srf_trainer *t, struct srf_h5 *f, const char *path, void *values,
                            enum srf_dtype type, int64_t n)
 {
-    float *host;
-    SRF_TRY(SRF_ALLOC(host, n));
-    srf_status st = srf_h5_get(f, path, SRF_F32, 1, &n, host);
-    if (st == SRF_OK) st = srf_upload_f32(t->ctx, values, type, host, n);
+    enum srf_dtype stored = stored_as(type);
+    size_t size = srf_dtype_bytes(stored);
+    void *host = srf__alloc((size_t)n, size);
+    SRF_FAIL_IF(!host, SRF_NOMEM, "out of memory: %lld elements of %s", (long long)n, path);
+    srf_status st = srf_h5_get(f, path, stored, 1, &n, host);
+    if (st == SRF_OK)
+        st = stored == type ? t->ctx->be->upload(t->ctx, values, host, (size_t)n * size)
+                            : srf_upload_f32(t->ctx, values, type, host, n);
     srf__free(host);
     return st;
+}
+
+/* The features in force, for a model with SRF attention. */
+static srf_status put_features(struct srf_trainer *t, struct srf_h5 *f, const struct srf_model *m,
+                               const char *w_path, const char *bias_path)
+{
+    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
+    int64_t n, d = m->config.c / m->config.n_heads;
+    const void *w = srf_model_features(m, &n), *bias = srf_arena_ptr(m->arena, m->slot_bias);
+    SRF_TRY(put_flat(t, f, w_path, w, t->ctx->dtype, n));
+    return put_flat(t, f, bias_path, bias, t->ctx->dtype, n / d);
+}
+
+static srf_status get_features(struct srf_trainer *t, struct srf_h5 *f, const struct srf_model *m,
+                               const char *w_path, const char *bias_path)
+{
+    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
+    int64_t n, d = m->config.c / m->config.n_heads;
+    void *w = srf_model_features(m, &n), *bias = srf_arena_ptr(m->arena, m->slot_bias);
+    SRF_TRY(get_flat(t, f, w_path, w, t->ctx->dtype, n));
+    return get_flat(t, f, bias_path, bias, t->ctx->dtype, n / d);
 }
 
 static srf_status put_teacher(struct srf_trainer *t, struct srf_h5 *f)
@@ -68,7 +104,8 @@ static srf_status put_teacher(struct srf_trainer *t, struct srf_h5 *f)
     SRF_TRY(srf_attention_to_json(&t->teacher->attention, &text));
     srf_status st = srf_h5_put_str(f, "/teacher", "attention", text);
     srf__free(text);
-    return st;
+    SRF_TRY(st);
+    return put_features(t, f, t->teacher, "/teacher/w", "/teacher/bias");
 }
 
 static srf_status put_trainer(struct srf_trainer *t, struct srf_h5 *f)
@@ -85,6 +122,14 @@ static srf_status put_trainer(struct srf_trainer *t, struct srf_h5 *f)
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "step", t->step));
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "updates", t->updates));
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "first_draw", (int64_t)t->first_draw));
+    SRF_TRY(srf_h5_put_str(f, "/trainer", "dtype", srf_dtype_name(t->ctx->dtype)));
+    SRF_TRY(srf_h5_put_i64(f, "/trainer", "threads", t->ctx->n_threads));
+    SRF_TRY(srf_h5_put_str(f, "/trainer", "data", t->data_id));
+    if (t->ctx->dtype == SRF_F64) {
+        SRF_TRY(
+            put_flat(t, f, "/exact/params", srf_model_param(t->model, 0), SRF_F64, t->n_params));
+        SRF_TRY(put_features(t, f, t->model, "/exact/w", "/exact/bias"));
+    }
     return t->teacher ? put_teacher(t, f) : SRF_OK;
 }
 
@@ -127,8 +172,24 @@ cleanup:
     return st;
 }
 
+/* The run's own text attribute must be what it is now. */
+static srf_status same_text(struct srf_h5 *f, const char *name, const char *what, const char *now)
+{
+    char *text;
+    SRF_TRY(srf_h5_get_str(f, "/trainer", name, &text));
+    srf_status st = SRF_OK;
+    SRF_FAIL_GO_IF(strcmp(text, now) != 0, SRF_MISMATCH, "%s: the run's is %s, found %s", what,
+                   text, now);
+cleanup:
+    srf__free(text);
+    return st;
+}
+
 static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
 {
+    SRF_TRY(same_text(f, "dtype", "dtype", srf_dtype_name(t->ctx->dtype)));
+    SRF_TRY(same_text(f, "data", "training data", t->data_id));
+    SRF_TRY(srf_h5_get_i64(f, "/trainer", "threads", &t->resumed_threads));
     int64_t n = t->n_params + t->n_features, first_draw;
     enum srf_dtype acc = srf_ctx_acc(t->ctx);
     SRF_TRY(get_flat(t, f, "/optimizer/m", srf_arena_ptr(t->arena, t->slot_m), acc, n));
@@ -137,6 +198,12 @@ static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
     SRF_TRY(srf_h5_get_i64(f, "/trainer", "updates", &t->updates));
     SRF_TRY(srf_h5_get_i64(f, "/trainer", "first_draw", &first_draw));
     t->first_draw = (uint64_t)first_draw;
+    if (t->ctx->dtype == SRF_F64) {
+        SRF_TRY(
+            get_flat(t, f, "/exact/params", srf_model_param(t->model, 0), SRF_F64, t->n_params));
+        SRF_TRY(get_features(t, f, t->model, "/exact/w", "/exact/bias"));
+    }
+    if (t->teacher) SRF_TRY(get_features(t, f, t->teacher, "/teacher/w", "/teacher/bias"));
     SRF_FAIL_IF(t->step < 0 || t->step > t->config.steps || t->updates < 0 || t->updates > t->step,
                 SRF_FORMAT, "/trainer: step %lld with %lld updates of %lld steps",
                 (long long)t->step, (long long)t->updates, (long long)t->config.steps);

@@ -16,6 +16,8 @@ struct srf_trainer {
     int64_t updates;                /* of them, those that changed the weights */
     int skipped;                    /* in a row */
     bool resumed;                   /* made from a run's last.h5 */
+    int64_t resumed_threads;        /* what that ran on; 0 for a new run */
+    char data_id[96];               /* tells training sets apart: length, tokenizer, some ids */
     uint64_t first_draw;            /* draw index of step 0 */
     int32_t *window, *tokens, *targets;
 };
