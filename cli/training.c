@@ -8,7 +8,7 @@ struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher;
     bool resume, quiet, json;
     double min_lr;
-    int64_t seq_len, micro_batch;
+    int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
     struct cli_device device;
     struct cli_attention attention;
     struct srf_train_config config;
@@ -69,13 +69,15 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
                               &r->ck->attention));
     if (!srf_policy_needs_teacher(&in->config)) return SRF_OK;
-    /* The teacher: named, or the model itself as it came, with softmax. */
+    /* The teacher: named, or the model itself as it came, with softmax. Weights that were fitted to
+     * SRF attention are no good under softmax. */
+    SRF_FAIL_IF(before.kind == SRF_ATTN_SRF && !in->teacher, SRF_INVALID,
+                "%s already has SRF attention and cannot teach itself: name its softmax original "
+                "(--teacher), or train without one (--kl 0 --mse 0)",
+                in->model);
     const char *path = in->teacher ? in->teacher : in->model;
     SRF_FAIL_IF(!path, SRF_INVALID, "distillation from scratch needs --teacher");
     SRF_TRY(srf_checkpoint_load(path, NULL, &r->teacher));
-    SRF_FAIL_IF(r->teacher->config.vocab != r->ck->config.vocab ||
-                    r->teacher->table.total != r->ck->table.total,
-                SRF_MISMATCH, "the teacher %s has another shape than the model", path);
     if (!in->teacher) r->teacher->attention.kind = SRF_ATTN_SOFTMAX;
     return SRF_OK;
 }
@@ -107,6 +109,8 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
         c->micro_batch = 2048 / c->seq_len < 1 ? 1 : 2048 / c->seq_len;
         while (c->batch % c->micro_batch) c->micro_batch--;
     }
+    c->warmup = in->warmup;
+    if (in->warmup == CLI_NONE) c->warmup = c->steps < 500 ? c->steps / 10 : 50;
     c->min_lr = isnan(in->min_lr) ? c->lr / 10 : in->min_lr;
     return srf_trainer_create(r->ctx, r->ck, r->teacher, c, r->data, r->val, &r->trainer);
 }
@@ -160,9 +164,102 @@ static void print_start(const struct cli_training *d, const struct inputs *in, s
     fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads; %s\n",
             (long long)c->steps, (long long)c->batch, (long long)c->seq_len,
             (long long)c->micro_batch, r->ctx->be->name, r->ctx->n_threads, memory);
-    if (srf_trainer_steps_done(r->trainer))
-        fprintf(stderr, "resumed after step %lld from %s/last.h5\n",
+    int64_t left = c->steps - srf_trainer_steps_done(r->trainer);
+    if (in->resume)
+        fprintf(stderr, "resumed after step %lld from %s/last.h5; ",
                 (long long)srf_trainer_steps_done(r->trainer), in->out);
+    fprintf(stderr, "%.3g million tokens to go\n", (double)(left * c->batch * c->seq_len) * 1e-6);
+}
+
+/* What a user should know even where progress is not wanted. */
+static void print_warnings(struct run *r)
+{
+    const struct srf_attention_config *a = &srf_trainer_model(r->trainer)->attention;
+    int64_t len = srf_trainer_config(r->trainer)->seq_len;
+    int64_t threads = srf_trainer_resumed_threads(r->trainer);
+    if (a->kind == SRF_ATTN_SRF && a->window > 0 && 2 * a->window >= len)
+        fprintf(
+            stderr,
+            "srf: warning: window %lld attends exactly to all of a sequence of %lld tokens: the "
+            "random features are not trained for; try --window %lld\n",
+            (long long)a->window, (long long)len, (long long)len / 8);
+    if (threads && threads != r->ctx->n_threads)
+        fprintf(stderr,
+                "srf: note: resumed on %d threads, begun on %lld: equal up to rounding, not "
+                "bit for bit\n",
+                r->ctx->n_threads, (long long)threads);
+}
+
+/* For a shell: as it is, or in single quotes. */
+static void print_word(FILE *to, const char *text)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+                                "_-./,:@%+=";
+    if (text[0] && strspn(text, plain) == strlen(text)) {
+        fputs(text, to);
+        return;
+    }
+    fputc('\'', to);
+    for (const char *s = text; *s; s++)
+        if (*s == '\'')
+            fputs("'\\''", to);
+        else
+            fputc(*s, to);
+    fputc('\'', to);
+}
+
+/* The command that goes on with this run, on the same device. */
+static void print_resume(const struct cli_training *defaults, const struct inputs *in)
+{
+    char threads[24] = "";
+    if (in->device.threads > 0)
+        snprintf(threads, sizeof threads, "%lld", (long long)in->device.threads);
+    const struct cli_device standard = CLI_DEVICE_DEFAULT;
+    const struct {
+        const char *option, *value;
+    } words[] = {
+        {"--data", in->data},
+        {"--val", in->val},
+        {"--out", in->out},
+        {"--threads", threads[0] ? threads : NULL},
+        {"--dtype", strcmp(in->device.dtype, standard.dtype) ? in->device.dtype : NULL},
+        {"--device", strcmp(in->device.device, standard.device) ? in->device.device : NULL},
+    };
+    fprintf(stderr, "srf: go on with: srf %s --resume", defaults->name);
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        if (!words[i].value) continue;
+        fprintf(stderr, " %s ", words[i].option);
+        print_word(stderr, words[i].value);
+    }
+    fputc('\n', stderr);
+}
+
+/* What the run came to. A resumed one that had nothing left to do has no loss. */
+static void print_result(const struct cli_training *defaults, const struct inputs *in,
+                         const struct report *p, double val_ppl, double seconds)
+{
+    int64_t steps = p->config->steps;
+    bool idle = p->first_step == steps;
+    if (in->json) {
+        char path[4200];
+        int n = snprintf(path, sizeof path, "%s/model.h5", in->out);
+        printf("{\"model\": ");
+        cli_json_string(stdout, path, (size_t)n);
+        printf(", \"steps\": %lld, \"loss\": ", (long long)steps);
+        if (p->loss > 0)
+            printf("%.9g", p->loss);
+        else
+            printf("null");
+        printf(", \"val_ppl\": %.9g, \"seconds\": %.3f}\n", val_ppl, seconds);
+        return;
+    }
+    if (idle)
+        printf("%s: all %lld steps were done before", defaults->name, (long long)steps);
+    else
+        printf("%s: %lld steps in %.1f s, loss %.4f", defaults->name,
+               (long long)(steps - p->first_step), seconds, p->loss);
+    if (val_ppl > 0) printf(", validation perplexity %.3f", val_ppl);
+    printf("; model in %s/model.h5\n", in->out);
 }
 
 static int run(const struct cli_training *defaults, struct inputs *in)
@@ -174,6 +271,7 @@ static int run(const struct cli_training *defaults, struct inputs *in)
         return cli_fail();
     }
     if (!in->quiet) print_start(defaults, in, &r);
+    print_warnings(&r);
     struct report report = {.config = srf_trainer_config(r.trainer),
                             .first_step = srf_trainer_steps_done(r.trainer)};
     cli_progress_start(&report.progress, defaults->name, in->quiet);
@@ -184,27 +282,87 @@ static int run(const struct cli_training *defaults, struct inputs *in)
     cli_progress_end(&report.progress);
     int code = EXIT_OK;
     if (st == SRF_INTERRUPTED) {
-        fprintf(stderr, "srf: %s\nsrf: go on with: srf %s --resume --data %s%s%s --out %s\n",
-                srf_error_message(), defaults->name, in->data, in->val ? " --val " : "",
-                in->val ? in->val : "", in->out);
+        fprintf(stderr, "srf: %s\n", srf_error_message());
+        print_resume(defaults, in);
         code = EXIT_FAILED;
     } else if (st != SRF_OK) {
         code = cli_fail();
-    } else if (in->json) {
-        printf("{\"model\": ");
-        char path[4200];
-        int n = snprintf(path, sizeof path, "%s/model.h5", in->out);
-        cli_json_string(stdout, path, (size_t)n);
-        printf(", \"steps\": %lld, \"loss\": %.9g, \"val_ppl\": %.9g, \"seconds\": %.3f}\n",
-               (long long)report.config->steps, report.loss, val_ppl, cli_now() - start);
     } else {
-        printf("%s: %lld steps in %.1f s, loss %.4f", defaults->name,
-               (long long)report.config->steps, cli_now() - start, report.loss);
-        if (val_ppl > 0) printf(", validation perplexity %.3f", val_ppl);
-        printf("; model in %s/model.h5\n", in->out);
+        print_result(defaults, in, &report, val_ppl, cli_now() - start);
     }
     free_run(&r);
     return code;
+}
+
+/* ---- options ------------------------------------------------------------------------------- */
+
+enum { MAX_OPTIONS = 64, HELP_SIZE = 160 };
+
+/* Settings say their default in --help: the value that they have before the command line is read. */
+static void say_defaults(struct cli_option *options, const struct inputs *in,
+                         char help[MAX_OPTIONS][HELP_SIZE])
+{
+    uintptr_t first = (uintptr_t)&in->config, end = first + sizeof in->config;
+    for (struct cli_option *o = options; o->name; o++, help++) {
+        uintptr_t at = (uintptr_t)o->dest;
+        if (at < first || at >= end || o->type == CLI_FLAG) continue;
+        double value = o->type == CLI_DOUBLE ? *(double *)o->dest
+                       : o->type == CLI_INT  ? (double)*(int64_t *)o->dest
+                                             : (double)*(uint64_t *)o->dest;
+        snprintf(*help, HELP_SIZE, "%s (%.12g)", o->help, value);
+        o->help = *help;
+    }
+}
+
+/* The attention that a swap puts in, where the options speak of it. */
+static void say_swap(struct cli_option *options, const struct srf_attention_config *a,
+                     char help[MAX_OPTIONS][HELP_SIZE])
+{
+    for (struct cli_option *o = options; o->name; o++, help++) {
+        if (strcmp(o->name, "attention") == 0)
+            snprintf(*help, HELP_SIZE, "softmax or srf (srf)");
+        else if (strcmp(o->name, "m") == 0)
+            snprintf(*help, HELP_SIZE, "random features a head (%lld)", (long long)a->m);
+        else if (strcmp(o->name, "window") == 0)
+            snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)a->window);
+        else
+            continue;
+        o->help = *help;
+    }
+}
+
+/* A resumed run has its settings: what may be said again is where things are and how to run.
+ * Returns the first other option given, or NULL. */
+static const char *not_for_resume(const struct cli_option *options, const bool *set)
+{
+    static const char *const fine[] = {"data",    "val",   "out",   "resume", "device",
+                                       "threads", "dtype", "quiet", "json"};
+    for (const struct cli_option *o = options; o->name; o++) {
+        bool ok = !set[o - options];
+        for (size_t i = 0; i < sizeof fine / sizeof *fine && !ok; i++)
+            ok = strcmp(o->name, fine[i]) == 0;
+        if (!ok) return o->name;
+    }
+    return NULL;
+}
+
+/* 0, or the exit code of a usage error. */
+static int check_usage(const struct cli_training *defaults, const struct inputs *in,
+                       const struct cli_option *options, const bool *set)
+{
+    if (!in->data || !in->out) return cli_usage_error("%s needs --data and --out", defaults->name);
+    if (!in->out[0]) return cli_usage_error("--out: expected a directory, found an empty name");
+    const char *other = in->resume ? not_for_resume(options, set) : NULL;
+    if (other)
+        return cli_usage_error("--%s: a resumed run goes on as it began; start another in a new "
+                               "--out to change it",
+                               other);
+    if (!in->resume && !in->model == !in->init)
+        return cli_usage_error("%s needs one of --model, --init and --resume", defaults->name);
+    if (in->tokenizer && !in->init) return cli_usage_error("--tokenizer belongs to --init");
+    if (in->teacher && !srf_policy_needs_teacher(&in->config))
+        return cli_usage_error("--teacher teaches nothing without --kl or --mse above 0");
+    return EXIT_OK;
 }
 
 int cli_training(int argc, char **argv, const struct cli_training *defaults)
@@ -214,9 +372,10 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
                         .config = defaults->config,
                         .min_lr = NAN,
                         .seq_len = CLI_NONE,
-                        .micro_batch = CLI_NONE};
+                        .micro_batch = CLI_NONE,
+                        .warmup = CLI_NONE};
     struct srf_train_config *c = &in.config;
-    const struct cli_option options[] = {
+    struct cli_option options[] = {
         {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint to start from (any format)", 0, 0},
         {"init", 0, CLI_STRING, &in.init, "CONFIG", "config.json of a model from scratch", 0, 0},
         {"tokenizer", 0, CLI_STRING, &in.tokenizer, "PATH", "with --init: its tokenizer", 0, 0},
@@ -227,18 +386,19 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"resume", 0, CLI_FLAG, &in.resume, NULL, "go on from DIR/last.h5, settings included", 0,
          0},
         {"steps", 0, CLI_INT, &c->steps, "N", "optimizer steps", 1, 1e12},
-        {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step (32)", 1, 1e6},
+        {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
          "sequences at once; sets the memory (about 2048 tokens)", 1, 1e6},
         {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a sequence (the model's, up to 1024)", 1,
          1 << 24},
-        {"lr", 0, CLI_DOUBLE, &c->lr, "X", "peak learning rate (1e-3)", 0, 10},
+        {"lr", 0, CLI_DOUBLE, &c->lr, "X", "peak learning rate", 0, 10},
         {"min-lr", 0, CLI_DOUBLE, &in.min_lr, "X", "learning rate at the end (lr / 10)", 0, 10},
-        {"warmup", 0, CLI_INT, &c->warmup, "N", "steps of linear warm-up", 0, 1e12},
+        {"warmup", 0, CLI_INT, &in.warmup, "N", "steps of linear warm-up (50, at most a tenth)", 0,
+         1e12},
         {"weight-decay", 0, CLI_DOUBLE, &c->weight_decay, "X", "decoupled weight decay", 0, 100},
-        {"beta1", 0, CLI_DOUBLE, &c->beta1, "X", "AdamW (0.9)", 0, 0.999999},
-        {"beta2", 0, CLI_DOUBLE, &c->beta2, "X", "AdamW (0.95)", 0, 0.99999999},
-        {"clip", 0, CLI_DOUBLE, &c->clip, "X", "largest gradient norm; 0 = off (1)", 0, 1e30},
+        {"beta1", 0, CLI_DOUBLE, &c->beta1, "X", "AdamW", 0, 0.999999},
+        {"beta2", 0, CLI_DOUBLE, &c->beta2, "X", "AdamW", 0, 0.99999999},
+        {"clip", 0, CLI_DOUBLE, &c->clip, "X", "largest gradient norm; 0 = off", 0, 1e30},
         CLI_ATTENTION_OPTIONS(in.attention),
         {"redraw-every", 0, CLI_INT, &c->redraw_every, "N",
          "steps between draws of the features; 0 = never", 0, 1e12},
@@ -246,40 +406,40 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          "part of the run after which the draw stays", 0, 1},
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
-        {"ce", 0, CLI_DOUBLE, &c->ce_weight, "X", "weight of the cross entropy (1)", 0, 1e9},
+        {"ce", 0, CLI_DOUBLE, &c->ce_weight, "X", "weight of the cross entropy", 0, 1e9},
         {"kl", 0, CLI_DOUBLE, &c->kl_weight, "X", "weight of KL(teacher || student) of the logits",
          0, 1e9},
-        {"kl-from", 0, CLI_DOUBLE, &c->kl_from, "F", "part of the run where KL starts (0)", 0, 1},
-        {"kl-to", 0, CLI_DOUBLE, &c->kl_to, "F", "... and ends (1)", 0, 1},
+        {"kl-from", 0, CLI_DOUBLE, &c->kl_from, "F", "part of the run where KL starts", 0, 1},
+        {"kl-to", 0, CLI_DOUBLE, &c->kl_to, "F", "... and ends", 0, 1},
         {"mse", 0, CLI_DOUBLE, &c->mse_weight, "X",
          "weight of the attention outputs' squared error", 0, 1e9},
-        {"mse-from", 0, CLI_DOUBLE, &c->mse_from, "F", "part of the run where MSE starts (0)", 0,
-         1},
-        {"mse-to", 0, CLI_DOUBLE, &c->mse_to, "F", "... and ends (1)", 0, 1},
+        {"mse-from", 0, CLI_DOUBLE, &c->mse_from, "F", "part of the run where MSE starts", 0, 1},
+        {"mse-to", 0, CLI_DOUBLE, &c->mse_to, "F", "... and ends", 0, 1},
         {"teacher", 0, CLI_STRING, &in.teacher, "PATH", "teacher (the model itself, with softmax)",
          0, 0},
-        {"seed", 0, CLI_U64, &c->seed, "N", "of the data order and the draws (0)", 0, 0},
-        {"log-every", 0, CLI_INT, &c->log_every, "N", "steps between lines of metrics.jsonl (1)", 0,
+        {"seed", 0, CLI_U64, &c->seed, "N", "of the data order and the draws", 0, 0},
+        {"log-every", 0, CLI_INT, &c->log_every, "N", "steps between lines of metrics.jsonl", 0,
          1e12},
         {"eval-every", 0, CLI_INT, &c->eval_every, "N", "steps between evaluations; 0 = at the end",
          0, 1e12},
-        {"eval-tokens", 0, CLI_INT, &c->eval_tokens, "N",
-         "most tokens of an evaluation; 0 = all (65536)", 0, 1e15},
-        {"save-every", 0, CLI_INT, &c->save_every, "N", "steps between saves (100)", 0, 1e12},
+        {"eval-tokens", 0, CLI_INT, &c->eval_tokens, "N", "most tokens of an evaluation; 0 = all",
+         0, 1e15},
+        {"save-every", 0, CLI_INT, &c->save_every, "N", "steps between saves; 0 = at the end", 0,
+         1e12},
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
         {0}};
+    _Static_assert(sizeof options / sizeof *options <= MAX_OPTIONS, "raise MAX_OPTIONS");
+    char help[MAX_OPTIONS][HELP_SIZE];
+    bool set[MAX_OPTIONS] = {false};
     int code;
-    if (!cli_parse(argc, argv, defaults->usage, defaults->about, options, NULL, 0, 0, NULL, NULL,
+    say_defaults(options, &in, help);
+    if (defaults->swap) say_swap(options, &defaults->attention, help);
+    if (!cli_parse(argc, argv, defaults->usage, defaults->about, options, NULL, 0, 0, NULL, set,
                    &code))
         return code;
-    if (!in.data || !in.out) return cli_usage_error("%s needs --data and --out", defaults->name);
-    if (!in.out[0]) return cli_usage_error("--out: expected a directory, found an empty name");
-    if (!in.resume && !in.model == !in.init)
-        return cli_usage_error("%s needs one of --model, --init and --resume", defaults->name);
-    if (in.resume && (in.model || in.init))
-        return cli_usage_error("--resume takes the model from the run's own last.h5");
-    if (in.tokenizer && !in.init) return cli_usage_error("--tokenizer belongs to --init");
+    code = check_usage(defaults, &in, options, set);
+    if (code != EXIT_OK) return code;
     return run(defaults, &in);
 }

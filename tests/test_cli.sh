@@ -121,7 +121,8 @@ refuse 1 "$SRF" tokenize text.txt --tokenizer model.h5 --out out.h5 --holdout-ev
 refuse 1 "$SRF" import start/no-such-file out.h5 --tokenizer model.h5
 cmp -s model.h5 precious.h5 || fail "the model was replaced"
 
-refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 --quiet
+refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 \
+    --window 0 --quiet
 refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out run --rotation hd --features none
 refuse 1 "$SRF" train --init no-such-file --data text.txt --out run
 refuse 1 "$SRF" train --resume --data text.txt --out no-such-run

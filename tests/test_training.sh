@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# srf train and srf retrofit: what they take and refuse, and what a resumed run says.
+source "$(dirname "$0")/shell.sh"
+
+# refuse CODE WORDS COMMAND...: exits CODE with one line that has WORDS in it.
+refuse() {
+    local code="$1" words="$2"
+    shift 2
+    run "$@"
+    [ $status -eq "$code" ] || fail "$*: expected exit $code, found $status"
+    [ "$(wc -l <stderr)" -eq 1 ] || fail "$*: expected one line of error: $(cat stderr)"
+    grep -qF -e "$words" stderr || fail "$*: no '$words' in: $(cat stderr)"
+}
+
+make_tiny_model
+small=(--steps 20 --batch 2 --seq-len 32 --m 8 --window 8 --threads 1 --quiet)
+retrofit=("$SRF" retrofit --model model.h5 --data text.txt "${small[@]}")
+resume=("$SRF" retrofit --resume --data text.txt --out run --threads 1)
+
+# One folder, one run.
+"${retrofit[@]}" --out run >stdout || die "retrofit failed"
+sum=$(cksum run/*)
+refuse 1 "run/last.h5 is there" "${retrofit[@]}" --out run
+[ "$(cksum run/*)" = "$sum" ] || fail "a refused run changed the files of another"
+refuse 2 "--out" "${retrofit[@]}" --out ''
+
+# The first of 20 steps is one of 2 of warm-up, 1/3 of the peak of 1e-3.
+grep -q '^{"step": 1,.*"lr": 0.000333' run/metrics.jsonl ||
+    fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
+
+# A resumed run goes on as it began.
+refuse 2 "--steps" "${resume[@]}" --steps 50
+refuse 2 "--lr" "${resume[@]}" --quiet --lr 5
+refuse 2 "--teacher" "${resume[@]}" --teacher model.h5
+refuse 2 "--window" "${resume[@]}" -W 4
+sed 's/king/queen/' text.txt >other.txt
+refuse 1 "training data" "${resume[@]}" --data other.txt
+refuse 1 "dtype" "${resume[@]}" --dtype f64
+
+# Nothing left to do: success, and no loss is made up.
+run "${resume[@]}" --quiet
+[ $status -eq 0 ] || fail "resume of a finished run: exit $status: $(cat stderr)"
+grep -q 'all 20 steps were done' stdout || fail "resume of a finished run says: $(cat stdout)"
+grep -q loss stdout && fail "resume of a finished run says: $(cat stdout)"
+run "${resume[@]}" --quiet --val text.txt
+grep -q 'validation perplexity [1-9]' stdout || fail "no validation perplexity: $(cat stdout)"
+run "${resume[@]}" --quiet --json
+grep -q '"loss": null' stdout || fail "resume of a finished run, --json: $(cat stdout)"
+run "$SRF" retrofit --resume --data text.txt --out run --threads 2 --quiet
+[ "$(grep -c 'not bit for bit' stderr)" -eq 1 ] || fail "no word about threads: $(cat stderr)"
+
+# Teachers.
+refuse 2 "--teacher" "$SRF" train --model model.h5 --data text.txt --out t --teacher model.h5
+refuse 2 "--teacher" "${retrofit[@]}" --kl 0 --out t --teacher model.h5
+again=("$SRF" retrofit --model run/model.h5 --data text.txt "${small[@]}")
+refuse 1 "--teacher" "${again[@]}" --out t
+[ ! -e t ] || fail "a refused run left a folder"
+"${again[@]}" --out again --kl 0 >/dev/null || fail "retrofit of an SRF model without a teacher"
+"${again[@]}" --out taught --teacher model.h5 >/dev/null || fail "retrofit of an SRF model, taught"
+
+# A window that leaves nothing to the features.
+run "${retrofit[@]}" --out wide --window 16
+[ $status -eq 0 ] && [ "$(grep -c warning stderr)" -eq 1 ] || fail "wide window: $(cat stderr)"
+run "${retrofit[@]}" --out narrow --window 15
+grep -q warning stderr && fail "narrow window: $(cat stderr)"
+
+# The command after Ctrl-C can be pasted, whatever the names, and goes on in the same way.
+odd="it's a \$run; x"
+mkdir "$odd"
+cp text.txt "$odd/my text.txt"
+"$SRF" retrofit --model model.h5 --data "$odd/my text.txt" --steps 4000 --batch 2 --seq-len 32 \
+    --m 8 --window 8 --threads 1 --dtype f64 --quiet --out "$odd/run" >stdout 2>stderr &
+pid=$!
+for ((i = 0; i < 500; i++)); do
+    [ ! -s "$odd/run/metrics.jsonl" ] || break
+    sleep 0.02
+done
+kill -INT $pid
+wait $pid
+command=$(sed -n 's/.*go on with: //p' stderr)
+[[ "$command" == *" --threads 1"* && "$command" == *" --dtype f64"* ]] ||
+    fail "the way on: $command"
+eval "words=($command)"
+start=$(wc -l <"$odd/run/metrics.jsonl")
+"$SRF" "${words[@]:1}" --quiet >/dev/null 2>stderr &
+pid=$!
+for ((i = 0; i < 500; i++)); do
+    [ "$(wc -l <"$odd/run/metrics.jsonl")" -le "$start" ] || break
+    sleep 0.02
+done
+kill -INT $pid
+wait $pid
+grep -q "go on with" stderr || fail "that command failed: $command: $(cat stderr)"
+
+# --help says what each command does by default.
+default() {
+    "$SRF" "$1" --help | sed -n "s/^.* --$2 .*(\([^()]*\))\$/\1/p"
+}
+[ "$(default retrofit window)" = 64 ] || fail "retrofit --help: window $(default retrofit window)"
+[ "$(default retrofit freeze-at)" = 0.25 ] || fail "retrofit --help: freeze-at"
+[ "$(default retrofit kl)" = 1 ] && [ "$(default train kl)" = 0 ] || fail "--help: kl"
+[ "$(default train freeze-at)" = 1 ] && [ "$(default train steps)" = 1000 ] || fail "train --help"
+
+finish
