@@ -1,4 +1,5 @@
-/* What several commands share: the device, a model's tokenizer and data, attention options, SIGINT. */
+/* What several commands share: the device, a model's tokenizer and data, attention options,
+ * SIGINT. */
 #pragma once
 #include "cli/cli.h"
 #include "data/tokenset.h"
@@ -75,8 +76,8 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
 /* The tokenizer inside a checkpoint; SRF_INVALID if it has none (needed: what for). */
 srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for,
                          struct srf_bpe **out);
-/* --data for a model: token set, llm.c shards, .npy, or text with the model's tokenizer. The tokenizer, if there is
- * one, is left in *bpe for the caller to free after the set. */
+/* --data for a model: token set, llm.c shards, .npy, or text with the model's tokenizer. The
+ * tokenizer, if there is one, is left in *bpe for the caller to free after the set. */
 srf_status cli_open_data(const char *path, const struct srf_checkpoint *ck, struct srf_bpe **bpe,
                          struct srf_tokenset **out);
 
@@ -98,7 +99,8 @@ bool cli_interrupted(void);
 /* Length of the UTF-8 character that text[0..n) starts with; 0 if it starts with none, -1 if more
  * bytes could make it one. */
 int cli_utf8(const char *text, size_t n);
-/* Print a string as a JSON string literal, quotes included. A byte that is no UTF-8 becomes U+FFFD. */
+/* Print a string as a JSON string literal, quotes included. A byte that is no UTF-8 becomes
+ * U+FFFD. */
 void cli_json_string(FILE *to, const char *text, size_t n);
 /* Print a number as JSON: null where it is not finite. */
 void cli_json_number(FILE *to, double x);

@@ -12,8 +12,9 @@ void srf_engine_free(struct srf_engine *e); /* NULL is fine */
 
 /* All sequences back to the start. */
 srf_status srf_engine_reset(struct srf_engine *e);
-/* t more tokens of every sequence (host (batch, t)): prefilled in chunks, single tokens by the step form. logits
- * (host (batch, vocab), of the last token) may be NULL. SRF_INVALID past the model's positions. */
+/* t more tokens of every sequence (host (batch, t)): prefilled in chunks, single tokens by the step
+ * form. logits (host (batch, vocab), of the last token) may be NULL. SRF_INVALID past the model's
+ * positions. */
 srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t t, float *logits);
 int64_t srf_engine_position(const struct srf_engine *e);
 const struct srf_model *srf_engine_model(const struct srf_engine *e);

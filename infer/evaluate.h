@@ -1,4 +1,5 @@
-/* Perplexity of a model on a token set: windows of seq_len tokens, each predicted from its own start. */
+/* Perplexity of a model on a token set: windows of seq_len tokens, each predicted from its own
+ * start. */
 #pragma once
 #include "data/tokenset.h"
 #include "model/model.h"

@@ -10,9 +10,9 @@ struct srf_sampler_config {
 
 /* SRF_INVALID naming the setting. */
 srf_status srf_sampler_check(const struct srf_sampler_config *c);
-/* Token `n` of sequence `sequence` under seed: a function of these and the logits alone, whatever else
- * runs beside it. Filters apply in the order temperature, top_k, top_p; ties go to the lower id.
- * scratch: (vocab) ids. SRF_NONFINITE where logits are not finite. */
+/* Token `n` of sequence `sequence` under seed: a function of these and the logits alone, whatever
+ * else runs beside it. Filters apply in the order temperature, top_k, top_p; ties go to the lower
+ * id. scratch: (vocab) ids. SRF_NONFINITE where logits are not finite. */
 srf_status srf_sample(const struct srf_sampler_config *c, uint64_t seed, uint64_t sequence,
                       int64_t n, const float *logits, int64_t vocab, int32_t *scratch,
                       int32_t *out);

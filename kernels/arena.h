@@ -18,8 +18,8 @@ srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name,
                          enum srf_dtype type, int *slot);
 /* Allocate everything, zeroed. SRF_NOMEM says how much was needed, class by class. */
 srf_status srf_arena_commit(struct srf_arena *a);
-/* The slot's device pointer. Before commit: an address that is not NULL and that nothing may follow,
- * so that a dry run sees which tensors are there. */
+/* The slot's device pointer. Before commit: an address that is not NULL and that nothing may
+ * follow, so that a dry run sees which tensors are there. */
 void *srf_arena_ptr(const struct srf_arena *a, int slot);
 int64_t srf_arena_count(const struct srf_arena *a, int slot);
 

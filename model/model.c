@@ -372,7 +372,8 @@ static srf_status head(struct srf_model *m, int64_t at, int64_t n, void *logits)
                    .y = logits);
 }
 
-/* nll (or kl) of n rows to the host, summed in double; out (n) may be NULL. scratch holds n of A. */
+/* nll (or kl) of n rows to the host, summed in double; out (n) may be NULL. scratch holds n of
+ * A. */
 static srf_status take_rows(struct srf_model *m, int slot, int64_t n, void *scratch, float *out,
                             double *sum)
 {
@@ -398,11 +399,11 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
         SRF_TRY(srf_download_f32(ctx, args->logits + at * cfg->vocab, logits, ctx->dtype,
                                  n * cfg->vocab));
     char *targets = PTR(m->slot_targets);
-    SRF_TRY(SRF_RUN(
-        ctx, xent, .n = n, .v = cfg->vocab, .logits = logits,
-        .targets = targets + at * 4, .teacher = teacher, .scale = args->scale,
-        .ce_weight = args->ce_weight, .kl_weight = args->kl_weight, .nll = PTR(m->slot_nll),
-        .kl = args->teacher ? PTR(m->slot_kl) : NULL, .dlogits = args->backward ? logits : NULL));
+    SRF_TRY(SRF_RUN(ctx, xent, .n = n, .v = cfg->vocab, .logits = logits,
+                    .targets = targets + at * 4, .teacher = teacher, .scale = args->scale,
+                    .ce_weight = args->ce_weight, .kl_weight = args->kl_weight,
+                    .nll = PTR(m->slot_nll), .kl = args->teacher ? PTR(m->slot_kl) : NULL,
+                    .dlogits = args->backward ? logits : NULL));
     if (!args->backward) return SRF_OK;
     return SRF_RUN(ctx, linear_bwd, .n = n, .in = cfg->c, .out = cfg->vocab,
                    .x = element(m, m->slot_hidden, at * cfg->c), .w = srf_model_param(m, row),

@@ -1,11 +1,11 @@
 /* A model on a device: parameters, features, activations, forward and backward.
  *
- * Life: srf_model_create (host side, nothing on the device) -> srf_model_plan (adds its tensors to an
- * arena; several models may share one) -> srf_arena_commit -> srf_model_upload -> forward, loss,
+ * Life: srf_model_create (host side, nothing on the device) -> srf_model_plan (adds its tensors to
+ * an arena; several models may share one) -> srf_arena_commit -> srf_model_upload -> forward, loss,
  * backward. Batch and length may be anything up to what was planned.
  *
- * The attention swap: `attention` may change between runs (softmax <-> SRF, window, draw) as long as
- * m, the head sharing and the kind of state were planned for.
+ * The attention swap: `attention` may change between runs (softmax <-> SRF, window, draw) as long
+ * as m, the head sharing and the kind of state were planned for.
  */
 #pragma once
 #include "kernels/arena.h"
@@ -60,8 +60,8 @@ srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *
                             const struct srf_attention_config *attention, struct srf_model **out);
 void srf_model_free(struct srf_model *m); /* NULL is fine; not the arena */
 
-/* Reserve all tensors in the arena, and find the workspace by a dry run of forward (and backward). The context's
- * workspace is made large enough. */
+/* Reserve all tensors in the arena, and find the workspace by a dry run of forward (and backward).
+ * The context's workspace is made large enough. */
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                           const struct srf_model_plan *plan);
 /* Host -> device: parameters and, if ck has them, features; else they are drawn from the key. */
@@ -108,8 +108,8 @@ void *srf_model_grad(const struct srf_model *m, int64_t row);
 /* The features of all layers, (n_layers, n_sets, m, d), and their gradient. */
 void *srf_model_features(const struct srf_model *m, int64_t *count);
 void *srf_model_features_grad(const struct srf_model *m);
-/* Attention of layer l on given q, k, v, as the model is set: shared by architectures. lse: A (b, h, t), softmax
- * only, may be NULL. */
+/* Attention of layer l on given q, k, v, as the model is set: shared by architectures. lse: A (b,
+ * h, t), softmax only, may be NULL. */
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
                             int64_t ld_o, void *lse);
@@ -117,6 +117,6 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
                                 const void *q, const void *k, const void *v, int64_t ld,
                                 const void *o, const void *d_o, int64_t ld_o, const void *lse,
                                 void *dq, void *dk, void *dv);
-/* Values of recurrent state that one sequence needs in all layers; bytes of it, and of the KV cache that softmax
- * attention holds after `t` tokens in the same element type. */
+/* Values of recurrent state that one sequence needs in all layers; bytes of it, and of the KV cache
+ * that softmax attention holds after `t` tokens in the same element type. */
 int64_t srf_model_state_count(const struct srf_model *m);

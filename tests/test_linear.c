@@ -157,7 +157,7 @@ static void test_bwd(void **state)
     twin_each(bwd);
 }
 
-/* --- GELU by itself: an identity layer ---------------------------------------------------------- */
+/* --- GELU by itself: an identity layer -------------------------------------------------------- */
 
 /* gelu and gelu' at u, elementwise: through a 1 x 1 layer with W = 1. */
 static void gelu_at(struct twins *s, const double *u, int64_t n, double **y, double **slope)

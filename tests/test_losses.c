@@ -16,7 +16,7 @@ static void random_targets(int32_t *targets, int64_t n, int64_t v)
         targets[i] = i % 5 == 3 ? -1 : (int32_t)srf_rng_below(&r, (uint64_t)v);
 }
 
-/* --- reference against central differences ------------------------------------------------------ */
+/* --- reference against central differences ---------------------------------------------------- */
 
 struct env {
     struct srf_xent_args args;
@@ -59,7 +59,7 @@ static void test_reference_gradient(void **state)
     test_gradient("ref dlogits", loss, &e, logits, d, N * V, 1e-8);
 }
 
-/* --- backend against reference -------------------------------------------------------------------- */
+/* --- backend against reference ---------------------------------------------------------------- */
 
 enum { TEACHER = 1, GRADIENT = 2, IN_PLACE = 4, KL_OUT = 8, KL_ONLY = 16 };
 
@@ -225,7 +225,7 @@ static void test_sums(void **state)
     twin_each(sums_body);
 }
 
-/* --- mse ------------------------------------------------------------------------------------------ */
+/* --- mse -------------------------------------------------------------------------------------- */
 
 static void mse_body(enum srf_dtype dtype, int threads)
 {

@@ -1,4 +1,5 @@
-/* The whole model: gradients in double against central differences, micro-batches, forms that agree. */
+/* The whole model: gradients in double against central differences, micro-batches, forms that
+ * agree. */
 #include "tests/support.h"
 #include "model/model.h"
 

@@ -113,7 +113,7 @@ static void fill_rising(struct attn_case *c)
 
 /* A key of 1e6 takes part in dq and dw with its size, times a weight that ought to be 0. */
 static const struct kind kinds[] = {
-    {"ten times", fill_10, 100, 400, true},     {"a hundred times", fill_100, 100, 1e3, true},
+    {"ten times", fill_10, 100, 400, true},      {"a hundred times", fill_100, 100, 1e3, true},
     {"1e4 times", fill_1e4, 100, 1e5, true},     {"1e20 times", fill_1e20, 0, 0, false},
     {"largest", fill_max, 0, 0, false},          {"zero", fill_zero, 10, 10, false},
     {"huge key", fill_huge_key, 400, 400, true}, {"far key", fill_far_key, 20, 1e6, false},

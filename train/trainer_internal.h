@@ -1,5 +1,5 @@
-/* Inside train/: the trainer's fields, shared by the step (trainer.c), its files (trainer_file.c) and
- * the loop (run.c). */
+/* Inside train/: the trainer's fields, shared by the step (trainer.c), its files (trainer_file.c)
+ * and the loop (run.c). */
 #pragma once
 #include "train/trainer.h"
 

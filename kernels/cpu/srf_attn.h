@@ -79,7 +79,8 @@ static inline int64_t attn_max(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 /* d values will be needed soon. Heads are narrow slices of long rows, a page or so apart, so that
- * the hardware does not see the next one coming: loops over rows ask for it ATTN_AHEAD rows early. */
+ * the hardware does not see the next one coming: loops over rows ask for it ATTN_AHEAD rows
+ * early. */
 static inline void attn_prefetch(const real *p, int64_t d)
 {
     for (int64_t j = 0; j < d; j += 64 / (int64_t)sizeof(real)) __builtin_prefetch(p + j);

@@ -63,8 +63,8 @@ static const struct srf_backend f64_table = {
 #undef X
 };
 
-/* OMP_NUM_THREADS if it says something, else all cores. From the environment each time: OpenMP itself
- * forgets it once a context has set another number. */
+/* OMP_NUM_THREADS if it says something, else all cores. From the environment each time: OpenMP
+ * itself forgets it once a context has set another number. */
 static int default_threads(void)
 {
     const char *text = getenv("OMP_NUM_THREADS"); /* "4", or "4,2" for nested levels */
