@@ -298,7 +298,8 @@ static int run(const struct cli_training *defaults, struct inputs *in)
 
 enum { MAX_OPTIONS = 64, HELP_SIZE = 160 };
 
-/* Settings say their default in --help: the value that they have before the command line is read. */
+/* Settings say their default in --help: the value that they have before the command line is
+ * read. */
 static void say_defaults(struct cli_option *options, const struct inputs *in,
                          char help[MAX_OPTIONS][HELP_SIZE])
 {

@@ -1,8 +1,9 @@
 /* The training loop: steps, evaluation, metrics, checkpoints, resume.
  *
- * A run lives in a directory: metrics.jsonl (one object a logged step), last.h5 (kind training: all that a
- * resume needs, replaced atomically), model.h5 (kind weights, written at the end). A resumed run continues
- * bit-exactly on the same machine and thread count, since data order and draws are functions of (seed, step).
+ * A run lives in a directory: metrics.jsonl (one object a logged step), last.h5 (kind training: all
+ * that a resume needs, replaced atomically), model.h5 (kind weights, written at the end). A resumed
+ * run continues bit-exactly on the same machine and thread count, since data order and draws are
+ * functions of (seed, step).
  */
 #pragma once
 #include "data/tokenset.h"
@@ -21,10 +22,10 @@ struct srf_train_metrics {
     bool skipped; /* non-finite loss or gradient: nothing was updated */
 };
 
-/* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL (required if the
- * config distils). Data sets stay owned by the caller and must outlive the trainer. val may be NULL.
- * The attention of ck is the one trained. The teacher has the architecture of ck in every size, and
- * its tokenizer. */
+/* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL
+ * (required if the config distils). Data sets stay owned by the caller and must outlive the
+ * trainer. val may be NULL. The attention of ck is the one trained. The teacher has the
+ * architecture of ck in every size, and its tokenizer. */
 srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
                               const struct srf_checkpoint *teacher,
                               const struct srf_train_config *config, struct srf_tokenset *data,
@@ -62,8 +63,8 @@ struct srf_run_hooks {
 };
 /* SRF_INVALID if directory dir holds the checkpoints of an earlier run. */
 srf_status srf_run_check_new(const char *dir);
-/* Run to the end in directory dir (made if need be; one with an earlier run is for a resumed trainer
- * only). Saved before the first step, then as the settings say. *val_ppl: the last evaluation, 0
- * without a validation set. */
+/* Run to the end in directory dir (made if need be; one with an earlier run is for a resumed
+ * trainer only). Saved before the first step, then as the settings say. *val_ppl: the last
+ * evaluation, 0 without a validation set. */
 srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
                            const struct srf_run_hooks *hooks, double *val_ppl);
