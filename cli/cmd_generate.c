@@ -79,7 +79,9 @@ static srf_status open_run(struct inputs *in, struct run *r)
         r->prompt.n = 1;
     }
     /* The last token is never fed. */
-    SRF_FAIL_IF(r->prompt.n + in->n - 1 > r->ck->config.n_pos, SRF_INVALID,
+    int64_t room = r->ck->config.n_pos + 1 - r->prompt.n;
+    if (in->n == CLI_NONE) in->n = room < 1 ? 1 : room < 100 ? room : 100;
+    SRF_FAIL_IF(in->n > room, SRF_INVALID,
                 "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld",
                 (long long)r->prompt.n, (long long)in->n, (long long)r->ck->config.n_pos);
     SRF_TRY(srf_engine_create(r->ctx, r->ck, in->batch, in->chunk, &r->engine));
@@ -246,7 +248,7 @@ static int run(struct inputs *in)
 
 int cmd_generate(int argc, char **argv)
 {
-    struct inputs in = {.n = 100,
+    struct inputs in = {.n = CLI_NONE,
                         .batch = 1,
                         .chunk = 256,
                         .sampler = {.temperature = 1, .top_p = 1},
@@ -257,7 +259,7 @@ int cmd_generate(int argc, char **argv)
          0},
         {"prompt", 'p', CLI_STRING, &in.prompt, "TEXT", "text to go on from (none)", 0, 0},
         {"prompt-file", 0, CLI_STRING, &in.prompt_file, "PATH", "the same, from a file", 0, 0},
-        {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (100)", 1, 1 << 24},
+        {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (up to 100)", 1, 1 << 24},
         {"batch", 0, CLI_INT, &in.batch, "N", "continuations of the prompt at once (1)", 1, 1e6},
         {"temperature", 0, CLI_DOUBLE, &in.sampler.temperature, "X",
          "0 = always the most likely token (1)", 0, 100},

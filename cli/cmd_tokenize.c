@@ -152,7 +152,8 @@ static srf_status tokenize(struct run *r)
 
 static void report(const struct run *r)
 {
-    double seconds = cli_now() - r->progress.start, mb_per_s = 1e-6 * (double)r->bytes / seconds;
+    double seconds = cli_now() - r->progress.start;
+    double mb_per_s = seconds > 0 ? 1e-6 * (double)r->bytes / seconds : 0;
     int64_t tokens = r->kept.tokens + r->held.tokens;
     double bytes_per_token = (double)r->bytes / (double)tokens;
     char hash[17];

@@ -16,11 +16,13 @@ has() {
     for key in "$@"; do grep -q "\"$key\": " "$file" || fail "no $key in $(cat "$file")"; done
 }
 
-"$srf" bench op --filter sumsq --json >"$dir/op" || fail "bench op"
+OMP_NUM_THREADS=3 "$srf" bench op --filter sumsq --json >"$dir/op" || fail "bench op"
 has "$dir/op" bench machine cpu sgemm_gflops copy_gb_s us us_worst gflops gb_s of_floor
+grep -q "\"threads\": 3\b" "$dir/op" || fail "OMP_NUM_THREADS is not heard: $(cat "$dir/op")"
 [ "$(wc -l <"$dir/op")" = 1 ] || fail "more than one line of JSON"
 "$srf" bench --filter step >"$dir/step-ops" || fail "bench (op by default)"
-# A step costs the same at every position. 2: a busy machine; a cost that grows would give thousands.
+# A step costs the same at every position. 2: on a busy machine; a cost that grows with the position
+# would give thousands.
 sed -n 's/.*recurrent step at position 100000 over 10: //p' "$dir/step-ops" |
     awk '$1 > 0 && $1 <= 2 { good = 1 } END { exit !good }' || fail "ratio: $(cat "$dir/step-ops")"
 

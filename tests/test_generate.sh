@@ -57,7 +57,7 @@ refuse 1 'Is a directory' --prompt-file .
 ok -n 3 --temperature 0 --quiet
 cp stdout empty
 ok -n 3 --temperature 0 --quiet --prompt '<|endoftext|>'
-[ "<|endoftext|>$(cat empty)" = "$(cat stdout)" ] || fail "an empty prompt does not start a document"
+[ "<|endoftext|>$(cat empty)" = "$(cat stdout)" ] || fail "an empty prompt starts elsewhere"
 
 # A model that names no start token has its tokenizer's.
 cat >bare.json <<'END'
@@ -73,6 +73,9 @@ run "$SRF" generate --model bare/model.h5 --attention srf -n 3 --quiet
 ok --prompt '<|endoftext|>' -n 64 --ignore-eos --json
 grep -q '"kv_positions": 64,' stdout || fail "positions: $(cat stdout)"
 refuse 1 'positions end at 64' --prompt '<|endoftext|>' -n 65
+refuse 1 'positions end at 64' --prompt-file text.txt
+ok --prompt '<|endoftext|>' --ignore-eos --json # without -n: as many as there is room for
+grep -q '"tokens": 64,' stdout || fail "without -n: $(cat stdout)"
 
 # Ctrl-C: what there is stays, one line says why.
 cat >long.json <<'END'
@@ -83,8 +86,8 @@ END
     --data text.txt --out long --steps 1 --batch 1 --seq-len 8 --quiet >/dev/null || die "long"
 for form in stream json; do
     [ $form = json ] && options=(--json) || options=()
-    "$SRF" generate --model long/model.h5 --attention srf --m 4 --window 0 --threads 1 --ignore-eos \
-        --prompt 'the king' -n 900000 "${options[@]}" >stdout 2>stderr &
+    "$SRF" generate --model long/model.h5 --attention srf --m 4 --window 0 --threads 1 \
+        --ignore-eos --prompt 'the king' -n 900000 "${options[@]}" >stdout 2>stderr &
     pid=$!
     for ((i = 0; i < 500; i++)); do
         # Generation has begun when SIGINT is caught: the second bit of the mask.
