@@ -292,7 +292,7 @@ struct srf_profile {
     double op_seconds[SRF_OP_COUNT];
     int64_t op_calls[SRF_OP_COUNT];
     double gemm_seconds, gemm_flops;     /* inside BLAS calls (CPU: thread-seconds / threads) */
-    int64_t srf_chunks, srf_slow_chunks; /* chunks of SRF attention, those on the exact path */
+    int64_t srf_chunks, srf_slow_chunks; /* chunks of SRF attention, those it had to halve */
 };
 
 struct srf_ctx {

@@ -100,12 +100,33 @@ static void test_reference_f32(void **state)
     check_all(SRF_F32, 1);
 }
 
+/* Shapes nobody chose. */
+static void test_random_shapes(void **state)
+{
+    (void)state;
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 500, 0);
+    for (int i = 0; i < 40; i++) {
+        struct srf_attn_shape s = {.b = 1 + (int64_t)srf_rng_below(&r, 2),
+                                   .t = (int64_t)srf_rng_below(&r, 150),
+                                   .h = 1 + (int64_t)srf_rng_below(&r, 3),
+                                   .d = 2 + (int64_t)srf_rng_below(&r, 40),
+                                   .m = 1 + (int64_t)srf_rng_below(&r, 80),
+                                   .causal = i % 4 != 0};
+        s.n_sets = srf_rng_below(&r, 2) ? 1 : s.h;
+        if (i % 4 > 1) s.window = 1 + (int64_t)srf_rng_below(&r, 70);
+        print_message("b=%d t=%d h=%d d=%d m=%d sets=%d window=%d causal=%d\n", (int)s.b, (int)s.t,
+                      (int)s.h, (int)s.d, (int)s.m, (int)s.n_sets, (int)s.window, s.causal);
+        check(i % 2 ? SRF_F64 : SRF_F32, 1 + i % 3, s);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reference_gradient),
         cmocka_unit_test(test_reference_f64),
         cmocka_unit_test(test_reference_f32),
+        cmocka_unit_test(test_random_shapes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

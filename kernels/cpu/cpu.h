@@ -12,6 +12,8 @@
 #include <omp.h>
 #include <string.h>
 
+/* REAL_MIN_DEN: a smaller denominator of SRF attention has lost too much to underflow, see
+ * srf_attn.c. */
 #ifdef SRF_REAL_F64
 typedef double real;
 #define SRF_CPU(name) cpu_f64_##name
