@@ -23,6 +23,7 @@ sum=$(cksum run/*)
 refuse 1 "run/last.h5 is there" "${retrofit[@]}" --out run
 [ "$(cksum run/*)" = "$sum" ] || fail "a refused run changed the files of another"
 refuse 2 "--out" "${retrofit[@]}" --out ''
+refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.txt --out text.txt
 
 # The first of 20 steps is one of 2 of warm-up, 1/3 of the peak of 1e-3.
 grep -q '^{"step": 1,.*"lr": 0.000333' run/metrics.jsonl ||

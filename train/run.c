@@ -34,6 +34,8 @@ srf_status srf_run_check_new(const char *dir)
     struct paths p;
     struct stat info;
     SRF_TRY(set_paths(dir, &p));
+    SRF_FAIL_IF(stat(dir, &info) == 0 && !S_ISDIR(info.st_mode), SRF_IO,
+                "%s: expected a directory to write the run into", dir);
     const char *found = lstat(p.last, &info) == 0 ? p.last : p.model;
     SRF_FAIL_IF(lstat(found, &info) == 0, SRF_INVALID,
                 "%s is there, of an earlier run: go on with --resume, or name another directory",

@@ -61,7 +61,7 @@ struct srf_run_hooks {
     /* Asked after every step: true saves and returns SRF_INTERRUPTED. May be NULL. */
     bool (*stop)(void *user);
 };
-/* SRF_INVALID if directory dir holds the checkpoints of an earlier run. */
+/* SRF_INVALID if directory dir holds the checkpoints of an earlier run, SRF_IO if it is a file. */
 srf_status srf_run_check_new(const char *dir);
 /* Run to the end in directory dir (made if need be; one with an earlier run is for a resumed
  * trainer only). Saved before the first step, then as the settings say. *val_ppl: the last
