@@ -164,11 +164,10 @@ static void print_start(const struct cli_training *d, const struct inputs *in, s
     fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads; %s\n",
             (long long)c->steps, (long long)c->batch, (long long)c->seq_len,
             (long long)c->micro_batch, r->ctx->be->name, r->ctx->n_threads, memory);
-    int64_t left = c->steps - srf_trainer_steps_done(r->trainer);
+    int64_t done = srf_trainer_steps_done(r->trainer);
     if (in->resume)
-        fprintf(stderr, "resumed after step %lld from %s/last.h5; ",
-                (long long)srf_trainer_steps_done(r->trainer), in->out);
-    fprintf(stderr, "%.3g million tokens to go\n", (double)(left * c->batch * c->seq_len) * 1e-6);
+        fprintf(stderr, "resumed after step %lld from %s/last.h5; ", (long long)done, in->out);
+    fprintf(stderr, "%lld tokens to go\n", (long long)((c->steps - done) * c->batch * c->seq_len));
 }
 
 /* What a user should know even where progress is not wanted. */
