@@ -242,19 +242,21 @@ static void pure_bwd(const struct attn_head *h, const struct bwd_scratch *f, con
 
 /* ---- queries against a state, keys against R, u: not causal, and the hybrid's far part ------ */
 
-/* Far gradient of n queries: da overwrites aq, then dq += scale (...); R, u take the queries. */
+/* Far gradient of n queries: da overwrites aq, then dq = beta dq + scale (...); R, u take the
+ * queries. */
 static void far_queries(const struct attn_head *h, const struct bwd_scratch *f,
                         const struct attn_state *st, real *aq, const real *sum_or_null,
-                        const real *x, const struct rows *r, int64_t n)
+                        const real *x, const struct rows *r, int64_t n, real beta)
 {
     int64_t m = h->m, d = h->d;
     srf__gemm(h->ctx, false, true, n, m, d, 1, f->g, d, st->s, d, 0, f->dphi, m);
     to_exponents(h, f->ch.qf, f->dphi, f->delta, st->z, n, aq, f->sum);
-    to_inputs(h, f, aq, sum_or_null, x, n, 1, r->dq, r->ld);
+    to_inputs(h, f, aq, sum_or_null, x, n, beta, r->dq, r->ld);
     add_queries(h, f, n);
 }
 
-/* Far gradient of n keys whose exponents are ak (overwritten), in the scale of `top`. */
+/* Far gradient of n keys whose exponents are ak (overwritten), in the scale of `top`; dk and dv are
+ * written, not added to. */
 static void far_keys(const struct attn_head *h, const struct bwd_scratch *f, const real *top,
                      real *ak, const real *y, const struct rows *r, int64_t n)
 {
@@ -262,8 +264,8 @@ static void far_keys(const struct attn_head *h, const struct bwd_scratch *f, con
     srf__attn_keys(h, ak, top, n, f->ch.kf);
     srf__gemm(h->ctx, false, true, n, m, d, 1, r->v, r->ld, f->r, d, 0, f->dphi, m);
     to_exponents(h, f->ch.kf, f->dphi, NULL, f->u, n, ak, f->sum);
-    to_inputs(h, f, ak, f->sum, y, n, 1, r->dk, r->ld);
-    srf__gemm(h->ctx, false, false, n, d, m, 1, f->ch.kf, m, f->r, d, 1, r->dv, r->ld);
+    to_inputs(h, f, ak, f->sum, y, n, 0, r->dk, r->ld);
+    srf__gemm(h->ctx, false, false, n, d, m, 1, f->ch.kf, m, f->r, d, 0, r->dv, r->ld);
 }
 
 static void noncausal_bwd(const struct attn_head *h, const struct bwd_scratch *f,
@@ -288,7 +290,7 @@ static void noncausal_bwd(const struct attn_head *h, const struct bwd_scratch *f
         srf__attn_queries(h, f->aq, st.top, n, den, f->ch.qf);
         for (int64_t t = 0; t < n; t++) den[t] = srf__dot(f->ch.qf + t * m, st.z, m);
         upstream(h, f, &r, n);
-        far_queries(h, f, &st, f->aq, NULL, f->x, &r, n);
+        far_queries(h, f, &st, f->aq, NULL, f->x, &r, n, 0);
     }
     for (int64_t t0 = 0; t0 < n_tokens; t0 += ATTN_CHUNK) {
         int64_t n = attn_min(ATTN_CHUNK, n_tokens - t0);
@@ -336,7 +338,7 @@ static void window_bwd(const struct attn_head *h, const struct bwd_scratch *f,
         srf__gemm(h->ctx, true, false, keys, d, n, 1, p, cols, f->g, d, 1, to->dv, r.ld);
         beta = 1;
     }
-    if (!attn_is_empty(far)) far_queries(h, f, far, f->aq, f->sum, f->x, &r, n);
+    if (!attn_is_empty(far)) far_queries(h, f, far, f->aq, f->sum, f->x, &r, n, 1);
 }
 
 static void hybrid_bwd(const struct attn_head *h, const struct bwd_scratch *f, int64_t window,
@@ -354,6 +356,11 @@ static void hybrid_bwd(const struct attn_head *h, const struct bwd_scratch *f, i
             srf__attn_features(h, f->y, f->half, 0, n, f->ak);
             srf__attn_absorb(h, &next, f->ak, r.v, r.ld, n, &f->ch);
         }
+    }
+    /* dk, dv of the last two blocks; others begin with what is read through the state. */
+    for (int64_t t = attn_max(blocks - 2, 0) * window; t < n_tokens; t++) {
+        memset(all->dk + t * all->ld, 0, (size_t)h->d * sizeof(real));
+        memset(all->dv + t * all->ld, 0, (size_t)h->d * sizeof(real));
     }
     for (int64_t block = blocks - 1; block >= 0; block--) {
         int64_t first = block * window, len = attn_min(window, n_tokens - first);
@@ -416,7 +423,6 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                      (real *)a->dv + in,
                      a->ld,
                      a->ld_o};
-    size_t head_bytes = (size_t)s->d * sizeof(real);
     /* The state before a sequence, and in the hybrid those of its first two blocks: empty. */
     memset(f.states, 0, (size_t)(attn_min(n_states(s), 2) * s->m * (s->d + 2)) * sizeof(real));
     memset(f.r, 0, (size_t)(s->m * s->d) * sizeof(real));
@@ -424,11 +430,6 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
     if (s->causal && s->window == 0) {
         pure_bwd(&h, &f, &r, s->t);
         return;
-    }
-    for (int64_t t = 0; t < s->t; t++) {
-        memset(r.dq + t * a->ld, 0, head_bytes);
-        memset(r.dk + t * a->ld, 0, head_bytes);
-        memset(r.dv + t * a->ld, 0, head_bytes);
     }
     if (s->window)
         hybrid_bwd(&h, &f, s->window, &r, s->t);
