@@ -245,11 +245,10 @@ static void print_result(const struct cli_training *defaults, const struct input
         printf("{\"model\": ");
         cli_json_string(stdout, path, (size_t)n);
         printf(", \"steps\": %lld, \"loss\": ", (long long)steps);
-        if (p->loss > 0)
-            printf("%.9g", p->loss);
-        else
-            printf("null");
-        printf(", \"val_ppl\": %.9g, \"seconds\": %.3f}\n", val_ppl, seconds);
+        cli_json_number(stdout, p->loss > 0 ? p->loss : NAN);
+        printf(", \"val_ppl\": ");
+        cli_json_number(stdout, val_ppl);
+        printf(", \"seconds\": %.3f}\n", seconds);
         return;
     }
     if (idle)

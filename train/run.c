@@ -1,4 +1,5 @@
 /* The loop around the steps: metrics log, evaluations, checkpoints. */
+#include "checkpoints/writers.h"
 #include "train/trainer_internal.h"
 
 #include <dirent.h>
@@ -40,24 +41,6 @@ srf_status srf_run_check_new(const char *dir)
     SRF_FAIL_IF(lstat(found, &info) == 0, SRF_INVALID,
                 "%s is there, of an earlier run: go on with --resume, or name another directory",
                 found);
-    return SRF_OK;
-}
-
-static srf_status make_dir(const char *dir)
-{
-    char path[PATH_SIZE];
-    strcpy(path, dir);
-    for (char *s = path + 1; *s; s++) {
-        if (*s != '/') continue;
-        *s = '\0';
-        mkdir(path, 0777); /* the last mkdir says what is wrong */
-        *s = '/';
-    }
-    struct stat info;
-    SRF_FAIL_IF(mkdir(path, 0777) != 0 && errno != EEXIST, SRF_IO, "%s: cannot make it: %s", dir,
-                strerror(errno));
-    SRF_FAIL_IF(stat(path, &info) != 0 || !S_ISDIR(info.st_mode), SRF_IO,
-                "%s: expected a directory to write the run into", dir);
     return SRF_OK;
 }
 
@@ -211,7 +194,7 @@ srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
     *val_ppl = 0;
     SRF_TRY(set_paths(dir, &p));
     if (!t->resumed) SRF_TRY(srf_run_check_new(dir));
-    SRF_TRY(make_dir(dir));
+    SRF_TRY(srf_make_dir(dir));
     remove_unfinished(dir);
     SRF_TRY(open_metrics(p.metrics, t->step, &log, &evaluated));
     srf_status st = start(t, &p, log, evaluated, val_ppl);
