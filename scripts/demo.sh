@@ -49,10 +49,8 @@ tokenize() {
     done
 }
 
-# One frozen draw, taught by the softmax model: a run this short ends closer so than with redraws.
 retrofit() {
-    "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" --batch 8 \
-        --redraw-every 0 "$@"
+    "$srf" retrofit --model "$out/base.h5" --data "$out/train.h5" --m "$features" --batch 8 "$@"
 }
 
 # A paragraph each for the report, to the end of the model's context, and the bytes of its state.
