@@ -77,11 +77,11 @@ section "Perplexity right after the swap with exact attention in a window of $wi
     evaluate swapped_hybrid --model "$out/base.h5" --attention srf --m "$features" \
     --window "$window"
 section "Retrofit: pure random features, m = $features" \
-    retrofit --window 0 --steps "$pure_steps" --warmup 20 --lr 1e-3 --kl 3 --freeze-at 0.1 \
+    retrofit --window 0 --steps "$pure_steps" --warmup 20 --lr 1e-3 --kl 3 \
     --out "$out/pure"
 section "Perplexity of the pure retrofit" evaluate pure --model "$out/pure/model.h5"
 section "Retrofit: the hybrid with a window of $window" \
-    retrofit --window "$window" --steps "$hybrid_steps" --warmup 10 --lr 3e-4 --freeze-at 0.1 \
+    retrofit --window "$window" --steps "$hybrid_steps" --warmup 10 --lr 3e-4 \
     --out "$out/hybrid"
 section "Perplexity of the hybrid retrofit" evaluate hybrid --model "$out/hybrid/model.h5"
 section "Export the pure retrofit as a recurrent model" \
