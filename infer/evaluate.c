@@ -2,14 +2,6 @@
 
 #include <math.h>
 #include <string.h>
-#include <time.h>
-
-static double now(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
-}
 
 /* Buffers of one evaluation, for `batch` windows of `seq_len`. */
 struct buffers {
@@ -115,7 +107,7 @@ srf_status srf_evaluate(struct srf_model *m, struct srf_tokenset *data,
                 "windows of %lld tokens predict nothing: expected >= 2", (long long)c->seq_len);
     SRF_FAIL_IF(total < 2, SRF_INVALID, "a set of %lld tokens predicts nothing: expected >= 2",
                 (long long)total);
-    double start = now(), sum = 0;
+    double start = srf__now(), sum = 0;
     struct buffers b = {0};
     srf_status st = SRF_OK;
     SRF_TRY_GO(alloc_buffers(m, c, &b));
@@ -130,7 +122,7 @@ srf_status srf_evaluate(struct srf_model *m, struct srf_tokenset *data,
     }
     out->nll = sum / (double)out->tokens;
     out->ppl = exp(out->nll);
-    out->seconds = now() - start;
+    out->seconds = srf__now() - start;
 cleanup:
     free_buffers(m->ctx, &b);
     return st;

@@ -3,14 +3,6 @@
 #include "kernels/numeric.h"
 
 #include <string.h>
-#include <time.h>
-
-static double now(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
-}
 
 size_t srf_dtype_bytes(enum srf_dtype dtype)
 {
@@ -120,11 +112,11 @@ static srf_status launched(struct srf_ctx *ctx, const char *op, srf_status st)
         SRF_FAIL_IF(need > ctx->workspace_bytes, SRF_INVALID,                                      \
                     #name ": needs a workspace of %zu bytes, the context holds %zu", need,         \
                     ctx->workspace_bytes);                                                         \
-        double t0 = ctx->profile ? now() : 0;                                                      \
+        double t0 = ctx->profile ? srf__now() : 0;                                                 \
         srf_status st = launched(ctx, #name, ctx->be->name(ctx, args));                            \
         if (!ctx->profile) return st;                                                              \
         if (st == SRF_OK) st = ctx->be->sync(ctx);                                                 \
-        ctx->profile->op_seconds[SRF_OP_##name] += now() - t0;                                     \
+        ctx->profile->op_seconds[SRF_OP_##name] += srf__now() - t0;                                \
         ctx->profile->op_calls[SRF_OP_##name]++;                                                   \
         return st;                                                                                 \
     }

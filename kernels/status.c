@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/mman.h>
 
 /* The newest failure of each thread: the one piece of state outside a context, as errno is. */
@@ -78,6 +79,13 @@ void srf__trace(const char *file, int line)
 {
     size_t n = strlen(trace);
     snprintf(trace + n, sizeof trace - n, "%s%s:%d", n ? " < " : "", file, line);
+}
+
+double srf__now(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
 }
 
 /* Allocations left until one fails on purpose; negative = never. */

@@ -83,6 +83,9 @@ void srf__trace(const char *file, int line);
         }                                                                                          \
     } while (0)
 
+/* Seconds of a clock that never goes back. */
+double srf__now(void);
+
 /* --- host memory ------------------------------------------------------------------------------
  * All host memory of the library comes from here. 64-byte aligned. NULL on failure or overflow
  * (n * size is checked); a request of 0 bytes gives a valid pointer. */

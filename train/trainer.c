@@ -5,17 +5,9 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 /* Steps in a row without an update after which a run is beyond saving. */
 #define MAX_SKIPPED 10
-
-static double now(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
-}
 
 /* ---- memory: one plan ---------------------------------------------------------------------- */
 
@@ -301,7 +293,7 @@ static srf_status update(struct srf_trainer *t)
 srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out)
 {
     const struct srf_train_config *c = &t->config;
-    double start = now();
+    double start = srf__now();
     *out = (struct srf_train_metrics){0};
     SRF_FAIL_IF(t->step >= c->steps, SRF_INVALID, "all %lld steps are done", (long long)c->steps);
     SRF_TRY(set_features(t));
@@ -326,7 +318,7 @@ srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out
     t->step++;
     out->step = t->step;
     out->tokens = t->step * c->batch * c->seq_len;
-    out->tokens_per_s = (double)(c->batch * c->seq_len) / (now() - start);
+    out->tokens_per_s = (double)(c->batch * c->seq_len) / (srf__now() - start);
     return SRF_OK;
 }
 

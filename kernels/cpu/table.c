@@ -2,7 +2,6 @@
 #include "kernels/cpu/cpu.h"
 
 #include <stdlib.h>
-#include <time.h>
 
 int openblas_get_parallel(void);
 void openblas_set_num_threads(int n);
@@ -98,13 +97,6 @@ void srf__blas_serial_end(const struct srf_ctx *ctx)
 }
 #endif
 
-static double now(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
-}
-
 /* A few rows times a transposed matrix (the output head of a decoding step): a product packs the
  * matrix first, which takes longer than the product; row by row it is read once each. */
 #define FEW_ROWS 3
@@ -133,12 +125,12 @@ void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int6
                const real *a, int64_t lda, const real *b, int64_t ldb, real beta, real *c,
                int64_t ldc)
 {
-    double t0 = ctx->profile ? now() : 0;
+    double t0 = ctx->profile ? srf__now() : 0;
     product(ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb,
             beta, c, (blasint)ldc);
     if (!ctx->profile) return;
     /* A call inside a parallel region keeps one of n_threads busy. */
-    double share = omp_in_parallel() ? 1.0 / ctx->n_threads : 1.0, dt = (now() - t0) * share;
+    double share = omp_in_parallel() ? 1.0 / ctx->n_threads : 1.0, dt = (srf__now() - t0) * share;
     double flops = 2.0 * (double)m * (double)n * (double)k;
 #pragma omp atomic
     ctx->profile->gemm_seconds += dt;
