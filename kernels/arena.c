@@ -11,7 +11,6 @@
 struct slot {
     const char *cls, *name;
     size_t offset, bytes;
-    int64_t count;
 };
 
 struct srf_arena {
@@ -53,7 +52,7 @@ srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name,
         a->slots = s;
         a->cap = cap;
     }
-    a->slots[a->n] = (struct slot){cls, name, a->total, bytes, count};
+    a->slots[a->n] = (struct slot){cls, name, a->total, bytes};
     *slot = a->n++;
     size_t guard = 0;
 #ifdef SRF_GUARD_BANDS
@@ -95,11 +94,6 @@ void *srf_arena_ptr(const struct srf_arena *a, int slot)
     if (!a->base) return (void *)(uintptr_t)(ALIGN + a->slots[slot].offset);
     size_t skew = (ALIGN - (uintptr_t)a->base % ALIGN) % ALIGN;
     return a->base + skew + a->slots[slot].offset;
-}
-
-int64_t srf_arena_count(const struct srf_arena *a, int slot)
-{
-    return a->slots[slot].count;
 }
 
 size_t srf_arena_bytes(const struct srf_arena *a, const char *cls)

@@ -21,7 +21,6 @@ srf_status srf_arena_commit(struct srf_arena *a);
 /* The slot's device pointer. Before commit: an address that is not NULL and that nothing may
  * follow, so that a dry run sees which tensors are there. */
 void *srf_arena_ptr(const struct srf_arena *a, int slot);
-int64_t srf_arena_count(const struct srf_arena *a, int slot);
 
 /* Bytes planned so far: in all (cls = NULL) or of a class. */
 size_t srf_arena_bytes(const struct srf_arena *a, const char *cls);
