@@ -30,7 +30,7 @@ srf_status bench_plan(struct srf_ctx *ctx, const struct op_call *c, struct srf_c
 /* ---- cases: p holds the shape ---------------------------------------------------------------- */
 
 /* n, in, out, then what else */
-enum { TRANSPOSED = 1, GELU = 2, ACCUMULATE = 4, BIAS = 8 };
+enum { TRANSPOSED = 1, GELU = 2, RESIDUAL = 4, BIAS = 8 };
 
 static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
@@ -50,7 +50,7 @@ static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct o
                                      .w = w,
                                      .w_transposed = what & TRANSPOSED,
                                      .b = what & BIAS ? bias : NULL,
-                                     .accumulate = what & ACCUMULATE,
+                                     .residual = what & RESIDUAL ? y : NULL,
                                      .act = what & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
                                      .pre = what & GELU ? pre : NULL,
                                      .y = y};
@@ -445,9 +445,9 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
 
 const struct bench_case bench_cases[] = {
     {"linear_fwd qkv", linear_fwd, {4096, 384, 1152, BIAS}},
-    {"linear_fwd out, residual", linear_fwd, {4096, 384, 384, BIAS | ACCUMULATE}},
+    {"linear_fwd out, residual", linear_fwd, {4096, 384, 384, BIAS | RESIDUAL}},
     {"linear_fwd fc, gelu", linear_fwd, {4096, 384, 1536, BIAS | GELU}},
-    {"linear_fwd proj, residual", linear_fwd, {4096, 1536, 384, BIAS | ACCUMULATE}},
+    {"linear_fwd proj, residual", linear_fwd, {4096, 1536, 384, BIAS | RESIDUAL}},
     {"linear_fwd head", linear_fwd, {4096, 384, 8192, TRANSPOSED}},
     {"linear_fwd fc, 1 row", linear_fwd, {1, 384, 1536, BIAS | GELU}},
     {"linear_fwd head, 1 row", linear_fwd, {1, 384, 8192, TRANSPOSED}},

@@ -2,6 +2,10 @@
 #pragma once
 #include "kernels/ops.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Fill ctx->be, stream, impl, n_threads. CUDA answers SRF_UNSUPPORTED where the build has no CUDA
  * or the machine no card. */
 srf_status srf__cpu_open(struct srf_ctx *ctx, int threads);
@@ -17,3 +21,7 @@ srf_status srf__cuda_open(struct srf_ctx *ctx);
                                       const struct srf_##name##_args *args);
 #include "kernels/ops.def"
 #undef X
+
+#ifdef __cplusplus
+}
+#endif

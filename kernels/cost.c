@@ -63,7 +63,7 @@ struct srf_cost srf_linear_fwd_cost(const struct srf_ctx *ctx, const struct srf_
     double n = (double)a->n, in = (double)a->in, out = (double)a->out;
     double count = n * in + in * out + n * out, flops = 2 * n * in * out;
     if (a->b) count += out, flops += n * out;
-    if (a->accumulate) count += n * out, flops += n * out;
+    if (a->residual) count += n * out, flops += n * out;
     if (a->act != SRF_ACT_NONE) {
         if (a->pre) count += n * out;
         flops += 9 * n * out;

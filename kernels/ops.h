@@ -12,8 +12,8 @@
  *     i32  int32_t
  * Shapes are written (outer, ..., inner), row-major, dense unless a leading dimension says else.
  *
- * Gradient convention: gradients of parameters accumulate (+=); gradients of activations are
- * overwritten (=), except where the argument comment says +=. Aliasing is forbidden unless stated.
+ * Gradient convention: gradients of parameters are of type A and accumulate (+=); gradients of
+ * activations are of type T and overwritten (=), except where the argument comment says +=. Aliasing is forbidden unless stated.
  * A launcher never allocates, never waits for the device and reads no global; scratch memory is
  * ctx->workspace, at least <op>_workspace() bytes. Empty shapes (a product of 0) are no-ops.
  * Errors: SRF_INVALID for shapes an op cannot take, SRF_UNSUPPORTED for what a backend lacks.
@@ -50,7 +50,7 @@ struct srf_features_draw_args {
     int64_t m, d;         /* features, head size; m >= 1, d >= 2 */
     const double *oprf_a; /* host (n_layers, n_sets), each <= 0; or NULL = 0 everywhere */
     void *w;              /* out T (n_layers, n_sets, m, d): rows are sqrt(1 - 4A) w_i */
-    void *bias;           /* out T (n_layers, n_sets, m): A |w_i|^2 + d/4 log(1 - 4A) */
+    void *bias;           /* out A (n_layers, n_sets, m): A |w_i|^2 + d/4 log(1 - 4A) */
 };
 
 /* ---- embedding ---------------------------------------------------------------------------- */
@@ -68,7 +68,7 @@ struct srf_embed_bwd_args {
     int64_t n, c, v, t, n_pos;
     const void *tokens;
     const void *dy;    /* T (n, c) */
-    void *dwte, *dwpe; /* += T (v, c), T (n_pos, c); position n % t */
+    void *dwte, *dwpe; /* += A (v, c), A (n_pos, c); position n % t */
 };
 
 /* ---- layer norm: y = (x - mean) * rstd * gamma + beta, over the last dimension -------------- */
@@ -85,7 +85,7 @@ struct srf_layernorm_bwd_args {
     const void *x, *gamma, *dy; /* T (n, c), (c), (n, c) */
     const void *mean, *rstd;    /* A (n), (n) */
     void *dx;                   /* += T (n, c): the residual stream's gradient */
-    void *dgamma, *dbeta;       /* += T (c), (c) */
+    void *dgamma, *dbeta;       /* += A (c), (c) */
 };
 
 /* ---- linear: y = act(x W + b) ------------------------------------------------------------- */
@@ -97,9 +97,10 @@ struct srf_linear_fwd_args {
     const void *x; /* T (n, in) */
     const void *w; /* T (in, out) as transformers' Conv1D; (out, in) if w_transposed */
     bool w_transposed;
-    const void *b;    /* T (out), or NULL */
-    bool accumulate;  /* y += x W + b (a residual connection); act must be NONE */
-    enum srf_act act; /* GELU_TANH: 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) */
+    const void *b;        /* T (out), or NULL */
+    const void *residual; /* T (n, out), may be y itself: y = residual + x W + b, act must be NONE;
+                           * or NULL */
+    enum srf_act act;     /* GELU_TANH: 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) */
     void *pre; /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
     void *y;   /* out T (n, out) */
 };
@@ -111,7 +112,7 @@ struct srf_linear_bwd_args {
     enum srf_act x_act; /* that act; NONE without x_pre */
     bool dx_accumulate; /* dx += instead of dx = */
     void *dx;           /* out T (n, in), or NULL: not wanted */
-    void *dw, *db;      /* += T as w, (out); NULL: not wanted */
+    void *dw, *db;      /* += A as w, (out); NULL: not wanted */
 };
 
 /* ---- attention ----------------------------------------------------------------------------
@@ -157,9 +158,10 @@ struct srf_srf_attn_fwd_args {
     struct srf_attn_shape s;
     const void *q, *k, *v; /* T (b, t, h, d), leading dimension ld */
     int64_t ld;
-    const void *w, *bias; /* T (n_sets, m, d), (n_sets, m) */
+    const void *w, *bias; /* T (n_sets, m, d), A (n_sets, m) */
     void *o;              /* out T (b, t, h, d), leading dimension ld_o */
     int64_t ld_o;
+    void *stat; /* out A (b, h, t): what the backend's backward wants of each row; may be NULL */
 };
 struct srf_srf_attn_bwd_args {
     struct srf_attn_shape s;
@@ -168,8 +170,9 @@ struct srf_srf_attn_bwd_args {
     const void *w, *bias;
     const void *o, *d_o; /* T, leading dimension ld_o */
     int64_t ld_o;
+    const void *stat;   /* A (b, h, t), of the forward */
     void *dq, *dk, *dv; /* out T, leading dimension ld */
-    void *dw;           /* += T (n_sets, m, d), or NULL: features not trained; bias is a constant */
+    void *dw;           /* += A (n_sets, m, d), or NULL: features not trained; bias is a constant */
 };
 
 /* Recurrent state: one per sequence and head, srf_attn_state_count() values of type A, all zero
@@ -214,13 +217,15 @@ struct srf_srf_attn_step_args {
  * has checked. A NaN or +inf among a row's logits gives NaN. */
 struct srf_xent_args {
     int64_t n, v;
+    int64_t ld;          /* leading dimension of logits, teacher, dlogits; 0 = v */
     const void *logits;  /* T (n, v) */
     const void *targets; /* i32 (n) */
     const void *teacher; /* T (n, v) logits, or NULL */
     double scale, ce_weight, kl_weight;
-    void *nll;     /* out A (n) */
-    void *kl;      /* out A (n); only with teacher, may be NULL */
-    void *dlogits; /* out T (n, v), may be logits itself; NULL: not wanted */
+    void *nll; /* out A (n) */
+    void *kl;  /* out A (n); only with teacher, may be NULL */
+    void *
+        dlogits; /* out T (n, v), may be logits itself; NULL: not wanted. Columns v .. ld become 0 */
 };
 /* sum[0] += sum (x - y)^2;  dx += scale * 2 (x - y) where dx is not NULL. */
 struct srf_mse_args {
@@ -236,7 +241,7 @@ struct srf_mse_args {
 /* sum[0] += sum x^2, in a fixed order (deterministic for a fixed thread count). */
 struct srf_sumsq_args {
     int64_t n;
-    const void *x; /* T (n) */
+    const void *x; /* A (n): gradients */
     void *sum;     /* += A (1) */
 };
 /* Decoupled weight decay Adam (arXiv 1711.05101) on a flat piece of parameters:
@@ -244,12 +249,16 @@ struct srf_sumsq_args {
  *     p -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay p)
  * If clip_sumsq (the sum of squares of the unscaled gradient) is given, g is also multiplied by
  * min(1, max_norm / norm) on the device, norm = sqrt(*clip_sumsq) grad_scale being that of the
- * scaled gradient; a non-finite *clip_sumsq leaves parameters and moments untouched. */
+ * scaled gradient; a non-finite *clip_sumsq leaves parameters and moments untouched: the step is
+ * skipped, and skips, if given, counts it. */
 struct srf_adamw_args {
     int64_t n, step; /* step counts from 1 */
     double lr, beta1, beta2, eps, weight_decay, grad_scale, max_norm;
     const void *clip_sumsq; /* A (1), or NULL */
-    const void *grad;       /* T (n) */
+    void *skips;            /* in/out i32 (2): steps skipped in all, and in a row; or NULL */
+    const void *no_decay;   /* u8, one for every 64 elements (the last may be short): not 0 = no
+                             * weight decay there; or NULL */
+    const void *grad;       /* A (n) */
     void *param;            /* in/out T (n) */
     void *master;           /* in/out A (n) where T is BF16, else NULL */
     void *m, *v;            /* in/out A (n) */
@@ -265,7 +274,9 @@ struct srf_cost {
 
 struct srf_backend {
     const char *name; /* "cpu", "cuda" */
-    /* Device memory. Only the arena (arena.h) and tests call alloc. */
+    /* Device memory. Only the arena (arena.h) and tests call alloc. upload, copy and zero are
+     * ordered with the ops, and the host memory of an upload may be reused at once; download waits
+     * for what it reads. */
     srf_status (*alloc)(struct srf_ctx *ctx, size_t bytes, void **out);
     void (*free)(struct srf_ctx *ctx, void *p);
     srf_status (*upload)(struct srf_ctx *ctx, void *dst, const void *host, size_t bytes);
@@ -273,6 +284,8 @@ struct srf_backend {
     srf_status (*copy)(struct srf_ctx *ctx, void *dst, const void *src, size_t bytes);
     srf_status (*zero)(struct srf_ctx *ctx, void *dst, size_t bytes);
     srf_status (*sync)(struct srf_ctx *ctx);
+    /* Bytes of device memory that are free, and in all; both 0: not known. */
+    srf_status (*memory)(struct srf_ctx *ctx, size_t *free_bytes, size_t *total);
     void (*close)(struct srf_ctx *ctx); /* frees ctx->impl and the stream; may be NULL */
 #define X(name)                                                                                    \
     srf_status (*name)(struct srf_ctx * ctx, const struct srf_##name##_args *args);                \

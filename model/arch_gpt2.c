@@ -248,12 +248,6 @@ static srf_status layernorm(struct srf_model *m, int64_t n, const void *x, int64
                    .y = y, .mean = mean, .rstd = rstd);
 }
 
-static srf_status copy(struct srf_model *m, void *dst, const void *src, int64_t count)
-{
-    if (m->ctx->plan) return SRF_OK;
-    return m->ctx->be->copy(m->ctx, dst, src, (size_t)count * srf_dtype_bytes(m->ctx->dtype));
-}
-
 static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
@@ -277,18 +271,15 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
                         .w = PARAM(l, QKV_W), .b = PARAM(l, QKV_B), .y = qkv));
         SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att,
                                  c, PTR(k->lse)));
-        SRF_TRY(copy(m, res2, res1, n * c));
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
-                        .b = PARAM(l, O_B), .accumulate = true, .y = res2));
+                        .b = PARAM(l, O_B), .residual = res1, .y = res2));
 
         SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), PTR(k->ln2), PTR(k->mean2), PTR(k->rstd2)));
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
                         .w = PARAM(l, FC_W), .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
                         .pre = m->plan.train ? PTR(k->pre) : NULL, .y = PTR(k->fc)));
-        SRF_TRY(copy(m, next, res2, n * c));
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
-                        .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .accumulate = true,
-                        .y = next));
+                        .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .residual = res2, .y = next));
     }
     return layernorm(m, n, PTR(a->res), LNF_W, PTR(m->slot_hidden), PTR(a->mean), PTR(a->rstd));
 }

@@ -74,15 +74,18 @@ static void test_reference_gradient(void **state)
 /* --- forward ---------------------------------------------------------------------------------- */
 
 static void check_fwd(struct twins *s, const int64_t *shape, bool transposed, bool bias,
-                      bool accumulate, enum srf_act act, bool keep_pre)
+                      int residual, enum srf_act act, bool keep_pre)
 {
     int64_t n = shape[0], in = shape[1], out = shape[2];
     struct twin x = twin_normal(s, n * in, 1), w = twin_normal(s, in * out, 1);
     struct twin b = twin_normal(s, out, 1), pre = twin_fill(s, n * out, NAN);
-    struct twin y = accumulate ? twin_normal(s, n * out, 1) : twin_fill(s, n * out, NAN);
+    /* residual: 0 = none, 1 = another tensor, 2 = y itself */
+    struct twin y = residual == 2 ? twin_normal(s, n * out, 1) : twin_fill(s, n * out, NAN);
+    struct twin r = residual == 2 ? y : twin_normal(s, n * out, 1);
     twin_run(s, linear_fwd, .n = n, .in = in, .out = out, .x = x.dev, .w = w.dev,
-             .w_transposed = transposed, .b = bias ? b.dev : NULL, .accumulate = accumulate,
-             .act = act, .pre = keep_pre ? pre.dev : NULL, .y = y.dev);
+             .w_transposed = transposed, .b = bias ? b.dev : NULL,
+             .residual = residual ? r.dev : NULL, .act = act, .pre = keep_pre ? pre.dev : NULL,
+             .y = y.dev);
     ref_linear_fwd(&(struct srf_linear_fwd_args){.n = n,
                                                  .in = in,
                                                  .out = out,
@@ -90,7 +93,7 @@ static void check_fwd(struct twins *s, const int64_t *shape, bool transposed, bo
                                                  .w = w.ref,
                                                  .w_transposed = transposed,
                                                  .b = bias ? b.ref : NULL,
-                                                 .accumulate = accumulate,
+                                                 .residual = residual ? r.ref : NULL,
                                                  .act = act,
                                                  .pre = keep_pre ? pre.ref : NULL,
                                                  .y = y.ref});
@@ -104,7 +107,7 @@ static void fwd(enum srf_dtype dtype, int threads)
         for (int bits = 0; bits < 16; bits++) {
             bool act = bits & 8;
             struct twins s = twins_new(dtype, threads);
-            check_fwd(&s, shapes[k], bits & 1, bits & 2, !act && (bits & 4),
+            check_fwd(&s, shapes[k], bits & 1, bits & 2, !act && (bits & 4) ? 1 + k % 2 : 0,
                       act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, act && (bits & 4));
             twins_free(&s);
         }
@@ -235,7 +238,7 @@ static void test_refusals(void **state)
     struct twins s = twins_new(SRF_F32, 1);
     struct twin x = twin_fill(&s, 4, 1);
     srf_status st = SRF_RUN(s.ctx, linear_fwd, .n = 1, .in = 1, .out = 1, .x = x.dev, .w = x.dev,
-                            .accumulate = true, .act = SRF_ACT_GELU_TANH, .y = x.dev);
+                            .residual = x.dev, .act = SRF_ACT_GELU_TANH, .y = x.dev);
     assert_int_equal(st, SRF_INVALID);
     st = SRF_RUN(s.ctx, linear_fwd, .n = (int64_t)1 << 40, .in = 1, .out = 1, .x = x.dev,
                  .w = x.dev, .y = x.dev);

@@ -13,7 +13,13 @@ srf_status SRF_CPU(adamw)(struct srf_ctx *ctx, const struct srf_adamw_args *a)
     double factor = a->grad_scale;
     if (a->clip_sumsq) {
         double sumsq = (double)*(const real *)a->clip_sumsq;
-        if (!isfinite(sumsq)) return SRF_OK;
+        bool skip = !isfinite(sumsq);
+        if (a->skips) {
+            int32_t *skips = a->skips;
+            skips[0] += skip;
+            skips[1] = skip ? skips[1] + 1 : 0;
+        }
+        if (skip) return SRF_OK;
         double norm = sqrt(sumsq) * fabs(a->grad_scale);
         if (norm > a->max_norm) factor *= a->max_norm / norm;
     }
@@ -22,6 +28,7 @@ srf_status SRF_CPU(adamw)(struct srf_ctx *ctx, const struct srf_adamw_args *a)
     real rate = (real)(a->lr / (1 - pow(a->beta1, (double)a->step)));
     real root = (real)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
     real keep = (real)(1 - a->lr * a->weight_decay);
+    const uint8_t *no_decay = a->no_decay;
     const real *grad = a->grad;
     real *param = a->param, *m = a->m, *v = a->v;
 #pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (a->n > MIN_PARALLEL)
@@ -30,7 +37,8 @@ srf_status SRF_CPU(adamw)(struct srf_ctx *ctx, const struct srf_adamw_args *a)
         real mi = b1 * m[i] + c1 * g, vi = b2 * v[i] + c2 * g * g;
         m[i] = mi;
         v[i] = vi;
-        param[i] = keep * param[i] - rate * mi / (sqrt(vi) * root + eps);
+        real kept = no_decay && no_decay[i / 64] ? 1 : keep;
+        param[i] = kept * param[i] - rate * mi / (sqrt(vi) * root + eps);
     }
     return SRF_OK;
 }

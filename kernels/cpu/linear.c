@@ -42,16 +42,18 @@ static srf_status check_shape(const char *op, int64_t n, int64_t in, int64_t out
     return SRF_OK;
 }
 
-/* Every row of y becomes b, or grows by b. */
-static void put_bias(struct srf_ctx *ctx, int64_t n, int64_t out, const real *b, bool add, real *y)
+/* y = residual + b; either may be missing, and residual may be y. */
+static void put_start(struct srf_ctx *ctx, int64_t n, int64_t out, const real *b,
+                      const real *residual, real *y)
 {
 #pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (n * out > MIN_PARALLEL)
     for (int64_t i = 0; i < n; i++) {
         real *row = y + i * out;
-        if (add)
-            for (int64_t j = 0; j < out; j++) row[j] += b[j];
-        else
-            memcpy(row, b, (size_t)out * sizeof *b);
+        const real *from = residual ? residual + i * out : b;
+        if (residual && b)
+            for (int64_t j = 0; j < out; j++) row[j] = from[j] + b[j];
+        else if (row != from)
+            memcpy(row, from, (size_t)out * sizeof *b);
     }
 }
 
@@ -59,12 +61,12 @@ srf_status SRF_CPU(linear_fwd)(struct srf_ctx *ctx, const struct srf_linear_fwd_
 {
     if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
     SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
-    SRF_FAIL_IF(a->accumulate && a->act != SRF_ACT_NONE, SRF_INVALID,
-                "linear_fwd: accumulate goes with no activation");
+    SRF_FAIL_IF(a->residual && a->act != SRF_ACT_NONE, SRF_INVALID,
+                "linear_fwd: a residual goes with no activation");
     real *u = a->act != SRF_ACT_NONE && a->pre ? a->pre : a->y;
-    if (a->b) put_bias(ctx, a->n, a->out, a->b, a->accumulate, u);
+    if (a->b || a->residual) put_start(ctx, a->n, a->out, a->b, a->residual, u);
     srf__gemm(ctx, false, a->w_transposed, a->n, a->out, a->in, 1, a->x, a->in, a->w,
-              a->w_transposed ? a->in : a->out, a->b || a->accumulate, u, a->out);
+              a->w_transposed ? a->in : a->out, a->b || a->residual, u, a->out);
     if (a->act == SRF_ACT_NONE) return SRF_OK;
     real *y = a->y;
     int64_t count = a->n * a->out;

@@ -44,9 +44,16 @@ static srf_status cpu_sync(struct srf_ctx *ctx)
     return SRF_OK;
 }
 
+static srf_status cpu_memory(struct srf_ctx *ctx, size_t *free_bytes, size_t *total)
+{
+    (void)ctx;
+    *free_bytes = *total = 0;
+    return SRF_OK;
+}
+
 #define COMMON                                                                                     \
     .name = "cpu", .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_copy, .download = cpu_copy, \
-    .copy = cpu_copy, .zero = cpu_zero, .sync = cpu_sync
+    .copy = cpu_copy, .zero = cpu_zero, .sync = cpu_sync, .memory = cpu_memory
 
 static const struct srf_backend f32_table = {
     COMMON,

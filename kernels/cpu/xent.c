@@ -71,15 +71,16 @@ static double teacher_sum(const real *t, real max_t, const real *x, real max, in
 static void xent_row(const struct srf_xent_args *a, int64_t i, real *scratch)
 {
     int64_t v = a->v;
-    const real *x = (const real *)a->logits + i * v;
-    const real *t = a->teacher ? (const real *)a->teacher + i * v : NULL;
-    real *dx = a->dlogits ? (real *)a->dlogits + i * v : NULL, *nll = (real *)a->nll + i;
+    int64_t ld = a->ld ? a->ld : v;
+    const real *x = (const real *)a->logits + i * ld;
+    const real *t = a->teacher ? (const real *)a->teacher + i * ld : NULL;
+    real *dx = a->dlogits ? (real *)a->dlogits + i * ld : NULL, *nll = (real *)a->nll + i;
     real *kl = t && a->kl ? (real *)a->kl + i : NULL;
     int32_t target = ((const int32_t *)a->targets)[i];
     if (target < 0) {
         *nll = 0;
         if (kl) *kl = 0;
-        if (dx) memset(dx, 0, (size_t)v * sizeof *dx);
+        if (dx) memset(dx, 0, (size_t)ld * sizeof *dx);
         return;
     }
     real max = row_max(x, v), max_t = t ? row_max(t, v) : 0;
@@ -90,6 +91,7 @@ static void xent_row(const struct srf_xent_args *a, int64_t i, real *scratch)
     *nll = (real)(log(z) + behind);
     if (kl) *kl = (real)(excess / z_t - (log(z_t) - log(z)));
     if (!dx) return;
+    memset(dx + v, 0, (size_t)(ld - v) * sizeof *dx);
     double kl_weight = t ? a->kl_weight : 0;
     real px = (real)(a->scale * (a->ce_weight + kl_weight) / z);
     real pt = (real)(a->scale * kl_weight / z_t);
@@ -107,6 +109,8 @@ srf_status SRF_CPU(xent)(struct srf_ctx *ctx, const struct srf_xent_args *a)
 {
     SRF_FAIL_IF(a->n > 0 && a->v < 1, SRF_INVALID, "xent: vocabulary of %lld, expected >= 1",
                 (long long)a->v);
+    SRF_FAIL_IF(a->ld && a->ld < a->v, SRF_INVALID, "xent: ld %lld, expected >= %lld",
+                (long long)a->ld, (long long)a->v);
     int64_t parts = ctx->n_threads, stride = srf__part_stride(a->v);
     real *scratch = ctx->workspace;
 #pragma omp parallel for schedule(static)                                                          \

@@ -34,7 +34,7 @@ void ref_linear_fwd(const struct srf_linear_fwd_args *a)
                 u += x[r * a->in + i] * w[at(i, j, a->in, a->out, a->w_transposed)];
             if (a->act == SRF_ACT_GELU_TANH && a->pre) ((double *)a->pre)[r * a->out + j] = u;
             double v = a->act == SRF_ACT_GELU_TANH ? ref_gelu(u) : u;
-            *y = a->accumulate ? *y + v : v;
+            *y = a->residual ? ((const double *)a->residual)[r * a->out + j] + v : v;
         }
 }
 

@@ -1,0 +1,157 @@
+/* The CUDA backend's table, memory, stream, and small uploads. */
+#include "kernels/cuda/cuda.h"
+
+#include <string.h>
+
+static srf_status cuda_alloc(struct srf_ctx *ctx, size_t bytes, void **out)
+{
+    (void)ctx;
+    *out = NULL;
+    if (bytes == 0) bytes = 256;
+    cudaError_t err = cudaMalloc(out, bytes);
+    if (err == cudaErrorMemoryAllocation) {
+        size_t free_bytes = 0, total = 0;
+        cudaGetLastError(); /* this error is not the next call's */
+        cudaMemGetInfo(&free_bytes, &total);
+        SRF_FAIL(SRF_NOMEM, "out of device memory: %.2f GB are needed, %.2f of %.2f GB are free",
+                 (double)bytes * 1e-9, (double)free_bytes * 1e-9, (double)total * 1e-9);
+    }
+    SRF_FAIL_IF(err != cudaSuccess, SRF_DEVICE, "CUDA: cudaMalloc: %s", cudaGetErrorString(err));
+    return SRF_OK;
+}
+
+static void cuda_free(struct srf_ctx *ctx, void *p)
+{
+    (void)ctx;
+    cudaFree(p);
+}
+
+/* Through a page-locked stage where it fits, so that neither side waits for the other. */
+static srf_status cuda_upload(struct srf_ctx *ctx, void *dst, const void *host, size_t bytes)
+{
+    struct srf__cuda *cuda = cuda_of(ctx);
+    if (bytes == 0) return SRF_OK;
+    if (bytes > SRF__CUDA_STAGE_BYTES) {
+        CUDA_TRY(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, stream_of(ctx)));
+        CUDA_TRY(cudaStreamSynchronize(stream_of(ctx)));
+        return SRF_OK;
+    }
+    int i = cuda->next_stage;
+    cuda->next_stage = (i + 1) % SRF__CUDA_STAGES;
+    CUDA_TRY(cudaEventSynchronize(cuda->staged[i])); /* its last upload has left */
+    memcpy(cuda->stage[i], host, bytes);
+    CUDA_TRY(cudaMemcpyAsync(dst, cuda->stage[i], bytes, cudaMemcpyHostToDevice, stream_of(ctx)));
+    CUDA_TRY(cudaEventRecord(cuda->staged[i], stream_of(ctx)));
+    return SRF_OK;
+}
+
+static srf_status cuda_download(struct srf_ctx *ctx, void *host, const void *src, size_t bytes)
+{
+    if (bytes == 0) return SRF_OK;
+    CUDA_TRY(cudaMemcpyAsync(host, src, bytes, cudaMemcpyDeviceToHost, stream_of(ctx)));
+    CUDA_TRY(cudaStreamSynchronize(stream_of(ctx)));
+    return SRF_OK;
+}
+
+static srf_status cuda_copy(struct srf_ctx *ctx, void *dst, const void *src, size_t bytes)
+{
+    if (bytes == 0) return SRF_OK;
+    CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, stream_of(ctx)));
+    return SRF_OK;
+}
+
+static srf_status cuda_zero(struct srf_ctx *ctx, void *dst, size_t bytes)
+{
+    if (bytes == 0) return SRF_OK;
+    CUDA_TRY(cudaMemsetAsync(dst, 0, bytes, stream_of(ctx)));
+    return SRF_OK;
+}
+
+static srf_status cuda_sync(struct srf_ctx *ctx)
+{
+    CUDA_TRY(cudaStreamSynchronize(stream_of(ctx)));
+    return SRF_OK;
+}
+
+static srf_status cuda_memory(struct srf_ctx *ctx, size_t *free_bytes, size_t *total)
+{
+    (void)ctx;
+    CUDA_TRY(cudaMemGetInfo(free_bytes, total));
+    return SRF_OK;
+}
+
+static void cuda_close(struct srf_ctx *ctx)
+{
+    struct srf__cuda *cuda = cuda_of(ctx);
+    if (!cuda) return;
+    if (ctx->stream) cudaStreamSynchronize(stream_of(ctx));
+    srf__cuda_free_plans(cuda);
+    for (int i = 0; i < SRF__CUDA_STAGES; i++) {
+        if (cuda->staged[i]) cudaEventDestroy(cuda->staged[i]);
+        if (cuda->stage[i]) cudaFreeHost(cuda->stage[i]);
+    }
+    if (cuda->lt) cublasLtDestroy(cuda->lt);
+    if (ctx->stream) cudaStreamDestroy(stream_of(ctx));
+    ctx->stream = NULL;
+    ctx->impl = NULL;
+    srf__free(cuda);
+}
+
+/* X(name) has two members of the table to fill, in their order. */
+static const struct srf_backend table = {
+    "cuda",    cuda_alloc, cuda_free, cuda_upload, cuda_download,
+    cuda_copy, cuda_zero,  cuda_sync, cuda_memory, cuda_close,
+#define X(name) cuda_##name, cuda_##name##_workspace,
+#include "kernels/ops.def"
+#undef X
+};
+
+srf_status srf__cuda_launched(const char *op)
+{
+    cudaError_t err = cudaGetLastError();
+    SRF_FAIL_IF(err != cudaSuccess, SRF_DEVICE, "%s: CUDA: %s", op, cudaGetErrorString(err));
+    return SRF_OK;
+}
+
+static srf_status open_device(struct srf_ctx *ctx, struct srf__cuda *cuda)
+{
+    struct cudaDeviceProp p;
+    CUDA_TRY(cudaGetDevice(&cuda->device));
+    CUDA_TRY(cudaGetDeviceProperties(&p, cuda->device));
+    cuda->cc = 10 * p.major + p.minor;
+    cuda->n_sm = p.multiProcessorCount;
+    cuda->smem_max = p.sharedMemPerBlockOptin;
+    SRF_FAIL_IF(cuda->cc < 80, SRF_UNSUPPORTED,
+                "%s has compute capability %d.%d: 8.0 or later is needed", p.name, p.major,
+                p.minor);
+    cudaStream_t stream;
+    CUDA_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    ctx->stream = stream;
+    for (int i = 0; i < SRF__CUDA_STAGES; i++) {
+        CUDA_TRY(cudaMallocHost(&cuda->stage[i], SRF__CUDA_STAGE_BYTES));
+        CUDA_TRY(cudaEventCreateWithFlags(&cuda->staged[i], cudaEventDisableTiming));
+    }
+    cublasStatus_t st = cublasLtCreate(&cuda->lt);
+    SRF_FAIL_IF(st != CUBLAS_STATUS_SUCCESS, SRF_DEVICE, "cuBLASLt cannot be started: %s",
+                cublasGetStatusString(st));
+    return SRF_OK;
+}
+
+extern "C" srf_status srf__cuda_open(struct srf_ctx *ctx)
+{
+    int n = 0;
+    cudaError_t err = cudaGetDeviceCount(&n);
+    SRF_FAIL_IF(err != cudaSuccess || n < 1, SRF_UNSUPPORTED,
+                "no CUDA device was found (%s): use --device cpu",
+                err == cudaSuccess ? "there is none" : cudaGetErrorString(err));
+    SRF_FAIL_IF(ctx->dtype != SRF_F32 && ctx->dtype != SRF_BF16, SRF_UNSUPPORTED,
+                "CUDA computes in bf16 or f32, not in %s", srf_dtype_name(ctx->dtype));
+    struct srf__cuda *cuda = (struct srf__cuda *)srf__calloc(1, sizeof *cuda);
+    SRF_FAIL_IF(!cuda, SRF_NOMEM, "out of memory: CUDA context");
+    ctx->impl = cuda;
+    ctx->be = &table;
+    ctx->n_threads = 1;
+    srf_status st = open_device(ctx, cuda);
+    if (st != SRF_OK) cuda_close(ctx);
+    return st;
+}
