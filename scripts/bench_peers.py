@@ -2,13 +2,18 @@
 
     bench_peers.py --model DIR                         PyTorch alone
     bench_peers.py --model DIR --srf build/srf         both, and the ratio of tokens/s
+    bench_peers.py --model DIR --device cuda ...       on the GPU: bf16 autocast, torch.compile
+    bench_peers.py --attention-ops --device cuda       softmax attention, causal: flash and cuDNN
 
 The model is transformers' GPT2LMHeadModel made from DIR/config.json (weights do not matter for
 time) without dropout, which srf has not; AdamW with weight decay, gradients clipped to norm 1,
-fp32, random tokens, the same batch, length and number of threads. With --srf, rounds of the two
-alternate, so that both see the same machine; each side's best round counts.
+fp32 on the CPU, random tokens, the same batch, length and number of threads. With --srf, rounds of
+the two alternate, so that both see the same machine; each side's best round counts.
 
-Needs torch and transformers.
+--attention-ops times scaled_dot_product_attention on slices of one packed (B, T, 3C) activation in
+bf16, forward and forward + backward, by events, with inputs rotated past the L2 cache; medians.
+
+Needs torch and, for the step, transformers.
 """
 
 import argparse
@@ -20,14 +25,19 @@ import sys
 import time
 
 import torch
-import transformers
+
+ATTENTION_SHAPES = [(32, 1024), (8, 4096), (2, 16384)]
 
 
 def parse():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--model", required=True, help="a transformers directory, or a config.json")
+    p.add_argument("--model", help="a transformers directory, or a config.json")
+    p.add_argument("--attention-ops", action="store_true", help="time attention alone")
+    p.add_argument("--heads", type=int, default=12, help="of --attention-ops")
+    p.add_argument("--head-size", type=int, default=64, help="of --attention-ops")
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--srf", help="the srf program: time `srf bench step` too")
     p.add_argument("--attention", default="softmax", help="srf's attention (softmax)")
     p.add_argument("--window", type=int, help="srf's window")
@@ -37,7 +47,10 @@ def parse():
     p.add_argument("--steps", type=int, default=5, help="timed steps of a round")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--json", action="store_true", help="print one JSON object")
-    return p.parse_args()
+    args = p.parse_args()
+    if bool(args.model) == args.attention_ops:
+        p.error("give --model, or --attention-ops")
+    return args
 
 
 def config_path(model):
@@ -49,32 +62,97 @@ class Peer:
     """The step in PyTorch."""
 
     def __init__(self, args):
+        import transformers
+
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(args.threads)
         torch.manual_seed(0)
         config = transformers.GPT2Config.from_json_file(config_path(args.model))
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
         config.use_cache = False
-        self.model = transformers.GPT2LMHeadModel(config).train()
+        self.cuda = args.device == "cuda"
+        self.model = transformers.GPT2LMHeadModel(config).train().to(args.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1
+            self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=self.cuda
         )
+        self.forward = torch.compile(self.model) if self.cuda else self.model
         self.shape = (args.batch, args.seq_len)
         self.vocab = config.vocab_size
-        self.step()  # first touch of all memory
+        for _ in range(3 if self.cuda else 1):  # first touch of all memory; compilation
+            self.step()
 
     def step(self):
-        ids = torch.randint(self.vocab, self.shape)
+        ids = torch.randint(self.vocab, self.shape, device="cuda" if self.cuda else "cpu")
+        self.wait()
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.cuda):
+            loss = self.forward(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.wait()
         return time.perf_counter() - start
+
+    def wait(self):
+        if self.cuda:
+            torch.cuda.synchronize()
 
     def round(self, steps):
         return statistics.median(self.step() for _ in range(steps))
+
+
+def attention_ops(args):
+    """Rows of (backend, B, T, forward ms, forward + backward ms)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    heads, size = args.heads, args.head_size
+    width, rows = heads * size, []
+    for name, backend in [
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+    ]:
+        for batch, length in ATTENTION_SHAPES:
+            packed = [
+                torch.randn(batch, length, 3 * width, device="cuda", dtype=torch.bfloat16)
+                for _ in range(3)
+            ]
+            d_o = torch.randn(batch, length, heads, size, device="cuda", dtype=torch.bfloat16)
+
+            def forward(i, packed=packed, batch=batch, length=length):
+                parts = packed[i % 3].view(batch, length, 3, heads, size).unbind(2)
+                q, k, v = (part.transpose(1, 2) for part in parts)
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                return out.transpose(1, 2)
+
+            def both(i, packed=packed, forward=forward, d_o=d_o):
+                packed[i % 3].grad = None
+                forward(i).backward(d_o)
+
+            with sdpa_kernel(backend):
+                with torch.no_grad():
+                    one = event_median(forward)
+                for tensor in packed:
+                    tensor.requires_grad_(True)
+                two = event_median(both)
+            rows.append({"backend": name, "batch": batch, "seq_len": length, "fwd_ms": one})
+            rows[-1]["fwd_bwd_ms"] = two
+            del packed
+    return rows
+
+
+def event_median(call, repeats=20):
+    for i in range(3):
+        call(i)
+    times = []
+    for i in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(i)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
 
 
 def srf_round(args):
@@ -82,6 +160,7 @@ def srf_round(args):
     command = [args.srf, "bench", "step", "--json", "--attention", args.attention]
     command += ["--batch", str(args.batch), "--seq-len", str(args.seq_len)]
     command += ["--threads", str(args.threads), "--steps", str(args.steps)]
+    command += ["--device", args.device]
     if args.window is not None:
         command += ["--window", str(args.window)]
     is_directory = pathlib.Path(args.model).is_dir()
@@ -95,6 +174,16 @@ def srf_round(args):
 
 def main():
     args = parse()
+    if args.attention_ops:
+        rows = attention_ops(args)
+        for row in rows:
+            print(
+                json.dumps(row)
+                if args.json
+                else "{backend:8} B={batch:<3} T={seq_len:<6} forward {fwd_ms:.3f} ms, "
+                "forward + backward {fwd_bwd_ms:.3f} ms".format(**row)
+            )
+        return
     tokens = args.batch * args.seq_len
     peer = Peer(args)
     theirs, ours, reports = [], [], []
@@ -106,30 +195,28 @@ def main():
             reports.append(report)
     result = {
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "batch": args.batch,
         "seq_len": args.seq_len,
         "threads": args.threads,
+        "device": args.device,
         "torch_step_ms": 1e3 * min(theirs),
         "torch_tokens_per_s": tokens / min(theirs),
     }
     if ours:
         best = reports[ours.index(min(ours))]
         result |= {
-            "cpu": best["cpu"],
             "attention": best["attention"],
             "srf_step_ms": 1e3 * min(ours),
             "srf_tokens_per_s": tokens / min(ours),
-            "blas_share": best["blas_share"],
-            "blas_of_sgemm": best["blas_of_sgemm"],
+            "srf": best,
             "ratio": min(theirs) / min(ours),
         }
     if args.json:
         print(json.dumps(result))
         return
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{args.threads} threads, {args.batch} x {args.seq_len} tokens"
+        f"torch {torch.__version__}, {args.device}, {args.threads} threads, "
+        f"{args.batch} x {args.seq_len} tokens"
     )
     print(f"PyTorch {result['torch_step_ms']:.1f} ms, {result['torch_tokens_per_s']:.0f} tokens/s")
     if ours:
