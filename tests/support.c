@@ -62,14 +62,19 @@ double test_error(const double *got, const double *want, int64_t n)
     return norm > 0 ? sqrt(diff / norm) : sqrt(diff);
 }
 
-void test_close(const char *name, const double *got, const double *want, int64_t n, double tol)
+bool test_is_close(const char *name, const double *got, const double *want, int64_t n, double tol)
 {
     double err = test_error(got, want, n);
-    if (err <= tol) return;
+    if (err <= tol) return true;
     int64_t i = n ? worst_index(got, want, n) : 0;
     print_error("%s: relative error %.3g > %.3g; worst at %lld of %lld: got %.9g, want %.9g "
                 "(SRF_TEST_SEED=%llu)\n",
                 name, err, tol, (long long)i, (long long)n, n ? got[i] : 0.0, n ? want[i] : 0.0,
                 (unsigned long long)test_seed());
-    fail();
+    return false;
+}
+
+void test_close(const char *name, const double *got, const double *want, int64_t n, double tol)
+{
+    if (!test_is_close(name, got, want, n, tol)) fail();
 }

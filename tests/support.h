@@ -20,7 +20,8 @@ void test_to_double(const struct srf_ctx *ctx, const void *real, double *x, int6
 
 /* Norm-wise relative error |got - want| / |want| (absolute if want is 0) must be <= tol; positions
  * of non-finite values must agree. Prints name, error, the worst index with both values, the seed.
- * Fails the test otherwise. */
+ * Fails the test otherwise; test_is_close only says so. */
+bool test_is_close(const char *name, const double *got, const double *want, int64_t n, double tol);
 void test_close(const char *name, const double *got, const double *want, int64_t n, double tol);
 /* The error itself; infinity where non-finite positions differ. */
 double test_error(const double *got, const double *want, int64_t n);

@@ -13,6 +13,11 @@ void ref_adamw(const struct srf_adamw_args *a)
     double *p = a->param, *m = a->m, *v = a->v, clip = 1;
     if (a->clip_sumsq) {
         double norm = sqrt(*(const double *)a->clip_sumsq) * a->grad_scale;
+        int32_t *skips = a->skips;
+        if (skips) {
+            skips[0] += !isfinite(norm);
+            skips[1] = isfinite(norm) ? 0 : skips[1] + 1;
+        }
         if (!isfinite(norm)) return;
         clip = fmin(1, a->max_norm / norm);
     }
@@ -22,6 +27,7 @@ void ref_adamw(const struct srf_adamw_args *a)
         v[i] = a->beta2 * v[i] + (1 - a->beta2) * g * g;
         double mh = m[i] / (1 - pow(a->beta1, (double)a->step));
         double vh = v[i] / (1 - pow(a->beta2, (double)a->step));
-        p[i] -= a->lr * (mh / (sqrt(vh) + a->eps) + a->weight_decay * p[i]);
+        bool decays = !a->no_decay || !((const uint8_t *)a->no_decay)[i / 64];
+        p[i] -= a->lr * (mh / (sqrt(vh) + a->eps) + (decays ? a->weight_decay * p[i] : 0));
     }
 }

@@ -1,14 +1,13 @@
 #include "tests/ref/attn_case.h"
 
-#include <string.h>
-
 enum { PAD = 5 };
 
-struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_attn_shape shape,
-                               double scale)
+static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, double scale)
 {
-    struct attn_case c = {.s = twins_new(dtype, threads), .shape = shape};
+    struct attn_case c = {.s = s, .shape = shape};
     int64_t rows = shape.b * shape.t, width = shape.h * shape.d, sets = shape.n_sets;
+    int32_t *pos = srf__calloc((size_t)shape.b, sizeof *pos);
+    assert_non_null(pos);
     c.ld = 3 * width + PAD;
     c.ld_o = width + PAD;
     c.qkv = twin_normal(&c.s, rows * c.ld, 1);
@@ -16,13 +15,32 @@ struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_att
         for (int64_t j = 0; j < 2 * width; j++)
             attn_case_set(&c, i * c.ld + j, scale * c.qkv.ref[i * c.ld + j]);
     c.w = twin_normal(&c.s, sets * shape.m * shape.d, 1);
-    c.bias = twin_normal(&c.s, sets * shape.m, 0.3);
+    c.bias = twin_acc_normal(&c.s, sets * shape.m, 0.3);
     c.d_o = twin_normal(&c.s, rows * c.ld_o, 1);
     c.o = twin_fill(&c.s, rows * c.ld_o, 3);
     c.dqkv = twin_fill(&c.s, rows * c.ld, 7);
-    c.dw = twin_fill(&c.s, sets * shape.m * shape.d, 1);
-    c.lse = twin_fill(&c.s, rows * shape.h, 0);
+    c.dw = twin_acc_fill(&c.s, sets * shape.m * shape.d, 1);
+    c.lse = twin_acc_fill(&c.s, rows * shape.h, 0);
+    c.stat = twin_acc_fill(&c.s, rows * shape.h, 0);
+    c.state = twin_acc_fill(
+        &c.s, shape.b * shape.h * srf_attn_state_count(shape.m, shape.d, shape.window), 0);
+    c.piece = twin_fill(&c.s, rows * c.ld, 0);
+    c.piece_o = twin_fill(&c.s, rows * c.ld_o, 0);
+    c.pos = twin_raw_of(&c.s, pos, (size_t)shape.b * sizeof *pos);
+    srf__free(pos);
     return c;
+}
+
+struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_attn_shape shape,
+                               double scale)
+{
+    return new_case(twins_new(dtype, threads), shape, scale);
+}
+
+struct attn_case attn_case_new_on(const char *device, enum srf_dtype dtype,
+                                  struct srf_attn_shape shape, double scale)
+{
+    return new_case(twins_new_on(device, dtype), shape, scale);
 }
 
 void attn_case_free(struct attn_case *c)
@@ -38,20 +56,21 @@ int64_t attn_case_at(const struct attn_case *c, int part, int64_t b, int64_t t, 
 
 void attn_case_set(struct attn_case *c, int64_t i, double value)
 {
-    if (c->s.ctx->dtype == SRF_F64) {
-        ((double *)c->qkv.dev)[i] = value;
-        c->qkv.ref[i] = value;
-    } else {
-        ((float *)c->qkv.dev)[i] = (float)value;
-        c->qkv.ref[i] = (float)value;
-    }
+    c->qkv.ref[i] = value;
+    c->qkv_set = true;
 }
 
-/* Slice `part` of a packed tensor, from row `row` on. */
-static void *dev(const struct attn_case *c, struct twin t, int part, int64_t row, int64_t ld)
+static void send(struct attn_case *c)
 {
-    int64_t i = row * ld + part * c->shape.h * c->shape.d;
-    return (char *)t.dev + (size_t)i * srf_dtype_bytes(c->s.ctx->dtype);
+    if (c->qkv_set) twin_send(&c->s, c->qkv);
+    c->qkv_set = false;
+}
+
+/* Slice `part` of a packed tensor. */
+static void *dev(const struct attn_case *c, struct twin t, int part)
+{
+    int64_t i = part * c->shape.h * c->shape.d;
+    return (char *)t.dev + (size_t)i * srf_dtype_bytes(t.type);
 }
 
 static double *ref(const struct attn_case *c, struct twin t, int part)
@@ -61,13 +80,15 @@ static double *ref(const struct attn_case *c, struct twin t, int part)
 
 void attn_case_fwd(struct attn_case *c)
 {
-    twin_run(&c->s, srf_attn_fwd, .s = c->shape, .q = dev(c, c->qkv, 0, 0, 0),
-             .k = dev(c, c->qkv, 1, 0, 0), .v = dev(c, c->qkv, 2, 0, 0), .ld = c->ld, .w = c->w.dev,
-             .bias = c->bias.dev, .o = c->o.dev, .ld_o = c->ld_o);
+    send(c);
+    twin_run(&c->s, srf_attn_fwd, .s = c->shape, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
+             .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev, .o = c->o.dev,
+             .ld_o = c->ld_o, .stat = c->stat.dev);
 }
 
 void attn_case_ref_fwd(struct attn_case *c)
 {
+    send(c);
     ref_srf_attn_fwd(&(struct srf_srf_attn_fwd_args){.s = c->shape,
                                                      .q = ref(c, c->qkv, 0),
                                                      .k = ref(c, c->qkv, 1),
@@ -81,15 +102,16 @@ void attn_case_ref_fwd(struct attn_case *c)
 
 void attn_case_bwd(struct attn_case *c)
 {
-    twin_run(&c->s, srf_attn_bwd, .s = c->shape, .q = dev(c, c->qkv, 0, 0, 0),
-             .k = dev(c, c->qkv, 1, 0, 0), .v = dev(c, c->qkv, 2, 0, 0), .ld = c->ld, .w = c->w.dev,
-             .bias = c->bias.dev, .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o,
-             .dq = dev(c, c->dqkv, 0, 0, 0), .dk = dev(c, c->dqkv, 1, 0, 0),
-             .dv = dev(c, c->dqkv, 2, 0, 0), .dw = c->no_dw ? NULL : c->dw.dev);
+    send(c);
+    twin_run(&c->s, srf_attn_bwd, .s = c->shape, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
+             .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev, .o = c->o.dev,
+             .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, .dq = dev(c, c->dqkv, 0),
+             .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2), .dw = c->no_dw ? NULL : c->dw.dev);
 }
 
 void attn_case_ref_bwd(struct attn_case *c)
 {
+    send(c);
     ref_srf_attn_bwd(&(struct srf_srf_attn_bwd_args){.s = c->shape,
                                                      .q = ref(c, c->qkv, 0),
                                                      .k = ref(c, c->qkv, 1),
@@ -106,50 +128,49 @@ void attn_case_ref_bwd(struct attn_case *c)
 }
 
 /* Rows [pos, pos + len) of a packed tensor (b, t, ld) as a tensor (b, len, ld), and back. */
-static void copy_rows(const struct attn_case *c, void *packed, void *piece, int64_t ld, int64_t pos,
-                      int64_t len, bool back)
+static void copy_rows(const struct attn_case *c, struct twin packed, struct twin piece, int64_t ld,
+                      int64_t pos, int64_t len, bool back)
 {
-    size_t size = srf_dtype_bytes(c->s.ctx->dtype), row = (size_t)ld * size;
+    size_t row = (size_t)ld * srf_dtype_bytes(packed.type);
     for (int64_t b = 0; b < c->shape.b; b++) {
-        char *whole = (char *)packed + (size_t)(b * c->shape.t + pos) * row;
-        char *part = (char *)piece + (size_t)(b * len) * row;
-        memcpy(back ? whole : part, back ? part : whole, (size_t)len * row);
+        char *whole = (char *)packed.dev + (size_t)(b * c->shape.t + pos) * row;
+        char *part = (char *)piece.dev + (size_t)(b * len) * row;
+        test_ok(c->s.ctx->be->copy(c->s.ctx, back ? whole : part, back ? part : whole,
+                                   (size_t)len * row));
     }
+}
+
+int64_t attn_case_go_on(struct attn_case *c, int64_t from, const int64_t *lens, int n_lens)
+{
+    struct srf_attn_shape s = c->shape;
+    const char *q = c->piece.dev, *k = dev(c, c->piece, 1), *v = dev(c, c->piece, 2);
+    send(c);
+    for (int i = 0; i < n_lens; i++) {
+        int32_t *positions = c->pos.ref;
+        s.t = lens[i];
+        for (int64_t b = 0; b < s.b; b++) positions[b] = (int32_t)(from + (i ? c->pos_shift : 0));
+        test_ok(c->s.ctx->be->upload(c->s.ctx, c->pos.dev, positions, c->pos.bytes));
+        copy_rows(c, c->qkv, c->piece, c->ld, from, s.t, false);
+        copy_rows(c, c->o, c->piece_o, c->ld_o, from, s.t, false);
+        if (s.t == 1)
+            twin_run(&c->s, srf_attn_step, .s = s, .q = q, .k = k, .v = v, .ld = c->ld,
+                     .w = c->w.dev, .bias = c->bias.dev, .o = c->piece_o.dev, .ld_o = c->ld_o,
+                     .state = c->state.dev, .pos = c->pos.dev);
+        else
+            twin_run(&c->s, srf_attn_prefill, .s = s, .q = q, .k = k, .v = v, .ld = c->ld,
+                     .w = c->w.dev, .bias = c->bias.dev, .o = c->piece_o.dev, .ld_o = c->ld_o,
+                     .state = c->state.dev, .pos = c->pos.dev);
+        copy_rows(c, c->o, c->piece_o, c->ld_o, from, s.t, true);
+        from += s.t;
+    }
+    return from;
 }
 
 void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
 {
-    struct srf_attn_shape s = c->shape;
-    size_t size = srf_dtype_bytes(c->s.ctx->dtype);
-    int64_t count = srf_attn_state_count(s.m, s.d, s.window), pos = 0;
-    void *state = srf__calloc((size_t)(s.b * s.h * count), size);
-    void *qkv = srf__alloc((size_t)(s.b * s.t * c->ld), size);
-    void *o = srf__alloc((size_t)(s.b * s.t * c->ld_o), size);
-    int32_t *positions = srf__alloc((size_t)s.b, sizeof *positions);
-    assert_true(state && qkv && o && positions);
-    for (int i = 0; i < n_lens; i++) {
-        int64_t width = s.h * s.d;
-        s.t = lens[i];
-        for (int64_t b = 0; b < s.b; b++) positions[b] = (int32_t)(pos + (i ? c->pos_shift : 0));
-        copy_rows(c, c->qkv.dev, qkv, c->ld, pos, s.t, false);
-        copy_rows(c, c->o.dev, o, c->ld_o, pos, s.t, false);
-        const char *k = (char *)qkv + (size_t)width * size, *v = k + (size_t)width * size;
-        if (s.t == 1)
-            twin_run(&c->s, srf_attn_step, .s = s, .q = qkv, .k = k, .v = v, .ld = c->ld,
-                     .w = c->w.dev, .bias = c->bias.dev, .o = o, .ld_o = c->ld_o, .state = state,
-                     .pos = positions);
-        else
-            twin_run(&c->s, srf_attn_prefill, .s = s, .q = qkv, .k = k, .v = v, .ld = c->ld,
-                     .w = c->w.dev, .bias = c->bias.dev, .o = o, .ld_o = c->ld_o, .state = state,
-                     .pos = positions);
-        copy_rows(c, c->o.dev, o, c->ld_o, pos, s.t, true);
-        pos += s.t;
-    }
-    assert_int_equal(pos, c->shape.t);
-    srf__free(state);
-    srf__free(qkv);
-    srf__free(o);
-    srf__free(positions);
+    size_t bytes = (size_t)c->state.n * srf_dtype_bytes(c->state.type);
+    test_ok(c->s.ctx->be->zero(c->s.ctx, c->state.dev, bytes));
+    assert_int_equal(attn_case_go_on(c, 0, lens, n_lens), c->shape.t);
 }
 
 #define SOFTMAX_SHAPE                                                                              \
@@ -157,21 +178,24 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
 
 void attn_case_softmax_fwd(struct attn_case *c)
 {
-    twin_run(&c->s, softmax_attn_fwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0, 0, 0),
-             .k = dev(c, c->qkv, 1, 0, 0), .v = dev(c, c->qkv, 2, 0, 0), .ld = c->ld, .o = c->o.dev,
-             .ld_o = c->ld_o, .lse = c->lse.dev);
+    send(c);
+    twin_run(&c->s, softmax_attn_fwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
+             .v = dev(c, c->qkv, 2), .ld = c->ld, .o = c->o.dev, .ld_o = c->ld_o,
+             .lse = c->lse.dev);
 }
 
 void attn_case_softmax_bwd(struct attn_case *c)
 {
-    twin_run(&c->s, softmax_attn_bwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0, 0, 0),
-             .k = dev(c, c->qkv, 1, 0, 0), .v = dev(c, c->qkv, 2, 0, 0), .ld = c->ld, .o = c->o.dev,
-             .d_o = c->d_o.dev, .ld_o = c->ld_o, .lse = c->lse.dev, .dq = dev(c, c->dqkv, 0, 0, 0),
-             .dk = dev(c, c->dqkv, 1, 0, 0), .dv = dev(c, c->dqkv, 2, 0, 0));
+    send(c);
+    twin_run(&c->s, softmax_attn_bwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
+             .v = dev(c, c->qkv, 2), .ld = c->ld, .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o,
+             .lse = c->lse.dev, .dq = dev(c, c->dqkv, 0), .dk = dev(c, c->dqkv, 1),
+             .dv = dev(c, c->dqkv, 2));
 }
 
 void attn_case_ref_softmax_fwd(struct attn_case *c)
 {
+    send(c);
     ref_softmax_attn_fwd(&(struct srf_softmax_attn_fwd_args){
         SOFTMAX_SHAPE, .q = ref(c, c->qkv, 0), .k = ref(c, c->qkv, 1), .v = ref(c, c->qkv, 2),
         .ld = c->ld, .o = c->o.ref, .ld_o = c->ld_o, .lse = c->lse.ref});
@@ -179,6 +203,7 @@ void attn_case_ref_softmax_fwd(struct attn_case *c)
 
 void attn_case_ref_softmax_bwd(struct attn_case *c)
 {
+    send(c);
     ref_softmax_attn_bwd(&(struct srf_softmax_attn_bwd_args){
         SOFTMAX_SHAPE, .q = ref(c, c->qkv, 0), .k = ref(c, c->qkv, 1), .v = ref(c, c->qkv, 2),
         .ld = c->ld, .d_o = c->d_o.ref, .ld_o = c->ld_o, .dq = ref(c, c->dqkv, 0),

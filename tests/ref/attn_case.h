@@ -10,8 +10,12 @@ struct attn_case {
     struct srf_attn_shape shape;
     int64_t ld, ld_o;
     struct twin qkv, w, bias, d_o; /* random inputs */
+    bool qkv_set;                  /* qkv.ref is newer than the device's */
     struct twin o, dqkv, dw;       /* outputs; dw starts at 1 */
-    struct twin lse;
+    struct twin lse, stat;         /* of softmax, of SRF attention */
+    struct twin state;             /* of the recurrent form */
+    struct twin piece, piece_o;    /* its qkv and o */
+    struct twin_raw pos;           /* its positions (b) */
     int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
     bool no_dw;        /* features are not trained */
 };
@@ -19,6 +23,8 @@ struct attn_case {
 /* q, k ~ N(0, scale^2), v, d_o, w ~ N(0, 1), bias ~ N(0, 0.3^2). */
 struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_attn_shape shape,
                                double scale);
+struct attn_case attn_case_new_on(const char *device, enum srf_dtype dtype,
+                                  struct srf_attn_shape shape, double scale);
 void attn_case_free(struct attn_case *c);
 /* Element (b, t, h, j) of q (part 0), k (1) or v (2) inside qkv. */
 int64_t attn_case_at(const struct attn_case *c, int part, int64_t b, int64_t t, int64_t h,
@@ -34,6 +40,8 @@ void attn_case_ref_bwd(struct attn_case *c);
 /* Outputs of the same inputs by prefill and steps instead: lens[i] tokens at a time, a 1 being a
  * step. Starts from an empty state. */
 void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens);
+/* The same from token `from` on, going on with the state there is; returns the next token. */
+int64_t attn_case_go_on(struct attn_case *c, int64_t from, const int64_t *lens, int n_lens);
 
 /* Softmax attention of the same tensors. */
 void attn_case_softmax_fwd(struct attn_case *c);

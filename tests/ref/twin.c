@@ -1,120 +1,279 @@
 #include "tests/ref/twin.h"
 
+#include "kernels/numeric.h"
+
 #include <string.h>
 
-enum { GUARD = 16 };
-static const double GUARD_VALUE = -12345;
+enum { GUARD = 64, GUARD_BYTE = 0xa5 };
 
-struct twins twins_new(enum srf_dtype dtype, int threads)
+static struct twins new_on(const char *device, enum srf_dtype dtype, int threads)
 {
     struct twins s = {.stream = 1000};
-    test_ok(srf_ctx_create("cpu", dtype, threads, &s.ctx));
+    test_ok(srf_ctx_create(device, dtype, threads, &s.ctx));
+    s.on_device = strcmp(s.ctx->be->name, "cpu") != 0;
     return s;
 }
 
-static double get(const struct twins *s, const void *p, int64_t i)
+struct twins twins_new(enum srf_dtype dtype, int threads)
 {
-    return s->ctx->dtype == SRF_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i];
+    return new_on("cpu", dtype, threads);
+}
+
+struct twins twins_new_on(const char *device, enum srf_dtype dtype)
+{
+    return new_on(device, dtype, 0);
+}
+
+static void *bytes_alloc(size_t bytes)
+{
+    void *p = srf__alloc(bytes, 1);
+    assert_non_null(p);
+    return p;
+}
+
+/* n doubles to a type and back, on the host. */
+static void from_double(void *dst, enum srf_dtype type, const double *x, int64_t n)
+{
+    if (type == SRF_F64) {
+        if (n) memcpy(dst, x, (size_t)n * sizeof *x);
+        return;
+    }
+    float *f = bytes_alloc((size_t)n * sizeof *f);
+    for (int64_t i = 0; i < n; i++) f[i] = (float)x[i];
+    srf_convert_from_f32(dst, type, f, n);
+    srf__free(f);
+}
+
+static void to_double(double *x, const void *src, enum srf_dtype type, int64_t n)
+{
+    if (type == SRF_F64) {
+        if (n) memcpy(x, src, (size_t)n * sizeof *x);
+        return;
+    }
+    float *f = bytes_alloc((size_t)n * sizeof *f);
+    srf_convert_to_f32(f, src, type, n);
+    for (int64_t i = 0; i < n; i++) x[i] = (double)f[i];
+    srf__free(f);
+}
+
+/* Device memory of `bytes`, whose contents are `host`'s, with its guard band; ref is kept. */
+static void *own(struct twins *s, void *ref, const void *host, size_t bytes)
+{
+    assert_true((size_t)s->n_all < sizeof s->all / sizeof *s->all);
+    char *guarded = bytes_alloc(bytes + GUARD);
+    if (bytes) memcpy(guarded, host, bytes);
+    memset(guarded + bytes, GUARD_BYTE, GUARD);
+    void *dev;
+    test_ok(s->ctx->be->alloc(s->ctx, bytes + GUARD, &dev));
+    test_ok(s->ctx->be->upload(s->ctx, dev, guarded, bytes + GUARD));
+    srf__free(guarded);
+    s->all[s->n_all].ref = ref;
+    s->all[s->n_all].dev = dev;
+    s->all[s->n_all++].bytes = bytes;
+    return dev;
 }
 
 void twins_free(struct twins *s)
 {
     for (int k = 0; k < s->n_all; k++) {
-        struct twin t = s->all[k];
-        for (int64_t i = t.n; i < t.n + GUARD; i++)
-            if (get(s, t.dev, i) != GUARD_VALUE)
-                fail_msg("tensor %d of %lld elements: written past its end", k, (long long)t.n);
-        srf__free(t.ref);
-        srf__free(t.dev);
+        unsigned char guard[GUARD];
+        size_t bytes = s->all[k].bytes;
+        test_ok(s->ctx->be->download(s->ctx, guard, (char *)s->all[k].dev + bytes, GUARD));
+        for (int i = 0; i < GUARD; i++)
+            if (guard[i] != GUARD_BYTE)
+                fail_msg("tensor %d of %zu bytes: written past its end", k, bytes);
+        srf__free(s->all[k].ref);
+        s->ctx->be->free(s->ctx, s->all[k].dev);
     }
     srf_ctx_free(s->ctx);
+    int failures = s->failures;
     *s = (struct twins){0};
+    if (failures) fail_msg("%d comparisons failed", failures);
 }
 
-void twin_set(struct twins *s, struct twin *t, const double *x)
+static struct twin new_twin(struct twins *s, enum srf_dtype type, const double *x, int64_t n)
 {
-    bool f64 = s->ctx->dtype == SRF_F64;
-    for (int64_t i = 0; i < t->n; i++) {
-        if (f64)
-            ((double *)t->dev)[i] = x[i];
-        else
-            ((float *)t->dev)[i] = (float)x[i];
-        t->ref[i] = get(s, t->dev, i);
-    }
+    size_t bytes = (size_t)n * srf_dtype_bytes(type);
+    struct twin t = {.ref = bytes_alloc((size_t)n * sizeof *t.ref), .n = n, .type = type};
+    void *host = bytes_alloc(bytes);
+    from_double(host, type, x, n);
+    to_double(t.ref, host, type, n);
+    t.dev = own(s, t.ref, host, bytes);
+    srf__free(host);
+    return t;
+}
+
+static struct twin new_normal(struct twins *s, enum srf_dtype type, int64_t n, double scale)
+{
+    double *x = bytes_alloc((size_t)n * sizeof *x);
+    test_normal(x, n, scale, s->stream++);
+    struct twin t = new_twin(s, type, x, n);
+    srf__free(x);
+    return t;
+}
+
+static struct twin new_fill(struct twins *s, enum srf_dtype type, int64_t n, double value)
+{
+    double *x = bytes_alloc((size_t)n * sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = value;
+    struct twin t = new_twin(s, type, x, n);
+    srf__free(x);
+    return t;
 }
 
 struct twin twin_of(struct twins *s, const double *x, int64_t n)
 {
-    assert_true((size_t)s->n_all < sizeof s->all / sizeof *s->all);
-    double *padded = srf__alloc((size_t)(n + GUARD), sizeof *padded);
-    assert_non_null(padded);
-    if (n) memcpy(padded, x, (size_t)n * sizeof *x);
-    for (int64_t i = n; i < n + GUARD; i++) padded[i] = GUARD_VALUE;
-    struct twin t = {.ref = padded, .dev = test_real(s->ctx, padded, n + GUARD), .n = n};
-    for (int64_t i = 0; i < n; i++) t.ref[i] = get(s, t.dev, i);
-    s->all[s->n_all++] = t;
-    return t;
+    return new_twin(s, s->ctx->dtype, x, n);
 }
 
 struct twin twin_normal(struct twins *s, int64_t n, double scale)
 {
-    double *x = srf__alloc((size_t)n, sizeof *x);
-    assert_non_null(x);
-    test_normal(x, n, scale, s->stream++);
-    struct twin t = twin_of(s, x, n);
-    srf__free(x);
-    return t;
+    return new_normal(s, s->ctx->dtype, n, scale);
 }
 
 struct twin twin_fill(struct twins *s, int64_t n, double value)
 {
-    double *x = srf__alloc((size_t)n, sizeof *x);
-    assert_non_null(x);
-    for (int64_t i = 0; i < n; i++) x[i] = value;
-    struct twin t = twin_of(s, x, n);
-    srf__free(x);
+    return new_fill(s, s->ctx->dtype, n, value);
+}
+
+struct twin twin_acc_of(struct twins *s, const double *x, int64_t n)
+{
+    return new_twin(s, srf_ctx_acc(s->ctx), x, n);
+}
+
+struct twin twin_acc_normal(struct twins *s, int64_t n, double scale)
+{
+    return new_normal(s, srf_ctx_acc(s->ctx), n, scale);
+}
+
+struct twin twin_acc_fill(struct twins *s, int64_t n, double value)
+{
+    return new_fill(s, srf_ctx_acc(s->ctx), n, value);
+}
+
+struct twin_raw twin_raw_of(struct twins *s, const void *x, size_t bytes)
+{
+    struct twin_raw t = {.ref = bytes_alloc(bytes), .bytes = bytes};
+    if (bytes) memcpy(t.ref, x, bytes);
+    t.dev = own(s, t.ref, x, bytes);
     return t;
+}
+
+void twin_send(struct twins *s, struct twin t)
+{
+    size_t bytes = (size_t)t.n * srf_dtype_bytes(t.type);
+    void *host = bytes_alloc(bytes);
+    from_double(host, t.type, t.ref, t.n);
+    to_double(t.ref, host, t.type, t.n);
+    test_ok(s->ctx->be->upload(s->ctx, t.dev, host, bytes));
+    srf__free(host);
+}
+
+void twin_set(struct twins *s, struct twin *t, const double *x)
+{
+    if (t->n) memmove(t->ref, x, (size_t)t->n * sizeof *x);
+    twin_send(s, *t);
 }
 
 double *twin_values(const struct twins *s, struct twin t)
 {
-    double *x = srf__alloc((size_t)t.n, sizeof *x);
-    assert_non_null(x);
-    test_to_double(s->ctx, t.dev, x, t.n);
+    size_t bytes = (size_t)t.n * srf_dtype_bytes(t.type);
+    double *x = bytes_alloc((size_t)t.n * sizeof *x);
+    void *host = bytes_alloc(bytes);
+    test_ok(s->ctx->be->download(s->ctx, host, t.dev, bytes));
+    to_double(x, host, t.type, t.n);
+    srf__free(host);
     return x;
 }
 
-void twin_close(const struct twins *s, const char *name, struct twin t, double tol, double natural)
+void twin_raw_values(const struct twins *s, struct twin_raw t, void *x)
+{
+    test_ok(s->ctx->be->download(s->ctx, x, t.dev, t.bytes));
+}
+
+void twin_close(struct twins *s, const char *name, struct twin t, double tol, double natural)
 {
     double *x = twin_values(s, t), norm = 0, terms = natural * sqrt((double)t.n);
     for (int64_t i = 0; i < t.n; i++)
         if (isfinite(t.ref[i])) norm = hypot(norm, t.ref[i]);
     /* test_error is absolute where the reference is 0 */
     if (norm == 0 && terms > 0) norm = 1;
-    test_close(name, x, t.ref, t.n, terms > norm ? tol * (terms / norm) : tol);
+    if (terms > norm) tol *= terms / norm;
+    if (!s->on_device) {
+        test_close(name, x, t.ref, t.n, tol);
+    } else {
+        print_message("    %-24s error %.2e of %.2e\n", name, test_error(x, t.ref, t.n), tol);
+        s->failures += !test_is_close(name, x, t.ref, t.n, tol);
+    }
     srf__free(x);
 }
 
-double twin_tol(const struct twins *s, int64_t length)
+double twin_acc_tol(const struct twins *s, int64_t length)
 {
     double eps = s->ctx->dtype == SRF_F64 ? 0x1p-53 : 0x1p-24;
     return 8 * eps * sqrt((double)(length > 1 ? length : 1));
 }
 
+/* Rounding to bf16 is off by 2^-9 at most; twice that leaves room for one more rounding on the
+ * way. */
+double twin_tol(const struct twins *s, int64_t length)
+{
+    return twin_acc_tol(s, length) + (s->ctx->dtype == SRF_BF16 ? 0x1p-8 : 0);
+}
+
 void twins_workspace(struct twins *s)
 {
+    size_t bytes = s->ctx->plan_workspace;
     if (s->ctx->workspace) s->ctx->be->free(s->ctx, s->ctx->workspace);
     s->ctx->workspace = NULL;
     s->ctx->workspace_bytes = 0;
-    test_ok(srf_ctx_reserve_workspace(s->ctx, s->ctx->plan_workspace));
-    if (s->ctx->workspace) memset(s->ctx->workspace, 0xff, s->ctx->workspace_bytes); /* NaN */
+    test_ok(srf_ctx_reserve_workspace(s->ctx, bytes));
+    if (bytes == 0) return;
+    void *nan = bytes_alloc(bytes);
+    memset(nan, 0xff, bytes); /* NaN in every float type */
+    test_ok(s->ctx->be->upload(s->ctx, s->ctx->workspace, nan, bytes));
+    srf__free(nan);
+}
+
+void *twins_save(const struct twins *s)
+{
+    size_t bytes = 0;
+    for (int k = 0; k < s->n_all; k++) bytes += s->all[k].bytes;
+    char *saved = bytes_alloc(bytes), *p = saved;
+    for (int k = 0; k < s->n_all; p += s->all[k++].bytes)
+        test_ok(s->ctx->be->download(s->ctx, p, s->all[k].dev, s->all[k].bytes));
+    return saved;
+}
+
+void twins_restore(struct twins *s, void *saved)
+{
+    const char *p = saved;
+    for (int k = 0; k < s->n_all; p += s->all[k++].bytes)
+        test_ok(s->ctx->be->upload(s->ctx, s->all[k].dev, p, s->all[k].bytes));
+    srf__free(saved);
+}
+
+void twins_same(struct twins *s, const char *op, void *saved)
+{
+    const char *first = saved;
+    char *again = twins_save(s), *p = again;
+    for (int k = 0; k < s->n_all; first += s->all[k].bytes, p += s->all[k++].bytes) {
+        size_t i = 0, n = s->all[k].bytes;
+        while (i < n && first[i] == p[i]) i++;
+        if (i == n) continue;
+        print_error("%s: run twice, other bits from byte %zu of %zu of tensor %d on "
+                    "(SRF_TEST_SEED=%llu)\n",
+                    op, i, n, k, (unsigned long long)test_seed());
+        s->failures++;
+    }
+    srf__free(again);
+    srf__free(saved);
 }
 
 void test_gradient(const char *name, double (*loss)(void *env), void *env, double *x,
                    const double *grad, int64_t n, double tol)
 {
-    double *numeric = srf__alloc((size_t)n, sizeof *numeric);
-    assert_non_null(numeric);
+    double *numeric = bytes_alloc((size_t)n * sizeof *numeric);
     for (int64_t i = 0; i < n; i++) {
         double at = x[i], h = 1e-5 * fmax(1, fabs(at));
         x[i] = at + h;

@@ -20,10 +20,11 @@ static double log_sum(const double *x, double max, int64_t v)
 /* dlogits may be logits: each element is read before it is written, its row's sums before that. */
 void ref_xent(const struct srf_xent_args *a)
 {
+    int64_t ld = a->ld ? a->ld : a->v;
     for (int64_t i = 0; i < a->n; i++) {
-        const double *x = (const double *)a->logits + i * a->v;
-        const double *t = a->teacher ? (const double *)a->teacher + i * a->v : NULL;
-        double *dx = a->dlogits ? (double *)a->dlogits + i * a->v : NULL;
+        const double *x = (const double *)a->logits + i * ld;
+        const double *t = a->teacher ? (const double *)a->teacher + i * ld : NULL;
+        double *dx = a->dlogits ? (double *)a->dlogits + i * ld : NULL;
         int32_t target = ((const int32_t *)a->targets)[i];
         bool counts = target >= 0;
         double max = largest(x, a->v), log_z = log_sum(x, max, a->v), kl = 0;
@@ -39,6 +40,7 @@ void ref_xent(const struct srf_xent_args *a)
             }
             if (dx) dx[j] = counts ? a->scale * d : 0;
         }
+        for (int64_t j = a->v; j < ld && dx; j++) dx[j] = 0;
         if (t && a->kl) ((double *)a->kl)[i] = counts ? kl : 0;
     }
 }
