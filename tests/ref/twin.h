@@ -28,15 +28,15 @@ struct twins {
     } all[40];
     int n_all;
     uint32_t stream; /* of the next random tensor */
-    /* Off the CPU: every run is made twice and must leave the same bits; comparisons print their
-     * errors, and a test goes on after one that failed, to fail when it frees its twins. */
-    bool on_device;
+    /* Every run is made twice and must leave the same bits; comparisons print their errors, and a
+     * test goes on after one that failed, to fail when it frees its twins. */
+    bool thorough;
     int failures;
 };
 
 /* A CPU context of a dtype and number of threads; fails the test if it cannot be had. */
 struct twins twins_new(enum srf_dtype dtype, int threads);
-/* A context of any other device. */
+/* A context of any device, and thorough. */
 struct twins twins_new_on(const char *device, enum srf_dtype dtype);
 /* Check every guard band, free everything. */
 void twins_free(struct twins *s);
@@ -78,7 +78,7 @@ double twin_tol(const struct twins *s, int64_t length);
         test_ok(srf_run_##op((s)->ctx, &run_args_));                                               \
         (s)->ctx->plan = false;                                                                    \
         twins_workspace(s);                                                                        \
-        void *before_ = (s)->on_device ? twins_save(s) : NULL;                                     \
+        void *before_ = (s)->thorough ? twins_save(s) : NULL;                                      \
         test_ok(srf_run_##op((s)->ctx, &run_args_));                                               \
         if (before_) {                                                                             \
             void *after_ = twins_save(s);                                                          \
