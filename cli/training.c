@@ -120,18 +120,23 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
 struct report {
     struct cli_progress progress;
     const struct srf_train_config *config;
-    double loss; /* smoothed */
+    double loss;                    /* smoothed */
+    double grad_norm, tokens_per_s; /* newest known */
     int64_t first_step;
 };
 
 static void on_step(void *user, const struct srf_train_metrics *m, double val_ppl)
 {
     struct report *p = user;
-    if (isfinite(m->loss)) p->loss = p->loss > 0 ? 0.9 * p->loss + 0.1 * m->loss : m->loss;
+    if (m->known) {
+        if (isfinite(m->loss)) p->loss = p->loss > 0 ? 0.9 * p->loss + 0.1 * m->loss : m->loss;
+        p->grad_norm = m->grad_norm;
+        p->tokens_per_s = m->tokens_per_s;
+    }
     char note[160];
     snprintf(note, sizeof note, "step %lld/%lld  loss %.4f  grad %.2f  %.0f tokens/s",
-             (long long)m->step, (long long)p->config->steps, p->loss, m->grad_norm,
-             m->tokens_per_s);
+             (long long)m->step, (long long)p->config->steps, p->loss, p->grad_norm,
+             p->tokens_per_s);
     cli_progress_update(&p->progress, (double)(m->step - p->first_step),
                         (double)(p->config->steps - p->first_step), note);
     if (m->skipped && !p->progress.quiet) {
@@ -159,7 +164,7 @@ static void print_start(const struct cli_training *d, const struct inputs *in, s
     char attention[200], memory[400];
     srf_attention_describe(&m->attention, attention, sizeof attention);
     srf_trainer_describe_memory(r->trainer, memory, sizeof memory);
-    fprintf(stderr, "%s: %.1fM parameters, attention %s\n", d->name, (double)m->table.total * 1e-6,
+    fprintf(stderr, "%s: %.1fM parameters, attention %s\n", d->name, (double)m->table.count * 1e-6,
             attention);
     fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads; %s\n",
             (long long)c->steps, (long long)c->batch, (long long)c->seq_len,

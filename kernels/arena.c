@@ -17,7 +17,7 @@ struct srf_arena {
     struct srf_ctx *ctx;
     struct slot *slots;
     int n, cap;
-    size_t total;
+    size_t total, workspace;
     unsigned char *base;
 };
 
@@ -62,21 +62,43 @@ srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name,
     return SRF_OK;
 }
 
+void srf_arena_workspace(struct srf_arena *a, size_t bytes)
+{
+    if (bytes > a->workspace) a->workspace = bytes;
+}
+
+/* free_bytes: 0 = not known */
+static srf_status too_large(const struct srf_arena *a, size_t free_bytes)
+{
+    char text[400], there[64] = "";
+    srf_arena_describe(a, text, sizeof text);
+    if (free_bytes) snprintf(there, sizeof there, ", %.1f MB are free", (double)free_bytes * 1e-6);
+    SRF_FAIL(SRF_NOMEM,
+             "out of memory: %.1f MB are needed (%s)%s; a smaller --micro-batch or --batch, "
+             "--seq-len or -m lowers it, in training also --recompute",
+             (double)srf_arena_bytes(a, NULL) * 1e-6, text, there);
+}
+
+/* Both allocations, or neither. */
+static srf_status allocate(struct srf_arena *a, void **out)
+{
+    struct srf_ctx *ctx = a->ctx;
+    size_t free_bytes, total, have = ctx->workspace_bytes;
+    size_t more = a->workspace > have ? a->workspace - have : 0;
+    SRF_TRY(ctx->be->memory(ctx, &free_bytes, &total));
+    if (total && a->total + ALIGN + more > free_bytes) return too_large(a, free_bytes);
+    srf_status st = srf_ctx_reserve_workspace(ctx, a->workspace);
+    /* One ALIGN more: the base itself is aligned only as the allocator pleases. */
+    if (st == SRF_OK) st = ctx->be->alloc(ctx, a->total + ALIGN, out);
+    return st == SRF_NOMEM ? too_large(a, 0) : st;
+}
+
 srf_status srf_arena_commit(struct srf_arena *a)
 {
     SRF_FAIL_IF(a->base, SRF_INVALID, "arena: committed twice");
     struct srf_ctx *ctx = a->ctx;
-    /* One ALIGN more: the base itself is aligned only as the allocator pleases. */
-    void *p;
-    srf_status st = ctx->be->alloc(ctx, a->total + ALIGN, &p);
-    if (st == SRF_NOMEM) {
-        char text[400];
-        srf_arena_describe(a, text, sizeof text);
-        SRF_FAIL(SRF_NOMEM,
-                 "out of memory: %.1f MB are needed (%s); a smaller --batch or --seq-len lowers it",
-                 (double)a->total * 1e-6, text);
-    }
-    SRF_TRY(st);
+    void *p = NULL;
+    SRF_TRY(allocate(a, &p));
     a->base = p;
     SRF_TRY(ctx->be->zero(ctx, p, a->total + ALIGN));
 #ifdef SRF_GUARD_BANDS
@@ -98,7 +120,7 @@ void *srf_arena_ptr(const struct srf_arena *a, int slot)
 
 size_t srf_arena_bytes(const struct srf_arena *a, const char *cls)
 {
-    if (!cls) return a->total;
+    if (!cls) return a->total + a->workspace;
     size_t sum = 0;
     for (int i = 0; i < a->n; i++)
         if (strcmp(a->slots[i].cls, cls) == 0) sum += a->slots[i].bytes;
@@ -119,6 +141,9 @@ void srf_arena_describe(const struct srf_arena *a, char *buf, size_t size)
                          (double)srf_arena_bytes(a, cls) * 1e-6);
         used += n > 0 ? (size_t)n : 0;
     }
+    if (a->workspace && used < size)
+        snprintf(buf + used, size - used, "%sworkspace %.1f MB", used ? ", " : "",
+                 (double)a->workspace * 1e-6);
 }
 
 srf_status srf_arena_check(const struct srf_arena *a)

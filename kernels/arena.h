@@ -16,13 +16,17 @@ void srf_arena_free(struct srf_arena *a); /* NULL is fine */
  * only. */
 srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name, int64_t count,
                          enum srf_dtype type, int *slot);
-/* Allocate everything, zeroed. SRF_NOMEM says how much was needed, class by class. */
+/* The ops on these slots need a workspace of `bytes`: commit makes the context's large enough for
+ * the most demanding. */
+void srf_arena_workspace(struct srf_arena *a, size_t bytes);
+/* Allocate everything, zeroed. SRF_NOMEM, before anything is allocated where the device knows what
+ * is free, says how much is needed, class by class. */
 srf_status srf_arena_commit(struct srf_arena *a);
 /* The slot's device pointer. Before commit: an address that is not NULL and that nothing may
  * follow, so that a dry run sees which tensors are there. */
 void *srf_arena_ptr(const struct srf_arena *a, int slot);
 
-/* Bytes planned so far: in all (cls = NULL) or of a class. */
+/* Bytes planned so far: in all with the workspace (cls = NULL) or of a class. */
 size_t srf_arena_bytes(const struct srf_arena *a, const char *cls);
 /* "weights 55.9 MB, gradients 55.9 MB, ..." into buf. */
 void srf_arena_describe(const struct srf_arena *a, char *buf, size_t size);

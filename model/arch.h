@@ -19,7 +19,10 @@ struct srf_arch {
     /* Activations of the model's plan (model->acts, layout private to the architecture). */
     srf_status (*plan)(struct srf_model *m);
     srf_status (*forward)(struct srf_model *m, const struct srf_batch *batch);
-    /* From d_hidden (gradient of hidden) to all parameter gradients. */
+    /* Elements of T that backward has in the place of the logits. */
+    int64_t (*backward_scratch)(const struct srf_model *m);
+    /* From d_hidden (gradient of hidden) to all parameter gradients. Hidden, its gradient and the
+     * logits are not needed afterwards and may be written over. */
     srf_status (*backward)(struct srf_model *m, const struct srf_batch *batch);
     /* Kept activations of a layer (device): packed q, k, v (n, 3c) and attention output (n, c). */
     const void *(*qkv)(const struct srf_model *m, int64_t layer);

@@ -161,15 +161,15 @@ static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
 
 /* ---- activations --------------------------------------------------------------------------- */
 
-/* Arena slots of one block. While training every block has its own; else they share. */
+/* Arena slots of one block. While training every block has its own of what backward is to find;
+ * the others are shared by all blocks. */
 struct block {
-    int res1, ln1, mean1, rstd1, qkv, att, lse, res2, ln2, mean2, rstd2, pre, fc;
+    int res1, ln1, mean1, rstd1, qkv, att, stat, res2, ln2, mean2, rstd2, pre, fc;
 };
 
 struct acts {
     struct block *blocks; /* (n_layers) */
     int res, mean, rstd;  /* input and statistics of ln_f */
-    int d_res, d_ln, d_qkv, d_att, d_fc;
 };
 
 static srf_status plan_block(struct srf_model *m, struct block *k, const struct block *shared)
@@ -178,8 +178,11 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
     const struct srf_model_plan *p = &m->plan;
     int64_t n = p->b * p->t, c = cfg->c;
     enum srf_dtype type = m->ctx->dtype, acc = srf_ctx_acc(m->ctx);
-    bool own = p->train || !shared;
-    if (!own) *k = *shared;
+    /* What is kept: the block's input, what cheap ops cannot give again, all. */
+    bool first = !shared, input = first || p->train;
+    bool most = first || (p->train && p->recompute != SRF_RECOMPUTE_BLOCK);
+    bool all = first || (p->train && p->recompute == SRF_RECOMPUTE_NONE);
+    if (!first) *k = *shared;
     const struct {
         int *slot;
         bool own;
@@ -187,24 +190,25 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
         enum srf_dtype type;
         const char *name;
     } rows[] = {
-        {&k->res1, own, n * c, type, "residual 1"},
-        {&k->ln1, own, n * c, type, "ln_1"},
-        {&k->mean1, own, n, acc, "ln_1 mean"},
-        {&k->rstd1, own, n, acc, "ln_1 rstd"},
-        {&k->qkv, own || p->keep_qkv, n * 3 * c, type, "qkv"},
-        {&k->att, own || p->keep_attention, n * c, type, "attention"},
-        {&k->lse, own, n * cfg->n_heads, acc, "attention lse"},
-        {&k->res2, own, n * c, type, "residual 2"},
-        {&k->ln2, own, n * c, type, "ln_2"},
-        {&k->mean2, own, n, acc, "ln_2 mean"},
-        {&k->rstd2, own, n, acc, "ln_2 rstd"},
-        {&k->pre, own, n * cfg->d_ff, type, "mlp before gelu"},
-        {&k->fc, own, n * cfg->d_ff, type, "mlp"},
+        {&k->res1, input, n * c, type, "residual 1"},
+        {&k->ln1, all, n * c, type, "ln_1"},
+        {&k->mean1, most, n, acc, "ln_1 mean"},
+        {&k->rstd1, most, n, acc, "ln_1 rstd"},
+        {&k->qkv, most || p->keep_qkv, n * 3 * c, type, "qkv"},
+        {&k->att, most || p->keep_attention, n * c, type, "attention"},
+        {&k->stat, most, n * cfg->n_heads, acc, "attention rows"},
+        {&k->res2, most, n * c, type, "residual 2"},
+        {&k->ln2, all && p->train, n * c, type, "ln_2"},
+        {&k->mean2, most, n, acc, "ln_2 mean"},
+        {&k->rstd2, most, n, acc, "ln_2 rstd"},
+        {&k->pre, most && p->train, n * cfg->d_ff, type, "mlp before gelu"},
+        {&k->fc, all, n * cfg->d_ff, type, "mlp"},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         if (rows[i].own)
             SRF_TRY(srf_arena_add(m->arena, "activations", rows[i].name, rows[i].count,
                                   rows[i].type, rows[i].slot));
+    if (!p->train) k->ln2 = k->ln1;
     return SRF_OK;
 }
 
@@ -222,14 +226,20 @@ static srf_status plan(struct srf_model *m)
         SRF_TRY(plan_block(m, &a->blocks[l], l ? &a->blocks[0] : NULL));
     SRF_TRY(srf_arena_add(m->arena, "activations", "residual f", n * c, type, &a->res));
     SRF_TRY(srf_arena_add(m->arena, "activations", "ln_f mean", n, acc, &a->mean));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "ln_f rstd", n, acc, &a->rstd));
-    if (!m->plan.train) return SRF_OK;
-    SRF_TRY(srf_arena_add(m->arena, "activations", "d residual", n * c, type, &a->d_res));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "d ln", n * c, type, &a->d_ln));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "d qkv", n * 3 * c, type, &a->d_qkv));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "d attention", n * c, type, &a->d_att));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "d mlp", n * cfg->d_ff, type, &a->d_fc));
-    return SRF_OK;
+    return srf_arena_add(m->arena, "activations", "ln_f rstd", n, acc, &a->rstd);
+}
+
+/* Elements of a piece of backward's scratch: the next one starts aligned. */
+static int64_t aligned(int64_t count)
+{
+    return (count + 127) / 128 * 128;
+}
+
+/* The gradient of the MLP's inside, or of qkv and attention's output: never both at once. */
+static int64_t backward_scratch(const struct srf_model *m)
+{
+    int64_t n = m->plan.b * m->plan.t, c = m->config.c, attention = aligned(n * 3 * c) + n * c;
+    return n * m->config.d_ff > attention ? n * m->config.d_ff : attention;
 }
 
 /* ---- forward and backward ------------------------------------------------------------------ */
@@ -270,7 +280,7 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
                         .w = PARAM(l, QKV_W), .b = PARAM(l, QKV_B), .y = qkv));
         SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att,
-                                 c, PTR(k->lse)));
+                                 c, PTR(k->stat)));
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                         .b = PARAM(l, O_B), .residual = res1, .y = res2));
 
@@ -291,8 +301,9 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
     const struct acts *a = m->acts;
     int64_t n = batch->b * batch->t, c = cfg->c, ff = cfg->d_ff;
     size_t size = srf_dtype_bytes(ctx->dtype);
-    void *d_res = PTR(a->d_res), *d_ln = PTR(a->d_ln), *d_qkv = PTR(a->d_qkv),
-         *d_att = PTR(a->d_att), *d_fc = PTR(a->d_fc);
+    /* Hidden and its gradient have served once ln_f is done, the logits already. */
+    void *d_res = PTR(m->slot_hidden), *d_ln = PTR(m->slot_d_hidden), *d_fc = PTR(m->slot_logits);
+    void *d_qkv = d_fc, *d_att = COLUMN(d_fc, aligned(n * 3 * c));
 
     if (!ctx->plan) SRF_TRY(ctx->be->zero(ctx, d_res, (size_t)(n * c) * size));
     SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(a->res),
@@ -322,7 +333,7 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                             .y = srf_model_attention_out(m->attention_teacher, l),
                             .scale = m->attention_scale, .dx = d_att, .sum = PTR(m->slot_mse)));
         SRF_TRY(srf_model_attend_bwd(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c,
-                                     att, d_att, c, PTR(k->lse), d_qkv, COLUMN(d_qkv, c),
+                                     att, d_att, c, PTR(k->stat), d_qkv, COLUMN(d_qkv, c),
                                      COLUMN(d_qkv, 2 * c)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
                         .w = PARAM(l, QKV_W), .dy = d_qkv, .dx = d_ln, .dw = GRAD(l, QKV_W),
@@ -357,6 +368,7 @@ const struct srf_arch srf_arch_gpt2 = {
     .tensors = tensors,
     .ignores = ignores,
     .plan = plan,
+    .backward_scratch = backward_scratch,
     .forward = forward,
     .backward = backward,
     .head_row = head_row,

@@ -41,6 +41,22 @@ void srf_model_free(struct srf_model *m)
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
+/* A training step's, or an evaluation's, calls on the largest batch, planned. */
+static srf_status dry_batch(struct srf_model *m, struct srf_cost *cost)
+{
+    const struct srf_model_plan *p = &m->plan;
+    struct srf_batch batch = {.b = p->b, .t = p->t, .mode = SRF_MODE_PARALLEL};
+    /* the model itself stands for a teacher: the same sizes */
+    struct srf_loss_args loss = {
+        .n = p->b * p->t, .teacher = p->teacher ? m : NULL, .backward = p->train};
+    m->ctx->plan_cost = (struct srf_cost){0};
+    SRF_TRY(m->config.arch->forward(m, &batch));
+    SRF_TRY(srf_model_loss(m, &loss));
+    if (p->train) SRF_TRY(m->config.arch->backward(m, &batch));
+    *cost = m->ctx->plan_cost;
+    return SRF_OK;
+}
+
 /* The same calls as a real run, with nothing behind the pointers: finds the workspace. */
 static srf_status dry_run(struct srf_model *m)
 {
@@ -49,29 +65,45 @@ static srf_status dry_run(struct srf_model *m)
     srf_status st = SRF_OK;
     struct srf_attention_config attention = m->attention;
     m->features_trained = p->train_features;
+    m->attention_teacher = p->train && p->teacher ? m : NULL;
     ctx->plan = true;
     ctx->plan_workspace = 0;
     SRF_TRY_GO(srf_model_draw(m));
     /* Softmax as well as SRF, since either may be switched on later. */
     for (int kind = SRF_ATTN_SOFTMAX; kind <= SRF_ATTN_SRF; kind++) {
         m->attention.kind = (enum srf_attention_kind)kind;
-        for (int mode = SRF_MODE_PARALLEL; mode <= SRF_MODE_STEP; mode++) {
-            if (mode != SRF_MODE_PARALLEL && (kind == SRF_ATTN_SOFTMAX || p->train)) continue;
+        SRF_TRY_GO(dry_batch(m, &m->cost[kind]));
+        for (int mode = SRF_MODE_PREFILL; mode <= SRF_MODE_STEP; mode++) {
+            if (kind == SRF_ATTN_SOFTMAX || p->train) continue;
             struct srf_batch batch = {
                 .b = p->b, .t = mode == SRF_MODE_STEP ? 1 : p->t, .mode = (enum srf_attn_mode)mode};
             SRF_TRY_GO(m->config.arch->forward(m, &batch));
-            if (p->train && mode == SRF_MODE_PARALLEL)
-                SRF_TRY_GO(m->config.arch->backward(m, &batch));
         }
     }
-    struct srf_loss_args loss = {.n = p->b * p->t, .backward = p->train};
-    SRF_TRY_GO(srf_model_loss(m, &loss));
+    srf_arena_workspace(m->arena, ctx->plan_workspace);
 cleanup:
     ctx->plan = false;
     m->attention = attention;
+    m->attention_teacher = NULL;
     m->features_trained = false;
-    if (st == SRF_OK) st = srf_ctx_reserve_workspace(ctx, ctx->plan_workspace);
     return st;
+}
+
+/* Rows of logits held at once. On the CPU about 16 MB of fp32: enough rows for the matrix product,
+ * few enough to stay near the cache. Elsewhere about 512 MB, in pieces of one size. */
+static int64_t choose_logit_rows(const struct srf_model *m, int64_t n)
+{
+    const struct srf_model_config *cfg = &m->config;
+    int64_t rows = m->plan.logit_rows;
+    if (!rows && strcmp(m->ctx->be->name, "cpu") == 0) {
+        rows = (4 << 20) / cfg->vocab;
+    } else if (!rows) {
+        rows = (512 << 20) / (srf_padded_vocab(cfg) * (int64_t)srf_dtype_bytes(m->ctx->dtype));
+        int64_t pieces = rows > 0 ? (n + rows - 1) / rows : n;
+        rows = ((n + pieces - 1) / pieces + 127) / 128 * 128;
+    }
+    rows = rows < 16 ? 16 : rows;
+    return rows < n ? rows : n;
 }
 
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
@@ -85,12 +117,12 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
     m->arena = arena;
     m->plan = *plan;
     int64_t n = plan->b * plan->t, c = cfg->c, d = head_size(m);
-    /* About 16 MB of fp32 logits at once: enough rows for the matrix product, few enough to stay
-     * near the cache. */
-    int64_t rows = plan->logit_rows ? plan->logit_rows : (4 << 20) / cfg->vocab;
-    rows = rows < 16 ? 16 : rows;
-    m->logit_rows = rows < n ? rows : n;
+    m->logit_rows = choose_logit_rows(m, n);
+    m->loss_rows = plan->loss_rows > n ? plan->loss_rows : n;
     int64_t count_w = cfg->n_layers * m->n_sets * m->attention.m * d;
+    int64_t count_logits = m->logit_rows * srf_padded_vocab(cfg);
+    int64_t scratch = plan->train ? cfg->arch->backward_scratch(m) : 0;
+    bool masters = plan->train && type == SRF_BF16;
     const struct {
         const char *cls, *name;
         bool wanted;
@@ -99,21 +131,23 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
         int *slot;
     } slots[] = {
         {"weights", "parameters", true, m->table.total, type, &m->slot_params},
-        {"gradients", "parameters", plan->train, m->table.total, type, &m->slot_grads},
+        {"masters", "parameters", masters, m->table.total, acc, &m->slot_master},
+        {"gradients", "parameters", plan->train, m->table.total, acc, &m->slot_grads},
         {"features", "w", true, count_w, type, &m->slot_w},
-        {"features", "bias", true, count_w / d, type, &m->slot_bias},
-        {"gradients", "features", plan->train_features, count_w, type, &m->slot_dw},
+        {"masters", "features", masters && plan->train_features, count_w, acc, &m->slot_w_master},
+        {"features", "bias", true, count_w / d, acc, &m->slot_bias},
+        {"gradients", "features", plan->train_features, count_w, acc, &m->slot_dw},
         {"activations", "hidden", true, n * c, type, &m->slot_hidden},
         {"activations", "d hidden", plan->train, n * c, type, &m->slot_d_hidden},
         {"activations", "tokens", true, n, SRF_I32, &m->slot_tokens},
         {"activations", "positions", true, n > plan->b ? n : plan->b, SRF_I32, &m->slot_pos},
         {"activations", "sequence positions", true, plan->b, SRF_I32, &m->slot_seq_pos},
         {"activations", "targets", true, n, SRF_I32, &m->slot_targets},
-        {"activations", "logits", true, m->logit_rows * cfg->vocab, type, &m->slot_logits},
-        {"activations", "teacher logits", plan->train, m->logit_rows * cfg->vocab, type,
-         &m->slot_teacher_logits},
-        {"activations", "nll", true, m->logit_rows, acc, &m->slot_nll},
-        {"activations", "kl", true, m->logit_rows, acc, &m->slot_kl},
+        {"logits", "logits", true, count_logits > scratch ? count_logits : scratch, type,
+         &m->slot_logits},
+        {"logits", "teacher logits", plan->teacher, count_logits, type, &m->slot_teacher_logits},
+        {"activations", "nll", true, m->loss_rows, acc, &m->slot_nll},
+        {"activations", "kl", plan->teacher, m->loss_rows, acc, &m->slot_kl},
         {"activations", "mse", true, 1, acc, &m->slot_mse},
     };
     for (size_t i = 0; i < sizeof slots / sizeof *slots; i++)
@@ -126,9 +160,20 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
 
 /* ---- parameters ---------------------------------------------------------------------------- */
 
+/* An element of a slot of type T, of type A. */
 static char *element(const struct srf_model *m, int slot, int64_t offset)
 {
     return (char *)PTR(slot) + (size_t)offset * srf_dtype_bytes(m->ctx->dtype);
+}
+
+static char *acc_element(const struct srf_model *m, int slot, int64_t offset)
+{
+    return (char *)PTR(slot) + (size_t)offset * srf_dtype_bytes(srf_ctx_acc(m->ctx));
+}
+
+static bool has_masters(const struct srf_model *m)
+{
+    return m->plan.train && m->ctx->dtype == SRF_BF16;
 }
 
 void *srf_model_param(const struct srf_model *m, int64_t row)
@@ -138,7 +183,17 @@ void *srf_model_param(const struct srf_model *m, int64_t row)
 
 void *srf_model_grad(const struct srf_model *m, int64_t row)
 {
-    return element(m, m->slot_grads, m->table.rows[row].offset);
+    return acc_element(m, m->slot_grads, m->table.rows[row].offset);
+}
+
+void *srf_model_master(const struct srf_model *m)
+{
+    return has_masters(m) ? PTR(m->slot_master) : NULL;
+}
+
+void *srf_model_features_master(const struct srf_model *m)
+{
+    return has_masters(m) && m->plan.train_features ? PTR(m->slot_w_master) : NULL;
 }
 
 static int64_t features_count(const struct srf_model *m)
@@ -152,20 +207,28 @@ srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck
     SRF_FAIL_IF(ck->table.total != m->table.total, SRF_MISMATCH,
                 "checkpoint of %lld parameters for a model of %lld", (long long)ck->table.total,
                 (long long)m->table.total);
+    enum srf_dtype acc = srf_ctx_acc(ctx);
+    void *master = srf_model_master(m), *w_master = srf_model_features_master(m);
     SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_params), ctx->dtype, ck->params, m->table.total));
+    if (master) SRF_TRY(srf_upload_f32(ctx, master, acc, ck->params, m->table.total));
     bool same = ck->features_w && srf_attention_same_features(&ck->attention, &m->attention);
     if (!same) return srf_model_draw(m);
     int64_t count = features_count(m);
     SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_w), ctx->dtype, ck->features_w, count));
-    return srf_upload_f32(ctx, PTR(m->slot_bias), ctx->dtype, ck->features_bias,
-                          count / head_size(m));
+    if (w_master) SRF_TRY(srf_upload_f32(ctx, w_master, acc, ck->features_w, count));
+    m->w_stale = false;
+    return srf_upload_f32(ctx, PTR(m->slot_bias), acc, ck->features_bias, count / head_size(m));
 }
 
 srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *ck)
 {
     struct srf_ctx *ctx = m->ctx;
+    enum srf_dtype acc = srf_ctx_acc(ctx);
+    void *master = srf_model_master(m),
+         *w_master = m->w_stale ? NULL : srf_model_features_master(m);
     ck->attention = m->attention;
-    SRF_TRY(srf_download_f32(ctx, ck->params, PTR(m->slot_params), ctx->dtype, m->table.total));
+    SRF_TRY(srf_download_f32(ctx, ck->params, master ? master : PTR(m->slot_params),
+                             master ? acc : ctx->dtype, m->table.total));
     srf__free(ck->features_w);
     srf__free(ck->features_bias);
     ck->features_w = ck->features_bias = NULL;
@@ -173,9 +236,9 @@ srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *
     int64_t count = features_count(m);
     SRF_TRY(SRF_ALLOC(ck->features_w, count));
     SRF_TRY(SRF_ALLOC(ck->features_bias, count / head_size(m)));
-    SRF_TRY(srf_download_f32(ctx, ck->features_w, PTR(m->slot_w), ctx->dtype, count));
-    return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), ctx->dtype,
-                            count / head_size(m));
+    SRF_TRY(srf_download_f32(ctx, ck->features_w, w_master ? w_master : PTR(m->slot_w),
+                             w_master ? acc : ctx->dtype, count));
+    return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), acc, count / head_size(m));
 }
 
 srf_status srf_model_draw(struct srf_model *m)
@@ -193,6 +256,26 @@ srf_status srf_model_draw(struct srf_model *m)
                 .n_layers = m->config.n_layers, .n_sets = m->n_sets, .m = a->m, .d = head_size(m),
                 .oprf_a = oprf, .w = PTR(m->slot_w), .bias = PTR(m->slot_bias));
     srf__free(oprf);
+    m->w_stale = true;
+    return st;
+}
+
+srf_status srf_model_train_features(struct srf_model *m, bool on)
+{
+    void *master = srf_model_features_master(m);
+    SRF_FAIL_IF(on && !m->plan.train_features, SRF_INVALID,
+                "trained features were not planned for");
+    m->features_trained = on;
+    if (!on || !master || !m->w_stale) return SRF_OK;
+    /* Once after a draw: the masters begin as what was drawn. */
+    int64_t count;
+    const void *w = srf_model_features(m, &count);
+    float *host;
+    SRF_TRY(SRF_ALLOC(host, count));
+    srf_status st = srf_download_f32(m->ctx, host, w, m->ctx->dtype, count);
+    if (st == SRF_OK) st = srf_upload_f32(m->ctx, master, srf_ctx_acc(m->ctx), host, count);
+    srf__free(host);
+    if (st == SRF_OK) m->w_stale = false;
     return st;
 }
 
@@ -210,8 +293,9 @@ void *srf_model_features_grad(const struct srf_model *m)
 srf_status srf_model_zero_grads(struct srf_model *m)
 {
     struct srf_ctx *ctx = m->ctx;
-    size_t size = srf_dtype_bytes(ctx->dtype);
+    size_t size = srf_dtype_bytes(srf_ctx_acc(ctx));
     SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_grads), (size_t)m->table.total * size));
+    SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_mse), size));
     if (!m->plan.train_features) return SRF_OK;
     return ctx->be->zero(ctx, PTR(m->slot_dw), (size_t)features_count(m) * size);
 }
@@ -238,7 +322,7 @@ static const void *features(const struct srf_model *m, int64_t layer)
 
 static const void *features_bias(const struct srf_model *m, int64_t layer)
 {
-    return element(m, m->slot_bias, layer * m->n_sets * m->attention.m);
+    return acc_element(m, m->slot_bias, layer * m->n_sets * m->attention.m);
 }
 
 /* Layer l's piece of a batch's recurrent state. */
@@ -252,7 +336,7 @@ static void *layer_state(const struct srf_model *m, int64_t layer, const struct 
 
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
-                            int64_t ld_o, void *lse)
+                            int64_t ld_o, void *stat)
 {
     struct srf_attn_shape s = attn_shape(m, batch);
     const void *w = features(m, layer), *bias = features_bias(m, layer);
@@ -261,7 +345,7 @@ srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf
                     "softmax attention has no recurrent form: retrofit the model with srf first");
         return SRF_RUN(m->ctx, softmax_attn_fwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
                        .causal = true, .q = q, .k = k, .v = v, .ld = ld, .o = o, .ld_o = ld_o,
-                       .lse = lse);
+                       .lse = stat);
     }
     void *state = layer_state(m, layer, batch);
     const void *pos = PTR(m->slot_seq_pos);
@@ -276,25 +360,25 @@ srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf
         break;
     }
     return SRF_RUN(m->ctx, srf_attn_fwd, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                   .bias = bias, .o = o, .ld_o = ld_o);
+                   .bias = bias, .o = o, .ld_o = ld_o, .stat = stat);
 }
 
 srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                                 const void *q, const void *k, const void *v, int64_t ld,
-                                const void *o, const void *d_o, int64_t ld_o, const void *lse,
+                                const void *o, const void *d_o, int64_t ld_o, const void *stat,
                                 void *dq, void *dk, void *dv)
 {
     struct srf_attn_shape s = attn_shape(m, batch);
     if (m->attention.kind == SRF_ATTN_SOFTMAX)
         return SRF_RUN(m->ctx, softmax_attn_bwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
                        .causal = true, .q = q, .k = k, .v = v, .ld = ld, .o = o, .d_o = d_o,
-                       .ld_o = ld_o, .lse = lse, .dq = dq, .dk = dk, .dv = dv);
+                       .ld_o = ld_o, .lse = stat, .dq = dq, .dk = dk, .dv = dv);
     void *dw = m->features_trained
-                   ? element(m, m->slot_dw, layer * m->n_sets * m->attention.m * head_size(m))
+                   ? acc_element(m, m->slot_dw, layer * m->n_sets * m->attention.m * head_size(m))
                    : NULL;
     return SRF_RUN(m->ctx, srf_attn_bwd, .s = s, .q = q, .k = k, .v = v, .ld = ld,
                    .w = features(m, layer), .bias = features_bias(m, layer), .o = o, .d_o = d_o,
-                   .ld_o = ld_o, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
+                   .ld_o = ld_o, .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
 }
 
 int64_t srf_model_state_count(const struct srf_model *m)
@@ -362,27 +446,34 @@ srf_status srf_model_backward(struct srf_model *m, const struct srf_batch *batch
     return m->config.arch->backward(m, batch);
 }
 
-/* logits of rows [at, at + n) of hidden */
+/* logits of rows [at, at + n) of hidden, (n, padded vocabulary) */
 static srf_status head(struct srf_model *m, int64_t at, int64_t n, void *logits)
 {
     const struct srf_model_config *cfg = &m->config;
-    return SRF_RUN(m->ctx, linear_fwd, .n = n, .in = cfg->c, .out = cfg->vocab,
+    return SRF_RUN(m->ctx, linear_fwd, .n = n, .in = cfg->c, .out = srf_padded_vocab(cfg),
                    .x = element(m, m->slot_hidden, at * cfg->c),
                    .w = srf_model_param(m, cfg->arch->head_row(cfg)), .w_transposed = true,
                    .y = logits);
 }
 
-/* nll (or kl) of n rows to the host, summed in double; out (n) may be NULL. scratch holds n of
- * A. */
-static srf_status take_rows(struct srf_model *m, int slot, int64_t n, void *scratch, float *out,
-                            double *sum)
+/* n rows of logits to the host, (n, vocab). */
+static srf_status take_logits(const struct srf_model *m, int64_t n, float *out)
 {
-    enum srf_dtype acc = srf_ctx_acc(m->ctx);
-    SRF_TRY(m->ctx->be->download(m->ctx, scratch, PTR(slot), (size_t)n * srf_dtype_bytes(acc)));
-    for (int64_t i = 0; i < n; i++)
-        *sum += acc == SRF_F64 ? ((double *)scratch)[i] : (double)((float *)scratch)[i];
-    if (out) srf_convert_to_f32(out, scratch, acc, n);
-    return SRF_OK;
+    enum { ROWS = 64 };
+    int64_t v = m->config.vocab, ld = srf_padded_vocab(&m->config);
+    if (ld == v) return srf_download_f32(m->ctx, out, PTR(m->slot_logits), m->ctx->dtype, n * v);
+    float *rows;
+    SRF_TRY(SRF_ALLOC(rows, (n < ROWS ? n : ROWS) * ld));
+    srf_status st = SRF_OK;
+    for (int64_t at = 0; at < n && st == SRF_OK; at += ROWS) {
+        int64_t count = n - at < ROWS ? n - at : ROWS;
+        st = srf_download_f32(m->ctx, rows, element(m, m->slot_logits, at * ld), m->ctx->dtype,
+                              count * ld);
+        for (int64_t i = 0; i < count && st == SRF_OK; i++)
+            memcpy(out + (at + i) * v, rows + i * ld, (size_t)v * sizeof *out);
+    }
+    srf__free(rows);
+    return st;
 }
 
 /* One piece of rows [at, at + n): logits, loss, and with backward the head's gradients. */
@@ -390,22 +481,21 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
 {
     struct srf_ctx *ctx = m->ctx;
     const struct srf_model_config *cfg = &m->config;
-    int64_t row = cfg->arch->head_row(cfg);
+    int64_t row = cfg->arch->head_row(cfg), ld = srf_padded_vocab(cfg), first = args->first + at;
     void *logits = PTR(m->slot_logits);
     void *teacher = args->teacher ? PTR(m->slot_teacher_logits) : NULL;
     SRF_TRY(head(m, at, n, logits));
     if (args->teacher) SRF_TRY(head(args->teacher, at, n, teacher));
-    if (args->logits && !ctx->plan)
-        SRF_TRY(srf_download_f32(ctx, args->logits + at * cfg->vocab, logits, ctx->dtype,
-                                 n * cfg->vocab));
+    if (args->logits && !ctx->plan) SRF_TRY(take_logits(m, n, args->logits + at * cfg->vocab));
     char *targets = PTR(m->slot_targets);
-    SRF_TRY(SRF_RUN(ctx, xent, .n = n, .v = cfg->vocab, .logits = logits,
+    SRF_TRY(SRF_RUN(ctx, xent, .n = n, .v = cfg->vocab, .ld = ld, .logits = logits,
                     .targets = targets + at * 4, .teacher = teacher, .scale = args->scale,
                     .ce_weight = args->ce_weight, .kl_weight = args->kl_weight,
-                    .nll = PTR(m->slot_nll), .kl = args->teacher ? PTR(m->slot_kl) : NULL,
+                    .nll = acc_element(m, m->slot_nll, first),
+                    .kl = args->teacher ? acc_element(m, m->slot_kl, first) : NULL,
                     .dlogits = args->backward ? logits : NULL));
     if (!args->backward) return SRF_OK;
-    return SRF_RUN(ctx, linear_bwd, .n = n, .in = cfg->c, .out = cfg->vocab,
+    return SRF_RUN(ctx, linear_bwd, .n = n, .in = cfg->c, .out = ld,
                    .x = element(m, m->slot_hidden, at * cfg->c), .w = srf_model_param(m, row),
                    .w_transposed = true, .dy = logits,
                    .dx = element(m, m->slot_d_hidden, at * cfg->c), .dw = srf_model_grad(m, row));
@@ -414,34 +504,53 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
 srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args)
 {
     struct srf_ctx *ctx = m->ctx;
-    srf_status st = SRF_OK;
-    double *scratch = NULL;
     args->nll_sum = args->kl_sum = 0;
-    if (!ctx->plan) {
+    SRF_FAIL_IF(args->first + args->n > m->loss_rows, SRF_INVALID,
+                "losses of rows to %lld: %lld were planned", (long long)(args->first + args->n),
+                (long long)m->loss_rows);
+    SRF_FAIL_IF(args->teacher && !m->plan.teacher, SRF_INVALID, "a teacher was not planned for");
+    if (!ctx->plan)
         SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_targets), args->targets,
                                 (size_t)args->n * sizeof *args->targets));
-        SRF_TRY(SRF_ALLOC(scratch, m->logit_rows));
-    }
-    for (int64_t at = 0; at < args->n; at += m->logit_rows) {
-        int64_t n = args->n - at < m->logit_rows ? args->n - at : m->logit_rows;
-        SRF_TRY_GO(loss_rows(m, args, at, n));
-        if (ctx->plan) continue;
-        SRF_TRY_GO(take_rows(m, m->slot_nll, n, scratch, args->nll ? args->nll + at : NULL,
-                             &args->nll_sum));
-        if (args->teacher) SRF_TRY_GO(take_rows(m, m->slot_kl, n, scratch, NULL, &args->kl_sum));
-    }
-cleanup:
+    for (int64_t at = 0; at < args->n; at += m->logit_rows)
+        SRF_TRY(
+            loss_rows(m, args, at, args->n - at < m->logit_rows ? args->n - at : m->logit_rows));
+    if (ctx->plan || args->queue) return SRF_OK;
+    return srf_model_losses(m, args->first, args->n, args->nll, &args->nll_sum,
+                            args->teacher ? &args->kl_sum : NULL);
+}
+
+/* n values of A to the host, summed in double; out (n) may be NULL. scratch holds n of A. */
+static srf_status take_rows(const struct srf_model *m, const void *rows, int64_t n, void *scratch,
+                            float *out, double *sum)
+{
+    enum srf_dtype acc = srf_ctx_acc(m->ctx);
+    SRF_TRY(m->ctx->be->download(m->ctx, scratch, rows, (size_t)n * srf_dtype_bytes(acc)));
+    *sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        *sum += acc == SRF_F64 ? ((double *)scratch)[i] : (double)((float *)scratch)[i];
+    if (out) srf_convert_to_f32(out, scratch, acc, n);
+    return SRF_OK;
+}
+
+srf_status srf_model_losses(const struct srf_model *m, int64_t first, int64_t n, float *nll,
+                            double *nll_sum, double *kl_sum)
+{
+    double *scratch;
+    SRF_TRY(SRF_ALLOC(scratch, n));
+    srf_status st = take_rows(m, acc_element(m, m->slot_nll, first), n, scratch, nll, nll_sum);
+    if (st == SRF_OK && kl_sum)
+        st = take_rows(m, acc_element(m, m->slot_kl, first), n, scratch, NULL, kl_sum);
     srf__free(scratch);
     return st;
 }
 
-srf_status srf_model_take_attention_mse(struct srf_model *m, double *sum)
+srf_status srf_model_attention_mse(const struct srf_model *m, double *sum)
 {
-    struct srf_ctx *ctx = m->ctx;
     float value;
-    SRF_TRY(srf_download_f32(ctx, &value, PTR(m->slot_mse), srf_ctx_acc(ctx), 1));
+    SRF_TRY(srf_download_f32(m->ctx, &value, PTR(m->slot_mse), srf_ctx_acc(m->ctx), 1));
     *sum = (double)value;
-    return ctx->be->zero(ctx, PTR(m->slot_mse), srf_dtype_bytes(srf_ctx_acc(ctx)));
+    return SRF_OK;
 }
 
 srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *batch, float *logits)
@@ -456,8 +565,7 @@ srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *ba
     for (int64_t at = 0; at < batch->b; at += m->logit_rows) {
         int64_t n = batch->b - at < m->logit_rows ? batch->b - at : m->logit_rows;
         SRF_TRY(head(m, at, n, PTR(m->slot_logits)));
-        SRF_TRY(srf_download_f32(m->ctx, logits + at * cfg->vocab, PTR(m->slot_logits),
-                                 m->ctx->dtype, n * cfg->vocab));
+        SRF_TRY(take_logits(m, n, logits + at * cfg->vocab));
     }
     return SRF_OK;
 }

@@ -26,13 +26,24 @@ struct srf_batch {
     const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before */
 };
 
+/* What backward makes again instead of finding it kept. Gradients are the same, bit for bit where
+ * ops are. */
+enum srf_recompute {
+    SRF_RECOMPUTE_NONE,
+    SRF_RECOMPUTE_CHEAP, /* layer norm and activation outputs */
+    SRF_RECOMPUTE_BLOCK  /* whole blocks: only what goes into each is kept */
+};
+
 struct srf_model_plan {
     int64_t b, t;        /* largest batch and length */
     bool train;          /* keep activations, have gradients */
     bool train_features; /* gradients of the features too */
     bool keep_attention; /* keep every layer's attention output (a teacher's, for distillation) */
     bool keep_qkv;       /* keep every layer's q, k, v (validation) */
+    bool teacher;        /* losses may have a teacher */
     int64_t logit_rows;  /* rows of logits held at once; 0 = a sensible number */
+    int64_t loss_rows;   /* rows whose losses the device keeps; 0 = b * t */
+    enum srf_recompute recompute;
 };
 
 struct srf_model {
@@ -43,16 +54,22 @@ struct srf_model {
     struct srf_model_plan plan;
     struct srf_arena *arena; /* not owned */
     int64_t n_sets;          /* feature sets a layer */
-    int64_t logit_rows;
-    int slot_params, slot_grads, slot_w, slot_bias, slot_dw;
+    int64_t logit_rows, loss_rows;
+    /* master, w_master: A, of what is trained where T is bf16. w_stale: w was drawn anew, w_master
+     * does not know it yet. */
+    int slot_params, slot_master, slot_grads, slot_w, slot_w_master, slot_bias, slot_dw;
+    bool w_stale;
+    /* After the loss, backward may write over hidden and logits. */
     int slot_hidden, slot_d_hidden, slot_tokens, slot_pos, slot_seq_pos, slot_targets, slot_logits,
         slot_nll, slot_kl, slot_teacher_logits, slot_mse;
     void *acts; /* the architecture's slots; owned */
+    /* Forward, loss and, if planned, backward of the largest batch, by kind of attention. */
+    struct srf_cost cost[2];
     /* Distillation, set by the trainer before backward: the teacher's attention outputs pull each
      * layer's own by scale * sum (o - o_teacher)^2. NULL: off. */
     const struct srf_model *attention_teacher;
     double attention_scale;
-    bool features_trained; /* backward adds to the features' gradient (plan.train_features) */
+    bool features_trained; /* backward adds to the features' gradient; srf_model_train_features */
 };
 
 /* Takes config and attention from ck (which may go away after upload). */
@@ -60,8 +77,8 @@ srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *
                             const struct srf_attention_config *attention, struct srf_model **out);
 void srf_model_free(struct srf_model *m); /* NULL is fine; not the arena */
 
-/* Reserve all tensors in the arena, and find the workspace by a dry run of forward (and backward).
- * The context's workspace is made large enough. */
+/* Reserve all tensors in the arena, and find the workspace, which the arena reserves too, by a dry
+ * run of forward (and backward). */
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                           const struct srf_model_plan *plan);
 /* Host -> device: parameters and, if ck has them, features; else they are drawn from the key. */
@@ -85,14 +102,21 @@ struct srf_loss_args {
     bool backward;               /* also: hidden gradient and head gradient; then call backward */
     float *nll;                  /* host (n) out, or NULL */
     float *logits;               /* host (n, vocab) out, or NULL */
+    int64_t first;               /* place of row 0 among the losses that the device keeps */
+    bool queue;                  /* do not wait for the device: no nll, no sums; srf_model_losses */
     double nll_sum, kl_sum;      /* out */
 };
 srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args);
+/* The losses of rows [first, first + n), as the device keeps them: nll to the host (n) if not NULL,
+ * sums in double; kl_sum NULL where there was no teacher. */
+srf_status srf_model_losses(const struct srf_model *m, int64_t first, int64_t n, float *nll,
+                            double *nll_sum, double *kl_sum);
 /* Parameter gradients += ; the batch of the last forward. After a loss with backward. */
 srf_status srf_model_backward(struct srf_model *m, const struct srf_batch *batch);
+/* Gradients, and the sum below. */
 srf_status srf_model_zero_grads(struct srf_model *m);
-/* Sum over layers of |o - o_teacher|^2 since the last zero of it (distillation), and zero it. */
-srf_status srf_model_take_attention_mse(struct srf_model *m, double *sum);
+/* Sum over layers of |o - o_teacher|^2 since the gradients were zeroed (distillation). */
+srf_status srf_model_attention_mse(const struct srf_model *m, double *sum);
 
 /* Logits of the last position of each sequence of the last forward: host (b, vocab). */
 srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *batch, float *logits);
@@ -102,20 +126,25 @@ srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *ba
 const void *srf_model_qkv(const struct srf_model *m, int64_t layer);
 const void *srf_model_attention_out(const struct srf_model *m, int64_t layer);
 
-/* Device pointers of the parameter piece that row describes. */
+/* Device pointers of the parameter piece that row describes: T, and its gradient A. */
 void *srf_model_param(const struct srf_model *m, int64_t row);
 void *srf_model_grad(const struct srf_model *m, int64_t row);
-/* The features of all layers, (n_layers, n_sets, m, d), and their gradient. */
+/* The masters of all parameters, A, flat as they are; NULL where T is trained as it is. */
+void *srf_model_master(const struct srf_model *m);
+/* The features of all layers, T (n_layers, n_sets, m, d), their gradient and masters, A. */
 void *srf_model_features(const struct srf_model *m, int64_t *count);
 void *srf_model_features_grad(const struct srf_model *m);
-/* Attention of layer l on given q, k, v, as the model is set: shared by architectures. lse: A (b,
- * h, t), softmax only, may be NULL. */
+void *srf_model_features_master(const struct srf_model *m);
+/* Whether the features are trained from now on (plan.train_features). */
+srf_status srf_model_train_features(struct srf_model *m, bool on);
+/* Attention of layer l on given q, k, v, as the model is set: shared by architectures. stat: A (b,
+ * h, t), softmax's log sum exp or what SRF attention keeps, may be NULL. */
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
-                            int64_t ld_o, void *lse);
+                            int64_t ld_o, void *stat);
 srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                                 const void *q, const void *k, const void *v, int64_t ld,
-                                const void *o, const void *d_o, int64_t ld_o, const void *lse,
+                                const void *o, const void *d_o, int64_t ld_o, const void *stat,
                                 void *dq, void *dk, void *dv);
 /* Values of recurrent state that one sequence needs in all layers; bytes of it, and of the KV cache
  * that softmax attention holds after `t` tokens in the same element type. */

@@ -16,8 +16,14 @@ struct srf_tensor {
 
 struct srf_tensor_table {
     struct srf_tensor *rows;
-    int64_t n, total; /* total = elements of the flat array, padding included */
+    int64_t n;
+    int64_t count; /* parameters */
+    int64_t total; /* elements of the flat array, padding included */
 };
+
+/* Rows that the output head's weight has room for, and the length of a row of logits: the
+ * vocabulary rounded up to what matrix products like. The rows behind the vocabulary are zero. */
+int64_t srf_padded_vocab(const struct srf_model_config *cfg);
 
 srf_status srf_tensor_table_create(const struct srf_model_config *cfg,
                                    struct srf_tensor_table *out);

@@ -52,8 +52,12 @@ static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_att
     randomize(f->ck, 0.3);
     test_ok(srf_arena_create(f->ctx, &f->arena));
     test_ok(srf_model_create(f->ctx, &f->ck->config, &a, &f->model));
-    struct srf_model_plan plan = {
-        .b = b, .t = t, .train = true, .train_features = train_features, .logit_rows = 16};
+    struct srf_model_plan plan = {.b = b,
+                                  .t = t,
+                                  .train = true,
+                                  .train_features = train_features,
+                                  .teacher = true,
+                                  .logit_rows = 16};
     test_ok(srf_model_plan(f->model, f->arena, &plan));
     test_ok(srf_arena_commit(f->arena));
     test_ok(srf_model_upload(f->model, f->ck));

@@ -143,11 +143,6 @@ static srf_status evaluate(struct srf_trainer *t, FILE *f, double *ppl)
 
 /* ---- the loop ------------------------------------------------------------------------------ */
 
-static bool due(int64_t step, int64_t every, int64_t last)
-{
-    return step == last || (every > 0 && step % every == 0);
-}
-
 /* One step and what follows it. What was learned is safe before anything else can go wrong: an
  * evaluation comes after the save, and its result is made up for by a resume (see below). */
 static srf_status step_and_save(struct srf_trainer *t, const struct paths *p, FILE *log,
@@ -157,11 +152,12 @@ static srf_status step_and_save(struct srf_trainer *t, const struct paths *p, FI
     struct srf_train_metrics m;
     double ppl = 0;
     SRF_TRY(srf_trainer_step(t, &m));
-    bool evaluates = t->val && due(m.step, c->eval_every, c->steps), last = m.step == c->steps;
+    bool evaluates = t->val && srf__due(m.step, c->eval_every, c->steps);
+    bool last = m.step == c->steps;
     bool stop = hooks->stop && hooks->stop(hooks->user);
-    if (due(m.step, c->log_every, c->steps) || evaluates || m.skipped)
+    if (srf__due(m.step, c->log_every, c->steps) || evaluates || m.skipped)
         SRF_TRY(log_step(log, &m, t));
-    if (stop || due(m.step, c->save_every, c->steps)) SRF_TRY(srf_trainer_save(t, p->last));
+    if (stop || srf__due(m.step, c->save_every, c->steps)) SRF_TRY(srf_trainer_save(t, p->last));
     if (last) SRF_TRY(srf_trainer_save_model(t, p->model));
     if (evaluates && (last || !stop)) SRF_TRY(evaluate(t, log, &ppl));
     if (ppl > 0) *val_ppl = ppl;
@@ -180,7 +176,7 @@ static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log,
     if (!t->resumed) return srf_trainer_save(t, p->last);
     bool done = t->step == c->steps;
     if (done) SRF_TRY(srf_trainer_save_model(t, p->model));
-    if (!t->val || t->step == 0 || !due(t->step, c->eval_every, c->steps)) return SRF_OK;
+    if (!t->val || t->step == 0 || !srf__due(t->step, c->eval_every, c->steps)) return SRF_OK;
     if (evaluated) return done ? srf_trainer_evaluate(t, val_ppl) : SRF_OK;
     return evaluate(t, log, val_ppl);
 }

@@ -11,6 +11,41 @@
 
 /* ---- memory: one plan ---------------------------------------------------------------------- */
 
+/* AdamW's map of what does not decay: a byte for every 64 elements. */
+static srf_status upload_no_decay(struct srf_trainer *t)
+{
+    const struct srf_tensor_table *table = &t->model->table;
+    int64_t n = t->n_params / 64;
+    uint8_t *map;
+    SRF_TRY(SRF_CALLOC(map, n));
+    for (int64_t i = 0; i < table->n; i++) {
+        const struct srf_tensor *row = &table->rows[i];
+        if (!row->decay) memset(map + row->offset / 64, 1, (size_t)(row->count + 63) / 64);
+    }
+    srf_status st =
+        t->ctx->be->upload(t->ctx, srf_arena_ptr(t->arena, t->slot_no_decay), map, (size_t)n);
+    srf__free(map);
+    return st;
+}
+
+static srf_status update(struct srf_trainer *t);
+
+/* The optimizer's workspace and cost. */
+static srf_status plan_update(struct srf_trainer *t)
+{
+    struct srf_ctx *ctx = t->ctx;
+    t->model->features_trained = t->config.train_features;
+    ctx->plan = true;
+    ctx->plan_workspace = 0;
+    ctx->plan_cost = (struct srf_cost){0};
+    srf_status st = update(t);
+    ctx->plan = false;
+    t->model->features_trained = false;
+    t->update_cost = ctx->plan_cost;
+    srf_arena_workspace(t->arena, ctx->plan_workspace);
+    return st;
+}
+
 static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
                        const struct srf_checkpoint *teacher)
 {
@@ -19,24 +54,35 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     enum srf_dtype acc = srf_ctx_acc(ctx);
     SRF_TRY(srf_arena_create(ctx, &t->arena));
     SRF_TRY(srf_model_create(ctx, &ck->config, &ck->attention, &t->model));
-    struct srf_model_plan p = {
-        .b = c->micro_batch, .t = c->seq_len, .train = true, .train_features = c->train_features};
+    struct srf_model_plan p = {.b = c->micro_batch,
+                               .t = c->seq_len,
+                               .train = true,
+                               .train_features = c->train_features,
+                               .teacher = teacher,
+                               .loss_rows = c->batch * c->seq_len};
     SRF_TRY(srf_model_plan(t->model, t->arena, &p));
     if (teacher) {
         SRF_TRY(srf_model_create(ctx, &teacher->config, &teacher->attention, &t->teacher));
-        p = (struct srf_model_plan){
-            .b = c->micro_batch, .t = c->seq_len, .keep_attention = c->mse_weight > 0};
+        /* its logits are made in the student's loss */
+        p = (struct srf_model_plan){.b = c->micro_batch,
+                                    .t = c->seq_len,
+                                    .keep_attention = c->mse_weight > 0,
+                                    .logit_rows = 1};
         SRF_TRY(srf_model_plan(t->teacher, t->arena, &p));
     }
     t->n_params = t->model->table.total;
     if (c->train_features) srf_model_features(t->model, &t->n_features);
-    int64_t n = t->n_params + t->n_features;
+    int64_t n = t->n_params + t->n_features, words = (t->n_params / 64 + 3) / 4;
     SRF_TRY(srf_arena_add(t->arena, "optimizer", "first moments", n, acc, &t->slot_m));
     SRF_TRY(srf_arena_add(t->arena, "optimizer", "second moments", n, acc, &t->slot_v));
     SRF_TRY(srf_arena_add(t->arena, "optimizer", "gradient norm", 1, acc, &t->slot_sumsq));
+    SRF_TRY(srf_arena_add(t->arena, "optimizer", "no decay", words, SRF_I32, &t->slot_no_decay));
+    SRF_TRY(srf_arena_add(t->arena, "optimizer", "skips", 2, SRF_I32, &t->slot_skips));
+    SRF_TRY(plan_update(t));
     SRF_TRY(srf_arena_commit(t->arena));
     SRF_TRY(srf_model_upload(t->model, ck));
     if (teacher) SRF_TRY(srf_model_upload(t->teacher, teacher));
+    SRF_TRY(upload_no_decay(t));
     int64_t rows = c->micro_batch * (c->seq_len + 1);
     SRF_TRY(SRF_ALLOC(t->window, c->seq_len + 1));
     SRF_TRY(SRF_ALLOC(t->tokens, rows));
@@ -200,13 +246,17 @@ static srf_status load_batch(struct srf_trainer *t, int64_t first, int64_t n)
     return SRF_OK;
 }
 
-/* Forward and backward of one micro-batch; sums go to out. */
-static srf_status micro_batch(struct srf_trainer *t, int64_t first, struct srf_train_metrics *out)
+static double mean_scale(const struct srf_train_config *c)
+{
+    return 1.0 / (double)(c->batch * c->seq_len);
+}
+
+/* Forward and backward of one micro-batch, queued. */
+static srf_status micro_batch(struct srf_trainer *t, int64_t first)
 {
     const struct srf_train_config *c = &t->config;
     struct srf_model *m = t->model;
     double kl_weight = srf_policy_kl(c, t->step), mse_weight = srf_policy_mse(c, t->step);
-    double scale = 1.0 / (double)(c->batch * c->seq_len);
     SRF_TRY(load_batch(t, first, c->micro_batch));
     struct srf_batch batch = {.b = c->micro_batch, .t = c->seq_len, .tokens = t->tokens};
     bool teach = kl_weight > 0 || mse_weight > 0;
@@ -214,23 +264,18 @@ static srf_status micro_batch(struct srf_trainer *t, int64_t first, struct srf_t
     SRF_TRY(srf_model_forward(m, &batch));
     struct srf_loss_args loss = {.n = batch.b * batch.t,
                                  .targets = t->targets,
-                                 .scale = scale,
+                                 .scale = mean_scale(c),
                                  .ce_weight = c->ce_weight,
                                  .kl_weight = kl_weight,
                                  .teacher = kl_weight > 0 ? t->teacher : NULL,
-                                 .backward = true};
+                                 .backward = true,
+                                 .first = first * c->seq_len,
+                                 .queue = true};
     SRF_TRY(srf_model_loss(m, &loss));
     /* Mean over layers, rows and channels, as the loss is a mean over rows. */
     m->attention_teacher = mse_weight > 0 ? t->teacher : NULL;
-    m->attention_scale = mse_weight * scale / (double)(m->config.n_layers * m->config.c);
-    SRF_TRY(srf_model_backward(m, &batch));
-    out->loss += loss.nll_sum * scale;
-    out->kl += loss.kl_sum * scale;
-    if (!m->attention_teacher) return SRF_OK;
-    double mse;
-    SRF_TRY(srf_model_take_attention_mse(m, &mse));
-    out->mse += mse * scale / (double)(m->config.n_layers * m->config.c);
-    return SRF_OK;
+    m->attention_scale = mse_weight * mean_scale(c) / (double)(m->config.n_layers * m->config.c);
+    return srf_model_backward(m, &batch);
 }
 
 /* Redraw, or keep the draw, as the policy says for this step. */
@@ -238,88 +283,113 @@ static srf_status set_features(struct srf_trainer *t)
 {
     struct srf_model *m = t->model;
     if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
-    m->features_trained = t->config.train_features && srf_policy_frozen(&t->config, t->step);
     uint64_t draw = t->first_draw + srf_policy_draw(&t->config, t->step);
-    if (draw == m->attention.draw) return SRF_OK;
-    m->attention.draw = draw;
-    return srf_model_draw(m);
+    if (draw != m->attention.draw) {
+        m->attention.draw = draw;
+        SRF_TRY(srf_model_draw(m));
+    }
+    return srf_model_train_features(m, t->config.train_features &&
+                                           srf_policy_frozen(&t->config, t->step));
 }
 
 /* One flat piece of parameters. at: its place in the moments. */
-static srf_status adamw(struct srf_trainer *t, void *param, const void *grad, int64_t at, int64_t n,
-                        bool decay)
+static srf_status adamw(struct srf_trainer *t, void *param, void *master, const void *grad,
+                        int64_t at, int64_t n, bool parameters)
 {
     const struct srf_train_config *c = &t->config;
     size_t size = srf_dtype_bytes(srf_ctx_acc(t->ctx));
-    return SRF_RUN(t->ctx, adamw, .n = n, .step = t->updates + 1, .lr = srf_policy_lr(c, t->step),
+    return SRF_RUN(t->ctx, adamw, .n = n, .step = t->step + 1, .lr = srf_policy_lr(c, t->step),
                    .beta1 = c->beta1, .beta2 = c->beta2, .eps = c->eps,
-                   .weight_decay = decay ? c->weight_decay : 0, .grad_scale = 1,
+                   .weight_decay = parameters ? c->weight_decay : 0, .grad_scale = 1,
                    .max_norm = c->clip > 0 ? c->clip : INFINITY,
-                   .clip_sumsq = srf_arena_ptr(t->arena, t->slot_sumsq), .grad = grad,
-                   .param = param,
+                   .clip_sumsq = srf_arena_ptr(t->arena, t->slot_sumsq),
+                   .skips = parameters ? srf_arena_ptr(t->arena, t->slot_skips) : NULL,
+                   .no_decay = parameters ? srf_arena_ptr(t->arena, t->slot_no_decay) : NULL,
+                   .grad = grad, .param = param, .master = master,
                    .m = (char *)srf_arena_ptr(t->arena, t->slot_m) + (size_t)at * size,
                    .v = (char *)srf_arena_ptr(t->arena, t->slot_v) + (size_t)at * size);
 }
 
-static srf_status grad_norm(struct srf_trainer *t, double *norm)
-{
-    struct srf_ctx *ctx = t->ctx;
-    void *sum = srf_arena_ptr(t->arena, t->slot_sumsq);
-    SRF_TRY(ctx->be->zero(ctx, sum, srf_dtype_bytes(srf_ctx_acc(ctx))));
-    SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_params, .x = srf_model_grad(t->model, 0), .sum = sum));
-    if (t->model->features_trained)
-        SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_features, .x = srf_model_features_grad(t->model),
-                        .sum = sum));
-    float value;
-    SRF_TRY(srf_download_f32(ctx, &value, sum, srf_ctx_acc(ctx), 1));
-    *norm = sqrt((double)value);
-    return SRF_OK;
-}
-
+/* The gradient's norm, and the optimizer; a gradient that is not finite changes nothing. */
 static srf_status update(struct srf_trainer *t)
 {
+    struct srf_ctx *ctx = t->ctx;
     const struct srf_model *m = t->model;
-    for (int64_t i = 0; i < m->table.n; i++) {
-        const struct srf_tensor *row = &m->table.rows[i];
-        SRF_TRY(adamw(t, srf_model_param(m, i), srf_model_grad(m, i), row->offset, row->count,
-                      row->decay));
-    }
+    void *sum = srf_arena_ptr(t->arena, t->slot_sumsq);
+    if (!ctx->plan) SRF_TRY(ctx->be->zero(ctx, sum, srf_dtype_bytes(srf_ctx_acc(ctx))));
+    SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_params, .x = srf_model_grad(m, 0), .sum = sum));
+    if (m->features_trained)
+        SRF_TRY(
+            SRF_RUN(ctx, sumsq, .n = t->n_features, .x = srf_model_features_grad(m), .sum = sum));
+    SRF_TRY(adamw(t, srf_model_param(m, 0), srf_model_master(m), srf_model_grad(m, 0), 0,
+                  t->n_params, true));
     if (!m->features_trained) return SRF_OK;
     int64_t n;
     void *w = srf_model_features(m, &n);
-    return adamw(t, w, srf_model_features_grad(m), t->n_params, n, false);
+    return adamw(t, w, srf_model_features_master(m), srf_model_features_grad(m), t->n_params, n,
+                 false);
+}
+
+bool srf__due(int64_t step, int64_t every, int64_t last)
+{
+    return step == last || (every > 0 && step % every == 0);
+}
+
+/* What the device knows of the last step: waits for it. */
+static srf_status read_metrics(struct srf_trainer *t, struct srf_train_metrics *out)
+{
+    const struct srf_train_config *c = &t->config;
+    struct srf_ctx *ctx = t->ctx;
+    const struct srf_model *m = t->model;
+    int64_t rows = c->batch * c->seq_len, before = t->step - 1;
+    bool kl = srf_policy_kl(c, before) > 0;
+    float sumsq;
+    int32_t skips[2];
+    out->known = true;
+    SRF_TRY(srf_model_losses(m, 0, rows, NULL, &out->loss, kl ? &out->kl : NULL));
+    out->loss *= mean_scale(c);
+    out->kl *= mean_scale(c);
+    if (srf_policy_mse(c, before) > 0) {
+        SRF_TRY(srf_model_attention_mse(m, &out->mse));
+        out->mse *= mean_scale(c) / (double)(m->config.n_layers * m->config.c);
+    }
+    SRF_TRY(
+        srf_download_f32(ctx, &sumsq, srf_arena_ptr(t->arena, t->slot_sumsq), srf_ctx_acc(ctx), 1));
+    out->grad_norm = sqrt((double)sumsq);
+    SRF_TRY(ctx->be->download(ctx, skips, srf_arena_ptr(t->arena, t->slot_skips), sizeof skips));
+    out->skipped = skips[1] > 0;
+    out->tokens_per_s = (double)((t->step - t->clock_step) * rows) / (srf__now() - t->clock);
+    t->clock = 0;
+    SRF_FAIL_IF(skips[1] >= MAX_SKIPPED, SRF_NONFINITE,
+                "step %lld: loss or gradient not finite %d times in a row: lower --lr; the weights "
+                "are those of step %lld",
+                (long long)t->step, skips[1], (long long)t->step - skips[1]);
+    return SRF_OK;
 }
 
 srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out)
 {
     const struct srf_train_config *c = &t->config;
-    double start = srf__now();
     *out = (struct srf_train_metrics){0};
     SRF_FAIL_IF(t->step >= c->steps, SRF_INVALID, "all %lld steps are done", (long long)c->steps);
+    if (t->clock == 0) {
+        t->clock = srf__now();
+        t->clock_step = t->step;
+    }
     SRF_TRY(set_features(t));
     SRF_TRY(srf_model_zero_grads(t->model));
     for (int64_t first = 0; first < c->batch; first += c->micro_batch)
-        SRF_TRY(micro_batch(t, first, out));
-    SRF_TRY(grad_norm(t, &out->grad_norm));
-    out->skipped = !isfinite(out->grad_norm) || !isfinite(out->loss);
-    if (!out->skipped) {
-        SRF_TRY(update(t));
-        t->updates++;
-        t->skipped = 0;
-    } else {
-        t->skipped++;
-        SRF_FAIL_IF(t->skipped >= MAX_SKIPPED, SRF_NONFINITE,
-                    "step %lld: loss or gradient not finite %d times in a row: lower --lr; the "
-                    "weights are those of step %lld",
-                    (long long)t->step + 1, MAX_SKIPPED, (long long)t->step + 1 - MAX_SKIPPED);
-    }
+        SRF_TRY(micro_batch(t, first));
+    SRF_TRY(update(t));
     out->lr = srf_policy_lr(c, t->step);
     out->draw = t->model->attention.draw;
     t->step++;
     out->step = t->step;
     out->tokens = t->step * c->batch * c->seq_len;
-    out->tokens_per_s = (double)(c->batch * c->seq_len) / (srf__now() - start);
-    return SRF_OK;
+    bool read = srf__due(t->step, c->log_every, c->steps) ||
+                (t->val && srf__due(t->step, c->eval_every, c->steps)) ||
+                srf__due(t->step, c->save_every, c->steps);
+    return read ? read_metrics(t, out) : SRF_OK;
 }
 
 srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl)
@@ -357,4 +427,17 @@ struct srf_model *srf_trainer_model(struct srf_trainer *t)
 void srf_trainer_describe_memory(const struct srf_trainer *t, char *buf, size_t size)
 {
     srf_arena_describe(t->arena, buf, size);
+}
+
+size_t srf_trainer_memory(const struct srf_trainer *t)
+{
+    return srf_arena_bytes(t->arena, NULL);
+}
+
+struct srf_cost srf_trainer_step_cost(const struct srf_trainer *t)
+{
+    const struct srf_cost *batch = &t->model->cost[t->model->attention.kind];
+    double n = (double)(t->config.batch / t->config.micro_batch);
+    return (struct srf_cost){.bytes = n * batch->bytes + t->update_cost.bytes,
+                             .flops = n * batch->flops + t->update_cost.flops};
 }

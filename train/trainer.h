@@ -15,11 +15,16 @@ struct srf_trainer; /* opaque */
 struct srf_train_metrics {
     int64_t step;   /* 1 = after the first */
     int64_t tokens; /* predictions so far */
+    double lr;
+    uint64_t draw;
+    /* What the device has to be waited for is known of the steps that are logged, evaluated or
+     * saved, and of the last; else these are 0. */
+    bool known;
     double loss;    /* mean cross entropy of the step's predictions */
     double kl, mse; /* mean, where distilling; else 0 */
-    double lr, grad_norm, tokens_per_s;
-    uint64_t draw;
-    bool skipped; /* non-finite loss or gradient: nothing was updated */
+    double grad_norm;
+    double tokens_per_s; /* since the last step of which this was known */
+    bool skipped;        /* non-finite gradient: nothing was updated */
 };
 
 /* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL
@@ -36,7 +41,8 @@ srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_
                               struct srf_tokenset *val, struct srf_trainer **out);
 void srf_trainer_free(struct srf_trainer *t); /* NULL is fine */
 
-/* One optimizer step. SRF_NONFINITE after too many skipped ones in a row. */
+/* One optimizer step. SRF_NONFINITE, where the metrics are known, after too many skipped ones in a
+ * row. */
 srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out);
 /* Perplexity of the model as it is on the validation set. SRF_INVALID without one. */
 srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl);
@@ -50,8 +56,11 @@ int64_t srf_trainer_steps_done(const struct srf_trainer *t);
 int64_t srf_trainer_resumed_threads(const struct srf_trainer *t);
 const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t);
 struct srf_model *srf_trainer_model(struct srf_trainer *t);
-/* "weights 8.8 MB, gradients 8.8 MB, ..." */
+/* "weights 8.8 MB, gradients 8.8 MB, ..." and the sum of it, in bytes. */
 void srf_trainer_describe_memory(const struct srf_trainer *t, char *buf, size_t size);
+size_t srf_trainer_memory(const struct srf_trainer *t);
+/* What a step must do at least, without teacher and draw. */
+struct srf_cost srf_trainer_step_cost(const struct srf_trainer *t);
 
 /* The loop around it. */
 struct srf_run_hooks {

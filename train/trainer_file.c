@@ -1,12 +1,15 @@
 /* A training run's checkpoint: the model as in model/checkpoint.h, and
- *     /trainer    attributes settings (JSON), step, updates, first_draw, dtype, threads, data
+ *     /trainer    attributes layout, settings (JSON), step, first_draw, dtype, threads, data
  *     /optimizer  m, v (flat, in the order of the tensor table; then those of the features)
  *     /teacher    params (flat), attention settings; w, bias (its features, flat)
  *     /exact      params, w, bias of an f64 run: the model itself is stored in f32
- * Flat arrays have the run's own precision. */
+ * Flat arrays have the run's own precision; of a bf16 run the f32 masters are what is stored. */
 #include "train/trainer_internal.h"
 
 #include <string.h>
+
+/* How the tensors lie in flat arrays. 2: the output head's rows are padded. */
+#define LAYOUT 2
 
 /* A checkpoint on the host with the model's present values; caller frees. */
 static srf_status download(const struct srf_trainer *t, const struct srf_model *m,
@@ -83,7 +86,7 @@ static srf_status put_features(struct srf_trainer *t, struct srf_h5 *f, const st
     int64_t n, d = m->config.c / m->config.n_heads;
     const void *w = srf_model_features(m, &n), *bias = srf_arena_ptr(m->arena, m->slot_bias);
     SRF_TRY(put_flat(t, f, w_path, w, t->ctx->dtype, n));
-    return put_flat(t, f, bias_path, bias, t->ctx->dtype, n / d);
+    return put_flat(t, f, bias_path, bias, srf_ctx_acc(t->ctx), n / d);
 }
 
 static srf_status get_features(struct srf_trainer *t, struct srf_h5 *f, const struct srf_model *m,
@@ -93,7 +96,7 @@ static srf_status get_features(struct srf_trainer *t, struct srf_h5 *f, const st
     int64_t n, d = m->config.c / m->config.n_heads;
     void *w = srf_model_features(m, &n), *bias = srf_arena_ptr(m->arena, m->slot_bias);
     SRF_TRY(get_flat(t, f, w_path, w, t->ctx->dtype, n));
-    return get_flat(t, f, bias_path, bias, t->ctx->dtype, n / d);
+    return get_flat(t, f, bias_path, bias, srf_ctx_acc(t->ctx), n / d);
 }
 
 static srf_status put_teacher(struct srf_trainer *t, struct srf_h5 *f)
@@ -119,8 +122,8 @@ static srf_status put_trainer(struct srf_trainer *t, struct srf_h5 *f)
     srf_status st = srf_h5_put_str(f, "/trainer", "settings", settings);
     srf__free(settings);
     SRF_TRY(st);
+    SRF_TRY(srf_h5_put_i64(f, "/trainer", "layout", LAYOUT));
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "step", t->step));
-    SRF_TRY(srf_h5_put_i64(f, "/trainer", "updates", t->updates));
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "first_draw", (int64_t)t->first_draw));
     SRF_TRY(srf_h5_put_str(f, "/trainer", "dtype", srf_dtype_name(t->ctx->dtype)));
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "threads", t->ctx->n_threads));
@@ -195,7 +198,6 @@ static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
     SRF_TRY(get_flat(t, f, "/optimizer/m", srf_arena_ptr(t->arena, t->slot_m), acc, n));
     SRF_TRY(get_flat(t, f, "/optimizer/v", srf_arena_ptr(t->arena, t->slot_v), acc, n));
     SRF_TRY(srf_h5_get_i64(f, "/trainer", "step", &t->step));
-    SRF_TRY(srf_h5_get_i64(f, "/trainer", "updates", &t->updates));
     SRF_TRY(srf_h5_get_i64(f, "/trainer", "first_draw", &first_draw));
     t->first_draw = (uint64_t)first_draw;
     if (t->ctx->dtype == SRF_F64) {
@@ -204,9 +206,20 @@ static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
         SRF_TRY(get_features(t, f, t->model, "/exact/w", "/exact/bias"));
     }
     if (t->teacher) SRF_TRY(get_features(t, f, t->teacher, "/teacher/w", "/teacher/bias"));
-    SRF_FAIL_IF(t->step < 0 || t->step > t->config.steps || t->updates < 0 || t->updates > t->step,
-                SRF_FORMAT, "/trainer: step %lld with %lld updates of %lld steps",
-                (long long)t->step, (long long)t->updates, (long long)t->config.steps);
+    SRF_FAIL_IF(t->step < 0 || t->step > t->config.steps, SRF_FORMAT,
+                "/trainer: step %lld of %lld steps", (long long)t->step,
+                (long long)t->config.steps);
+    return SRF_OK;
+}
+
+static srf_status check_layout(struct srf_h5 *f, const char *path)
+{
+    int64_t layout = 0;
+    srf_status st = srf_h5_get_i64(f, "/trainer", "layout", &layout);
+    SRF_FAIL_IF(st != SRF_OK || layout != LAYOUT, SRF_UNSUPPORTED,
+                "%s is of a run by another version of srf, which cannot be continued: start a new "
+                "one from it (--model)",
+                path);
     return SRF_OK;
 }
 
@@ -224,6 +237,7 @@ srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_
     SRF_FAIL_GO_IF(ck->kind != SRF_CKPT_TRAINING, SRF_INVALID,
                    "%s: not a training checkpoint: a run's is called last.h5", path);
     SRF_TRY_GO(srf_h5_open(path, &f));
+    SRF_TRY_GO(check_layout(f, path));
     SRF_TRY_GO(srf_h5_get_str(f, "/trainer", "settings", &settings));
     SRF_TRY_GO(srf_train_config_from_json(settings, &config));
     if (srf_h5_has(f, "/teacher")) SRF_TRY_GO(get_teacher(f, ck, &teacher));

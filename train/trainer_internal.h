@@ -10,14 +10,19 @@ struct srf_trainer {
     struct srf_arena *arena;
     struct srf_model *model, *teacher; /* teacher: NULL without distillation */
     char *tokenizer_json;              /* or NULL */
-    int64_t n_params, n_features;   /* elements under the optimizer; n_features 0 = not trained */
-    int slot_m, slot_v, slot_sumsq; /* moments of parameters, then of features */
-    int64_t step;                   /* steps done */
-    int64_t updates;                /* of them, those that changed the weights */
-    int skipped;                    /* in a row */
-    bool resumed;                   /* made from a run's last.h5 */
-    int64_t resumed_threads;        /* what that ran on; 0 for a new run */
-    char data_id[96];               /* tells training sets apart: length, tokenizer, some ids */
-    uint64_t first_draw;            /* draw index of step 0 */
+    int64_t n_params, n_features; /* elements under the optimizer; n_features 0 = not trained */
+    /* moments of parameters, then of features; sum of squares of the gradient; u8 and i32 of adamw */
+    int slot_m, slot_v, slot_sumsq, slot_no_decay, slot_skips;
+    struct srf_cost update_cost; /* of the optimizer */
+    int64_t step;                /* steps done */
+    double clock;            /* when the first step since the last known metrics began; 0: none */
+    int64_t clock_step;      /* steps done then */
+    bool resumed;            /* made from a run's last.h5 */
+    int64_t resumed_threads; /* what that ran on; 0 for a new run */
+    char data_id[96];        /* tells training sets apart: length, tokenizer, some ids */
+    uint64_t first_draw;     /* draw index of step 0 */
     int32_t *window, *tokens, *targets;
 };
+
+/* Whether what is done every `every` steps (0 = at the end only) is done after `step` of `last`. */
+bool srf__due(int64_t step, int64_t every, int64_t last);

@@ -38,6 +38,13 @@ static char *slot_at(const struct run *r, int slot, int64_t offset)
     return at(r, srf_arena_ptr(r->arena, slot), offset);
 }
 
+/* The bias, A, of features `first` on. */
+static char *bias_at(const struct run *r, int64_t first)
+{
+    return (char *)srf_arena_ptr(r->arena, r->slot_bias) +
+           (size_t)first * srf_dtype_bytes(srf_ctx_acc(r->ctx));
+}
+
 /* ---- the ops, as planned and as run ---------------------------------------------------------- */
 
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
@@ -51,7 +58,7 @@ static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
                             .normalize_rows = a->normalize_rows, .seed = a->seed,
                             .draw = a->draw + (uint64_t)draw, .n_layers = r->model->config.n_layers,
                             .n_sets = r->n_sets, .m = m, .d = r->d, .oprf_a = oprf,
-                            .w = slot_at(r, r->slot_w, 0), .bias = slot_at(r, r->slot_bias, 0));
+                            .w = slot_at(r, r->slot_w, 0), .bias = bias_at(r, 0));
     srf__free(oprf);
     return st;
 }
@@ -81,7 +88,7 @@ static srf_status srf_outputs(struct run *r, enum form form, int64_t layer, cons
                                .window = r->config->attention.window,
                                .causal = true};
     const void *w = slot_at(r, r->slot_w, layer * r->n_sets * m * r->d);
-    const void *bias = slot_at(r, r->slot_bias, layer * r->n_sets * m);
+    const void *bias = bias_at(r, layer * r->n_sets * m);
     const void *q = at(r, qkv, first * 3 * r->c);
     const void *k = at(r, q, r->c), *v = at(r, q, 2 * r->c);
     int64_t ld = 3 * r->c;
@@ -116,7 +123,7 @@ static srf_status plan_ops(struct run *r)
     SRF_TRY_GO(srf_outputs(r, STEP, 0, NULL, c->main_m, 1, 0, 1));
 cleanup:
     r->ctx->plan = false;
-    if (st == SRF_OK) st = srf_ctx_reserve_workspace(r->ctx, r->ctx->plan_workspace);
+    srf_arena_workspace(r->arena, r->ctx->plan_workspace);
     return st;
 }
 
@@ -140,7 +147,7 @@ static srf_status open_run(struct run *r, const struct srf_checkpoint *ck, const
         int *slot;
     } slots[] = {
         {"w to try", rows * r->d, type, &r->slot_w},
-        {"bias to try", rows, type, &r->slot_bias},
+        {"bias to try", rows, acc, &r->slot_bias},
         {"softmax outputs", n * r->c, type, &r->slot_exact},
         {"srf outputs", n * r->c, type, &r->slot_o},
         {"recurrent state", r->n_heads * r->state_count, acc, &r->slot_state},
