@@ -1,0 +1,104 @@
+/* What the SRF attention kernels share: the pure and the hybrid path's entry points, and tiles of
+ * bf16 in shared memory as the tensor cores want them.
+ *
+ * A tile is row-major, `ld` bf16 values a row (a multiple of 16), without padding. Its 16-byte
+ * pieces are permuted inside each row (tile_at) such that the 8 rows that one ldmatrix tile reads
+ * lie in 8 different groups of banks. Products C (16, 8) += A (16, 16) B (16, 8) take their
+ * operands from tiles by the loads below; kk counts steps of 16 along the summed dimension:
+ *     load_a   A from rows of a (row, k) tile
+ *     load_b   B for two neighbouring C from a (column, k) tile: r[0], r[1] and r[2], r[3]
+ *     load_bt  the same from a (k, column) tile
+ */
+#pragma once
+#include "kernels/cuda/mma.h"
+
+/* Exponents are in log2 units: a = log2(e) (w.x + bias - |x|^2 / 2). */
+#define SRF__LOG2E 1.4426950408889634f
+/* Components of x = q d^(-1/4) and y are clamped to this, |y|^2 / 2 to the other. */
+#define SRF__X_LIMIT    1e17f
+#define SRF__HALF_LIMIT 1e30f
+/* The maximum over no keys: far below every exponent, and finite. */
+#define SRF__UNSET (-1e32f)
+/* A smaller denominator has lost too much to underflow: its chunk must be halved. As log2. */
+#define SRF__MIN_DEN      1e-20f
+#define SRF__MIN_DEN_LOG2 (-66.0f)
+
+/* ---- srf_attn_pure.cu, srf_attn_pure_bwd.cu: causal, window = 0, bf16 ------------------------ */
+
+/* True: the tensor-core path takes the shape and these leading dimensions and pointers. The
+ * workspace functions answer for shapes alone (0 where no pointers would do). */
+bool srf__pure_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+size_t srf__pure_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+srf_status srf__pure_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+
+#ifdef __CUDACC__
+/* Byte offset of 16-byte piece `piece` of row `row`. */
+template <int ld> __device__ __forceinline__ uint32_t tile_at(int row, int piece)
+{
+    static_assert(ld % 16 == 0, "rows of a multiple of 32 bytes");
+    int swizzle = ld % 64 == 0 ? row & 7 : ld % 32 == 0 ? (row >> 1) & 3 : (row >> 2) & 1;
+    return (uint32_t)(row * ld * 2 + ((piece ^ swizzle) << 4));
+}
+template <int ld>
+__device__ __forceinline__ void load_a(uint32_t r[4], uint32_t tile, int row, int kk, int lane)
+{
+    ldmatrix_x4(r, tile + tile_at<ld>(row + (lane & 15), 2 * kk + (lane >> 4)));
+}
+template <int ld>
+__device__ __forceinline__ void load_b(uint32_t r[4], uint32_t tile, int col, int kk, int lane)
+{
+    int row = col + (lane & 7) + ((lane >> 4) << 3);
+    ldmatrix_x4(r, tile + tile_at<ld>(row, 2 * kk + ((lane >> 3) & 1)));
+}
+/* col is a multiple of 16. */
+template <int ld>
+__device__ __forceinline__ void load_bt(uint32_t r[4], uint32_t tile, int kk, int col, int lane)
+{
+    ldmatrix_x4_trans(r, tile + tile_at<ld>(16 * kk + (lane & 15), (col >> 3) + (lane >> 4)));
+}
+/* Rows [0, rows) of a tile from global memory, asynchronously; zeros from row `valid` on. */
+template <int ld, int threads>
+__device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *src, int64_t src_ld, int rows,
+                                          int valid, int tid)
+{
+    constexpr int pieces = ld / 8;
+#pragma unroll 4
+    for (int i = tid; i < rows * pieces; i += threads) {
+        int row = i / pieces, piece = i - row * pieces;
+        bool in = row < valid;
+        cp_async_16(tile + tile_at<ld>(row, piece), src + (in ? row * src_ld + piece * 8 : 0), in);
+    }
+}
+__device__ __forceinline__ void store_shared(uint32_t addr, uint32_t x)
+{
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory");
+}
+__device__ __forceinline__ uint32_t load_shared(uint32_t addr)
+{
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr) : "memory");
+    return x;
+}
+/* Two bf16 values clamped to +-limit (of both halves); NaN stays NaN. */
+__device__ __forceinline__ uint32_t clamp_bf16(uint32_t x, uint32_t limit)
+{
+    uint32_t r;
+    asm("{ .reg .b32 t; min.NaN.bf16x2 t, %1, %2; max.NaN.bf16x2 %0, t, %3; }"
+        : "=r"(r)
+        : "r"(x), "r"(limit), "r"(limit ^ 0x80008000u));
+    return r;
+}
+__device__ __forceinline__ float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+#endif
