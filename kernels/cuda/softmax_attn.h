@@ -1,0 +1,44 @@
+/* Softmax attention on CUDA: what its files share. */
+#pragma once
+#include "kernels/cuda/cuda.h"
+
+/* Everything a kernel is told; forward and backward leave NULL what they do not use. */
+struct attn {
+    const void *q, *k, *v, *o, *d_o;
+    void *out, *dq, *dk, *dv;
+    float *lse;   /* (heads, t) */
+    float2 *rows; /* (heads, t): what backward's second kernel wants of each query, see there */
+    int64_t ld, ld_o;
+    int t, h, d, heads; /* heads: b h */
+    float scale;        /* 1 / sqrt(d) */
+};
+
+/* Element offset of row 0 of a head in an array of leading dimension ld. */
+__host__ __device__ __forceinline__ int64_t head_at(const struct attn *a, int head, int64_t ld)
+{
+    return (int64_t)(head / a->h) * a->t * ld + (int64_t)(head % a->h) * a->d;
+}
+/* Which tile of which head a block takes. Heads go in groups, so that what the blocks of a head
+ * share stays in the L2 cache; in a group tiles come in the order of their number, or backwards:
+ * the most work first. */
+#define HEAD_GROUP 32
+__device__ __forceinline__ void block_of(const struct attn *a, int tiles, bool backwards, int *tile,
+                                         int *head)
+{
+    int group = (int)blockIdx.x / (HEAD_GROUP * tiles), first = group * HEAD_GROUP;
+    int rest = (int)blockIdx.x - first * tiles;
+    int n = a->heads - first < HEAD_GROUP ? a->heads - first : HEAD_GROUP;
+    *tile = backwards ? tiles - 1 - rest / n : rest / n;
+    *head = first + rest % n;
+}
+
+/* bf16 on tensor cores: whether there is a kernel for this head size. */
+static inline bool attn_mma_takes(int64_t d)
+{
+    return d == 32 || d == 64 || d == 80 || d == 96 || d == 128;
+}
+srf_status srf__attn_mma_fwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
+srf_status srf__attn_mma_bwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
+/* Any head size up to 512, either dtype, fp32 arithmetic. */
+srf_status srf__attn_any_fwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
+srf_status srf__attn_any_bwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
