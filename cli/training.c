@@ -5,7 +5,7 @@
 #include <string.h>
 
 struct inputs {
-    const char *model, *init, *tokenizer, *data, *val, *out, *teacher;
+    const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute;
     bool resume, quiet, json;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
@@ -350,6 +350,15 @@ static const char *not_for_resume(const struct cli_option *options, const bool *
     return NULL;
 }
 
+/* -1: no such setting */
+static int recompute_of(const char *name)
+{
+    static const char *const names[] = {"none", "cheap", "block"};
+    for (int i = 0; i < 3; i++)
+        if (strcmp(name, names[i]) == 0) return i;
+    return -1;
+}
+
 /* 0, or the exit code of a usage error. */
 static int check_usage(const struct cli_training *defaults, const struct inputs *in,
                        const struct cli_option *options, const bool *set)
@@ -364,6 +373,8 @@ static int check_usage(const struct cli_training *defaults, const struct inputs 
     if (!in->resume && !in->model == !in->init)
         return cli_usage_error("%s needs one of --model, --init and --resume", defaults->name);
     if (in->tokenizer && !in->init) return cli_usage_error("--tokenizer belongs to --init");
+    if (in->recompute && recompute_of(in->recompute) < 0)
+        return cli_usage_error("--recompute %s: expected none, cheap or block", in->recompute);
     if (in->teacher && !srf_policy_needs_teacher(&in->config))
         return cli_usage_error("--teacher teaches nothing without --kl or --mse above 0");
     return EXIT_OK;
@@ -393,6 +404,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
          "sequences at once; sets the memory (about 2048 tokens)", 1, 1e6},
+        {"recompute", 0, CLI_STRING, &in.recompute, "WHAT",
+         "made again in backward, to save memory: none, cheap (norms, GELU), block (none)", 0, 0},
         {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a sequence (the model's, up to 1024)", 1,
          1 << 24},
         {"lr", 0, CLI_DOUBLE, &c->lr, "X", "peak learning rate", 0, 10},
@@ -445,5 +458,6 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         return code;
     code = check_usage(defaults, &in, options, set);
     if (code != EXIT_OK) return code;
+    if (in.recompute) c->recompute = recompute_of(in.recompute);
     return run(defaults, &in);
 }

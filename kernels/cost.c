@@ -27,7 +27,7 @@ struct srf_cost srf_features_draw_cost(const struct srf_ctx *ctx,
     else if (a->kind != SRF_IID)
         flops = blocks * 3 * d * d * (1 + log2(d));
     if (a->kind == SRF_SIMPLEX || a->kind == SRF_SIMPLEX_PLUS) flops += 4 * m * d;
-    return (struct srf_cost){t_bytes(ctx, sets * m * (d + 1)), sets * flops};
+    return (struct srf_cost){t_bytes(ctx, sets * m * d) + a_bytes(ctx, sets * m), sets * flops};
 }
 
 /* Rows of the tables count as often as they are used: they are gathered. */
@@ -40,7 +40,8 @@ struct srf_cost srf_embed_fwd_cost(const struct srf_ctx *ctx, const struct srf_e
 struct srf_cost srf_embed_bwd_cost(const struct srf_ctx *ctx, const struct srf_embed_bwd_args *a)
 {
     double count = (double)a->n * (double)a->c;
-    return (struct srf_cost){t_bytes(ctx, 5 * count) + 4 * (double)a->n, 2 * count};
+    return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, 4 * count) + 4 * (double)a->n,
+                             2 * count};
 }
 
 struct srf_cost srf_layernorm_fwd_cost(const struct srf_ctx *ctx,
@@ -54,7 +55,7 @@ struct srf_cost srf_layernorm_bwd_cost(const struct srf_ctx *ctx,
                                        const struct srf_layernorm_bwd_args *a)
 {
     double n = (double)a->n, c = (double)a->c;
-    return (struct srf_cost){t_bytes(ctx, 4 * n * c + 5 * c) + a_bytes(ctx, 2 * n), 17 * n * c};
+    return (struct srf_cost){t_bytes(ctx, 4 * n * c + c) + a_bytes(ctx, 2 * n + 4 * c), 17 * n * c};
 }
 
 /* GELU: 9 with its exponential; the derivative 16. */
@@ -74,15 +75,21 @@ struct srf_cost srf_linear_fwd_cost(const struct srf_ctx *ctx, const struct srf_
 struct srf_cost srf_linear_bwd_cost(const struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
     double n = (double)a->n, in = (double)a->in, out = (double)a->out;
-    double count = n * out, flops = 0;
+    double count = n * out, sums = 0, flops = 0; /* elements of T, of A */
     if (a->dx) {
         count += in * out + n * in * (a->dx_accumulate ? 2 : 1);
         flops += 2 * n * in * out;
         if (a->x_act != SRF_ACT_NONE) count += n * in, flops += 17 * n * in;
     }
-    if (a->dw) count += n * in + 2 * in * out, flops += 2 * n * in * out;
-    if (a->db) count += 2 * out, flops += n * out;
-    return (struct srf_cost){t_bytes(ctx, count), flops};
+    if (a->dw) count += n * in, sums += 2 * in * out, flops += 2 * n * in * out;
+    if (a->db) sums += 2 * out, flops += n * out;
+    return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, sums), flops};
+}
+
+struct srf_cost srf_act_fwd_cost(const struct srf_ctx *ctx, const struct srf_act_fwd_args *a)
+{
+    return (struct srf_cost){t_bytes(ctx, 2 * (double)a->n),
+                             a->act == SRF_ACT_NONE ? 0 : 9 * (double)a->n};
 }
 
 /* A row costs its maximum, difference, exponential and sum; the gradient a product more; a teacher
@@ -107,13 +114,13 @@ struct srf_cost srf_mse_cost(const struct srf_ctx *ctx, const struct srf_mse_arg
 
 struct srf_cost srf_sumsq_cost(const struct srf_ctx *ctx, const struct srf_sumsq_args *a)
 {
-    return (struct srf_cost){t_bytes(ctx, (double)a->n) + a_bytes(ctx, 2), 2 * (double)a->n};
+    return (struct srf_cost){a_bytes(ctx, (double)a->n + 2), 2 * (double)a->n};
 }
 
 struct srf_cost srf_adamw_cost(const struct srf_ctx *ctx, const struct srf_adamw_args *a)
 {
     double n = (double)a->n;
-    double bytes = t_bytes(ctx, 2 * n) + a_bytes(ctx, 4 * n);
+    double bytes = t_bytes(ctx, n) + a_bytes(ctx, 5 * n); /* param written, grad, m, v */
     /* a bf16 parameter is written only, its master copy updated */
     bytes += a->master ? a_bytes(ctx, 2 * n) : t_bytes(ctx, n);
     return (struct srf_cost){bytes, 14 * n};

@@ -114,6 +114,13 @@ struct srf_linear_bwd_args {
     void *dx;           /* out T (n, in), or NULL: not wanted */
     void *dw, *db;      /* += A as w, (out); NULL: not wanted */
 };
+/* y = act(x): what linear_fwd made of its pre, where that was kept and y was not. */
+struct srf_act_fwd_args {
+    int64_t n;
+    enum srf_act act;
+    const void *x; /* T (n) */
+    void *y;       /* out T (n) */
+};
 
 /* ---- attention ----------------------------------------------------------------------------
  * Heads are slices of rows: element (b, t, h, j) of q is q[((b * t_len) + t) * ld + h * d + j], so

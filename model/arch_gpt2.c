@@ -258,13 +258,41 @@ static srf_status layernorm(struct srf_model *m, int64_t n, const void *x, int64
                    .y = y, .mean = mean, .rstd = rstd);
 }
 
+/* The MLP's activation, of what `pre` keeps. */
+static srf_status activate(struct srf_model *m, int64_t n, const struct block *k)
+{
+    return SRF_RUN(m->ctx, act_fwd, .n = n * m->config.d_ff, .act = SRF_ACT_GELU_TANH,
+                   .x = PTR(k->pre), .y = PTR(k->fc));
+}
+
+/* Block l up to the MLP's activation. */
+static srf_status block_inside(struct srf_model *m, const struct srf_batch *batch, int64_t l)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct block *k = &((const struct acts *)m->acts)->blocks[l];
+    int64_t n = batch->b * batch->t, c = m->config.c, ff = m->config.d_ff;
+    size_t size = srf_dtype_bytes(ctx->dtype);
+    void *qkv = PTR(k->qkv), *att = PTR(k->att), *res1 = PTR(k->res1), *res2 = PTR(k->res2);
+
+    SRF_TRY(layernorm(m, n, res1, row(l, LN1_W), PTR(k->ln1), PTR(k->mean1), PTR(k->rstd1)));
+    SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
+                    .w = PARAM(l, QKV_W), .b = PARAM(l, QKV_B), .y = qkv));
+    SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
+                             PTR(k->stat)));
+    SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
+                    .b = PARAM(l, O_B), .residual = res1, .y = res2));
+    SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), PTR(k->ln2), PTR(k->mean2), PTR(k->rstd2)));
+    return SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
+                   .w = PARAM(l, FC_W), .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
+                   .pre = m->plan.train ? PTR(k->pre) : NULL, .y = PTR(k->fc));
+}
+
 static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
     const struct srf_model_config *cfg = &m->config;
     const struct acts *a = m->acts;
-    int64_t n = batch->b * batch->t, c = cfg->c, ff = cfg->d_ff;
-    size_t size = srf_dtype_bytes(ctx->dtype);
+    int64_t n = batch->b * batch->t, c = cfg->c;
 
     SRF_TRY(SRF_RUN(ctx, embed_fwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
                     .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens),
@@ -273,23 +301,10 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
                     .y = PTR(a->blocks[0].res1)));
     for (int64_t l = 0; l < cfg->n_layers; l++) {
         const struct block *k = &a->blocks[l];
-        void *res1 = PTR(k->res1), *res2 = PTR(k->res2), *qkv = PTR(k->qkv), *att = PTR(k->att);
-        void *next = PTR(l + 1 < cfg->n_layers ? a->blocks[l + 1].res1 : a->res);
-
-        SRF_TRY(layernorm(m, n, res1, row(l, LN1_W), PTR(k->ln1), PTR(k->mean1), PTR(k->rstd1)));
-        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
-                        .w = PARAM(l, QKV_W), .b = PARAM(l, QKV_B), .y = qkv));
-        SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att,
-                                 c, PTR(k->stat)));
-        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
-                        .b = PARAM(l, O_B), .residual = res1, .y = res2));
-
-        SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), PTR(k->ln2), PTR(k->mean2), PTR(k->rstd2)));
-        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
-                        .w = PARAM(l, FC_W), .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
-                        .pre = m->plan.train ? PTR(k->pre) : NULL, .y = PTR(k->fc)));
-        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
-                        .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .residual = res2, .y = next));
+        SRF_TRY(block_inside(m, batch, l));
+        SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = cfg->d_ff, .out = c, .x = PTR(k->fc),
+                        .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .residual = PTR(k->res2),
+                        .y = PTR(l + 1 < cfg->n_layers ? a->blocks[l + 1].res1 : a->res)));
     }
     return layernorm(m, n, PTR(a->res), LNF_W, PTR(m->slot_hidden), PTR(a->mean), PTR(a->rstd));
 }
@@ -301,6 +316,7 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
     const struct acts *a = m->acts;
     int64_t n = batch->b * batch->t, c = cfg->c, ff = cfg->d_ff;
     size_t size = srf_dtype_bytes(ctx->dtype);
+    enum srf_recompute recompute = m->plan.recompute;
     /* Hidden and its gradient have served once ln_f is done, the logits already. */
     void *d_res = PTR(m->slot_hidden), *d_ln = PTR(m->slot_d_hidden), *d_fc = PTR(m->slot_logits);
     void *d_qkv = d_fc, *d_att = COLUMN(d_fc, aligned(n * 3 * c));
@@ -313,11 +329,18 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
     for (int64_t l = cfg->n_layers - 1; l >= 0; l--) {
         const struct block *k = &a->blocks[l];
         void *qkv = PTR(k->qkv), *att = PTR(k->att);
+        /* What is not kept, the last block has left where it is shared. */
+        bool again = l + 1 < cfg->n_layers, cheap = again && recompute == SRF_RECOMPUTE_CHEAP;
 
+        if (again && recompute == SRF_RECOMPUTE_BLOCK) SRF_TRY(block_inside(m, batch, l));
+        if (cheap) SRF_TRY(activate(m, n, k));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
                         .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = PTR(k->pre),
                         .x_act = SRF_ACT_GELU_TANH, .dx = d_fc, .dw = GRAD(l, PROJ_W),
                         .db = GRAD(l, PROJ_B)));
+        if (cheap)
+            SRF_TRY(layernorm(m, n, PTR(k->res2), row(l, LN2_W), PTR(k->ln2), PTR(k->mean2),
+                              PTR(k->rstd2)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
                         .w = PARAM(l, FC_W), .dy = d_fc, .dx = d_ln, .dw = GRAD(l, FC_W),
                         .db = GRAD(l, FC_B)));
@@ -335,6 +358,9 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         SRF_TRY(srf_model_attend_bwd(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c,
                                      att, d_att, c, PTR(k->stat), d_qkv, COLUMN(d_qkv, c),
                                      COLUMN(d_qkv, 2 * c)));
+        if (cheap)
+            SRF_TRY(layernorm(m, n, PTR(k->res1), row(l, LN1_W), PTR(k->ln1), PTR(k->mean1),
+                              PTR(k->rstd1)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
                         .w = PARAM(l, QKV_W), .dy = d_qkv, .dx = d_ln, .dw = GRAD(l, QKV_W),
                         .db = GRAD(l, QKV_B)));

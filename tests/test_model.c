@@ -43,8 +43,9 @@ static void randomize(struct srf_checkpoint *ck, double scale)
     }
 }
 
-static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_attention_config a,
-                         int64_t b, int64_t t, bool train_features)
+static void open_fixture_with(struct fixture *f, enum srf_dtype dtype,
+                              struct srf_attention_config a, int64_t b, int64_t t,
+                              bool train_features, enum srf_recompute recompute)
 {
     memset(f, 0, sizeof *f);
     test_ok(srf_ctx_create("cpu", dtype, 2, &f->ctx));
@@ -57,7 +58,8 @@ static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_att
                                   .train = true,
                                   .train_features = train_features,
                                   .teacher = true,
-                                  .logit_rows = 16};
+                                  .logit_rows = 16,
+                                  .recompute = recompute};
     test_ok(srf_model_plan(f->model, f->arena, &plan));
     test_ok(srf_arena_commit(f->arena));
     test_ok(srf_model_upload(f->model, f->ck));
@@ -69,6 +71,12 @@ static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_att
     }
     f->batch = (struct srf_batch){.b = b, .t = t, .tokens = f->tokens};
     f->ce = 1;
+}
+
+static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_attention_config a,
+                         int64_t b, int64_t t, bool train_features)
+{
+    open_fixture_with(f, dtype, a, b, t, train_features, SRF_RECOMPUTE_NONE);
 }
 
 /* A teacher of other weights with softmax. */
@@ -220,6 +228,104 @@ static void gradients_distillation(void **state)
     check_gradients(attention(SRF_ATTN_SRF, 0), false, true);
 }
 
+/* All gradients of one batch, parameters first, then features; srf__free. */
+static char *gradients(enum srf_dtype dtype, struct srf_attention_config a,
+                       enum srf_recompute recompute, size_t *bytes)
+{
+    struct fixture f;
+    bool srf = a.kind == SRF_ATTN_SRF;
+    size_t size = srf_dtype_bytes(dtype);
+    open_fixture_with(&f, dtype, a, 2, 13, srf, recompute);
+    f.kl = 0.7;
+    f.mse = 0.9;
+    if (dtype == SRF_F64) add_teacher(&f); /* loss() reads its outputs as doubles */
+    test_ok(srf_model_zero_grads(f.model));
+    struct srf_loss_args args = {.n = 26,
+                                 .targets = f.targets,
+                                 .scale = 1.0 / 26,
+                                 .ce_weight = 1,
+                                 .kl_weight = f.teacher ? f.kl : 0,
+                                 .teacher = f.teacher,
+                                 .backward = true};
+    if (f.teacher) test_ok(srf_model_forward(f.teacher, &f.batch));
+    test_ok(srf_model_forward(f.model, &f.batch));
+    test_ok(srf_model_loss(f.model, &args));
+    f.model->attention_teacher = f.teacher;
+    f.model->attention_scale = f.mse / 26;
+    test_ok(srf_model_backward(f.model, &f.batch));
+    int64_t n_features = 0;
+    if (srf) srf_model_features(f.model, &n_features);
+    size_t params = (size_t)f.model->table.total * size, features = (size_t)n_features * size;
+    char *all = srf__alloc(params + features, 1);
+    memcpy(all, srf_model_grad(f.model, 0), params);
+    if (srf) memcpy(all + params, srf_model_features_grad(f.model), features);
+    *bytes = params + features;
+    close_fixture(&f);
+    return all;
+}
+
+/* What backward makes again is what forward made: the same bits. */
+static void recomputation(void **state)
+{
+    (void)state;
+    const enum srf_dtype dtypes[] = {SRF_F32, SRF_F64};
+    const struct srf_attention_config kinds[] = {
+        attention(SRF_ATTN_SOFTMAX, 0), attention(SRF_ATTN_SRF, 0), attention(SRF_ATTN_SRF, 3)};
+    for (size_t k = 0; k < 6; k++) {
+        size_t bytes, again;
+        char *want = gradients(dtypes[k % 2], kinds[k / 2], SRF_RECOMPUTE_NONE, &bytes);
+        for (int r = SRF_RECOMPUTE_CHEAP; r <= SRF_RECOMPUTE_BLOCK; r++) {
+            char *got = gradients(dtypes[k % 2], kinds[k / 2], (enum srf_recompute)r, &again);
+            assert_int_equal(again, bytes);
+            assert_memory_equal(got, want, bytes);
+            srf__free(got);
+        }
+        srf__free(want);
+    }
+}
+
+/* Bytes of training GPT-2 124M on 32 x 1024 tokens in bf16, planned and never allocated. */
+static size_t gpt2_bytes(enum srf_recompute recompute)
+{
+    static const char gpt2[] =
+        "{\"model_type\": \"gpt2\", \"n_layer\": 12, \"n_head\": 12, \"n_embd\": 768,"
+        " \"n_positions\": 1024, \"vocab_size\": 50257, \"activation_function\": \"gelu_new\"}";
+    struct srf_ctx *ctx;
+    struct srf_arena *arena;
+    struct srf_model *m;
+    struct srf_model_config config;
+    struct srf_attention_config a = srf_attention_default();
+    a.kind = SRF_ATTN_SRF;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    ctx->dtype = SRF_BF16; /* a plan runs no op */
+    test_ok(srf_model_config_from_json(gpt2, &config));
+    test_ok(srf_arena_create(ctx, &arena));
+    test_ok(srf_model_create(ctx, &config, &a, &m));
+    struct srf_model_plan plan = {
+        .b = 32, .t = 1024, .train = true, .logit_rows = 4736, .recompute = recompute};
+    test_ok(srf_model_plan(m, arena, &plan));
+    static const char *const classes[] = {"weights",  "masters",     "gradients",
+                                          "features", "activations", "logits"};
+    size_t bytes = 2 * (size_t)m->table.total * sizeof(float); /* moments */
+    for (size_t i = 0; i < sizeof classes / sizeof *classes; i++)
+        bytes += srf_arena_bytes(arena, classes[i]);
+    srf_model_free(m);
+    srf_arena_free(arena);
+    srf_ctx_free(ctx);
+    return bytes;
+}
+
+static void memory_of_gpt2(void **state)
+{
+    (void)state;
+    const double limit_gib[] = {11.75, 8.65, 4.2};
+    for (int r = SRF_RECOMPUTE_NONE; r <= SRF_RECOMPUTE_BLOCK; r++) {
+        double gib = (double)gpt2_bytes((enum srf_recompute)r) / (1 << 30);
+        print_message("recompute %d: %.2f GiB\n", r, gib);
+        assert_true(gib < limit_gib[r]);
+    }
+}
+
 /* Gradient of a batch in one piece and in micro-batches, single precision. */
 static void micro_batches(void **state)
 {
@@ -306,6 +412,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(gradients_softmax), cmocka_unit_test(gradients_srf),
         cmocka_unit_test(gradients_hybrid),  cmocka_unit_test(gradients_distillation),
+        cmocka_unit_test(recomputation),     cmocka_unit_test(memory_of_gpt2),
         cmocka_unit_test(micro_batches),     cmocka_unit_test(forms_agree),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -44,6 +44,7 @@ struct srf_train_config srf_train_defaults(void)
     X(eps, f, 1e-30, 1)                                                                            \
     X(weight_decay, f, 0, 100)                                                                     \
     X(clip, f, 0, 1e30)                                                                            \
+    X(recompute, i, 0, 2)                                                                          \
     X(redraw_every, i, 0, 1e12)                                                                    \
     X(freeze_at, f, 0, 1)                                                                          \
     X(ce_weight, f, 0, 1e9)                                                                        \

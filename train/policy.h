@@ -14,6 +14,8 @@ struct srf_train_config {
     double beta1, beta2, eps, weight_decay;
     double clip; /* global gradient norm; 0 = off */
 
+    int64_t recompute; /* enum srf_recompute: activations that backward makes again */
+
     int64_t redraw_every; /* optimizer steps between draws; 0 = never */
     double freeze_at;     /* fraction of the run after which the draw stays, 0 to 1 */
     bool train_features;  /* once frozen, W is trained as well */

@@ -59,7 +59,8 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
                                .train = true,
                                .train_features = c->train_features,
                                .teacher = teacher,
-                               .loss_rows = c->batch * c->seq_len};
+                               .loss_rows = c->batch * c->seq_len,
+                               .recompute = (enum srf_recompute)c->recompute};
     SRF_TRY(srf_model_plan(t->model, t->arena, &p));
     if (teacher) {
         SRF_TRY(srf_model_create(ctx, &teacher->config, &teacher->attention, &t->teacher));

@@ -1,4 +1,4 @@
-/* Linear layers: y = act(x W + b), by BLAS.
+/* Linear layers: y = act(x W + b), by BLAS; and act_fwd, the activation alone.
  *
  *     forward    u = x W + b,  y = act(u)
  *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy
@@ -57,6 +57,13 @@ static void put_start(struct srf_ctx *ctx, int64_t n, int64_t out, const real *b
     }
 }
 
+/* y = gelu(u); y may be u: each element is read before it is written. */
+static void activate(struct srf_ctx *ctx, int64_t n, const real *u, real *y)
+{
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (n > MIN_PARALLEL)
+    for (int64_t i = 0; i < n; i++) y[i] = gelu(u[i]);
+}
+
 srf_status SRF_CPU(linear_fwd)(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
 {
     if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
@@ -67,12 +74,7 @@ srf_status SRF_CPU(linear_fwd)(struct srf_ctx *ctx, const struct srf_linear_fwd_
     if (a->b || a->residual) put_start(ctx, a->n, a->out, a->b, a->residual, u);
     srf__gemm(ctx, false, a->w_transposed, a->n, a->out, a->in, 1, a->x, a->in, a->w,
               a->w_transposed ? a->in : a->out, a->b || a->residual, u, a->out);
-    if (a->act == SRF_ACT_NONE) return SRF_OK;
-    real *y = a->y;
-    int64_t count = a->n * a->out;
-    /* y may be u here: each element is read before it is written */
-#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
-    for (int64_t i = 0; i < count; i++) y[i] = gelu(u[i]);
+    if (a->act != SRF_ACT_NONE) activate(ctx, a->n * a->out, u, a->y);
     return SRF_OK;
 }
 
@@ -156,4 +158,20 @@ size_t SRF_CPU(linear_bwd_workspace)(const struct srf_ctx *ctx, const struct srf
     int64_t dx = through ? rows * a->in : 0;
     int64_t db = a->db ? ctx->n_threads * srf__part_stride(a->out) : 0;
     return (size_t)(dx > db ? dx : db) * sizeof(real);
+}
+
+srf_status SRF_CPU(act_fwd)(struct srf_ctx *ctx, const struct srf_act_fwd_args *a)
+{
+    if (a->act != SRF_ACT_NONE)
+        activate(ctx, a->n, a->x, a->y);
+    else if (a->n)
+        memcpy(a->y, a->x, (size_t)a->n * sizeof(real));
+    return SRF_OK;
+}
+
+size_t SRF_CPU(act_fwd_workspace)(const struct srf_ctx *ctx, const struct srf_act_fwd_args *a)
+{
+    (void)ctx;
+    (void)a;
+    return 0;
 }
