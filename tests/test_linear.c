@@ -119,6 +119,29 @@ static void test_fwd(void **state)
     twin_each(fwd);
 }
 
+/* The activation alone. */
+static void act(enum srf_dtype dtype, int threads)
+{
+    const int64_t lengths[] = {0, 1, 7, 64, 1000, 40003};
+    for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {
+        int64_t n = lengths[k];
+        struct twins s = twins_new(dtype, threads);
+        struct twin x = twin_normal(&s, n, 3), y = twin_fill(&s, n, NAN), z = twin_fill(&s, n, NAN);
+        twin_run(&s, act_fwd, .n = n, .act = SRF_ACT_GELU_TANH, .x = x.dev, .y = y.dev);
+        twin_run(&s, act_fwd, .n = n, .act = SRF_ACT_NONE, .x = x.dev, .y = z.dev);
+        for (int64_t i = 0; i < n; i++) y.ref[i] = ref_gelu(x.ref[i]), z.ref[i] = x.ref[i];
+        twin_close(&s, "gelu", y, twin_tol(&s, 1), 0);
+        twin_close(&s, "no activation", z, 0, 0);
+        twins_free(&s);
+    }
+}
+
+static void test_act(void **state)
+{
+    (void)state;
+    twin_each(act);
+}
+
 /* --- backward --------------------------------------------------------------------------------- */
 
 static void check_bwd(struct twins *s, const int64_t *shape, bool transposed, bool activated,
@@ -254,6 +277,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reference_gradient),
         cmocka_unit_test(test_fwd),
+        cmocka_unit_test(test_act),
         cmocka_unit_test(test_bwd),
         cmocka_unit_test(test_gelu_grid),
         cmocka_unit_test(test_gelu_extremes),
