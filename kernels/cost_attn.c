@@ -59,13 +59,20 @@ static double row_values(const struct srf_attn_shape *s)
 
 static double weight_values(const struct srf_attn_shape *s)
 {
-    return (double)s->n_sets * (double)s->m * (double)(s->d + 1);
+    return (double)s->n_sets * (double)s->m * (double)s->d;
+}
+
+/* q, k, v, o; W and its bias. */
+static double fwd_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    return b_t(ctx) * (4 * row_values(s) + weight_values(s)) +
+           b_a(ctx) * (double)s->n_sets * (double)s->m;
 }
 
 static struct srf_cost fwd_cost(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     double heads = (double)s->b * (double)s->h;
-    return (struct srf_cost){.bytes = b_t(ctx) * (4 * row_values(s) + weight_values(s)),
+    return (struct srf_cost){.bytes = fwd_bytes(ctx, s),
                              .flops =
                                  far_flops(s) + heads * window_pairs(s) * (4 * (double)s->d + 1)};
 }
@@ -73,7 +80,9 @@ static struct srf_cost fwd_cost(const struct srf_ctx *ctx, const struct srf_attn
 struct srf_cost srf_srf_attn_fwd_cost(const struct srf_ctx *ctx,
                                       const struct srf_srf_attn_fwd_args *a)
 {
-    return fwd_cost(ctx, &a->s);
+    struct srf_cost c = fwd_cost(ctx, &a->s);
+    if (a->stat) c.bytes += b_a(ctx) * (double)a->s.b * (double)a->s.h * (double)a->s.t;
+    return c;
 }
 
 /* Backward: features and state again (6 m d), then S g, R v, R phi, R += phi g, W^T da twice
@@ -84,10 +93,11 @@ struct srf_cost srf_srf_attn_bwd_cost(const struct srf_ctx *ctx,
     const struct srf_attn_shape *s = &a->s;
     double heads = (double)s->b * (double)s->h, m = (double)s->m, d = (double)s->d;
     double rows = heads * (double)s->t, dw = a->dw ? 1 : 0;
-    return (struct srf_cost){.bytes =
-                                 b_t(ctx) * (8 * row_values(s) + (1 + 2 * dw) * weight_values(s)),
-                             .flops = rows * (18 * m * d + 8 * m + dw * 4 * m * d) +
-                                      heads * window_pairs(s) * (10 * d + 1)};
+    double accumulated = rows + (double)s->n_sets * m + 2 * dw * weight_values(s);
+    return (struct srf_cost){
+        .bytes = b_t(ctx) * (8 * row_values(s) + weight_values(s)) + b_a(ctx) * accumulated,
+        .flops =
+            rows * (18 * m * d + 8 * m + dw * 4 * m * d) + heads * window_pairs(s) * (10 * d + 1)};
 }
 
 static double state_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
@@ -110,7 +120,7 @@ struct srf_cost srf_srf_attn_step_cost(const struct srf_ctx *ctx,
 {
     const struct srf_attn_shape *s = &a->s;
     double heads = (double)s->b * (double)s->h;
-    return (struct srf_cost){
-        .bytes = b_t(ctx) * (4 * row_values(s) + weight_values(s)) + state_bytes(ctx, s),
-        .flops = far_flops(s) + heads * 1.5 * (double)s->window * (4 * (double)s->d + 1)};
+    return (struct srf_cost){.bytes = fwd_bytes(ctx, s) + state_bytes(ctx, s),
+                             .flops = far_flops(s) +
+                                      heads * 1.5 * (double)s->window * (4 * (double)s->d + 1)};
 }

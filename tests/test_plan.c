@@ -149,6 +149,35 @@ static void test_costs_follow_dtype(void **state)
     srf_ctx_free(f64);
 }
 
+/* With bf16 the gradients of parameters, biases and statistics stay fp32. */
+static void test_costs_of_bf16(void **state)
+{
+    (void)state;
+    const struct srf_ctx ctx = {.dtype = SRF_BF16};
+    char p = 0;
+    struct srf_cost c = srf_linear_bwd_cost(
+        &ctx,
+        &(struct srf_linear_bwd_args){.n = N, .in = IN, .out = OUT, .dx = &p, .dw = &p, .db = &p});
+    assert_true(c.bytes == 2.0 * (N * OUT + IN * OUT + 2 * N * IN) + 8.0 * (IN * OUT + OUT));
+    c = srf_embed_bwd_cost(&ctx, &(struct srf_embed_bwd_args){.n = N, .c = IN, .v = 7});
+    assert_true(c.bytes == (2.0 + 16.0) * N * IN + 4.0 * N);
+    c = srf_layernorm_bwd_cost(&ctx, &(struct srf_layernorm_bwd_args){.n = N, .c = IN});
+    assert_true(c.bytes == 2.0 * (4 * N * IN + IN) + 4.0 * (2 * N + 4 * IN));
+    c = srf_sumsq_cost(&ctx, &(struct srf_sumsq_args){.n = 100});
+    assert_true(c.bytes == 4.0 * 102);
+    c = srf_adamw_cost(&ctx, &(struct srf_adamw_args){.n = 100, .master = &p});
+    assert_true(c.bytes == (2 + 7 * 4) * 100.0);
+    c = srf_features_draw_cost(&ctx,
+                               &(struct srf_features_draw_args){
+                                   .kind = SRF_IID, .n_layers = 2, .n_sets = 3, .m = 8, .d = 4});
+    assert_true(c.bytes == 6 * (2.0 * 8 * 4 + 4.0 * 8));
+    const struct srf_attn_shape s = {.b = 2, .t = 8, .h = 3, .d = 4, .m = 5, .n_sets = 3};
+    c = srf_srf_attn_fwd_cost(&ctx, &(struct srf_srf_attn_fwd_args){.s = s, .stat = &p});
+    assert_true(c.bytes == 2.0 * (4 * 192 + 60) + 4.0 * (15 + 48));
+    c = srf_srf_attn_bwd_cost(&ctx, &(struct srf_srf_attn_bwd_args){.s = s, .dw = &p});
+    assert_true(c.bytes == 2.0 * (8 * 192 + 60) + 4.0 * (15 + 48 + 2 * 60));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -157,6 +186,7 @@ int main(void)
         cmocka_unit_test(test_profile),
         cmocka_unit_test(test_costs),
         cmocka_unit_test(test_costs_follow_dtype),
+        cmocka_unit_test(test_costs_of_bf16),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
