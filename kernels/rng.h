@@ -3,6 +3,10 @@
 #pragma once
 #include "kernels/features.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Call n of the stream that r starts: its 4 words, its 2 uniforms, its 2 normals. */
 void srf__rng_call(const struct srf_rng *r, uint64_t n, uint32_t word[4]);
 void srf__rng_uniforms(const struct srf_rng *r, uint64_t n, double u[2]);
@@ -30,3 +34,7 @@ size_t srf__features_scratch(int64_t d);
  * have been checked. */
 void srf__features_block(const struct srf_features_draw_args *args, int64_t layer, int64_t set,
                          int64_t block, double oprf_a, double *w, double *bias, double *scratch);
+
+#ifdef __cplusplus
+}
+#endif

@@ -11,9 +11,6 @@
     {                                                                                              \
         return 0;                                                                                  \
     }
-TODO(features_draw)
-TODO(embed_fwd)
-TODO(embed_bwd)
 TODO(layernorm_fwd)
 TODO(layernorm_bwd)
 TODO(linear_fwd)
@@ -22,7 +19,6 @@ TODO(srf_attn_fwd)
 TODO(srf_attn_bwd)
 TODO(srf_attn_prefill)
 TODO(srf_attn_step)
-TODO(xent)
 TODO(mse)
 TODO(sumsq)
 TODO(adamw)
