@@ -21,8 +21,8 @@ struct bench_summary bench_summarize(const struct bench_samples *samples);
 /* The floors of this machine, measured in this run: best large product and best large copy. */
 struct bench_machine {
     char name[128];     /* the processor's */
-    double sgemm_flops; /* a second, multiply and add count 2 */
-    double copy_bytes;  /* a second, read and written */
+    double sgemm_flops; /* a second, in T; multiply and add count 2 */
+    double copy_bytes;  /* a second, read and written, in the device's memory */
 };
 
 /* Device memory of a benchmark, filled with numbers; freed together. */
@@ -30,22 +30,26 @@ struct bench_buffers {
     struct srf_ctx *ctx;
     void *p[32];
     int n;
+    size_t bytes;
 };
-/* n elements of T, N(0, scale^2) (repeating after a few thousand); scale 0: zeros. */
+/* n elements of T, of A, N(0, scale^2) (repeating after a few thousand); scale 0: zeros. */
 srf_status bench_reals(struct bench_buffers *b, int64_t n, double scale, void **out);
+srf_status bench_accs(struct bench_buffers *b, int64_t n, double scale, void **out);
 /* n random i32 in [0, below) */
 srf_status bench_ids(struct bench_buffers *b, int64_t n, int64_t below, void **out);
 void bench_buffers_free(struct bench_buffers *b);
 
-/* One product of SIDE x SIDE matrices: seconds. x, w, y: T (BENCH_SIDE^2) each. */
-enum { BENCH_SIDE = 2048 };
+/* One product of side x side matrices: seconds. x, w, y: T (side^2) each. */
 struct bench_product {
     struct bench_buffers buffers;
+    int64_t side;
     void *x, *w, *y;
 };
+bool bench_on_cpu(const struct srf_ctx *ctx);
 srf_status bench_product_create(struct srf_ctx *ctx, struct bench_product *p);
 srf_status bench_product_time(struct bench_product *p, double *seconds);
 void bench_product_free(struct bench_product *p);
+double bench_product_flops(const struct bench_product *p);
 
 void bench_cpu_name(char *name, size_t size);
 srf_status bench_measure_machine(struct srf_ctx *ctx, struct bench_machine *out);

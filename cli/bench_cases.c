@@ -1,4 +1,5 @@
-/* Shapes of a small GPT-2: width 384, 6 heads of 64, vocabulary 8192, 4096 tokens. */
+/* On the CPU, shapes of a small GPT-2: width 384, 6 heads of 64, vocabulary 8192, 4096 tokens.
+ * Elsewhere those of GPT-2 124M: width 768, 12 heads of 64, vocabulary 50257, 32768 tokens. */
 #include "cli/bench_cases.h"
 
 srf_status bench_call(struct srf_ctx *ctx, const struct op_call *c)
@@ -66,8 +67,8 @@ static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct o
     SRF_TRY(bench_reals(b, n * in, 1, &pre));
     SRF_TRY(bench_reals(b, n * out, 1e-3, &dy));
     SRF_TRY(bench_reals(b, n * in, 0, &dx));
-    SRF_TRY(bench_reals(b, in * out, 0, &dw));
-    SRF_TRY(bench_reals(b, out, 0, &db));
+    SRF_TRY(bench_accs(b, in * out, 0, &dw));
+    SRF_TRY(bench_accs(b, out, 0, &db));
     c->op = SRF_OP_linear_bwd;
     c->args.linear_bwd =
         (struct srf_linear_bwd_args){.n = n,
@@ -82,6 +83,17 @@ static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct o
                                      .dx = dx,
                                      .dw = dw,
                                      .db = what & BIAS ? db : NULL};
+    return SRF_OK;
+}
+
+static srf_status act_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
+{
+    void *x, *y;
+    SRF_TRY(bench_reals(b, p[0], 1, &x));
+    SRF_TRY(bench_reals(b, p[0], 0, &y));
+    c->op = SRF_OP_act_fwd;
+    c->args.act_fwd =
+        (struct srf_act_fwd_args){.n = p[0], .act = SRF_ACT_GELU_TANH, .x = x, .y = y};
     return SRF_OK;
 }
 
@@ -111,8 +123,8 @@ static srf_status embed_bwd(struct bench_buffers *b, const int64_t *p, struct op
     int64_t n = p[0], width = p[1], v = p[2], t = p[3];
     void *tokens, *dwte, *dwpe, *dy;
     SRF_TRY(bench_ids(b, n, v, &tokens));
-    SRF_TRY(bench_reals(b, v * width, 0, &dwte));
-    SRF_TRY(bench_reals(b, t * width, 0, &dwpe));
+    SRF_TRY(bench_accs(b, v * width, 0, &dwte));
+    SRF_TRY(bench_accs(b, t * width, 0, &dwpe));
     SRF_TRY(bench_reals(b, n * width, 1e-3, &dy));
     c->op = SRF_OP_embed_bwd;
     c->args.embed_bwd = (struct srf_embed_bwd_args){.n = n,
@@ -136,11 +148,11 @@ static srf_status layernorm(struct bench_buffers *b, const int64_t *p, struct op
     SRF_TRY(bench_reals(b, width, 1, &gamma));
     SRF_TRY(bench_reals(b, width, 1, &beta));
     SRF_TRY(bench_reals(b, n * width, 1, &y)); /* dy in backward */
-    SRF_TRY(bench_reals(b, n, 0.1, &mean));
-    SRF_TRY(bench_reals(b, n, 1, &rstd));
+    SRF_TRY(bench_accs(b, n, 0.1, &mean));
+    SRF_TRY(bench_accs(b, n, 1, &rstd));
     SRF_TRY(bench_reals(b, n * width, 0, &dx));
-    SRF_TRY(bench_reals(b, width, 0, &dgamma));
-    SRF_TRY(bench_reals(b, width, 0, &dbeta));
+    SRF_TRY(bench_accs(b, width, 0, &dgamma));
+    SRF_TRY(bench_accs(b, width, 0, &dbeta));
     c->op = backward ? SRF_OP_layernorm_bwd : SRF_OP_layernorm_fwd;
     if (backward)
         c->args.layernorm_bwd = (struct srf_layernorm_bwd_args){.n = n,
@@ -168,17 +180,18 @@ static srf_status layernorm(struct bench_buffers *b, const int64_t *p, struct op
 
 static srf_status xent(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
-    int64_t n = p[0], v = p[1];
+    int64_t n = p[0], v = p[1], ld = (v + 127) / 128 * 128;
     void *logits, *targets, *teacher = NULL, *nll, *kl, *dlogits = NULL;
-    SRF_TRY(bench_reals(b, n * v, 3, &logits));
+    SRF_TRY(bench_reals(b, n * ld, 3, &logits));
     SRF_TRY(bench_ids(b, n, v, &targets));
-    SRF_TRY(bench_reals(b, n, 0, &nll));
-    SRF_TRY(bench_reals(b, n, 0, &kl));
-    if (p[2]) SRF_TRY(bench_reals(b, n * v, 0, &dlogits));
-    if (p[3]) SRF_TRY(bench_reals(b, n * v, 3, &teacher));
+    SRF_TRY(bench_accs(b, n, 0, &nll));
+    SRF_TRY(bench_accs(b, n, 0, &kl));
+    if (p[2]) SRF_TRY(bench_reals(b, n * ld, 0, &dlogits));
+    if (p[3]) SRF_TRY(bench_reals(b, n * ld, 3, &teacher));
     c->op = SRF_OP_xent;
     c->args.xent = (struct srf_xent_args){.n = n,
                                           .v = v,
+                                          .ld = ld,
                                           .logits = logits,
                                           .targets = targets,
                                           .teacher = teacher,
@@ -197,7 +210,7 @@ static srf_status mse(struct bench_buffers *b, const int64_t *p, struct op_call 
     SRF_TRY(bench_reals(b, p[0], 1, &x));
     SRF_TRY(bench_reals(b, p[0], 1, &y));
     SRF_TRY(bench_reals(b, p[0], 0, &dx));
-    SRF_TRY(bench_reals(b, 1, 0, &sum));
+    SRF_TRY(bench_accs(b, 1, 0, &sum));
     c->op = SRF_OP_mse;
     c->args.mse =
         (struct srf_mse_args){.n = p[0], .x = x, .y = y, .scale = 1e-3, .dx = dx, .sum = sum};
@@ -207,8 +220,8 @@ static srf_status mse(struct bench_buffers *b, const int64_t *p, struct op_call 
 static srf_status sumsq(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     void *x, *sum;
-    SRF_TRY(bench_reals(b, p[0], 1, &x));
-    SRF_TRY(bench_reals(b, 1, 0, &sum));
+    SRF_TRY(bench_accs(b, p[0], 1, &x));
+    SRF_TRY(bench_accs(b, 1, 0, &sum));
     c->op = SRF_OP_sumsq;
     c->args.sumsq = (struct srf_sumsq_args){.n = p[0], .x = x, .sum = sum};
     return SRF_OK;
@@ -216,11 +229,12 @@ static srf_status sumsq(struct bench_buffers *b, const int64_t *p, struct op_cal
 
 static srf_status adamw(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
-    void *grad, *param, *m, *v;
-    SRF_TRY(bench_reals(b, p[0], 1e-3, &grad));
+    void *grad, *param, *master = NULL, *m, *v;
+    SRF_TRY(bench_accs(b, p[0], 1e-3, &grad));
     SRF_TRY(bench_reals(b, p[0], 0.02, &param));
-    SRF_TRY(bench_reals(b, p[0], 0, &m));
-    SRF_TRY(bench_reals(b, p[0], 0, &v));
+    if (b->ctx->dtype == SRF_BF16) SRF_TRY(bench_accs(b, p[0], 0.02, &master));
+    SRF_TRY(bench_accs(b, p[0], 0, &m));
+    SRF_TRY(bench_accs(b, p[0], 0, &v));
     c->op = SRF_OP_adamw;
     c->args.adamw = (struct srf_adamw_args){.n = p[0],
                                             .step = 10,
@@ -232,6 +246,7 @@ static srf_status adamw(struct bench_buffers *b, const int64_t *p, struct op_cal
                                             .grad_scale = 1,
                                             .grad = grad,
                                             .param = param,
+                                            .master = master,
                                             .m = m,
                                             .v = v};
     return SRF_OK;
@@ -242,7 +257,7 @@ static srf_status features_draw(struct bench_buffers *b, const int64_t *p, struc
 {
     void *w, *bias;
     SRF_TRY(bench_reals(b, p[0] * p[1] * p[2] * p[3], 0, &w));
-    SRF_TRY(bench_reals(b, p[0] * p[1] * p[2], 0, &bias));
+    SRF_TRY(bench_accs(b, p[0] * p[1] * p[2], 0, &bias));
     c->op = SRF_OP_features_draw;
     c->args.features_draw = (struct srf_features_draw_args){.kind = SRF_SIMPLEX,
                                                             .rotation = (enum srf_rotation)p[4],
@@ -256,7 +271,8 @@ static srf_status features_draw(struct bench_buffers *b, const int64_t *p, struc
     return SRF_OK;
 }
 
-enum { HEADS = 6, HEAD = 64, FEATURES = 64 };
+/* p[4] of the attention cases: heads */
+enum { HEAD = 64, FEATURES = 64 };
 
 /* One packed activation (b, t, 3c) each for q, k, v and their gradients, and o, d_o. */
 struct attn {
@@ -264,19 +280,19 @@ struct attn {
 };
 
 /* Head slices of the packed activation: which = 0 q, 1 k, 2 v. */
-static void *part(const struct bench_buffers *b, void *qkv, int which)
+static void *part(const struct bench_buffers *b, int64_t heads, void *qkv, int which)
 {
-    return (char *)qkv + (size_t)(which * HEADS * HEAD) * srf_dtype_bytes(b->ctx->dtype);
+    return (char *)qkv + (size_t)(which * heads * HEAD) * srf_dtype_bytes(b->ctx->dtype);
 }
 
-static srf_status attn_buffers(struct bench_buffers *b, int64_t n, struct attn *a)
+static srf_status attn_buffers(struct bench_buffers *b, int64_t n, int64_t heads, struct attn *a)
 {
-    int64_t width = HEADS * HEAD;
+    int64_t width = heads * HEAD;
     SRF_TRY(bench_reals(b, n * 3 * width, 1, &a->qkv));
     SRF_TRY(bench_reals(b, n * width, 0.1, &a->o));
     SRF_TRY(bench_reals(b, n * width, 1e-3, &a->d_o));
     SRF_TRY(bench_reals(b, n * 3 * width, 0, &a->dqkv));
-    return bench_reals(b, n * HEADS, 0, &a->lse);
+    return bench_accs(b, n * heads, 0, &a->lse);
 }
 
 /* Run the op now: what a case needs before it is timed. */
@@ -291,18 +307,18 @@ static srf_status run_now(struct srf_ctx *ctx, const struct op_call *c)
 static srf_status softmax_attn(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     struct attn a;
-    SRF_TRY(attn_buffers(b, p[0] * p[1], &a));
-    int64_t ld_o = HEADS * HEAD, ld = 3 * ld_o;
+    SRF_TRY(attn_buffers(b, p[0] * p[1], p[4], &a));
+    int64_t ld_o = p[4] * HEAD, ld = 3 * ld_o;
     c->tokens = p[0] * p[1];
     c->op = SRF_OP_softmax_attn_fwd;
     c->args.softmax_attn_fwd = (struct srf_softmax_attn_fwd_args){.b = p[0],
                                                                   .t = p[1],
-                                                                  .h = HEADS,
+                                                                  .h = p[4],
                                                                   .d = HEAD,
                                                                   .causal = true,
                                                                   .q = a.qkv,
-                                                                  .k = part(b, a.qkv, 1),
-                                                                  .v = part(b, a.qkv, 2),
+                                                                  .k = part(b, p[4], a.qkv, 1),
+                                                                  .v = part(b, p[4], a.qkv, 2),
                                                                   .ld = ld,
                                                                   .o = a.o,
                                                                   .ld_o = ld_o,
@@ -312,27 +328,27 @@ static srf_status softmax_attn(struct bench_buffers *b, const int64_t *p, struct
     c->op = SRF_OP_softmax_attn_bwd;
     c->args.softmax_attn_bwd = (struct srf_softmax_attn_bwd_args){.b = p[0],
                                                                   .t = p[1],
-                                                                  .h = HEADS,
+                                                                  .h = p[4],
                                                                   .d = HEAD,
                                                                   .causal = true,
                                                                   .q = a.qkv,
-                                                                  .k = part(b, a.qkv, 1),
-                                                                  .v = part(b, a.qkv, 2),
+                                                                  .k = part(b, p[4], a.qkv, 1),
+                                                                  .v = part(b, p[4], a.qkv, 2),
                                                                   .ld = ld,
                                                                   .o = a.o,
                                                                   .d_o = a.d_o,
                                                                   .ld_o = ld_o,
                                                                   .lse = a.lse,
                                                                   .dq = a.dqkv,
-                                                                  .dk = part(b, a.dqkv, 1),
-                                                                  .dv = part(b, a.dqkv, 2)};
+                                                                  .dk = part(b, p[4], a.dqkv, 1),
+                                                                  .dv = part(b, p[4], a.dqkv, 2)};
     return SRF_OK;
 }
 
-static srf_status drawn_features(struct bench_buffers *b, void **w, void **bias)
+static srf_status drawn_features(struct bench_buffers *b, int64_t heads, void **w, void **bias)
 {
     struct op_call draw = {0};
-    SRF_TRY(features_draw(b, (const int64_t[]){1, HEADS, FEATURES, HEAD, SRF_ROT_HAAR}, &draw));
+    SRF_TRY(features_draw(b, (const int64_t[]){1, heads, FEATURES, HEAD, SRF_ROT_HAAR}, &draw));
     *w = draw.args.features_draw.w;
     *bias = draw.args.features_draw.bias;
     return run_now(b->ctx, &draw);
@@ -343,44 +359,46 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
 {
     struct attn a;
     void *w, *bias;
-    SRF_TRY(attn_buffers(b, p[0] * p[1], &a));
-    SRF_TRY(drawn_features(b, &w, &bias));
-    int64_t ld_o = HEADS * HEAD, ld = 3 * ld_o;
+    SRF_TRY(attn_buffers(b, p[0] * p[1], p[4], &a));
+    SRF_TRY(drawn_features(b, p[4], &w, &bias));
+    int64_t ld_o = p[4] * HEAD, ld = 3 * ld_o;
     struct srf_attn_shape s = {.b = p[0],
                                .t = p[1],
-                               .h = HEADS,
+                               .h = p[4],
                                .d = HEAD,
                                .m = FEATURES,
-                               .n_sets = HEADS,
+                               .n_sets = p[4],
                                .window = p[2],
                                .causal = true};
     c->tokens = p[0] * p[1];
     c->op = SRF_OP_srf_attn_fwd;
     c->args.srf_attn_fwd = (struct srf_srf_attn_fwd_args){.s = s,
                                                           .q = a.qkv,
-                                                          .k = part(b, a.qkv, 1),
-                                                          .v = part(b, a.qkv, 2),
+                                                          .k = part(b, p[4], a.qkv, 1),
+                                                          .v = part(b, p[4], a.qkv, 2),
                                                           .ld = ld,
                                                           .w = w,
                                                           .bias = bias,
                                                           .o = a.o,
-                                                          .ld_o = ld_o};
+                                                          .ld_o = ld_o,
+                                                          .stat = a.lse};
     if (!p[3]) return SRF_OK;
     SRF_TRY(run_now(b->ctx, c));
     c->op = SRF_OP_srf_attn_bwd;
     c->args.srf_attn_bwd = (struct srf_srf_attn_bwd_args){.s = s,
                                                           .q = a.qkv,
-                                                          .k = part(b, a.qkv, 1),
-                                                          .v = part(b, a.qkv, 2),
+                                                          .k = part(b, p[4], a.qkv, 1),
+                                                          .v = part(b, p[4], a.qkv, 2),
                                                           .ld = ld,
                                                           .w = w,
                                                           .bias = bias,
                                                           .o = a.o,
                                                           .d_o = a.d_o,
                                                           .ld_o = ld_o,
+                                                          .stat = a.lse,
                                                           .dq = a.dqkv,
-                                                          .dk = part(b, a.dqkv, 1),
-                                                          .dv = part(b, a.dqkv, 2)};
+                                                          .dk = part(b, p[4], a.dqkv, 1),
+                                                          .dv = part(b, p[4], a.dqkv, 2)};
     return SRF_OK;
 }
 
@@ -388,21 +406,21 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
  * matter how many more there were). */
 static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
-    int64_t seqs = p[0], position = p[1], window = p[2], ld_o = HEADS * HEAD, ld = 3 * ld_o;
+    int64_t seqs = p[0], position = p[1], window = p[2], ld_o = p[4] * HEAD, ld = 3 * ld_o;
     int64_t count = srf_attn_state_count(FEATURES, HEAD, window), size = 4;
     int64_t before = position < 256 ? position : 256, first = position - before;
     struct attn a;
     void *w, *bias, *state, *pos;
-    SRF_TRY(attn_buffers(b, seqs * before, &a));
-    SRF_TRY(drawn_features(b, &w, &bias));
-    SRF_TRY(bench_reals(b, seqs * HEADS * count, 0, &state));
+    SRF_TRY(attn_buffers(b, seqs * before, p[4], &a));
+    SRF_TRY(drawn_features(b, p[4], &w, &bias));
+    SRF_TRY(bench_accs(b, seqs * p[4] * count, 0, &state));
     SRF_TRY(bench_ids(b, seqs, 1, &pos));
     struct srf_attn_shape s = {.b = seqs,
                                .t = before,
-                               .h = HEADS,
+                               .h = p[4],
                                .d = HEAD,
                                .m = FEATURES,
-                               .n_sets = HEADS,
+                               .n_sets = p[4],
                                .window = window,
                                .causal = true};
     for (int64_t i = 0; i < seqs; i++) {
@@ -412,8 +430,8 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
     struct op_call prefill = {.op = SRF_OP_srf_attn_prefill};
     prefill.args.srf_attn_prefill = (struct srf_srf_attn_prefill_args){.s = s,
                                                                        .q = a.qkv,
-                                                                       .k = part(b, a.qkv, 1),
-                                                                       .v = part(b, a.qkv, 2),
+                                                                       .k = part(b, p[4], a.qkv, 1),
+                                                                       .v = part(b, p[4], a.qkv, 2),
                                                                        .ld = ld,
                                                                        .w = w,
                                                                        .bias = bias,
@@ -431,8 +449,8 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
     c->op = SRF_OP_srf_attn_step;
     c->args.srf_attn_step = (struct srf_srf_attn_step_args){.s = s,
                                                             .q = a.qkv,
-                                                            .k = part(b, a.qkv, 1),
-                                                            .v = part(b, a.qkv, 2),
+                                                            .k = part(b, p[4], a.qkv, 1),
+                                                            .v = part(b, p[4], a.qkv, 2),
                                                             .ld = ld,
                                                             .w = w,
                                                             .bias = bias,
@@ -443,7 +461,7 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
     return SRF_OK;
 }
 
-const struct bench_case bench_cases[] = {
+static const struct bench_case small[] = {
     {"linear_fwd qkv", linear_fwd, {4096, 384, 1152, BIAS}},
     {"linear_fwd out, residual", linear_fwd, {4096, 384, 384, BIAS | RESIDUAL}},
     {"linear_fwd fc, gelu", linear_fwd, {4096, 384, 1536, BIAS | GELU}},
@@ -457,6 +475,7 @@ const struct bench_case bench_cases[] = {
     {"linear_bwd fc", linear_bwd, {4096, 384, 1536, BIAS}},
     {"linear_bwd proj, gelu", linear_bwd, {4096, 1536, 384, BIAS | GELU}},
     {"linear_bwd head", linear_bwd, {4096, 384, 8192, TRANSPOSED}},
+    {"act_fwd", act_fwd, {4096 * 1536}},
     {"layernorm_fwd", layernorm, {4096, 384, 0}},
     {"layernorm_bwd", layernorm, {4096, 384, 1}},
     {"embed_fwd", embed_fwd, {4096, 384, 8192, 512}},
@@ -469,23 +488,76 @@ const struct bench_case bench_cases[] = {
     {"adamw", adamw, {1 << 24}},
     {"features_draw haar", features_draw, {6, 6, 64, 64, SRF_ROT_HAAR}},
     {"features_draw hd", features_draw, {6, 6, 64, 64, SRF_ROT_HD}},
-    {"softmax_attn_fwd T=512", softmax_attn, {8, 512, 0}},
-    {"softmax_attn_bwd T=512", softmax_attn, {8, 512, 1}},
-    {"softmax_attn_fwd T=2048", softmax_attn, {2, 2048, 0}},
-    {"srf_attn_fwd T=512", srf_attn, {16, 512, 0, 0}},
-    {"srf_attn_fwd T=1024", srf_attn, {8, 1024, 0, 0}},
-    {"srf_attn_fwd T=2048", srf_attn, {4, 2048, 0, 0}},
-    {"srf_attn_fwd T=4096", srf_attn, {2, 4096, 0, 0}},
-    {"srf_attn_fwd T=8192", srf_attn, {1, 8192, 0, 0}},
-    {"srf_attn_bwd T=512", srf_attn, {16, 512, 0, 1}},
-    {"srf_attn_bwd T=8192", srf_attn, {1, 8192, 0, 1}},
-    {"srf_attn_fwd W=64 T=512", srf_attn, {16, 512, 64, 0}},
-    {"srf_attn_fwd W=64 T=8192", srf_attn, {1, 8192, 64, 0}},
-    {"srf_attn_bwd W=64 T=512", srf_attn, {16, 512, 64, 1}},
-    {"srf_attn_bwd W=64 T=8192", srf_attn, {1, 8192, 64, 1}},
-    {"srf_attn_step at 10", srf_attn_step, {8, 10, 0}},
-    {"srf_attn_step at 100000", srf_attn_step, {8, 100000, 0}},
-    {"srf_attn_step W=64 at 200", srf_attn_step, {8, 200, 64}},
-    {"srf_attn_step W=64 at 100000", srf_attn_step, {8, 100040, 64}},
+    {"softmax_attn_fwd T=512", softmax_attn, {8, 512, 0, 0, 6}},
+    {"softmax_attn_bwd T=512", softmax_attn, {8, 512, 1, 0, 6}},
+    {"softmax_attn_fwd T=2048", softmax_attn, {2, 2048, 0, 0, 6}},
+    {"srf_attn_fwd T=512", srf_attn, {16, 512, 0, 0, 6}},
+    {"srf_attn_fwd T=1024", srf_attn, {8, 1024, 0, 0, 6}},
+    {"srf_attn_fwd T=2048", srf_attn, {4, 2048, 0, 0, 6}},
+    {"srf_attn_fwd T=4096", srf_attn, {2, 4096, 0, 0, 6}},
+    {"srf_attn_fwd T=8192", srf_attn, {1, 8192, 0, 0, 6}},
+    {"srf_attn_bwd T=512", srf_attn, {16, 512, 0, 1, 6}},
+    {"srf_attn_bwd T=8192", srf_attn, {1, 8192, 0, 1, 6}},
+    {"srf_attn_fwd W=64 T=512", srf_attn, {16, 512, 64, 0, 6}},
+    {"srf_attn_fwd W=64 T=8192", srf_attn, {1, 8192, 64, 0, 6}},
+    {"srf_attn_bwd W=64 T=512", srf_attn, {16, 512, 64, 1, 6}},
+    {"srf_attn_bwd W=64 T=8192", srf_attn, {1, 8192, 64, 1, 6}},
+    {"srf_attn_step at 10", srf_attn_step, {8, 10, 0, 0, 6}},
+    {"srf_attn_step at 100000", srf_attn_step, {8, 100000, 0, 0, 6}},
+    {"srf_attn_step W=64 at 200", srf_attn_step, {8, 200, 64, 0, 6}},
+    {"srf_attn_step W=64 at 100000", srf_attn_step, {8, 100040, 64, 0, 6}},
 };
-const int n_bench_cases = sizeof bench_cases / sizeof *bench_cases;
+static const struct bench_case large[] = {
+    {"linear_fwd qkv", linear_fwd, {32768, 768, 2304, BIAS}},
+    {"linear_fwd out, residual", linear_fwd, {32768, 768, 768, BIAS | RESIDUAL}},
+    {"linear_fwd fc, gelu", linear_fwd, {32768, 768, 3072, BIAS | GELU}},
+    {"linear_fwd proj, residual", linear_fwd, {32768, 3072, 768, BIAS | RESIDUAL}},
+    {"linear_fwd head", linear_fwd, {4736, 768, 50304, TRANSPOSED}},
+    {"linear_fwd fc, 1 row", linear_fwd, {1, 768, 3072, BIAS | GELU}},
+    {"linear_fwd head, 1 row", linear_fwd, {1, 768, 50304, TRANSPOSED}},
+    {"linear_fwd fc, 64 rows", linear_fwd, {64, 768, 3072, BIAS | GELU}},
+    {"linear_bwd qkv", linear_bwd, {32768, 768, 2304, BIAS}},
+    {"linear_bwd out", linear_bwd, {32768, 768, 768, BIAS}},
+    {"linear_bwd fc", linear_bwd, {32768, 768, 3072, BIAS}},
+    {"linear_bwd proj, gelu", linear_bwd, {32768, 3072, 768, BIAS | GELU}},
+    {"linear_bwd head", linear_bwd, {4736, 768, 50304, TRANSPOSED}},
+    {"act_fwd", act_fwd, {32768 * 3072}},
+    {"layernorm_fwd", layernorm, {32768, 768, 0}},
+    {"layernorm_bwd", layernorm, {32768, 768, 1}},
+    {"embed_fwd", embed_fwd, {32768, 768, 50257, 1024}},
+    {"embed_bwd", embed_bwd, {32768, 768, 50257, 1024}},
+    {"xent", xent, {4736, 50257, 0, 0}},
+    {"xent, gradient", xent, {4736, 50257, 1, 0}},
+    {"xent, gradient, teacher", xent, {4736, 50257, 1, 1}},
+    {"mse", mse, {32768 * 768}},
+    {"sumsq", sumsq, {124475904}},
+    {"adamw", adamw, {124475904}},
+    {"features_draw haar", features_draw, {12, 12, 64, 64, SRF_ROT_HAAR}},
+    {"features_draw hd", features_draw, {12, 12, 64, 64, SRF_ROT_HD}},
+    {"softmax_attn_fwd T=1024", softmax_attn, {32, 1024, 0, 0, 12}},
+    {"softmax_attn_bwd T=1024", softmax_attn, {32, 1024, 1, 0, 12}},
+    {"softmax_attn_fwd T=8192", softmax_attn, {4, 8192, 0, 0, 12}},
+    {"srf_attn_fwd T=512", srf_attn, {64, 512, 0, 0, 12}},
+    {"srf_attn_fwd T=1024", srf_attn, {32, 1024, 0, 0, 12}},
+    {"srf_attn_fwd T=8192", srf_attn, {4, 8192, 0, 0, 12}},
+    {"srf_attn_bwd T=512", srf_attn, {64, 512, 0, 1, 12}},
+    {"srf_attn_bwd T=1024", srf_attn, {32, 1024, 0, 1, 12}},
+    {"srf_attn_bwd T=8192", srf_attn, {4, 8192, 0, 1, 12}},
+    {"srf_attn_fwd W=64 T=512", srf_attn, {64, 512, 64, 0, 12}},
+    {"srf_attn_fwd W=64 T=1024", srf_attn, {32, 1024, 64, 0, 12}},
+    {"srf_attn_fwd W=64 T=8192", srf_attn, {4, 8192, 64, 0, 12}},
+    {"srf_attn_bwd W=64 T=512", srf_attn, {64, 512, 64, 1, 12}},
+    {"srf_attn_bwd W=64 T=1024", srf_attn, {32, 1024, 64, 1, 12}},
+    {"srf_attn_bwd W=64 T=8192", srf_attn, {4, 8192, 64, 1, 12}},
+    {"srf_attn_step at 10", srf_attn_step, {256, 10, 0, 0, 12}},
+    {"srf_attn_step at 100000", srf_attn_step, {256, 100000, 0, 0, 12}},
+    {"srf_attn_step W=64 at 200", srf_attn_step, {256, 200, 64, 0, 12}},
+    {"srf_attn_step W=64 at 100000", srf_attn_step, {256, 100040, 64, 0, 12}},
+};
+
+const struct bench_case *bench_cases(const struct srf_ctx *ctx, int *n)
+{
+    bool cpu = bench_on_cpu(ctx);
+    *n = (int)(cpu ? sizeof small / sizeof *small : sizeof large / sizeof *large);
+    return cpu ? small : large;
+}

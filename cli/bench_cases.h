@@ -23,5 +23,5 @@ struct bench_case {
     srf_status (*prepare)(struct bench_buffers *b, const int64_t *p, struct op_call *c);
     int64_t p[5];
 };
-extern const struct bench_case bench_cases[];
-extern const int n_bench_cases;
+/* The n cases for a device. */
+const struct bench_case *bench_cases(const struct srf_ctx *ctx, int *n);

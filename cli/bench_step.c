@@ -81,35 +81,51 @@ static srf_status open_run(const struct bench_options *o, struct srf_ctx *ctx, s
 /* Median of what the steps took, sums of what was inside them, median of the large products. */
 struct result {
     struct bench_summary step, product;
-    double seconds; /* of all steps */
-    int n;
-    struct srf_profile profile;
+    double seconds;             /* of the steps in the profile */
+    int n, n_profiled;          /* steps */
+    struct srf_profile profile; /* waits after every op: of steps of its own, but on the CPU */
 };
+
+static srf_status timed_step(struct srf_ctx *ctx, struct run *r, double *seconds)
+{
+    struct srf_train_metrics m;
+    double start = cli_now();
+    SRF_TRY(srf_trainer_step(r->trainer, &m));
+    SRF_TRY(ctx->be->sync(ctx));
+    *seconds = cli_now() - start;
+    return SRF_OK;
+}
 
 static srf_status measure(const struct bench_options *o, struct srf_ctx *ctx, struct run *r,
                           struct result *out)
 {
     struct bench_samples steps = {.n = 0}, products = {.n = 0};
-    struct srf_train_metrics m;
+    bool cpu = bench_on_cpu(ctx);
     double seconds;
-    SRF_TRY(srf_trainer_step(r->trainer, &m)); /* first touch of all memory */
+    for (int i = 0; i < 2; i++) SRF_TRY(timed_step(ctx, r, &seconds)); /* first touch of memory */
     SRF_TRY(bench_product_time(&r->product, &seconds));
-    ctx->profile = &out->profile;
+    if (cpu) ctx->profile = &out->profile;
     srf_status st = SRF_OK;
     for (int i = 0; i < o->steps && st == SRF_OK; i++) {
-        double start = cli_now();
-        st = srf_trainer_step(r->trainer, &m);
-        if (st == SRF_OK) st = ctx->be->sync(ctx);
-        double step = cli_now() - start;
-        bench_add(&steps, step);
-        out->seconds += step;
+        st = timed_step(ctx, r, &seconds);
+        bench_add(&steps, seconds);
+        out->seconds += seconds;
         for (int k = 0; k < 3 && st == SRF_OK; k++) {
             st = bench_product_time(&r->product, &seconds);
             bench_add(&products, seconds);
         }
     }
+    out->n = out->n_profiled = (int)o->steps;
+    if (!cpu) {
+        out->seconds = 0;
+        out->n_profiled = 2;
+        ctx->profile = &out->profile;
+        for (int i = 0; i < out->n_profiled && st == SRF_OK; i++) {
+            st = timed_step(ctx, r, &seconds);
+            out->seconds += seconds;
+        }
+    }
     ctx->profile = NULL;
-    out->n = (int)o->steps;
     out->step = bench_summarize(&steps);
     out->product = bench_summarize(&products);
     return st;
@@ -121,25 +137,35 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, con
     const struct srf_profile *p = &res->profile;
     struct bench_machine machine = {.copy_bytes = 0};
     bench_cpu_name(machine.name, sizeof machine.name);
-    double tokens = (double)(c->batch * c->seq_len), one = res->seconds / res->n;
+    double tokens = (double)(c->batch * c->seq_len), one = res->seconds / res->n_profiled;
     double share = p->gemm_seconds / res->seconds;
     double rate = p->gemm_seconds > 0 ? p->gemm_flops / p->gemm_seconds : 0;
-    double large = 2.0 * BENCH_SIDE * BENCH_SIDE * BENCH_SIDE / res->product.median;
-    char attention[200];
+    double large = bench_product_flops(&r->product) / res->product.median;
+    double whole = srf_trainer_step_cost(r->trainer).flops / res->step.median;
+    double memory = (double)srf_trainer_memory(r->trainer);
+    char attention[200], memory_text[400];
+    srf_trainer_describe_memory(r->trainer, memory_text, sizeof memory_text);
     srf_attention_describe(&r->ck->attention, attention, sizeof attention);
     if (!o->json) {
-        printf("%s, %d threads, %s\n", machine.name, ctx->n_threads, srf_dtype_name(ctx->dtype));
+        printf("%s, %s, %d threads, %s\n", machine.name, ctx->be->name, ctx->n_threads,
+               srf_dtype_name(ctx->dtype));
         printf("training step, %lld x %lld tokens (micro-batches of %lld), attention %s\n",
                (long long)c->batch, (long long)c->seq_len, (long long)c->micro_batch, attention);
         printf("  %.1f ms a step (best %.1f, worst %.1f of %d), %.0f tokens/s\n",
                res->step.median * 1e3, res->step.best * 1e3, res->step.worst * 1e3, res->n,
                tokens / res->step.median);
-        printf("  %.1f%% of the time in BLAS, at %.1f GFLOP/s: %.1f%% of a large product's %.1f\n",
-               100 * share, rate * 1e-9, 100 * rate / large, large * 1e-9);
+        printf("  %.1f GFLOP/s over the whole step: %.1f%% of a large product's %.1f\n",
+               whole * 1e-9, 100 * whole / large, large * 1e-9);
+        printf("  memory %.1f MB (%s)\n", memory * 1e-6, memory_text);
+        if (p->gemm_seconds > 0)
+            printf("  %.1f%% of the time in BLAS, at %.1f GFLOP/s: %.1f%% of a large product's\n",
+                   100 * share, rate * 1e-9, 100 * rate / large);
+        if (!bench_on_cpu(ctx))
+            printf("  with a wait after every op, %.1f ms a step:\n", one * 1e3);
         if (p->srf_chunks)
             printf("  SRF chunks on the exact path: %lld of %lld\n", (long long)p->srf_slow_chunks,
                    (long long)p->srf_chunks);
-        bench_ops_print(p, res->n, one);
+        bench_ops_print(p, res->n_profiled, one);
         return;
     }
     *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s}", "bench", "step", "cpu", machine.name,
@@ -154,7 +180,10 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, con
     json_object_update_new(*out, json_pack("{s:f, s:f, s:f, s:f}", "blas_share", share,
                                            "blas_gflops", rate * 1e-9, "sgemm_gflops", large * 1e-9,
                                            "blas_of_sgemm", rate / large));
-    json_object_set_new(*out, "ops", bench_ops_json(p, res->n, one));
+    json_object_update_new(*out,
+                           json_pack("{s:f, s:f, s:f}", "step_gflops", whole * 1e-9,
+                                     "step_of_product", whole / large, "memory_bytes", memory));
+    json_object_set_new(*out, "ops", bench_ops_json(p, res->n_profiled, one));
 }
 
 srf_status bench_step(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)

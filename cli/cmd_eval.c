@@ -93,7 +93,9 @@ static srf_status open_run(struct inputs *in, struct run *r)
                 "--seq-len %lld: the model's learned positions end at %lld", (long long)in->seq_len,
                 (long long)r->ck->config.n_pos);
     if (in->batch == CLI_NONE) {
-        in->batch = recurrent ? 64 : 4096 / in->seq_len;
+        /* logits come to the host as well: no more than the CPU makes at once */
+        int64_t tokens = in->logits ? 4096 : cli_tokens_at_once(r->ctx, 4096);
+        in->batch = recurrent ? 64 : tokens / in->seq_len;
         in->batch = in->batch < 1 ? 1 : in->batch;
     }
     SRF_TRY(srf_model_create(r->ctx, &r->ck->config, &a, &r->model));

@@ -11,15 +11,24 @@
 
 srf_status cli_open_device(const struct cli_device *d, struct srf_ctx **out)
 {
-    enum srf_dtype dtype = SRF_F32;
-    if (strcmp(d->dtype, "f64") == 0)
-        dtype = SRF_F64;
-    else if (strcmp(d->dtype, "bf16") == 0)
-        dtype = SRF_BF16;
-    else
-        SRF_FAIL_IF(strcmp(d->dtype, "f32") != 0, SRF_INVALID,
-                    "--dtype %s: expected f32, f64 or bf16", d->dtype);
-    return srf_ctx_create(d->device, dtype, (int)d->threads, out);
+    static const enum srf_dtype dtypes[] = {SRF_BF16, SRF_F32, SRF_F64};
+    for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
+        if (strcmp(d->dtype, srf_dtype_name(dtypes[i])) == 0)
+            return srf_ctx_create(d->device, dtypes[i], (int)d->threads, out);
+    SRF_FAIL_IF(strcmp(d->dtype, "auto") != 0, SRF_INVALID,
+                "--dtype %s: expected auto, bf16, f32 or f64", d->dtype);
+    bool any = strcmp(d->device, "auto") == 0;
+    if (!any && strcmp(d->device, "cuda") != 0)
+        return srf_ctx_create(d->device, SRF_F32, (int)d->threads, out);
+    srf_status st = srf_ctx_create("cuda", SRF_BF16, (int)d->threads, out);
+    if (!any || st != SRF_UNSUPPORTED) return st;
+    srf_error_clear();
+    return srf_ctx_create("cpu", SRF_F32, (int)d->threads, out);
+}
+
+int64_t cli_tokens_at_once(const struct srf_ctx *ctx, int64_t on_cpu)
+{
+    return strcmp(ctx->be->name, "cpu") == 0 ? on_cpu : 32768;
 }
 
 /* The first option given that softmax attention has no use for, or NULL. */

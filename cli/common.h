@@ -11,7 +11,7 @@ struct cli_device {
     const char *device, *dtype;
     int64_t threads;
 };
-#define CLI_DEVICE_DEFAULT ((struct cli_device){.device = "auto", .dtype = "f32"})
+#define CLI_DEVICE_DEFAULT ((struct cli_device){.device = "auto", .dtype = "auto"})
 #define CLI_DEVICE_OPTIONS(d)                                                                      \
     {"device", 0, CLI_STRING, &(d).device, "NAME", "auto, cpu or cuda (auto)", 0, 0},              \
         {"threads", 0,                                                                             \
@@ -19,9 +19,12 @@ struct cli_device {
          "N",       "CPU threads (OMP_NUM_THREADS, else all cores)",                               \
          0,         4096},                                                                         \
     {                                                                                              \
-        "dtype", 0, CLI_STRING, &(d).dtype, "T", "f32, or f64 for checks on the CPU (f32)", 0, 0   \
+        "dtype", 0, CLI_STRING, &(d).dtype, "T",                                                   \
+            "bf16 (CUDA), f32, f64 (CPU); auto: the first of them (auto)", 0, 0                    \
     }
 srf_status cli_open_device(const struct cli_device *d, struct srf_ctx **out);
+/* How many tokens to run at once where nothing else is said: on the CPU few, for the caches. */
+int64_t cli_tokens_at_once(const struct srf_ctx *ctx, int64_t on_cpu);
 
 /* --attention and what belongs to it. Values that were not given keep those of the model. */
 struct cli_attention {

@@ -82,6 +82,14 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     return SRF_OK;
 }
 
+/* The largest one below `above`, at least 1, that divides the batch. */
+static int64_t smaller_micro_batch(const struct srf_train_config *c, int64_t above)
+{
+    int64_t n = above - 1 < 1 ? 1 : above - 1;
+    while (c->batch % n) n--;
+    return n;
+}
+
 static srf_status open_run(const struct cli_training *defaults, struct inputs *in, struct run *r)
 {
     SRF_TRY(cli_open_device(&in->device, &r->ctx));
@@ -104,15 +112,21 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
     if (in->micro_batch != CLI_NONE) {
         c->micro_batch = in->micro_batch;
     } else {
-        /* About 2048 tokens at once: large enough for the matrix products, small enough for the
+        /* About 2048 tokens on the CPU: large enough for the matrix products, small enough for the
          * caches. */
-        c->micro_batch = 2048 / c->seq_len < 1 ? 1 : 2048 / c->seq_len;
-        while (c->batch % c->micro_batch) c->micro_batch--;
+        c->micro_batch = cli_tokens_at_once(r->ctx, 2048) / c->seq_len;
+        c->micro_batch = c->micro_batch > c->batch ? c->batch : c->micro_batch;
+        c->micro_batch = smaller_micro_batch(c, c->micro_batch + 1);
     }
     c->warmup = in->warmup;
     if (in->warmup == CLI_NONE) c->warmup = c->steps < 500 ? c->steps / 10 : 50;
     c->min_lr = isnan(in->min_lr) ? c->lr / 10 : in->min_lr;
-    return srf_trainer_create(r->ctx, r->ck, r->teacher, c, r->data, r->val, &r->trainer);
+    srf_status st;
+    while ((st = srf_trainer_create(r->ctx, r->ck, r->teacher, c, r->data, r->val, &r->trainer)) ==
+               SRF_NOMEM &&
+           in->micro_batch == CLI_NONE && c->micro_batch > 1)
+        c->micro_batch = smaller_micro_batch(c, c->micro_batch);
+    return st;
 }
 
 /* ---- progress ------------------------------------------------------------------------------ */
@@ -166,9 +180,10 @@ static void print_start(const struct cli_training *d, const struct inputs *in, s
     srf_trainer_describe_memory(r->trainer, memory, sizeof memory);
     fprintf(stderr, "%s: %.1fM parameters, attention %s\n", d->name, (double)m->table.count * 1e-6,
             attention);
-    fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads; %s\n",
+    fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads, %s; %s\n",
             (long long)c->steps, (long long)c->batch, (long long)c->seq_len,
-            (long long)c->micro_batch, r->ctx->be->name, r->ctx->n_threads, memory);
+            (long long)c->micro_batch, r->ctx->be->name, r->ctx->n_threads,
+            srf_dtype_name(r->ctx->dtype), memory);
     int64_t done = srf_trainer_steps_done(r->trainer);
     if (in->resume)
         fprintf(stderr, "resumed after step %lld from %s/last.h5; ", (long long)done, in->out);
@@ -403,7 +418,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"steps", 0, CLI_INT, &c->steps, "N", "optimizer steps", 1, 1e12},
         {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
-         "sequences at once; sets the memory (about 2048 tokens)", 1, 1e6},
+         "sequences at once; sets the memory (2048 tokens on the CPU, else 32768)", 1, 1e6},
         {"recompute", 0, CLI_STRING, &in.recompute, "WHAT",
          "made again in backward, to save memory: none, cheap (norms, GELU), block (none)", 0, 0},
         {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a sequence (the model's, up to 1024)", 1,
