@@ -34,6 +34,15 @@ bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bw
 size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 
+/* ---- srf_attn_hybrid.cu: window 32, 64 or 128, bf16; as above -------------------------------- */
+
+bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+size_t srf__hybrid_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+bool srf__hybrid_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+size_t srf__hybrid_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+srf_status srf__hybrid_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+
 #ifdef __CUDACC__
 /* Byte offset of 16-byte piece `piece` of row `row`. */
 template <int ld> __device__ __forceinline__ uint32_t tile_at(int row, int piece)

@@ -1,0 +1,1090 @@
+/* SRF attention with an exact window, on tensor cores: bf16 operands, fp32 sums.
+ *
+ * Blocks of `window` tokens; the queries of block j see blocks j - 1 and j exactly and the older
+ * ones through the far state: S (m, d), z (m), M (m) over blocks 0 .. j - 2, scaled by 2^-M. All in
+ * log2 units, with L = log2(e), x = q d^(-1/4), y = k d^(-1/4):
+ *     exact   e_ts = L x_t.y_s                                                value v_s, weight 1
+ *     far     e_ti = L (w_i.x_t + bias_i - |x_t|^2 / 2) - log2(m) + M_i      value S_i, weight z_i
+ *     o_t = sum 2^(e - r_t) value / sum 2^(e - r_t) weight,   stat_t = r_t + log2(denominator)
+ * So 64 features are one more tile of an attention kernel: W stands for K, S for V. The states do
+ * not depend on queries, and a feature's row of a state on no other feature:
+ *     1. walk      a CTA takes 64 features of a head (16 a warp) through its blocks, S in
+ *                  accumulator registers, and stores every block's state (S as bf16) in a slot.
+ *                  Slot i, after block i, is what block i + 2 reads. Few heads and a long sequence:
+ *                  the sequence is cut into segments whose sums a first walk makes.
+ *     2. forward   a CTA takes 64 (window 32: 32) queries, 16 a warp, over two blocks of keys and
+ *                  the features, one row stabiliser r_t raised as it goes.
+ * Backward, with P = 2^(e - stat), delta_t = -d_o_t.o_t, dP = d_o.value + delta weight, da = P dP:
+ *     1. walk as above
+ *     2. dq        as forward: dq = d^(-1/4) (da [Y; W] - (sum over features of da) x)
+ *     3. walk      backwards over queries: R = sum P_ti d_o_t, u = sum P_ti delta_t of the queries
+ *                  that see a block through the state, in the scale of that block's slot: M never
+ *                  falls, so that going back multiplies by 2^(M' - M) <= 1
+ *     4. dk, dv    as dq with keys for queries; R stands for d_o, u for delta
+ *     5. dW, if asked: each head's and segment's sum of da^T [x; y], then all in a fixed order
+ * Components of q, k are clamped so that those of x, y stay within 1e17 and |x|^2 in range.
+ *
+ * Floor (H100, 3.35 TB/s): forward q, k, v, o once; B = 32, H = 12, T = 1024, d = 64: 201 MB,
+ * 60 us. The slots, written and read, add half of that, the walk's k, v another half. Backward 8 of
+ * these tensors, 120 us; its slots and its four passes make 20.
+ */
+#include "kernels/cuda/srf_attn.h"
+
+#define LOW           -1e30f /* exponents are clamped to this */
+#define WARP_FEATURES 16
+#define CTA_FEATURES  64
+#define WALK_THREADS  128
+#define SUB           32 /* columns of a tile taken at once in backward: registers */
+#define MAX_SEGMENTS  32
+
+struct hybrid {
+    const bf16 *q, *k, *v, *w; /* (b, t, h, d) by ld; (n_sets, m, d) */
+    const float *bias;         /* (n_sets, m) */
+    bf16 *o;                   /* (b, t, h, d) by ld_o */
+    const bf16 *d_o;
+    bf16 *dq, *dk, *dv;
+    float *stat, *delta; /* (b h, t) */
+    int64_t ld, ld_o;
+    int64_t w_step, bias_step; /* from one head's feature set to the next: 0 if shared */
+    int t, heads, m, window;
+    int n_chunks;         /* of query or key rows in a sequence */
+    int n_slots;          /* blocks that are read through the state */
+    int n_seg, seg_slots; /* segments of a walk, slots in each */
+    bf16 *s, *r;          /* (b h, n_slots, m, d): S, R */
+    float *top, *z, *u;   /* (b h, n_slots, m): M, z, u */
+    float *sum_s, *sum_z; /* (b h, n_seg, m, d), (b h, n_seg, m): a segment's own S or R, z or u */
+    float *sum_top;       /* (b h, n_seg, m) */
+    float *dw_part;       /* (2, b h, n_seg, m, d) */
+    float scale, half_scale; /* d^(-1/4), log2(e) d^(-1/2) / 2 */
+    float limit, log2_m;     /* components of q, k; log2(m) */
+};
+
+/* ---- tiles in shared memory: rows of D + 8 elements, so that eight rows' pieces of 16 bytes lie
+ * in different banks -------------------------------------------------------------------------- */
+
+__device__ __forceinline__ void cp_async_4(float *dst, const float *src)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(dst)), "l"(src)
+                 : "memory");
+}
+
+/* C rows of D by two threads a row; those from n on are 0. A pair of threads takes neighbouring
+ * pieces: whole sectors. */
+template <int D, int C>
+__device__ __forceinline__ void load_rows(bf16 *to, const bf16 *from, int64_t ld, int n)
+{
+    int row = threadIdx.x >> 1, side = threadIdx.x & 1;
+    if (row >= C) return;
+    bool valid = row < n;
+    const bf16 *src = from + (valid ? row * ld : 0) + side * 8;
+    uint32_t dst = smem_addr(to + row * (D + 8) + side * 8);
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) cp_async_16(dst + i * 32, src + i * 16, valid);
+}
+
+/* C floats, of which n (a multiple of 4) are there, at a multiple of 16 bytes; the others are 0. */
+template <int C> __device__ __forceinline__ void load_features(float *to, const float *from, int n)
+{
+    int i = threadIdx.x * 4;
+    if (i < C) cp_async_16(smem_addr(to + i), from + (i < n ? i : 0), i < n);
+}
+
+/* stat and delta of C queries, of which n are there: the others get no weight (2^-inf). */
+template <int C>
+__device__ __forceinline__ void load_stats(float *stat, float *delta, const struct hybrid *p,
+                                           int64_t from, int n)
+{
+    int i = threadIdx.x;
+    if (i < n && i < C) {
+        cp_async_4(stat + i, p->stat + from + i);
+        cp_async_4(delta + i, p->delta + from + i);
+    } else if (i < C) {
+        stat[i] = INFINITY;
+        delta[i] = 0;
+    }
+}
+
+/* Clamps the pieces that this thread loaded (NaN stays), which have arrived; half, if not NULL, is
+ * half_scale |row|^2. */
+template <int D, int C, bool NORM>
+__device__ __forceinline__ void clean_rows(bf16 *rows, const struct hybrid *p, float *half)
+{
+    int row = threadIdx.x >> 1, side = threadIdx.x & 1;
+    if (row >= C) return;
+    uint32_t limit = pack_bf16(p->limit, p->limit);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        uint4 *at = (uint4 *)(rows + row * (D + 8) + side * 8 + i * 16);
+        uint4 x = *at;
+        uint32_t y[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            y[j] = clamp_bf16(y[j], limit);
+            if (NORM) {
+                float2 f = unpack_bf16(y[j]);
+                sum = fmaf(f.x, f.x, sum);
+                sum = fmaf(f.y, f.y, sum);
+            }
+        }
+        if (x.x != y[0] || x.y != y[1] || x.z != y[2] || x.w != y[3])
+            *at = make_uint4(y[0], y[1], y[2], y[3]);
+    }
+    if (NORM) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        if (side == 0) half[row] = p->half_scale * sum;
+    }
+}
+
+/* ---- products of a warp: 16 rows in fragments ------------------------------------------------ */
+
+/* A fragment of k columns 16 kk .. of 16 rows in shared memory. */
+template <int D> __device__ __forceinline__ void load_a(uint32_t a[4], const bf16 *rows, int kk)
+{
+    int lane = threadIdx.x & 31;
+    ldmatrix_x4(a, smem_addr(rows + (lane & 15) * (D + 8) + kk * 16 + (lane >> 4) * 8));
+}
+/* The same from 16 rows of D elements in global memory. */
+template <int D>
+__device__ __forceinline__ void load_a_global(uint32_t (&a)[D / 16][4], const bf16 *rows)
+{
+    int lane = threadIdx.x & 31;
+    const bf16 *at = rows + (lane >> 2) * D + (lane & 3) * 2;
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) {
+        a[kk][0] = *(const uint32_t *)(at + kk * 16);
+        a[kk][1] = *(const uint32_t *)(at + kk * 16 + 8 * D);
+        a[kk][2] = *(const uint32_t *)(at + kk * 16 + 8);
+        a[kk][3] = *(const uint32_t *)(at + kk * 16 + 8 * D + 8);
+    }
+}
+
+/* A warp's 16 rows as A operand: in registers where there are enough, else read again each time. */
+template <int D> struct a_rows {
+    static constexpr bool KEEP = D <= 64;
+    uint32_t a[KEEP ? D / 16 : 1][4];
+    const bf16 *rows;
+
+    __device__ __forceinline__ void init(const bf16 *from)
+    {
+        rows = from;
+        if (KEEP)
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) load_a<D>(a[KEEP ? kk : 0], from, kk);
+    }
+    __device__ __forceinline__ const uint32_t *get(int kk)
+    {
+        if (!KEEP) load_a<D>(a[0], rows, kk);
+        return a[KEEP ? kk : 0];
+    }
+};
+
+/* c (16, 8 N) += a (16, 16) tile^T: tile (8 N, D) rows, its k columns 16 kk .. */
+template <int D, int N>
+__device__ __forceinline__ void mma_rows(float (&c)[N][4], const uint32_t a[4], const bf16 *tile,
+                                         int kk)
+{
+    int lane = threadIdx.x & 31;
+    const bf16 *at =
+        tile + ((lane & 7) + ((lane >> 4) << 3)) * (D + 8) + kk * 16 + ((lane >> 3) & 1) * 8;
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, smem_addr(at + n * 8 * (D + 8)));
+        mma_bf16(c[n], a, b[0], b[1]);
+        mma_bf16(c[n + 1], a, b[2], b[3]);
+    }
+}
+
+/* c (16, D) += a (16, 16) tile: 16 rows (16, D) of a tile. */
+template <int D>
+__device__ __forceinline__ void mma_cols(float (&c)[D / 8][4], const uint32_t a[4],
+                                         const bf16 *tile)
+{
+    int lane = threadIdx.x & 31;
+    const bf16 *at = tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * (D + 8) + (lane >> 4) * 8;
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, smem_addr(at + n * 8));
+        mma_bf16(c[n], a, b[0], b[1]);
+        mma_bf16(c[n + 1], a, b[2], b[3]);
+    }
+}
+
+/* Columns 16 k .. 16 k + 15 of a product, as the A of the next. */
+__device__ __forceinline__ void pack_a(uint32_t a[4], const float left[4], const float right[4])
+{
+    a[0] = pack_bf16(left[0], left[1]);
+    a[1] = pack_bf16(left[2], left[3]);
+    a[2] = pack_bf16(right[0], right[1]);
+    a[3] = pack_bf16(right[2], right[3]);
+}
+
+template <int N> __device__ __forceinline__ void zero(float (&c)[N][4])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) c[n][j] = 0;
+}
+
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&c)[N][4], float upper, float lower)
+{
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        c[n][0] *= upper;
+        c[n][1] *= upper;
+        c[n][2] *= lower;
+        c[n][3] *= lower;
+    }
+}
+
+/* c (16, D) as bf16 into rows to + row ld; rows from n on are not there. Neighbours exchange halves
+ * so that a quad writes whole sectors. */
+template <int D>
+__device__ __forceinline__ void store_rows(bf16 *to, int64_t ld, int n, const float (&c)[D / 8][4])
+{
+    int lane = threadIdx.x & 31, g = lane >> 2, p = lane & 3, odd = p & 1;
+    int col = odd ? 8 + 2 * (p - 1) : 2 * p;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = g + 8 * half;
+        bf16 *at = to + row * ld + col;
+#pragma unroll
+        for (int i = 0; i < D / 8; i += 2) {
+            uint32_t left = pack_bf16(c[i][2 * half], c[i][2 * half + 1]);
+            uint32_t right = pack_bf16(c[i + 1][2 * half], c[i + 1][2 * half + 1]);
+            uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+            uint2 out = odd ? make_uint2(got, right) : make_uint2(left, got);
+            if (row < n) *(uint2 *)(at + i * 8) = out;
+        }
+    }
+}
+
+/* An exponent, not below LOW; NaN stays. */
+__device__ __forceinline__ float clamp_low(float e)
+{
+    return e < LOW ? LOW : e;
+}
+
+/* ---- walks --------------------------------------------------------------------------------------
+ * Transposed products, 16 features a warp by C tokens: the weights of a tile are the A operand of
+ * the sum they go into. Shared memory: 2 x (tokens, values), 2 x (|.|^2 / 2, stat, delta). */
+
+template <int D, int C> struct walk_smem {
+    bf16 pair[2][2][C * (D + 8)];
+    float half[2][C], stat[2][C], delta[2][C];
+};
+
+/* Tile i of a walk over slots [lo, hi): where its tokens start, and whose slot it belongs to. */
+template <int C, bool QUERIES>
+__device__ __forceinline__ int walk_token(const struct hybrid *p, int lo, int hi, int i, int *slot)
+{
+    int per_block = p->window / C, block = i / per_block, part = i - block * per_block;
+    *slot = QUERIES ? hi - 1 - block : lo + block;
+    return (*slot + (QUERIES ? 2 : 0)) * p->window + part * C;
+}
+
+template <int D, int C, bool QUERIES>
+__device__ __forceinline__ void load_walk(struct walk_smem<D, C> *sm, int stage,
+                                          const struct hybrid *p, int64_t bh, int token)
+{
+    int64_t seq = bh / p->heads, head = bh % p->heads;
+    int n = min(C, p->t - token);
+    int64_t in = (seq * p->t + token) * p->ld + head * D;
+    load_rows<D, C>(sm->pair[stage][0], (QUERIES ? p->q : p->k) + in, p->ld, n);
+    if (QUERIES) {
+        int64_t out = (seq * p->t + token) * p->ld_o + head * D;
+        load_rows<D, C>(sm->pair[stage][1], p->d_o + out, p->ld_o, n);
+        load_stats<C>(sm->stat[stage], sm->delta[stage], p, bh * p->t + token, n);
+    } else {
+        load_rows<D, C>(sm->pair[stage][1], p->v + in, p->ld, n);
+    }
+}
+
+/* The slots of one head, 64 features and one segment; with `totals` only the segment's own sums. */
+template <int D, int C, bool QUERIES>
+__global__ void __launch_bounds__(WALK_THREADS)
+    walk_kernel(const __grid_constant__ struct hybrid p, bool totals)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct walk_smem<D, C> *sm = (struct walk_smem<D, C> *)smem;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    int groups = (p.m + CTA_FEATURES - 1) / CTA_FEATURES;
+    int seg = blockIdx.x % p.n_seg, group = blockIdx.x / p.n_seg % groups;
+    int64_t bh = blockIdx.x / p.n_seg / groups;
+    int feature = group * CTA_FEATURES + warp * WARP_FEATURES;
+    bool active = feature < p.m; /* m is a multiple of 16 */
+    int lo = seg * p.seg_slots, hi = min(lo + p.seg_slots, p.n_slots);
+    int n_tiles = (hi - lo) * (p.window / C), slot;
+    float *sums = QUERIES ? p.u : p.z;
+    bf16 *states = QUERIES ? p.r : p.s;
+    if (totals && seg == (QUERIES ? 0 : p.n_seg - 1)) return; /* nothing starts after it */
+
+    load_walk<D, C, QUERIES>(sm, 0, &p, bh, walk_token<C, QUERIES>(&p, lo, hi, 0, &slot));
+    cp_async_commit();
+    uint32_t w[D / 16][4] = {};
+    float bias[2] = {0, 0}, top[2] = {SRF__UNSET, SRF__UNSET}, z[2] = {0, 0}, acc[D / 8][4];
+    zero(acc);
+    if (active) {
+        int64_t set = bh % p.heads;
+        load_a_global<D>(w, p.w + set * p.w_step + (int64_t)feature * D);
+        for (int j = 0; j < 2; j++)
+            bias[j] = SRF__LOG2E * p.bias[set * p.bias_step + feature + g + 8 * j] -
+                      (QUERIES ? p.log2_m : 0);
+    }
+    /* The segments before this one (after it, for queries), in their order. */
+    int n_before = totals || !active ? 0 : QUERIES ? p.n_seg - 1 - seg : seg;
+    for (int i = 0; i < n_before; i++) {
+        int other = QUERIES ? p.n_seg - 1 - i : i;
+        float step[2], by[2];
+        int64_t row[2];
+        for (int j = 0; j < 2; j++) {
+            row[j] = (bh * p.n_seg + other) * p.m + feature + g + 8 * j;
+            float to =
+                QUERIES ? p.top[(bh * p.n_slots + other * p.seg_slots) * p.m + feature + g + 8 * j]
+                        : p.sum_top[row[j]];
+            float next = QUERIES ? to : fmaxf(top[j], to);
+            step[j] = top[j] == SRF__UNSET ? 0 : exp2_fast(QUERIES ? next - top[j] : top[j] - next);
+            by[j] = exp2_fast(to - next);
+            /* z stays a thread's share of a sum over the quad. */
+            z[j] = z[j] * step[j] + (quad == 0 ? by[j] * p.sum_z[row[j]] : 0);
+            top[j] = next;
+        }
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float2 x = *(const float2 *)(p.sum_s + row[j] * D + n * 8 + quad * 2);
+                acc[n][2 * j] = acc[n][2 * j] * step[j] + by[j] * x.x;
+                acc[n][2 * j + 1] = acc[n][2 * j + 1] * step[j] + by[j] * x.y;
+            }
+    }
+
+    for (int i = 0; i < n_tiles; i++) {
+        int stage = i & 1;
+        if (i + 1 < n_tiles) {
+            int token = walk_token<C, QUERIES>(&p, lo, hi, i + 1, &slot);
+            load_walk<D, C, QUERIES>(sm, stage ^ 1, &p, bh, token);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        clean_rows<D, C, true>(sm->pair[stage][0], &p, sm->half[stage]);
+        __syncthreads();
+        walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
+        if (active) {
+            const bf16 *tokens = sm->pair[stage][0], *values = sm->pair[stage][1];
+            const float *half = sm->half[stage];
+            float e[C / 8][4], most[2] = {top[0], top[1]}, step[2];
+            zero(e);
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, w[kk], tokens, kk);
+#pragma unroll
+            for (int n = 0; n < C / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float sub = half[n * 8 + quad * 2 + (j & 1)];
+                    e[n][j] = clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, bias[j >> 1] - sub));
+                    if (!QUERIES) most[j >> 1] = fmaxf(most[j >> 1], rintf(e[n][j]));
+                }
+            for (int j = 0; j < 2; j++) {
+                if (QUERIES) {
+                    most[j] = p.top[(bh * p.n_slots + slot) * p.m + feature + g + 8 * j];
+                    step[j] = top[j] == SRF__UNSET ? 0 : exp2_fast(most[j] - top[j]);
+                } else {
+                    most[j] = quad_max(most[j]);
+                    step[j] = exp2_fast(top[j] - most[j]);
+                }
+                top[j] = most[j];
+                z[j] *= step[j];
+            }
+            if (step[0] != 1 || step[1] != 1) scale_rows(acc, step[0], step[1]);
+#pragma unroll
+            for (int n = 0; n < C / 8; n += 2) {
+                uint32_t a[4];
+#pragma unroll
+                for (int i2 = n; i2 < n + 2; i2++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float to = QUERIES
+                                       ? top[j >> 1] - sm->stat[stage][i2 * 8 + quad * 2 + (j & 1)]
+                                       : -top[j >> 1];
+                        e[i2][j] = exp2_fast(e[i2][j] + to);
+                    }
+                pack_a(a, e[n], e[n + 1]);
+                /* a[j]: row g + 8 (j & 1), columns 8 (n + j / 2) + 2 quad .. */
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float2 f = unpack_bf16(a[j]);
+                    const float *delta = sm->delta[stage] + (n + (j >> 1)) * 8 + quad * 2;
+                    z[j & 1] += QUERIES ? f.x * delta[0] + f.y * delta[1] : f.x + f.y;
+                }
+                mma_cols<D>(acc, a, values + n * 8 * (D + 8));
+            }
+            if (!totals && (i + 1) % (p.window / C) == 0) {
+                int64_t row = (bh * p.n_slots + slot) * p.m + feature;
+                store_rows<D>(states + row * D, D, WARP_FEATURES, acc);
+                for (int j = 0; j < 2; j++) {
+                    float sum = quad_sum(z[j]);
+                    if (quad) continue;
+                    sums[row + g + 8 * j] = sum;
+                    if (!QUERIES) p.top[row + g + 8 * j] = top[j];
+                }
+            }
+        }
+        __syncthreads();
+    }
+    if (!totals || !active) return;
+    for (int j = 0; j < 2; j++) {
+        int64_t row = (bh * p.n_seg + seg) * p.m + feature + g + 8 * j;
+        float sum = quad_sum(z[j]);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            *(float2 *)(p.sum_s + row * D + n * 8 + quad * 2) =
+                make_float2(acc[n][2 * j], acc[n][2 * j + 1]);
+        if (quad) continue;
+        p.sum_z[row] = sum;
+        if (!QUERIES) p.sum_top[row] = top[j];
+    }
+}
+
+/* ---- forward --------------------------------------------------------------------------------- */
+
+template <int D, int C> struct fwd_smem {
+    bf16 q[C * (D + 8)], pair[2][2][C * (D + 8)];
+    float half[C], bias[2][C], top[2][C], z[2][C];
+};
+
+/* The rows a CTA works on. */
+struct chunk {
+    int64_t bh, in, out; /* head; element offsets of the head's token 0 by ld, ld_o */
+    int64_t set;
+    int row, block; /* first token, its block */
+};
+template <int D, int C> __device__ __forceinline__ struct chunk chunk_of(const struct hybrid *p)
+{
+    struct chunk c;
+    c.bh = blockIdx.x / p->n_chunks;
+    c.row = (int)(blockIdx.x % p->n_chunks) * C;
+    c.block = c.row / p->window;
+    int64_t seq = c.bh / p->heads;
+    c.set = c.bh % p->heads;
+    c.in = seq * p->t * p->ld + c.set * D;
+    c.out = seq * p->t * p->ld_o + c.set * D;
+    return c;
+}
+
+/* C features from `first` on: W, a slot's rows of S or R, and three vectors. */
+template <int D, int C>
+__device__ __forceinline__ void load_far(bf16 *pair[2], float *bias, float *top, float *sum,
+                                         const struct hybrid *p, const struct chunk *c, int slot,
+                                         const bf16 *states, const float *sums, int first)
+{
+    int n = p->m - first;
+    int64_t row = (c->bh * p->n_slots + slot) * p->m + first;
+    load_rows<D, C>(pair[0], p->w + c->set * p->w_step + (int64_t)first * D, D, n);
+    load_rows<D, C>(pair[1], states + row * D, D, n);
+    load_features<C>(bias, p->bias + c->set * p->bias_step + first, n);
+    load_features<C>(top, p->top + row, n);
+    load_features<C>(sum, sums + row, n);
+}
+
+template <int D, int C>
+__device__ __forceinline__ void load_fwd(struct fwd_smem<D, C> *sm, int stage,
+                                         const struct hybrid *p, const struct chunk *c, int i,
+                                         int n_exact)
+{
+    bf16 *pair[2] = {sm->pair[stage][0], sm->pair[stage][1]};
+    if (i < n_exact) {
+        int token = c->row - (n_exact - 1 - i) * C, n = p->t - token;
+        int64_t at = c->in + token * p->ld;
+        load_rows<D, C>(pair[0], p->k + at, p->ld, n);
+        load_rows<D, C>(pair[1], p->v + at, p->ld, n);
+    } else {
+        load_far<D, C>(pair, sm->bias[stage], sm->top[stage], sm->z[stage], p, c, c->block - 2,
+                       p->s, p->z, (i - n_exact) * C);
+    }
+}
+
+template <int D, int C>
+__global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ struct hybrid p)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct fwd_smem<D, C> *sm = (struct fwd_smem<D, C> *)smem;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    struct chunk c = chunk_of<D, C>(&p);
+    int n_exact = (c.row - max(c.block - 1, 0) * p.window) / C + 1;
+    int n_tiles = n_exact + (c.block < 2 ? 0 : (p.m + C - 1) / C);
+
+    load_rows<D, C>(sm->q, p.q + c.in + c.row * p.ld, p.ld, p.t - c.row);
+    cp_async_commit();
+    load_fwd(sm, 0, &p, &c, 0, n_exact);
+    cp_async_commit();
+    cp_async_wait<1>();
+    clean_rows<D, C, true>(sm->q, &p, sm->half);
+    __syncthreads();
+    uint32_t q[D / 16][4];
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) load_a<D>(q[kk], sm->q + warp * 16 * (D + 8), kk);
+    float half[2] = {sm->half[warp * 16 + g], sm->half[warp * 16 + g + 8]};
+    float most[2] = {-INFINITY, -INFINITY}, den[2] = {0, 0}, o[D / 8][4];
+    zero(o);
+
+    for (int i = 0; i < n_tiles; i++) {
+        int stage = i & 1;
+        if (i + 1 < n_tiles) load_fwd(sm, stage ^ 1, &p, &c, i + 1, n_exact);
+        cp_async_commit();
+        cp_async_wait<1>();
+        if (i < n_exact) clean_rows<D, C, false>(sm->pair[stage][0], &p, NULL);
+        __syncthreads();
+        float e[C / 8][4], next[2] = {most[0], most[1]};
+        zero(e);
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, q[kk], sm->pair[stage][0], kk);
+        if (i < n_exact) {
+            bool last = i == n_exact - 1; /* causal: column s is this row or before it */
+#pragma unroll
+            for (int n = 0; n < C / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    e[n][j] *= 2 * p.half_scale;
+                    if (last && n * 8 + quad * 2 + (j & 1) > warp * 16 + g + (j >> 1) * 8)
+                        e[n][j] = -INFINITY;
+                    next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
+                }
+        } else {
+            int left = p.m - (i - n_exact) * C;
+#pragma unroll
+            for (int n = 0; n < C / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int col = n * 8 + quad * 2 + (j & 1);
+                    float add = SRF__LOG2E * sm->bias[stage][col] - p.log2_m - half[j >> 1];
+                    e[n][j] =
+                        clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, add)) + sm->top[stage][col];
+                    if (col >= left) e[n][j] = -INFINITY;
+                    next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
+                }
+        }
+        float step[2];
+        for (int j = 0; j < 2; j++) {
+            next[j] = quad_max(next[j]);
+            step[j] = exp2_fast(most[j] - next[j]);
+            most[j] = next[j];
+            den[j] *= step[j];
+        }
+        if (i > 0) scale_rows(o, step[0], step[1]);
+#pragma unroll
+        for (int n = 0; n < C / 8; n += 2) {
+            uint32_t a[4];
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                e[n + (j >> 2)][j & 3] = exp2_fast(e[n + (j >> 2)][j & 3] - most[(j >> 1) & 1]);
+            pack_a(a, e[n], e[n + 1]);
+            /* The rounded weights are summed: numerator and denominator use the same. */
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 f = unpack_bf16(a[j]);
+                const float *z = sm->z[stage] + (n + (j >> 1)) * 8 + quad * 2;
+                den[j & 1] += i < n_exact ? f.x + f.y : f.x * z[0] + f.y * z[1];
+            }
+            mma_cols<D>(o, a, sm->pair[stage][1] + n * 8 * (D + 8));
+        }
+        __syncthreads();
+    }
+    int row = c.row + warp * 16;
+    for (int j = 0; j < 2; j++) {
+        den[j] = quad_sum(den[j]);
+        if (p.stat && quad == 0 && row + g + 8 * j < p.t)
+            p.stat[c.bh * p.t + row + g + 8 * j] = most[j] + log2f(den[j]);
+    }
+    scale_rows(o, 1 / den[0], 1 / den[1]);
+    store_rows<D>(p.o + c.out + row * p.ld_o, p.ld_o, p.t - row, o);
+}
+
+/* ---- backward -----------------------------------------------------------------------------------
+ * One kernel for rows of queries (dq) and rows of keys (dk, dv). */
+
+template <int D, int C> struct bwd_smem {
+    bf16 rows[2][C * (D + 8)]; /* q, d_o or k, v */
+    bf16 pair[2][2][C * (D + 8)];
+    float half[C], bias[2][C], top[2][C], sum[2][C], stat[2][C], delta[2][C];
+};
+
+/* Tile i: keys and values before queries, queries and d_o after keys, then features. */
+template <int D, int C, bool KEYS>
+__device__ __forceinline__ void load_bwd(struct bwd_smem<D, C> *sm, int stage,
+                                         const struct hybrid *p, const struct chunk *c, int i,
+                                         int n_exact)
+{
+    bf16 *pair[2] = {sm->pair[stage][0], sm->pair[stage][1]};
+    if (i >= n_exact) {
+        load_far<D, C>(pair, sm->bias[stage], sm->top[stage], sm->sum[stage], p, c,
+                       KEYS ? c->block : c->block - 2, KEYS ? p->r : p->s, KEYS ? p->u : p->z,
+                       (i - n_exact) * C);
+        return;
+    }
+    int token = KEYS ? c->row + i * C : c->row - (n_exact - 1 - i) * C, n = p->t - token;
+    int64_t at = c->in + token * p->ld;
+    load_rows<D, C>(pair[0], (KEYS ? p->q : p->k) + at, p->ld, n);
+    if (KEYS) {
+        load_rows<D, C>(pair[1], p->d_o + c->out + token * p->ld_o, p->ld_o, n);
+        load_stats<C>(sm->stat[stage], sm->delta[stage], p, c->bh * p->t + token, n);
+    } else {
+        load_rows<D, C>(pair[1], p->v + at, p->ld, n);
+    }
+}
+
+/* delta of the row that this thread and its neighbour loaded d_o and o of. */
+template <int D> __device__ __forceinline__ float delta_of(const bf16 *d_o, const bf16 *o)
+{
+    int at = (threadIdx.x >> 1) * (D + 8) + (threadIdx.x & 1) * 8;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const __nv_bfloat162 *x = (const __nv_bfloat162 *)(d_o + at + i * 16);
+        const __nv_bfloat162 *y = (const __nv_bfloat162 *)(o + at + i * 16);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 a = __bfloat1622float2(x[j]), b = __bfloat1622float2(y[j]);
+            sum = fmaf(a.x, b.x, sum);
+            sum = fmaf(a.y, b.y, sum);
+        }
+    }
+    return -(sum + __shfl_xor_sync(0xffffffffu, sum, 1));
+}
+
+template <int D, int C, bool KEYS>
+__global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ struct hybrid p)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct bwd_smem<D, C> *sm = (struct bwd_smem<D, C> *)smem;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    struct chunk c = chunk_of<D, C>(&p);
+    int n_exact = KEYS ? (min(p.t, (c.block + 2) * p.window) - c.row + C - 1) / C
+                       : (c.row - max(c.block - 1, 0) * p.window) / C + 1;
+    int causal = KEYS ? 0 : n_exact - 1; /* the tile of the rows' own tokens */
+    bool far = KEYS ? c.block < p.n_slots : c.block >= 2;
+    int n_tiles = n_exact + (far ? (p.m + C - 1) / C : 0);
+    int n_rows = p.t - c.row;
+    int64_t in = c.in + c.row * p.ld, out = c.out + c.row * p.ld_o;
+
+    load_rows<D, C>(sm->rows[0], (KEYS ? p.k : p.q) + in, p.ld, n_rows);
+    if (KEYS) {
+        load_rows<D, C>(sm->rows[1], p.v + in, p.ld, n_rows);
+    } else {
+        load_rows<D, C>(sm->rows[1], p.d_o + out, p.ld_o, n_rows);
+        load_rows<D, C>(sm->pair[1][0], p.o + out, p.ld_o, n_rows);
+    }
+    cp_async_commit();
+    load_bwd<D, C, KEYS>(sm, 0, &p, &c, 0, n_exact);
+    cp_async_commit();
+    cp_async_wait<1>();
+    clean_rows<D, C, true>(sm->rows[0], &p, sm->half);
+    if (!KEYS) {
+        float delta = delta_of<D>(sm->rows[1], sm->pair[1][0]);
+        int row = threadIdx.x >> 1;
+        if ((threadIdx.x & 1) == 0) {
+            sm->delta[0][row] = delta;
+            if (row < n_rows) p.delta[c.bh * p.t + c.row + row] = delta;
+        }
+    }
+    __syncthreads();
+    struct a_rows<D> x, y;
+    x.init(sm->rows[0] + warp * 16 * (D + 8));
+    y.init(sm->rows[1] + warp * 16 * (D + 8));
+    float half[2], stat[2] = {0, 0}, delta[2] = {0, 0}, sum[2] = {0, 0};
+    for (int j = 0; j < 2; j++) {
+        int row = warp * 16 + g + 8 * j;
+        half[j] = sm->half[row];
+        if (KEYS) continue;
+        stat[j] = row < n_rows ? p.stat[c.bh * p.t + c.row + row] : INFINITY;
+        delta[j] = sm->delta[0][row];
+    }
+    float acc[D / 8][4], acc_v[KEYS ? D / 8 : 1][4];
+    zero(acc);
+    zero(acc_v);
+
+    for (int i = 0; i < n_tiles; i++) {
+        int stage = i & 1;
+        if (i + 1 < n_tiles) load_bwd<D, C, KEYS>(sm, stage ^ 1, &p, &c, i + 1, n_exact);
+        cp_async_commit();
+        cp_async_wait<1>();
+        if (i < n_exact) clean_rows<D, C, false>(sm->pair[stage][0], &p, NULL);
+        __syncthreads();
+#pragma unroll 1
+        for (int first = 0; first < C; first += SUB) {
+            /* Nothing to see in a piece all before or all after this warp's rows. */
+            if (i == causal && (KEYS ? first + SUB <= warp * 16 : first > warp * 16 + 15)) continue;
+            const bf16 *tile = sm->pair[stage][0] + first * (D + 8);
+            const bf16 *values = sm->pair[stage][1] + first * (D + 8);
+            float e[SUB / 8][4], da[SUB / 8][4];
+            zero(e);
+            zero(da);
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) mma_rows<D, SUB / 8>(e, x.get(kk), tile, kk);
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) mma_rows<D, SUB / 8>(da, y.get(kk), values, kk);
+            if (i < n_exact) {
+#pragma unroll
+                for (int n = 0; n < SUB / 8; n++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        int col = first + n * 8 + quad * 2 + (j & 1);
+                        int row = warp * 16 + g + (j >> 1) * 8;
+                        float to = KEYS ? sm->stat[stage][col] : stat[j >> 1];
+                        float dp = da[n][j] + (KEYS ? sm->delta[stage][col] : delta[j >> 1]);
+                        /* Rounded as in forward: no weight may be above 1 there. */
+                        e[n][j] = exp2_fast(__fmul_rn(e[n][j], 2 * p.half_scale) - to);
+                        if (i == causal && (KEYS ? col < row : col > row)) e[n][j] = 0;
+                        da[n][j] = e[n][j] * dp;
+                    }
+            } else {
+                int left = p.m - (i - n_exact) * C;
+#pragma unroll
+                for (int n = 0; n < SUB / 8; n++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        int col = first + n * 8 + quad * 2 + (j & 1);
+                        float top = sm->top[stage][col], add = sm->sum[stage][col];
+                        float bias = SRF__LOG2E * sm->bias[stage][col] - half[j >> 1] -
+                                     (KEYS ? 0 : p.log2_m);
+                        float dp = da[n][j] + (KEYS ? add : add * delta[j >> 1]);
+                        e[n][j] = exp2_fast(clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, bias)) +
+                                            (KEYS ? -top : top - stat[j >> 1]));
+                        if (col >= left) e[n][j] = 0;
+                        da[n][j] = e[n][j] * dp;
+                    }
+            }
+#pragma unroll
+            for (int n = 0; n < SUB / 8; n += 2) {
+                uint32_t a[4];
+                pack_a(a, da[n], da[n + 1]);
+                if (i >= n_exact)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float2 f = unpack_bf16(a[j]);
+                        sum[j & 1] += f.x + f.y;
+                    }
+                mma_cols<D>(acc, a, tile + n * 8 * (D + 8));
+                if constexpr (KEYS) {
+                    pack_a(a, e[n], e[n + 1]);
+                    mma_cols<D>(acc_v, a, values + n * 8 * (D + 8));
+                }
+            }
+        }
+        /* Scores are of x and y / d^(1/4) here, features' inputs of x: one factor for both. */
+        if (i == n_exact - 1) scale_rows(acc, p.scale, p.scale);
+        __syncthreads();
+    }
+    for (int j = 0; j < 2; j++) {
+        const bf16 *row = sm->rows[0] + (warp * 16 + g + 8 * j) * (D + 8) + quad * 2;
+        float by = p.scale * quad_sum(sum[j]);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            float2 f = __bfloat1622float2(*(const __nv_bfloat162 *)(row + n * 8));
+            acc[n][2 * j] = p.scale * (acc[n][2 * j] - by * f.x);
+            acc[n][2 * j + 1] = p.scale * (acc[n][2 * j + 1] - by * f.y);
+        }
+    }
+    int64_t at = in + warp * 16 * p.ld;
+    store_rows<D>((KEYS ? p.dk : p.dq) + at, p.ld, n_rows - warp * 16, acc);
+    if constexpr (KEYS) store_rows<D>(p.dv + at, p.ld, n_rows - warp * 16, acc_v);
+}
+
+/* ---- dW -----------------------------------------------------------------------------------------
+ * A CTA has a walk's features and segment, and makes its sum of da^T x (queries) or da^T y (keys).
+ */
+
+template <int D, int C, bool QUERIES>
+__global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant__ struct hybrid p)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct walk_smem<D, C> *sm = (struct walk_smem<D, C> *)smem;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    int groups = (p.m + CTA_FEATURES - 1) / CTA_FEATURES;
+    int seg = blockIdx.x % p.n_seg, group = blockIdx.x / p.n_seg % groups;
+    int64_t bh = blockIdx.x / p.n_seg / groups, n_bh = gridDim.x / p.n_seg / groups;
+    int feature = group * CTA_FEATURES + warp * WARP_FEATURES;
+    bool active = feature < p.m;
+    int lo = seg * p.seg_slots, hi = min(lo + p.seg_slots, p.n_slots);
+    int n_tiles = (hi - lo) * (p.window / C), slot;
+
+    load_walk<D, C, QUERIES>(sm, 0, &p, bh, walk_token<C, QUERIES>(&p, lo, hi, 0, &slot));
+    cp_async_commit();
+    uint32_t w[D / 16][4] = {}, state[D / 16][4] = {};
+    float bias[2] = {0, 0}, top[2] = {0, 0}, weight[2] = {0, 0}, acc[D / 8][4];
+    zero(acc);
+    if (active) {
+        int64_t set = bh % p.heads;
+        load_a_global<D>(w, p.w + set * p.w_step + (int64_t)feature * D);
+        for (int j = 0; j < 2; j++)
+            bias[j] = SRF__LOG2E * p.bias[set * p.bias_step + feature + g + 8 * j] -
+                      (QUERIES ? p.log2_m : 0);
+    }
+    for (int i = 0; i < n_tiles; i++) {
+        int stage = i & 1;
+        if (i + 1 < n_tiles) {
+            int token = walk_token<C, QUERIES>(&p, lo, hi, i + 1, &slot);
+            load_walk<D, C, QUERIES>(sm, stage ^ 1, &p, bh, token);
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
+        clean_rows<D, C, true>(sm->pair[stage][0], &p, sm->half[stage]);
+        __syncthreads();
+        walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
+        if (active) {
+            int64_t row = (bh * p.n_slots + slot) * p.m + feature;
+            load_a_global<D>(state, (QUERIES ? p.s : p.r) + row * D);
+            for (int j = 0; j < 2; j++) {
+                top[j] = p.top[row + g + 8 * j];
+                weight[j] = (QUERIES ? p.z : p.u)[row + g + 8 * j];
+            }
+#pragma unroll 1
+            for (int first = 0; first < C; first += SUB) {
+                const bf16 *tokens = sm->pair[stage][0] + first * (D + 8);
+                const bf16 *values = sm->pair[stage][1] + first * (D + 8);
+                float e[SUB / 8][4], da[SUB / 8][4];
+                zero(e);
+                zero(da);
+#pragma unroll
+                for (int kk = 0; kk < D / 16; kk++) {
+                    mma_rows<D, SUB / 8>(e, w[kk], tokens, kk);
+                    mma_rows<D, SUB / 8>(da, state[kk], values, kk);
+                }
+#pragma unroll
+                for (int n = 0; n < SUB / 8; n++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        int col = first + n * 8 + quad * 2 + (j & 1), r = j >> 1;
+                        float to = QUERIES ? top[r] - sm->stat[stage][col] : -top[r];
+                        float dp =
+                            da[n][j] + (QUERIES ? weight[r] * sm->delta[stage][col] : weight[r]);
+                        float add = bias[r] - sm->half[stage][col];
+                        da[n][j] =
+                            exp2_fast(clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, add)) + to) *
+                            dp;
+                    }
+#pragma unroll
+                for (int n = 0; n < SUB / 8; n += 2) {
+                    uint32_t a[4];
+                    pack_a(a, da[n], da[n + 1]);
+                    mma_cols<D>(acc, a, tokens + n * 8 * (D + 8));
+                }
+            }
+        }
+        __syncthreads();
+    }
+    if (!active) return;
+    int64_t part = ((QUERIES ? 0 : n_bh) + bh) * p.n_seg + seg;
+    for (int j = 0; j < 2; j++) {
+        float *to = p.dw_part + (part * p.m + feature + g + 8 * j) * D + quad * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            *(float2 *)(to + n * 8) =
+                make_float2(p.scale * acc[n][2 * j], p.scale * acc[n][2 * j + 1]);
+    }
+}
+
+/* dw (n_sets, n) += the parts of its heads, (2, n_seq, heads, n_seg, n), one after the other. */
+static __global__ void dw_sum_kernel(float *dw, const float *part, int64_t n, int n_sets,
+                                     int64_t n_seq, int heads, int n_seg)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n_sets * n) return;
+    int64_t set = i / n, at = i - set * n;
+    float sum = 0;
+    for (int64_t s = 0; s < 2 * n_seq; s++)
+        for (int h = n_sets > 1 ? (int)set : 0; h < (n_sets > 1 ? (int)set + 1 : heads); h++)
+            for (int seg = 0; seg < n_seg; seg++)
+                sum += part[((s * heads + h) * n_seg + seg) * n + at];
+    dw[i] += sum;
+}
+
+/* ---- launches -------------------------------------------------------------------------------- */
+
+/* Sets sizes and pointers into the workspace at base; NULL only counts. Returns its bytes. */
+static size_t carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool backward,
+                    bool dw, void *base, struct hybrid *p)
+{
+    struct cuda_bump bump = {(char *)base, 0};
+    int64_t n_bh = s->b * s->h, tile = s->window < 64 ? 32 : 64;
+    int64_t n_slots = div_up(s->t, s->window) - 2;
+    n_slots = n_slots < 0 ? 0 : n_slots;
+    /* Segments only where they save more than their own walk costs. */
+    int64_t walks = n_bh * div_up(s->m, CTA_FEATURES), n_seg = 2 * cuda_of(ctx)->n_sm / walks;
+    n_seg = n_seg > MAX_SEGMENTS ? MAX_SEGMENTS : n_seg;
+    n_seg = n_seg > n_slots / 4 ? n_slots / 4 : n_seg;
+    n_seg = n_seg < 3 ? 1 : n_seg;
+    p->t = (int)s->t;
+    p->heads = (int)s->h;
+    p->m = (int)s->m;
+    p->window = (int)s->window;
+    p->n_chunks = (int)div_up(s->t, tile);
+    p->n_slots = (int)n_slots;
+    p->seg_slots = (int)(n_slots ? div_up(n_slots, n_seg) : 1);
+    p->n_seg = (int)(n_slots ? div_up(n_slots, p->seg_slots) : 1);
+    p->w_step = s->n_sets > 1 ? s->m * s->d : 0;
+    p->bias_step = s->n_sets > 1 ? s->m : 0;
+    p->scale = (float)pow((double)s->d, -0.25);
+    p->half_scale = (float)(0.5 * 1.4426950408889634 / sqrt((double)s->d));
+    p->limit = (float)(SRF__X_LIMIT * pow((double)s->d, 0.25));
+    p->log2_m = (float)log2((double)s->m);
+    size_t rows = (size_t)(n_bh * n_slots * s->m), seg_rows = (size_t)(n_bh * p->n_seg * s->m);
+    p->s = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
+    p->z = (float *)bump_bytes(&bump, rows * sizeof(float));
+    p->top = (float *)bump_bytes(&bump, rows * sizeof(float));
+    if (p->n_seg > 1) {
+        p->sum_s = (float *)bump_bytes(&bump, seg_rows * s->d * sizeof(float));
+        p->sum_z = (float *)bump_bytes(&bump, seg_rows * sizeof(float));
+        p->sum_top = (float *)bump_bytes(&bump, seg_rows * sizeof(float));
+    }
+    if (!backward) return bump.used;
+    p->r = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
+    p->u = (float *)bump_bytes(&bump, rows * sizeof(float));
+    p->delta = (float *)bump_bytes(&bump, (size_t)(n_bh * s->t) * sizeof(float));
+    if (dw && n_slots) p->dw_part = (float *)bump_bytes(&bump, 2 * seg_rows * s->d * sizeof(float));
+    return bump.used;
+}
+
+#define LAUNCH(kernel, grid, threads, smem, ...)                                                   \
+    do {                                                                                           \
+        CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,         \
+                                      (int)(smem)));                                               \
+        (kernel)<<<(unsigned)(grid), (threads), (smem), stream_of(ctx)>>>(__VA_ARGS__);            \
+    } while (0)
+
+template <int D, int C, bool QUERIES>
+static srf_status walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
+{
+    int64_t grid = n_bh * div_up(p->m, CTA_FEATURES) * p->n_seg;
+    size_t smem = sizeof(struct walk_smem<D, C>);
+    if (p->n_slots == 0) return SRF_OK;
+    if (p->n_seg > 1) LAUNCH((walk_kernel<D, C, QUERIES>), grid, WALK_THREADS, smem, *p, true);
+    LAUNCH((walk_kernel<D, C, QUERIES>), grid, WALK_THREADS, smem, *p, false);
+    return SRF_OK;
+}
+
+template <int D, int C>
+static srf_status fwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
+{
+    SRF_TRY((walk<D, C, false>(ctx, p, n_bh)));
+    LAUNCH((fwd_kernel<D, C>), n_bh * p->n_chunks, 2 * C, sizeof(struct fwd_smem<D, C>), *p);
+    return srf__cuda_launched("srf_attn_fwd");
+}
+
+template <int D, int C>
+static srf_status bwd(struct srf_ctx *ctx, const struct hybrid *p,
+                      const struct srf_srf_attn_bwd_args *a)
+{
+    int64_t n_bh = a->s.b * a->s.h, grid = n_bh * p->n_chunks;
+    size_t smem = sizeof(struct bwd_smem<D, C>);
+    SRF_TRY((walk<D, C, false>(ctx, p, n_bh)));
+    LAUNCH((bwd_kernel<D, C, false>), grid, 2 * C, smem, *p);
+    SRF_TRY((walk<D, C, true>(ctx, p, n_bh)));
+    LAUNCH((bwd_kernel<D, C, true>), grid, 2 * C, smem, *p);
+    if (p->dw_part) {
+        int64_t walks = n_bh * div_up(p->m, CTA_FEATURES) * p->n_seg, n = a->s.m * D;
+        size_t bytes = sizeof(struct walk_smem<D, C>);
+        LAUNCH((dw_kernel<D, C, true>), walks, WALK_THREADS, bytes, *p);
+        LAUNCH((dw_kernel<D, C, false>), walks, WALK_THREADS, bytes, *p);
+        dw_sum_kernel<<<(unsigned)div_up(a->s.n_sets * n, 128), 128, 0, stream_of(ctx)>>>(
+            (float *)a->dw, p->dw_part, n, (int)a->s.n_sets, a->s.b, p->heads, p->n_seg);
+    }
+    return srf__cuda_launched("srf_attn_bwd");
+}
+
+static bool takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int64_t ld,
+                  int64_t ld_o, uintptr_t pointers)
+{
+    bool d = s->d == 32 || s->d == 64 || s->d == 80 || s->d == 96 || s->d == 128;
+    bool window = s->window == 32 || s->window == 64 || s->window == 128;
+    /* Launches count tiles and walks in 31 bits. */
+    bool small = s->t < (1 << 30) && s->b * s->h < (1 << 30) / MAX_SEGMENTS / 8 &&
+                 s->b * s->h * div_up(s->t, 32) < (1 << 30);
+    return ctx->dtype == SRF_BF16 && s->causal && window && d && s->m % 16 == 0 && s->m <= 512 &&
+           ld % 8 == 0 && ld_o % 8 == 0 && pointers % 16 == 0 && small;
+}
+
+bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
+{
+    return takes(ctx, &a->s, a->ld, a->ld_o,
+                 (uintptr_t)a->q | (uintptr_t)a->k | (uintptr_t)a->v | (uintptr_t)a->w |
+                     (uintptr_t)a->bias | (uintptr_t)a->o);
+}
+
+bool srf__hybrid_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    return takes(ctx, &a->s, a->ld, a->ld_o,
+                 (uintptr_t)a->q | (uintptr_t)a->k | (uintptr_t)a->v | (uintptr_t)a->w |
+                     (uintptr_t)a->bias | (uintptr_t)a->o | (uintptr_t)a->d_o | (uintptr_t)a->dq |
+                     (uintptr_t)a->dk | (uintptr_t)a->dv);
+}
+
+size_t srf__hybrid_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
+{
+    struct hybrid p = {};
+    bool any = a->s.b * a->s.t != 0 && takes(ctx, &a->s, a->ld, a->ld_o, 0);
+    return any ? carve(ctx, &a->s, false, false, NULL, &p) : 0;
+}
+
+size_t srf__hybrid_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    struct hybrid p = {};
+    bool any = a->s.b * a->s.t != 0 && takes(ctx, &a->s, a->ld, a->ld_o, 0);
+    return any ? carve(ctx, &a->s, true, a->dw != NULL, NULL, &p) : 0;
+}
+
+/* The kernels of a head size, for either tile. */
+#define CASE(D, op, ...)                                                                           \
+    case D:                                                                                        \
+        return a->s.window < 64 ? op<D, 32>(__VA_ARGS__) : op<D, 64>(__VA_ARGS__)
+#define FOR_HEAD_SIZE(op, ...)                                                                     \
+    switch (a->s.d) {                                                                              \
+        CASE(32, op, __VA_ARGS__);                                                                 \
+        CASE(64, op, __VA_ARGS__);                                                                 \
+        CASE(80, op, __VA_ARGS__);                                                                 \
+        CASE(96, op, __VA_ARGS__);                                                                 \
+    default:                                                                                       \
+        return a->s.window < 64 ? op<128, 32>(__VA_ARGS__) : op<128, 64>(__VA_ARGS__);             \
+    }
+
+srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
+{
+    struct hybrid p = {};
+    if (a->s.b * a->s.t == 0) return SRF_OK;
+    carve(ctx, &a->s, false, false, ctx->workspace, &p);
+    p.q = (const bf16 *)a->q;
+    p.k = (const bf16 *)a->k;
+    p.v = (const bf16 *)a->v;
+    p.w = (const bf16 *)a->w;
+    p.bias = (const float *)a->bias;
+    p.o = (bf16 *)a->o;
+    p.stat = (float *)a->stat;
+    p.ld = a->ld;
+    p.ld_o = a->ld_o;
+    FOR_HEAD_SIZE(fwd, ctx, &p, a->s.b * a->s.h)
+}
+
+srf_status srf__hybrid_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    struct hybrid p = {};
+    if (a->s.b * a->s.t == 0) return SRF_OK;
+    carve(ctx, &a->s, true, a->dw != NULL, ctx->workspace, &p);
+    p.q = (const bf16 *)a->q;
+    p.k = (const bf16 *)a->k;
+    p.v = (const bf16 *)a->v;
+    p.w = (const bf16 *)a->w;
+    p.bias = (const float *)a->bias;
+    p.o = (bf16 *)a->o; /* read only here */
+    p.d_o = (const bf16 *)a->d_o;
+    p.stat = (float *)a->stat; /* read only here */
+    p.dq = (bf16 *)a->dq;
+    p.dk = (bf16 *)a->dk;
+    p.dv = (bf16 *)a->dv;
+    p.ld = a->ld;
+    p.ld_o = a->ld_o;
+    FOR_HEAD_SIZE(bwd, ctx, &p, a)
+}
