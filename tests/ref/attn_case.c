@@ -60,6 +60,45 @@ void attn_case_set(struct attn_case *c, int64_t i, double value)
     c->qkv_set = true;
 }
 
+void attn_case_close(struct attn_case *c, const char *name, struct twin t, int64_t ld, int part,
+                     int n_parts, double tol)
+{
+    int64_t width = c->shape.h * c->shape.d, rows = c->shape.b * c->shape.t, worst = 0;
+    double *all = twin_values(&c->s, t), norm = 0, most = 0;
+    double *got = srf__alloc((size_t)(rows * width), sizeof *got);
+    double *want = srf__alloc((size_t)(rows * width), sizeof *want);
+    assert_true(got && want);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t j = 0; j < width; j++) {
+            got[r * width + j] = all[r * ld + part * width + j];
+            want[r * width + j] = t.ref[r * ld + part * width + j];
+            norm += want[r * width + j] * want[r * width + j] / (double)rows;
+        }
+        for (int64_t j = n_parts * width; j < ld; j++)
+            if (all[r * ld + j] != t.ref[r * ld + j])
+                fail_msg("%s: padding of row %lld is %g, was %g", name, (long long)r,
+                         all[r * ld + j], t.ref[r * ld + j]);
+    }
+    twin_check(&c->s, name, got, want, rows * width, tol);
+    for (int64_t r = 0; r < rows; r++) {
+        double own = 0, diff = 0;
+        for (int64_t j = r * width; j < (r + 1) * width; j++) {
+            own += want[j] * want[j];
+            diff += (got[j] - want[j]) * (got[j] - want[j]);
+        }
+        double err = sqrt(diff / fmax(own, norm));
+        if (isfinite(own) && !(err <= most)) most = err, worst = r;
+    }
+    if (rows * width > 0 && norm > 0 && !(most <= 4 * tol)) {
+        print_error("%s: row %lld (token %lld) is off by %.2e of %.2e\n", name, (long long)worst,
+                    (long long)(worst % c->shape.t), most, 4 * tol);
+        c->s.failures++;
+    }
+    srf__free(all);
+    srf__free(got);
+    srf__free(want);
+}
+
 static void send(struct attn_case *c)
 {
     if (c->qkv_set) twin_send(&c->s, c->qkv);

@@ -32,6 +32,12 @@ int64_t attn_case_at(const struct attn_case *c, int part, int64_t b, int64_t t, 
 /* Make one element of qkv `value` on both sides. */
 void attn_case_set(struct attn_case *c, int64_t i, double value);
 
+/* Columns of part `part` of an output of rows of ld against the reference, in norm, and each row
+ * against the larger of its own norm and that of all rows, to 4 tol. Columns beyond the parts, of
+ * which there are n_parts, must be untouched. */
+void attn_case_close(struct attn_case *c, const char *name, struct twin t, int64_t ld, int part,
+                     int n_parts, double tol);
+
 /* Run the op under test, or the reference. */
 void attn_case_fwd(struct attn_case *c);
 void attn_case_bwd(struct attn_case *c);

@@ -192,6 +192,17 @@ void twin_raw_values(const struct twins *s, struct twin_raw t, void *x)
     test_ok(s->ctx->be->download(s->ctx, x, t.dev, t.bytes));
 }
 
+void twin_check(struct twins *s, const char *name, const double *got, const double *want, int64_t n,
+                double tol)
+{
+    if (!s->thorough) {
+        test_close(name, got, want, n, tol);
+        return;
+    }
+    print_message("    %-24s error %.2e of %.2e\n", name, test_error(got, want, n), tol);
+    s->failures += !test_is_close(name, got, want, n, tol);
+}
+
 void twin_close(struct twins *s, const char *name, struct twin t, double tol, double natural)
 {
     double *x = twin_values(s, t), norm = 0, terms = natural * sqrt((double)t.n);
@@ -200,12 +211,7 @@ void twin_close(struct twins *s, const char *name, struct twin t, double tol, do
     /* test_error is absolute where the reference is 0 */
     if (norm == 0 && terms > 0) norm = 1;
     if (terms > norm) tol *= terms / norm;
-    if (!s->thorough) {
-        test_close(name, x, t.ref, t.n, tol);
-    } else {
-        print_message("    %-24s error %.2e of %.2e\n", name, test_error(x, t.ref, t.n), tol);
-        s->failures += !test_is_close(name, x, t.ref, t.n, tol);
-    }
+    twin_check(s, name, x, t.ref, t.n, tol);
     srf__free(x);
 }
 

@@ -63,6 +63,9 @@ void twin_raw_values(const struct twins *s, struct twin_raw t, void *x);
 /* The device must agree with the reference: |got - want| <= tol max(|want|, sqrt(n) natural), in
  * norm. natural: the size of the terms an element is made of, where they may cancel; 0 if not. */
 void twin_close(struct twins *s, const char *name, struct twin t, double tol, double natural);
+/* test_close, which a thorough test survives. */
+void twin_check(struct twins *s, const char *name, const double *got, const double *want, int64_t n,
+                double tol);
 
 /* Rounding error allowed where `length` terms are summed in type A: c eps(A) sqrt(length); and where
  * the sum is rounded to T. */

@@ -1,0 +1,159 @@
+/* linear_fwd, linear_bwd on the GPU: bias, residual, activation, both layouts of W, odd sizes. */
+#include "tests/ref/dense.h"
+#include "tests/ref/gpu.h"
+
+static const int64_t shapes[][3] = {
+    {1, 1, 1},      {1, 7, 5},       {3, 1, 2},       {5, 17, 13},    {33, 64, 65},
+    {0, 16, 16},    {37, 41, 97},    {128, 64, 192},  {64, 384, 128}, {257, 128, 512},
+    {200, 96, 288}, {130, 512, 130}, {64, 100, 1001}, {512, 256, 64}, {1, 768, 768},
+};
+#define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+
+struct linear_case {
+    enum srf_dtype dtype;
+    int64_t n, in, out;
+    bool transposed, bias;
+    enum { NO_RESIDUAL, OTHER, ITSELF } residual;
+    bool act, keep_pre;         /* forward */
+    bool activated, accumulate; /* backward: x was an activation, dx += */
+    bool want_dx, want_dw, want_db;
+};
+
+static void test_fwd(void **state)
+{
+    const struct linear_case *k = *state;
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    int64_t n = k->n, in = k->in, out = k->out;
+    struct twin x = twin_normal(&s, n * in, 1), w = twin_normal(&s, in * out, 1);
+    struct twin b = twin_normal(&s, out, 1), pre = twin_fill(&s, n * out, NAN);
+    bool itself = k->residual == ITSELF;
+    struct twin y = itself ? twin_normal(&s, n * out, 1) : twin_fill(&s, n * out, NAN);
+    struct twin r = itself ? y : twin_normal(&s, n * out, 1);
+#define ARGS(side)                                                                                 \
+    .n = n, .in = in, .out = out, .x = x.side, .w = w.side, .w_transposed = k->transposed,         \
+    .b = k->bias ? b.side : NULL, .residual = k->residual ? r.side : NULL,                         \
+    .act = k->act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .pre = k->keep_pre ? pre.side : NULL,        \
+    .y = y.side
+    twin_run(&s, linear_fwd, ARGS(dev));
+    ref_linear_fwd(&(struct srf_linear_fwd_args){ARGS(ref)});
+#undef ARGS
+    twin_close(&s, "y", y, twin_tol(&s, in), sqrt((double)in));
+    twin_close(&s, "pre", pre, twin_tol(&s, in), sqrt((double)in));
+    twins_free(&s);
+}
+
+static void test_bwd(void **state)
+{
+    const struct linear_case *k = *state;
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    int64_t n = k->n, in = k->in, out = k->out;
+    struct twin x = twin_normal(&s, n * in, 1), w = twin_normal(&s, in * out, 1);
+    struct twin dy = twin_normal(&s, n * out, 1), pre = twin_normal(&s, n * in, 2);
+    struct twin dx = k->accumulate ? twin_normal(&s, n * in, 1) : twin_fill(&s, n * in, NAN);
+    struct twin dw = twin_acc_normal(&s, in * out, 1), db = twin_acc_normal(&s, out, 1);
+#define ARGS(side)                                                                                 \
+    .n = n, .in = in, .out = out, .x = x.side, .w = w.side, .dy = dy.side,                         \
+    .w_transposed = k->transposed, .x_pre = k->activated ? pre.side : NULL,                        \
+    .x_act = k->activated ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .dx_accumulate = k->accumulate,      \
+    .dx = k->want_dx ? dx.side : NULL, .dw = k->want_dw ? dw.side : NULL,                          \
+    .db = k->want_db ? db.side : NULL
+    twin_run(&s, linear_bwd, ARGS(dev));
+    ref_linear_bwd(&(struct srf_linear_bwd_args){ARGS(ref)});
+#undef ARGS
+    twin_close(&s, "dx", dx, twin_tol(&s, out), sqrt((double)out));
+    twin_close(&s, "dw", dw, twin_acc_tol(&s, n), sqrt((double)n));
+    twin_close(&s, "db", db, twin_acc_tol(&s, n), sqrt((double)n));
+    twins_free(&s);
+}
+
+/* GELU and its slope by themselves, through a layer of 1 x 1 with W = 1: over [-12, 12], and where
+ * exponentials overflow. */
+static void test_gelu(void **state)
+{
+    const struct linear_case *k = *state;
+    enum { GRID = 4801, EXTREMES = 8, N = GRID + EXTREMES };
+    static const double extremes[EXTREMES] = {1e4, -1e4, 100, -100, 40, -40, 1e30, -1e30};
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    double u[N];
+    for (int i = 0; i < GRID; i++) u[i] = (i - GRID / 2) * 0.005;
+    for (int i = 0; i < EXTREMES; i++) u[GRID + i] = extremes[i];
+    struct twin x = twin_of(&s, u, N), one = twin_fill(&s, 1, 1), y = twin_fill(&s, N, NAN);
+    struct twin dy = twin_fill(&s, N, 1), dx = twin_fill(&s, N, NAN);
+    twin_run(&s, linear_fwd, .n = N, .in = 1, .out = 1, .x = x.dev, .w = one.dev,
+             .act = SRF_ACT_GELU_TANH, .y = y.dev);
+    twin_run(&s, linear_bwd, .n = N, .in = 1, .out = 1, .x = y.dev, .w = one.dev, .dy = dy.dev,
+             .x_pre = x.dev, .x_act = SRF_ACT_GELU_TANH, .dx = dx.dev);
+    double *got = twin_values(&s, y), *slope = twin_values(&s, dx);
+    double tol = twin_tol(&s, 1), worst = 0, worst_slope = 0;
+    for (int i = 0; i < N; i++) {
+        double v = x.ref[i], r = 2 * sqrt(2 / M_PI) * (v + 0.044715 * v * v * v);
+        double sig = 1 / (1 + exp(-r)), want = v * sig;
+        double want_slope = sig, tail = want / (1 + exp(r));
+        if (tail != 0) want_slope += tail * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * v * v);
+        /* Absolute for |v| <= 1, so that the tails of the left may lose their relative precision. */
+        double err = fabs(got[i] - want) / fmax(1, fabs(v)),
+               err_slope = fabs(slope[i] - want_slope);
+        if (!(err <= tol)) fail_msg("gelu(%g) = %.9g, want %.9g", v, got[i], want);
+        if (!(err_slope <= tol)) fail_msg("gelu'(%g) = %.9g, want %.9g", v, slope[i], want_slope);
+        worst = fmax(worst, err);
+        worst_slope = fmax(worst_slope, err_slope);
+    }
+    print_message("    gelu error %.2e, slope %.2e of %.2e\n", worst, worst_slope, tol);
+    srf__free(got), srf__free(slope);
+    twins_free(&s);
+}
+
+static void add(struct gpu_suite *suite, const struct linear_case *k, bool bwd)
+{
+    double work = (double)k->n * (double)k->in * (double)k->out;
+    const char *dtype = srf_dtype_name(k->dtype), *layout = k->transposed ? " transposed" : "";
+    if (bwd)
+        gpu_add(suite, test_bwd, k, sizeof *k, 2 * work,
+                "linear_bwd %s n=%d in=%d out=%d%s%s%s%s%s%s", dtype, (int)k->n, (int)k->in,
+                (int)k->out, layout, k->activated ? " activated" : "",
+                k->accumulate ? " accumulate" : "", k->want_dx ? " dx" : "",
+                k->want_dw ? " dw" : "", k->want_db ? " db" : "");
+    else
+        gpu_add(suite, test_fwd, k, sizeof *k, work, "linear_fwd %s n=%d in=%d out=%d%s%s%s%s%s",
+                dtype, (int)k->n, (int)k->in, (int)k->out, layout, k->bias ? " bias" : "",
+                k->residual == ITSELF  ? " residual=y"
+                : k->residual == OTHER ? " residual"
+                                       : "",
+                k->act ? " gelu" : "", k->keep_pre ? " pre" : "");
+}
+
+int main(int argc, char **argv)
+{
+    static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++) {
+        struct linear_case gelu = {.dtype = gpu_dtype(type)};
+        gpu_add(&suite, test_gelu, &gelu, sizeof gelu, 0, "gelu %s", srf_dtype_name(gelu.dtype));
+        /* Every shape, the options in turn. */
+        for (int i = 0; i < N_SHAPES; i++)
+            for (int turn = 0; turn < 4; turn++) {
+                int bits = i * 5 + turn * 7;
+                struct linear_case k = {.dtype = gpu_dtype(type),
+                                        .n = shapes[i][0],
+                                        .in = shapes[i][1],
+                                        .out = shapes[i][2],
+                                        .transposed = turn & 1,
+                                        .bias = bits & 4,
+                                        .act = turn & 2,
+                                        .keep_pre = turn & 2 && bits & 8,
+                                        .activated = turn & 2,
+                                        .accumulate = bits & 8,
+                                        .want_dx = true,
+                                        .want_dw = true,
+                                        .want_db = true};
+                if (!k.act) k.residual = bits % 3;
+                add(&suite, &k, false);
+                if (i % 5 == 4) { /* some of the gradients only */
+                    k.want_dx = turn != 1;
+                    k.want_dw = turn != 2 && turn != 3;
+                    k.want_db = turn != 2;
+                }
+                add(&suite, &k, true);
+            }
+    }
+    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+}

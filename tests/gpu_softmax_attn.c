@@ -1,0 +1,89 @@
+/* softmax_attn_fwd, softmax_attn_bwd on the GPU. */
+#include "tests/ref/attn_case.h"
+#include "tests/ref/gpu.h"
+
+struct softmax_case {
+    enum srf_dtype dtype;
+    struct srf_attn_shape shape;
+    double scale; /* of q and k: scores have this to the second power as their deviation */
+};
+
+/* m, n_sets are those of SRF attention and mean nothing here. */
+#define SHAPE(b_, t_, h_, d_)                                                                      \
+    {                                                                                              \
+        .b = b_, .t = t_, .h = h_, .d = d_, .m = 1, .n_sets = 1                                    \
+    }
+static const struct srf_attn_shape shapes[] = {
+    SHAPE(1, 1, 1, 32),   SHAPE(2, 5, 3, 64),    SHAPE(1, 63, 2, 16),   SHAPE(2, 64, 1, 64),
+    SHAPE(1, 65, 2, 80),  SHAPE(1, 128, 3, 96),  SHAPE(1, 131, 1, 128), SHAPE(1, 512, 1, 64),
+    SHAPE(1, 577, 2, 32), SHAPE(1, 1100, 1, 64), SHAPE(0, 10, 2, 64),   SHAPE(2, 0, 2, 64),
+    SHAPE(3, 2, 1, 64),   SHAPE(2, 257, 2, 128), SHAPE(1, 100, 1, 40),
+};
+#define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+
+static void test_softmax(void **state)
+{
+    const struct softmax_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
+    bool bf16 = k->dtype == SRF_BF16;
+    /* Scores grow as scale^2, and so does what rounding makes of them. */
+    double tol = 16 * 0x1p-24 * (1 + k->scale * k->scale);
+    attn_case_softmax_fwd(&c);
+    attn_case_ref_softmax_fwd(&c);
+    attn_case_close(&c, "o", c.o, c.ld_o, 0, 1, bf16 ? 0x1p-7 : tol);
+    twin_close(&c.s, "lse", c.lse, tol, 0);
+    attn_case_softmax_bwd(&c);
+    attn_case_ref_softmax_bwd(&c);
+    for (int part = 0; part < 3; part++)
+        attn_case_close(&c,
+                        part == 0   ? "dq"
+                        : part == 1 ? "dk"
+                                    : "dv",
+                        c.dqkv, c.ld, part, 3, bf16 ? 0x1p-6 : 2 * tol);
+    attn_case_free(&c);
+}
+
+/* Later tokens, however large, leave earlier outputs as they were. */
+static void test_causal(void **state)
+{
+    const struct softmax_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
+    attn_case_softmax_fwd(&c);
+    double *before = twin_values(&c.s, c.o);
+    for (int64_t from = k->shape.t - 1; from > 0; from -= 37) {
+        for (int64_t i = from * c.ld; i < c.qkv.n; i++) attn_case_set(&c, i, 5 * c.qkv.ref[i]);
+        attn_case_softmax_fwd(&c);
+        double *after = twin_values(&c.s, c.o);
+        assert_memory_equal(before, after, (size_t)(from * c.ld_o) * sizeof *after);
+        assert_true(before[from * c.ld_o] != after[from * c.ld_o]);
+        srf__free(after);
+    }
+    srf__free(before);
+    attn_case_free(&c);
+}
+
+int main(int argc, char **argv)
+{
+    static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++) {
+        struct softmax_case k = {.dtype = gpu_dtype(type)};
+        for (int i = 0; i < 4 * N_SHAPES; i++) {
+            k.shape = shapes[i / 4];
+            k.shape.causal = i & 1;
+            /* With sharp weights, a gradient is a small difference of numbers that bf16 has
+             * rounded; with one or two tokens it may be no more than rounding. */
+            if (i & 2 && k.shape.t < 16) continue;
+            k.scale = i & 2 ? (k.dtype == SRF_BF16 ? 1.5 : 6) : 1;
+            struct srf_attn_shape s = k.shape;
+            gpu_add(&suite, test_softmax, &k, sizeof k, (double)(s.b * s.h * s.t * s.t * s.d) * 3,
+                    "softmax_attn %s b=%d t=%d h=%d d=%d%s scale=%g", srf_dtype_name(k.dtype),
+                    (int)s.b, (int)s.t, (int)s.h, (int)s.d, s.causal ? " causal" : "", k.scale);
+        }
+        k.scale = 1;
+        k.shape = (struct srf_attn_shape)SHAPE(1, 300, 1, 64);
+        k.shape.causal = true;
+        gpu_add(&suite, test_causal, &k, sizeof k, 1e6, "softmax_attn %s later tokens",
+                srf_dtype_name(k.dtype));
+    }
+    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+}

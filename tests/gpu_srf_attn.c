@@ -1,0 +1,235 @@
+/* srf_attn_fwd, srf_attn_bwd on the GPU against the quadratic reference, and what they must keep:
+ * causality, linearity in v, accumulation of dw, the padding between heads. */
+#include "tests/ref/attn_case.h"
+#include "tests/ref/gpu.h"
+
+struct srf_case {
+    enum srf_dtype dtype;
+    struct srf_attn_shape shape;
+};
+
+static const struct srf_attn_shape shapes[] = {
+    {.b = 1, .t = 1, .h = 1, .d = 32, .m = 16, .n_sets = 1},
+    {.b = 3, .t = 2, .h = 1, .d = 64, .m = 16, .n_sets = 1},
+    {.b = 2, .t = 63, .h = 1, .d = 32, .m = 16, .n_sets = 1},
+    {.b = 1, .t = 64, .h = 2, .d = 64, .m = 64, .n_sets = 2},
+    {.b = 2, .t = 65, .h = 3, .d = 64, .m = 63, .n_sets = 3},
+    {.b = 1, .t = 90, .h = 2, .d = 16, .m = 20, .n_sets = 1},
+    {.b = 1, .t = 33, .h = 1, .d = 64, .m = 8, .n_sets = 1},
+    {.b = 1, .t = 129, .h = 2, .d = 80, .m = 100, .n_sets = 1},
+    {.b = 1, .t = 130, .h = 1, .d = 96, .m = 128, .n_sets = 1},
+    {.b = 1, .t = 150, .h = 1, .d = 128, .m = 512, .n_sets = 1},
+    {.b = 1, .t = 200, .h = 2, .d = 64, .m = 256, .n_sets = 1},
+    {.b = 2, .t = 256, .h = 2, .d = 64, .m = 64, .n_sets = 1},
+    {.b = 1, .t = 577, .h = 1, .d = 32, .m = 32, .n_sets = 1},
+    {.b = 1, .t = 600, .h = 1, .d = 64, .m = 48, .n_sets = 1},
+    {.b = 0, .t = 64, .h = 2, .d = 64, .m = 64, .n_sets = 1},
+    {.b = 2, .t = 0, .h = 2, .d = 64, .m = 64, .n_sets = 1},
+};
+#define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+/* -1: not causal */
+static const int64_t windows[] = {0, 64, -1, 32, 128, 1, 7, 100};
+#define N_WINDOWS ((int)(sizeof windows / sizeof *windows))
+
+static double tol_of(enum srf_dtype dtype)
+{
+    return dtype == SRF_BF16 ? 1e-2 : 1e-5;
+}
+
+static void test_reference(void **state)
+{
+    const struct srf_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    double grad_tol = k->dtype == SRF_BF16 ? 0x1p-6 : 1e-5;
+    attn_case_fwd(&c);
+    attn_case_ref_fwd(&c);
+    attn_case_close(&c, "o", c.o, c.ld_o, 0, 1, tol_of(k->dtype));
+    attn_case_bwd(&c);
+    attn_case_ref_bwd(&c);
+    for (int part = 0; part < 3; part++)
+        attn_case_close(&c,
+                        part == 0   ? "dq"
+                        : part == 1 ? "dk"
+                                    : "dv",
+                        c.dqkv, c.ld, part, 3, grad_tol);
+    twin_close(&c.s, "dw", c.dw, grad_tol, 1);
+    attn_case_free(&c);
+}
+
+/* Other tokens from `from` on, of ordinary or of huge size, leave every output before it as it was,
+ * to rounding, and change the one at it. */
+static void test_causal(void **state)
+{
+    const struct srf_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    attn_case_fwd(&c);
+    double *before = twin_values(&c.s, c.o), *x = twin_values(&c.s, c.qkv);
+    int64_t width = k->shape.h * k->shape.d;
+    for (int64_t from = k->shape.t - 1; from > 0; from -= 1 + from / 5)
+        for (int huge = 0; huge < 2; huge++) {
+            for (int64_t i = 0; i < c.qkv.n; i++) {
+                double other = 0.1 - (huge ? 60 : 1.3) * x[i];
+                attn_case_set(&c, i, i / c.ld >= from ? other : x[i]);
+            }
+            attn_case_fwd(&c);
+            double *after = twin_values(&c.s, c.o), worst = 0, change = 0;
+            for (int64_t t = 0; t <= from; t++) {
+                double *was = before + t * c.ld_o, *is = after + t * c.ld_o, err;
+                err = test_error(is, was, width);
+                if (t < from && !(err <= worst)) worst = err;
+                if (t == from) change = err;
+            }
+            if (!(worst <= tol_of(k->dtype)) || !(change > tol_of(k->dtype)))
+                fail_msg("tokens from %lld on, %s: earlier ones change by %g, it by %g",
+                         (long long)from, huge ? "huge" : "others", worst, change);
+            srf__free(after);
+        }
+    srf__free(before);
+    srf__free(x);
+    attn_case_free(&c);
+}
+
+/* A NaN shows at its token; one of q or k does not show before it. */
+static void test_nan(void **state)
+{
+    const struct srf_case *k = *state;
+    for (int part = 0; part < 3; part++) {
+        struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+        int64_t at = k->shape.t / 2;
+        attn_case_fwd(&c);
+        double *before = twin_values(&c.s, c.o);
+        attn_case_set(&c, attn_case_at(&c, part, 0, at, 0, 1), NAN);
+        attn_case_fwd(&c);
+        double *after = twin_values(&c.s, c.o);
+        if (part < 2)
+            twin_check(&c.s, part ? "before a NaN key" : "before a NaN query", after, before,
+                       at * c.ld_o, tol_of(k->dtype));
+        if (!isnan(after[at * c.ld_o + 1]))
+            fail_msg("NaN of part %d does not show at its token: %g", part, after[at * c.ld_o + 1]);
+        srf__free(before);
+        srf__free(after);
+        attn_case_free(&c);
+    }
+}
+
+/* A constant v comes back; o is linear in v, up to the largest v there may be. */
+static void test_values(void **state)
+{
+    const struct srf_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    int64_t width = k->shape.h * k->shape.d, rows = k->shape.b * k->shape.t;
+    attn_case_fwd(&c);
+    double *o = twin_values(&c.s, c.o), *x = twin_values(&c.s, c.qkv);
+    for (int what = 0; what < 3; what++) {
+        double scale = what == 0 ? 0 : what == 1 ? -3 : 0x1p97, more = what == 2 ? 0 : 2.25;
+        for (int64_t t = 0; t < rows; t++)
+            for (int64_t j = 0; j < width; j++) {
+                double v = x[t * c.ld + 2 * width + j];
+                attn_case_set(&c, t * c.ld + 2 * width + j, more + scale * v);
+                c.o.ref[t * c.ld_o + j] = more + scale * o[t * c.ld_o + j];
+            }
+        attn_case_fwd(&c);
+        attn_case_close(&c,
+                        what == 0   ? "constant v"
+                        : what == 1 ? "linear in v"
+                                    : "huge v",
+                        c.o, c.ld_o, 0, 1, tol_of(k->dtype));
+    }
+    srf__free(o);
+    srf__free(x);
+    attn_case_free(&c);
+}
+
+/* Gradients know the future only: d_o that is 0 up to a token leaves dq 0 up to it, and d_o that
+ * is 0 from a token on leaves dk, dv 0 from it on. No d_o at all: zeros, and nothing for dw, which
+ * takes a second run on top of the first and may be left out. */
+static void test_gradients(void **state)
+{
+    const struct srf_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    int64_t width = k->shape.h * k->shape.d, cut = k->shape.t / 2;
+    attn_case_fwd(&c);
+    attn_case_bwd(&c);
+    double *first = twin_values(&c.s, c.dqkv), *dw = twin_values(&c.s, c.dw);
+    attn_case_bwd(&c);
+    for (int64_t i = 0; i < c.dw.n; i++) c.dw.ref[i] = 2 * dw[i] - 1;
+    twin_close(&c.s, "dw twice", c.dw, 1e-5, 0);
+    c.no_dw = true;
+    attn_case_bwd(&c);
+    double *again = twin_values(&c.s, c.dqkv);
+    twin_check(&c.s, "without dw", again, first, c.dqkv.n, 1e-5);
+    c.no_dw = false;
+    double *d_o = twin_values(&c.s, c.d_o), *x = srf__alloc((size_t)c.d_o.n, sizeof *x);
+    assert_non_null(x);
+    for (int which = 0; which < 3; which++) { /* early, late, none */
+        for (int64_t i = 0; i < c.d_o.n; i++)
+            x[i] = which < 2 && (i / c.ld_o % k->shape.t >= cut) == which ? d_o[i] : 0;
+        twin_set(&c.s, &c.d_o, x);
+        double *before = twin_values(&c.s, c.dw);
+        attn_case_bwd(&c);
+        double *g = twin_values(&c.s, c.dqkv), *after = twin_values(&c.s, c.dw);
+        for (int64_t i = 0; i < c.dqkv.n; i++) {
+            int64_t t = i / c.ld % k->shape.t, j = i % c.ld;
+            bool zero = which == 2   ? j < 3 * width
+                        : which == 1 ? t < cut && j < width
+                                     : t >= cut && j < 3 * width;
+            if (zero && g[i] != 0)
+                fail_msg("d_o %s: gradient %g at token %lld, column %lld",
+                         which == 0   ? "early"
+                         : which == 1 ? "late"
+                                      : "nowhere",
+                         g[i], (long long)t, (long long)j);
+        }
+        if (which == 2) twin_check(&c.s, "dw of no d_o", after, before, c.dw.n, 0);
+        srf__free(before), srf__free(g), srf__free(after);
+    }
+    srf__free(first), srf__free(dw), srf__free(again), srf__free(d_o), srf__free(x);
+    attn_case_free(&c);
+}
+
+static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_shape s,
+                int64_t window, const char *what, void (*body)(void **state), double work)
+{
+    s.causal = window >= 0;
+    s.window = window > 0 ? window : 0;
+    struct srf_case k = {.dtype = dtype, .shape = s};
+    gpu_add(suite, body, &k, sizeof k, work,
+            "srf_attn %s b=%d t=%d h=%d d=%d m=%d sets=%d window=%d%s: %s", srf_dtype_name(dtype),
+            (int)s.b, (int)s.t, (int)s.h, (int)s.d, (int)s.m, (int)s.n_sets, (int)s.window,
+            s.causal ? "" : " not causal", what);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct srf_attn_shape small[] = {
+        {.b = 2, .t = 131, .h = 2, .d = 64, .m = 64, .n_sets = 2},
+        {.b = 1, .t = 200, .h = 1, .d = 80, .m = 100, .n_sets = 1},
+        {.b = 1, .t = 170, .h = 3, .d = 32, .m = 256, .n_sets = 1},
+    };
+    static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++) {
+        enum srf_dtype dtype = gpu_dtype(type);
+        for (int i = 0; i < N_SHAPES; i++)
+            for (int w = 0; w < N_WINDOWS; w++) {
+                struct srf_attn_shape s = shapes[i];
+                double work = 3.0 * (double)(s.b * s.h * s.t * s.t) * (double)s.m;
+                /* Pure and hybrid for every shape, the other windows in turn. */
+                if (w > 1 && (i + w) % 3 != 0) continue;
+                if (w == 2 && work > 1e7) continue;
+                add(&suite, dtype, s, windows[w], "o, gradients", test_reference, work / 2);
+            }
+        for (size_t i = 0; i < sizeof small / sizeof *small; i++)
+            for (int w = 0; w < N_WINDOWS; w++) {
+                struct srf_attn_shape s = small[i], one = small[i];
+                one.b = 1;
+                double work = (double)(s.t * s.m * s.d);
+                if (w > 1 && ((int)i + w) % 2 != 0) continue;
+                add(&suite, dtype, s, windows[w], "values", test_values, work);
+                if (windows[w] < 0) continue;
+                add(&suite, dtype, one, windows[w], "later tokens", test_causal, work);
+                add(&suite, dtype, one, windows[w], "NaN", test_nan, work);
+                add(&suite, dtype, s, windows[w], "gradients' conventions", test_gradients, work);
+            }
+    }
+    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+}

@@ -1,0 +1,85 @@
+/* SRF attention on the GPU on inputs of any size: outputs and gradients are finite for all finite
+ * q, k, and right wherever the numbers say so. */
+#include "tests/ref/attn_kinds.h"
+#include "tests/ref/gpu.h"
+
+#include <stdio.h>
+
+struct range_case {
+    enum srf_dtype dtype;
+    struct srf_attn_shape shape;
+    const struct attn_kind *kind;
+};
+
+static void all_finite(struct attn_case *c, const char *what, struct twin t)
+{
+    double *x = twin_values(&c->s, t);
+    for (int64_t i = 0; i < t.n; i++)
+        if (!isfinite(x[i])) {
+            print_error("%s: element %lld of %lld is %g\n", what, (long long)i, (long long)t.n,
+                        x[i]);
+            c->s.failures++;
+            break;
+        }
+    srf__free(x);
+}
+
+static void test_range(void **state)
+{
+    static const char *const forms[] = {"o", "o by pieces", "o by steps"};
+    const struct range_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    int64_t t = k->shape.t, lens[3][200] = {{0}, {70, 1, t - 71}};
+    bool bf16 = k->dtype == SRF_BF16;
+    /* Exponents grow with d^(1/2). The sums of bf16 products round as those of f32, and weights
+     * and values once more. */
+    double grow = sqrt((double)k->shape.d / 16) * 0x1p-24;
+    double tol = k->kind->eps * grow * (bf16 ? 4 : 1) + (bf16 ? 1e-2 : 0);
+    for (int64_t i = 0; i < t; i++) lens[2][i] = 1;
+    k->kind->fill(&c);
+    attn_case_ref_fwd(&c);
+    for (int form = 0; form < (k->shape.causal ? 3 : 1); form++) {
+        if (form == 0)
+            attn_case_fwd(&c);
+        else
+            attn_case_recurrent(&c, lens[form], form == 1 ? 3 : (int)t);
+        all_finite(&c, forms[form], c.o);
+        if (k->kind->eps > 0) attn_case_close(&c, forms[form], c.o, c.ld_o, 0, 1, tol);
+    }
+    attn_case_fwd(&c);
+    attn_case_bwd(&c);
+    all_finite(&c, "dq, dk, dv", c.dqkv);
+    all_finite(&c, "dw", c.dw);
+    /* In bf16 a gradient of sharp weights is a small difference of rounded numbers. */
+    if (k->kind->eps > 0 && !(bf16 && k->kind->grad_eps > 10)) {
+        attn_case_ref_bwd(&c);
+        twin_close(&c.s, "dq, dk, dv", c.dqkv, bf16 ? 0x1p-6 : k->kind->grad_eps * grow, 0);
+    }
+    attn_case_free(&c);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct srf_attn_shape shapes[] = {
+        {.b = 1, .t = 150, .h = 1, .d = 64, .m = 64, .n_sets = 1},
+        {.b = 1, .t = 150, .h = 1, .d = 32, .m = 32, .n_sets = 1},
+        {.b = 1, .t = 193, .h = 1, .d = 128, .m = 96, .n_sets = 1},
+    };
+    static const int64_t windows[] = {0, 32, 64, -1}; /* -1: not causal */
+    static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int i = 0; i < 3; i++)
+            for (int kind = 0; kind < ATTN_N_KINDS; kind++)
+                for (int w = 0; w < 4; w++) {
+                    struct range_case k = {
+                        .dtype = gpu_dtype(type), .shape = shapes[i], .kind = &attn_kinds[kind]};
+                    if (i > 0 && w > 1) continue;
+                    k.shape.causal = windows[w] >= 0;
+                    k.shape.window = windows[w] > 0 ? windows[w] : 0;
+                    gpu_add(&suite, test_range, &k, sizeof k, i == 1 && w == 0 ? 1e6 : 1e7,
+                            "srf_attn %s d=%d m=%d window=%d%s: %s", srf_dtype_name(k.dtype),
+                            (int)k.shape.d, (int)k.shape.m, (int)k.shape.window,
+                            k.shape.causal ? "" : " not causal", k.kind->name);
+                }
+    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+}

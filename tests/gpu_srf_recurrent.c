@@ -1,0 +1,166 @@
+/* The recurrent form of SRF attention on the GPU: any split into prefills and steps gives what the
+ * chunked form gives, and a state moves between the CPU and the GPU. */
+#include "tests/ref/attn_case.h"
+#include "tests/ref/gpu.h"
+
+enum { MAX_T = 400 };
+
+struct recurrent_case {
+    enum srf_dtype dtype;
+    struct srf_attn_shape shape;
+};
+
+static const struct srf_attn_shape shapes[] = {
+    {.b = 2, .t = 1, .h = 1, .d = 32, .m = 16, .n_sets = 1, .causal = true},
+    {.b = 1, .t = 63, .h = 3, .d = 32, .m = 20, .n_sets = 1, .causal = true},
+    {.b = 2, .t = 131, .h = 2, .d = 64, .m = 64, .n_sets = 2, .causal = true},
+    {.b = 1, .t = 140, .h = 1, .d = 80, .m = 100, .n_sets = 1, .causal = true},
+    {.b = 3, .t = 110, .h = 1, .d = 96, .m = 128, .n_sets = 1, .causal = true},
+    {.b = 1, .t = 290, .h = 2, .d = 64, .m = 256, .n_sets = 1, .causal = true},
+    {.b = 1, .t = 90, .h = 1, .d = 128, .m = 512, .n_sets = 1, .causal = true},
+    {.b = 5, .t = 40, .h = 2, .d = 16, .m = 8, .n_sets = 1, .causal = true},
+};
+#define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+static const int64_t windows[] = {0, 64, 32, 128, 7, 1, 250};
+#define N_WINDOWS ((int)(sizeof windows / sizeof *windows))
+
+static double tol_of(enum srf_dtype dtype)
+{
+    return dtype == SRF_BF16 ? 1e-2 : 1e-5;
+}
+
+/* Split n tokens into pieces of 1 to `most`; returns how many. */
+static int split(struct srf_rng *rng, int64_t n, int64_t most, int64_t *lens)
+{
+    int count = 0;
+    for (; n > 0; n -= lens[count++]) {
+        int64_t len = 1 + (int64_t)srf_rng_below(rng, (uint64_t)most);
+        lens[count] = len < n ? len : n;
+    }
+    return count;
+}
+
+static void close_o(struct attn_case *c, const char *name)
+{
+    attn_case_close(c, name, c->o, c->ld_o, 0, 1, tol_of(c->s.ctx->dtype));
+}
+
+static void test_forms(void **state)
+{
+    const struct recurrent_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 77, (uint32_t)k->shape.window);
+    int64_t lens[MAX_T + 2], n = k->shape.t;
+    attn_case_ref_fwd(&c);
+    attn_case_fwd(&c);
+    close_o(&c, "chunked");
+    attn_case_recurrent(&c, &n, 1);
+    close_o(&c, "one prefill");
+    for (int64_t i = 0; i < n; i++) lens[i] = 1;
+    attn_case_recurrent(&c, lens, (int)n);
+    close_o(&c, "step by step");
+    for (int round = 0; round < 3; round++) {
+        int count = split(&rng, n, round == 0 ? n : round == 1 ? 40 : 3, lens);
+        attn_case_recurrent(&c, lens, count);
+        close_o(&c, "prefills and steps");
+    }
+    /* One prefill, then steps only, and an empty prefill between. */
+    lens[0] = n / 2;
+    lens[1] = 0;
+    for (int64_t i = 0; i < n - n / 2; i++) lens[2 + i] = 1;
+    attn_case_recurrent(&c, lens, (int)(2 + n - n / 2));
+    close_o(&c, "prefill then steps");
+    attn_case_free(&c);
+}
+
+/* Give `to` the state of `from`. */
+static void move_state(struct attn_case *from, struct attn_case *to)
+{
+    double *x = twin_values(&from->s, from->state);
+    twin_set(&to->s, &to->state, x);
+    srf__free(x);
+}
+
+/* A third of the tokens on the CPU, a third on the GPU, the rest on the CPU again; and the other
+ * way round. Each with prefills and steps. */
+static void test_moved_state(void **state)
+{
+    const struct recurrent_case *k = *state;
+    for (int first = 0; first < 2; first++) {
+        struct attn_case gpu = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+        struct attn_case cpu = attn_case_new(SRF_F32, 1, k->shape, 1);
+        struct attn_case *sides[2] = {first ? &cpu : &gpu, first ? &gpu : &cpu};
+        twin_set(&cpu.s, &cpu.qkv, gpu.qkv.ref);
+        twin_set(&cpu.s, &cpu.w, gpu.w.ref);
+        twin_set(&cpu.s, &cpu.bias, gpu.bias.ref);
+        attn_case_ref_fwd(&gpu);
+        int64_t n = k->shape.t, pos = 0;
+        double *o = srf__alloc((size_t)gpu.o.n, sizeof *o);
+        assert_non_null(o);
+        for (int third = 0; third < 3; third++) {
+            struct attn_case *now = sides[third % 2];
+            int64_t end = n * (third + 1) / 3, from = pos, lens[MAX_T];
+            int count = 0;
+            if (end - pos > 5) lens[count++] = end - pos - 5;
+            for (int64_t left = end - pos > 5 ? 5 : end - pos; left > 0; left--) lens[count++] = 1;
+            if (third > 0) move_state(sides[(third + 1) % 2], now);
+            pos = attn_case_go_on(now, pos, lens, count);
+            double *x = twin_values(&now->s, now->o);
+            for (int64_t i = 0; i < now->o.n; i++) {
+                int64_t t = i / now->ld_o % n;
+                if (t >= from && t < pos) o[i] = x[i];
+            }
+            srf__free(x);
+        }
+        twin_check(&gpu.s, first ? "CPU, GPU, CPU" : "GPU, CPU, GPU", o, gpu.o.ref, gpu.o.n,
+                   tol_of(k->dtype));
+        srf__free(o);
+        attn_case_free(&cpu);
+        attn_case_free(&gpu);
+    }
+}
+
+/* Nothing but the window's phase depends on the position. */
+static void test_late_positions(void **state)
+{
+    const struct recurrent_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    const int64_t lens[] = {70, 1, 1, 1, 1, 1, 1, 1, 1, 33, 1, k->shape.t - 112};
+    int n = (int)(sizeof lens / sizeof *lens);
+    attn_case_ref_fwd(&c);
+    int64_t phase = k->shape.window ? 2 * k->shape.window : 1; /* of the ring */
+    c.pos_shift = (INT32_MAX - k->shape.t) / phase * phase;
+    attn_case_recurrent(&c, lens, n);
+    close_o(&c, "late positions");
+    attn_case_free(&c);
+}
+
+static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_shape s,
+                int64_t window, const char *what, void (*body)(void **state), double work)
+{
+    struct recurrent_case k = {.dtype = dtype, .shape = s};
+    k.shape.window = window;
+    gpu_add(suite, body, &k, sizeof k, work,
+            "srf_attn %s b=%d t=%d h=%d d=%d m=%d sets=%d window=%d: %s", srf_dtype_name(dtype),
+            (int)s.b, (int)s.t, (int)s.h, (int)s.d, (int)s.m, (int)s.n_sets, (int)window, what);
+}
+
+int main(int argc, char **argv)
+{
+    static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int i = 0; i < N_SHAPES; i++)
+            for (int w = 0; w < N_WINDOWS; w++) {
+                enum srf_dtype dtype = gpu_dtype(type);
+                struct srf_attn_shape s = shapes[i];
+                /* Each step is an op of its own, run twice, with all that the tests do around it.
+                 */
+                double work = (double)(s.t * s.t * s.m * s.h * s.b) + 2e4 * (double)s.t;
+                if (w > 1 && (i + w) % 3 != 0) continue;
+                add(&suite, dtype, s, windows[w], "forms", test_forms, work);
+                if (s.t > 3)
+                    add(&suite, dtype, s, windows[w], "state moved", test_moved_state, work);
+                if (s.t > 130) add(&suite, dtype, s, windows[w], "late", test_late_positions, work);
+            }
+    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+}

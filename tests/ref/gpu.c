@@ -1,0 +1,64 @@
+#include "tests/ref/gpu.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const double SMALL_WORK = 3e6;
+
+const char *gpu_device(void)
+{
+    const char *device = getenv("SRF_TEST_DEVICE");
+    return device ? device : "cuda";
+}
+
+int gpu_n_dtypes(void)
+{
+    return strcmp(gpu_device(), "cpu") == 0 ? 1 : 2;
+}
+
+enum srf_dtype gpu_dtype(int i)
+{
+    return i ? SRF_BF16 : SRF_F32;
+}
+
+void gpu_add(struct gpu_suite *suite, void (*body)(void **state), const void *data, size_t bytes,
+             double work, const char *name, ...)
+{
+    if (getenv("SRF_GPU_SMALL") && work > SMALL_WORK) return;
+    if (suite->n == GPU_MAX_CASES) {
+        fprintf(stderr, "more than %d cases\n", GPU_MAX_CASES);
+        exit(2);
+    }
+    char *text, *copy = malloc(bytes);
+    va_list args;
+    va_start(args, name);
+    int length = vasprintf(&text, name, args);
+    va_end(args);
+    if (!copy || length < 0) {
+        fprintf(stderr, "out of memory\n");
+        exit(2);
+    }
+    memcpy(copy, data, bytes);
+    suite->tests[suite->n++] =
+        (struct CMUnitTest){.name = text, .test_func = body, .initial_state = copy};
+}
+
+int gpu_run(struct gpu_suite *suite, const char *pattern)
+{
+    struct srf_ctx *ctx;
+    if (srf_ctx_create(gpu_device(), SRF_F32, 0, &ctx) != SRF_OK) {
+        fprintf(stderr, "no GPU to test: %s\n", srf_error_message());
+        return 1;
+    }
+    srf_ctx_free(ctx);
+    printf("%s, %zu cases, SRF_TEST_SEED=%llu\n", gpu_device(), suite->n,
+           (unsigned long long)test_seed());
+    if (pattern) cmocka_set_test_filter(pattern);
+    int failed = _cmocka_run_group_tests("gpu", suite->tests, suite->n, NULL, NULL);
+    for (size_t i = 0; i < suite->n; i++) {
+        free((char *)suite->tests[i].name);
+        free(suite->tests[i].initial_state);
+    }
+    return failed || suite->n == 0;
+}
