@@ -1,4 +1,4 @@
-/* linear_fwd, linear_bwd on the GPU: bias, residual, activation, both layouts of W, odd sizes. */
+/* linear_fwd, linear_bwd, act_fwd on the GPU: bias, residual, activation, both layouts of W, odd sizes. */
 #include "tests/ref/dense.h"
 #include "tests/ref/gpu.h"
 
@@ -79,11 +79,17 @@ static void test_gelu(void **state)
     for (int i = 0; i < EXTREMES; i++) u[GRID + i] = extremes[i];
     struct twin x = twin_of(&s, u, N), one = twin_fill(&s, 1, 1), y = twin_fill(&s, N, NAN);
     struct twin dy = twin_fill(&s, N, 1), dx = twin_fill(&s, N, NAN);
+    struct twin alone = twin_fill(&s, N, NAN), none = twin_fill(&s, N, NAN);
     twin_run(&s, linear_fwd, .n = N, .in = 1, .out = 1, .x = x.dev, .w = one.dev,
              .act = SRF_ACT_GELU_TANH, .y = y.dev);
+    twin_run(&s, act_fwd, .n = N, .act = SRF_ACT_GELU_TANH, .x = x.dev, .y = alone.dev);
+    twin_run(&s, act_fwd, .n = N, .act = SRF_ACT_NONE, .x = x.dev, .y = none.dev);
     twin_run(&s, linear_bwd, .n = N, .in = 1, .out = 1, .x = y.dev, .w = one.dev, .dy = dy.dev,
              .x_pre = x.dev, .x_act = SRF_ACT_GELU_TANH, .dx = dx.dev);
     double *got = twin_values(&s, y), *slope = twin_values(&s, dx);
+    for (int i = 0; i < N; i++) alone.ref[i] = got[i], none.ref[i] = x.ref[i];
+    twin_close(&s, "act_fwd", alone, twin_tol(&s, 1), 0);
+    twin_close(&s, "act_fwd, none", none, 0, 0);
     double tol = twin_tol(&s, 1), worst = 0, worst_slope = 0;
     for (int i = 0; i < N; i++) {
         double v = x.ref[i], r = 2 * sqrt(2 / M_PI) * (v + 0.044715 * v * v * v);
