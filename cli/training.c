@@ -90,15 +90,30 @@ static int64_t smaller_micro_batch(const struct srf_train_config *c, int64_t abo
     return n;
 }
 
+/* A run goes on in the dtype it was begun in, unless another is asked for (and refused). */
+static srf_status open_resumed_device(const char *last, const struct cli_device *given,
+                                      struct srf_ctx **out)
+{
+    struct cli_device device = *given;
+    char *dtype = NULL;
+    const char *standard = CLI_DEVICE_DEFAULT.dtype;
+    if (strcmp(device.dtype, standard) == 0 && srf_trainer_file_dtype(last, &dtype) == SRF_OK)
+        device.dtype = dtype;
+    srf_status st = cli_open_device(&device, out);
+    srf__free(dtype);
+    return st;
+}
+
 static srf_status open_run(const struct cli_training *defaults, struct inputs *in, struct run *r)
 {
-    SRF_TRY(cli_open_device(&in->device, &r->ctx));
     char last[4096];
     if (in->resume) {
         snprintf(last, sizeof last, "%s/last.h5", in->out);
         SRF_TRY(srf_checkpoint_load(last, NULL, &r->ck));
+        SRF_TRY(open_resumed_device(last, &in->device, &r->ctx));
     } else {
         SRF_TRY(srf_run_check_new(in->out));
+        SRF_TRY(cli_open_device(&in->device, &r->ctx));
         SRF_TRY(open_start(defaults, in, r));
     }
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));

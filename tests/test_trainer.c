@@ -335,6 +335,33 @@ static void non_finite_steps(void **state)
     close_setup(&s);
 }
 
+/* What is not logged is not waited for, and changes nothing. */
+static void quiet_steps(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    struct srf_train_metrics every[12], m;
+    open_setup(&s, 4, true);
+    s.config.save_every = 0;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+    for (int i = 0; i < 12; i++) test_ok(srf_trainer_step(t, &every[i]));
+    srf_trainer_free(t);
+    s.config.log_every = 5;
+    s.config.eval_every = 4;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+    for (int i = 0; i < 12; i++) {
+        test_ok(srf_trainer_step(t, &m));
+        bool known = m.step % 5 == 0 || m.step % 4 == 0;
+        assert_int_equal(m.known, known);
+        assert_true(m.loss == (known ? every[i].loss : 0));
+        assert_true(m.grad_norm == (known ? every[i].grad_norm : 0));
+        assert_true(known == (m.tokens_per_s > 0) && m.lr == every[i].lr);
+    }
+    srf_trainer_free(t);
+    close_setup(&s);
+}
+
 static bool stop_at_once(void *user)
 {
     return ++*(int *)user == 5;
@@ -598,6 +625,7 @@ int main(void)
         cmocka_unit_test(resume_of_another_run),
         cmocka_unit_test(teacher_of_another_shape),
         cmocka_unit_test(non_finite_steps),
+        cmocka_unit_test(quiet_steps),
         cmocka_unit_test(run_and_interrupt),
         cmocka_unit_test(evaluations_of_a_killed_run),
         cmocka_unit_test(run_directory),

@@ -39,6 +39,8 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
  * data or the context's dtype are not those of the run. */
 srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
+/* The dtype (srf_dtype_name) of the run whose last.h5 that is; caller srf__free()s. */
+srf_status srf_trainer_file_dtype(const char *path, char **dtype);
 void srf_trainer_free(struct srf_trainer *t); /* NULL is fine */
 
 /* One optimizer step. SRF_NONFINITE, where the metrics are known, after too many skipped ones in a

@@ -190,7 +190,7 @@ cleanup:
 
 static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
 {
-    SRF_TRY(same_text(f, "dtype", "dtype", srf_dtype_name(t->ctx->dtype)));
+    SRF_TRY(same_text(f, "dtype", "--dtype", srf_dtype_name(t->ctx->dtype)));
     SRF_TRY(same_text(f, "data", "training data", t->data_id));
     SRF_TRY(srf_h5_get_i64(f, "/trainer", "threads", &t->resumed_threads));
     int64_t n = t->n_params + t->n_features, first_draw;
@@ -210,6 +210,16 @@ static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
                 "/trainer: step %lld of %lld steps", (long long)t->step,
                 (long long)t->config.steps);
     return SRF_OK;
+}
+
+srf_status srf_trainer_file_dtype(const char *path, char **dtype)
+{
+    struct srf_h5 *f;
+    *dtype = NULL;
+    SRF_TRY(srf_h5_open(path, &f));
+    srf_status st = srf_h5_get_str(f, "/trainer", "dtype", dtype);
+    srf_h5_close(f);
+    return st;
 }
 
 static srf_status check_layout(struct srf_h5 *f, const char *path)
