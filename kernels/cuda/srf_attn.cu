@@ -1,0 +1,31 @@
+/* SRF attention: which kernels serve which shape. The scan (srf_attn_scan.h) takes every shape in
+ * both dtypes; the tensor-core paths, bf16 only, say themselves what they take. */
+#include "kernels/cuda/srf_attn_scan.h"
+
+extern "C" size_t cuda_srf_attn_fwd_workspace(const struct srf_ctx *ctx,
+                                              const struct srf_srf_attn_fwd_args *a)
+{
+    return srf__scan_fwd_workspace(ctx, &a->s, true);
+}
+
+extern "C" srf_status cuda_srf_attn_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
+{
+    SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
+    if (a->s.b * a->s.t == 0) return SRF_OK;
+    return srf__scan_fwd(ctx, a);
+}
+
+extern "C" size_t cuda_srf_attn_prefill_workspace(const struct srf_ctx *ctx,
+                                                  const struct srf_srf_attn_prefill_args *a)
+{
+    return srf__scan_fwd_workspace(ctx, &a->s, false);
+}
+
+extern "C" srf_status cuda_srf_attn_prefill(struct srf_ctx *ctx,
+                                            const struct srf_srf_attn_prefill_args *a)
+{
+    SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
+    SRF_FAIL_IF(!a->s.causal, SRF_INVALID, "prefill of srf attention that is not causal");
+    if (a->s.b * a->s.t == 0) return SRF_OK;
+    return srf__scan_prefill(ctx, a);
+}

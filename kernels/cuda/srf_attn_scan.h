@@ -1,0 +1,471 @@
+/* SRF attention token by token, for every shape and both dtypes: what its forward, backward and
+ * step share. The other paths (tensor cores, bf16) serve the shapes they were made for.
+ *
+ * Exponents are in log2 units, a_i(x) = log2(e) (w_i.x + bias_i - |x|^2/2), and split in an integer
+ * and a fraction before an integer stabiliser is subtracted, as on the CPU: the state S, z, M of a
+ * head (sums scaled by 2^-M_i, M_i the largest rounded exponent so far, z = 0: no key yet) is the
+ * same on both.
+ *
+ * A block has one head of one sequence and goes through its tokens in tiles of TT. In a tile the
+ * exponents come first (a small matrix product), then, a thread for each feature, the running
+ * maxima and with them three coefficients for each token and feature: the state becomes
+ * step * state + in * vector, and is read with the weight out. Then every thread takes its own
+ * elements of the (m, d) state through all tokens of the tile in a register. So a tile costs one
+ * read and write of the state and a few barriers, and each token still sees the exact recurrence:
+ * no chunk has one stabiliser for many tokens, and no range is too wide.
+ *
+ * "Rows" below are tokens in a (rows, d) array, "columns" the d components, "groups" the sets of
+ * threads that share the features of a column sum.
+ */
+#pragma once
+#include "kernels/cuda/cuda.h"
+
+#define SCAN_THREADS  512
+#define SCAN_TILE     16
+#define SCAN_FEATURES 256 /* features whose coefficients are in shared memory at a time */
+#define SCAN_COLUMNS  2   /* a thread's columns */
+#define SCAN_GROUPS   64  /* at most */
+#define SCAN_MAX_D    512 /* so that there are at least two groups, and shared memory does */
+
+/* srf_attn_scan.cu, srf_attn_scan_bwd.cu, srf_attn_step.cu */
+srf_status srf__scan_check(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+size_t srf__scan_fwd_workspace(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                               bool own_state);
+srf_status srf__scan_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+srf_status srf__scan_prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);
+
+/* w_t F32 (n_sets, d, m) from w T (n_sets, m, d). */
+srf_status srf__scan_transpose(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *w,
+                               float *w_t);
+
+static inline size_t scan_smem_bytes(int64_t d)
+{
+    size_t coef = SCAN_TILE * SCAN_FEATURES * 4 * sizeof(float);
+    size_t x = 2 * (size_t)d * (SCAN_TILE + 4) * sizeof(float);
+    return coef + x + (4 * SCAN_TILE + 32 * SCAN_TILE) * sizeof(float);
+}
+
+#ifdef __CUDACC__
+#define SCAN_LOG2E 1.4426950408889634f
+#define SCAN_LIMIT 1e17f    /* components of x, y are clamped to this: |x|^2 stays in range */
+#define SCAN_LOW   (-1e30f) /* exponents are clamped to this */
+#define SCAN_UNSET (-1e32f) /* the maximum over no keys */
+
+/* One row: of a caller's array, or of the ring (fp32) where f is not NULL. */
+template <typename T> struct scan_row {
+    const T *t;
+    const float *f;
+};
+template <typename T> __device__ __forceinline__ float row_get(const scan_row<T> &r, int j)
+{
+    return r.f ? r.f[j] : to_float(r.t[j]);
+}
+
+/* Rows [first, ...) of a sequence are the caller's; those before are in the ring, if there is one:
+ * position p in row p % ring_rows. */
+template <typename T> struct scan_rows {
+    const T *t;
+    int64_t ld, first;
+    const float *ring;
+    int64_t ring_rows;
+    int d;
+};
+template <typename T>
+__device__ __forceinline__ scan_row<T> row_at(const scan_rows<T> &r, int64_t pos)
+{
+    if (pos < r.first) return {nullptr, r.ring + pos % r.ring_rows * r.d};
+    return {r.t + (pos - r.first) * r.ld, nullptr};
+}
+
+/* What a block works with. */
+struct scan {
+    int m, d;
+    float scale;             /* d^(-1/4) */
+    const float *w_t, *bias; /* (d, m), (m) */
+    int columns, groups;     /* columns: of the first half; a thread has col, col + columns */
+    int col, group;          /* this thread's; it has none where group >= groups */
+    float *a;                /* (2, TT, m): exponents of queries, keys */
+    float4 *coef;            /* shared (TT, features of the pass): step, in, out */
+    float *red;              /* shared, the same memory: (groups, TT, 2 columns) */
+    float *x;                /* shared (2, d, x_ld): x of queries, keys, a token in a column */
+    float *half;             /* shared (2, TT): log2(e) |x|^2 / 2 */
+    float *r, *den;          /* shared (TT): rows' stabilisers, denominators */
+    float *warps;            /* shared (TT, 32) */
+};
+
+template <int TT> __host__ __device__ constexpr int x_ld()
+{
+    return TT == 1 ? 1 : TT + 4; /* 16-byte loads of tokens, fewer bank conflicts */
+}
+
+__device__ __forceinline__ struct scan scan_begin(const struct srf_attn_shape &s, float scale,
+                                                  const float *w_t, const float *bias, int head,
+                                                  float *smem)
+{
+    struct scan h;
+    int64_t set = s.n_sets == 1 ? 0 : head;
+    h.m = (int)s.m;
+    h.d = (int)s.d;
+    h.scale = scale;
+    h.w_t = w_t + set * s.m * s.d;
+    h.bias = bias + set * s.m;
+    h.columns = (h.d + 1) / 2;
+    h.groups = min((int)blockDim.x / h.columns, SCAN_GROUPS);
+    h.col = (int)threadIdx.x % h.columns;
+    h.group = (int)threadIdx.x / h.columns;
+    h.coef = (float4 *)smem;
+    h.red = smem;
+    h.x = smem + SCAN_TILE * SCAN_FEATURES * 4;
+    h.half = h.x + 2 * h.d * (SCAN_TILE + 4);
+    h.r = h.half + 2 * SCAN_TILE;
+    h.den = h.r + SCAN_TILE;
+    h.warps = h.den + SCAN_TILE;
+    return h;
+}
+
+/* 2^n for integers n; 0 from -127 down, the largest power above 127. */
+__device__ __forceinline__ float scan_pow2(float n)
+{
+    return __int_as_float(((int)fminf(fmaxf(n, -127.0f), 127.0f) + 127) << 23);
+}
+/* 2^(f + n) for |f| <= 1/2 and integers n */
+__device__ __forceinline__ float scan_exp2(float f, float n)
+{
+    return exp2f(f) * scan_pow2(n);
+}
+__device__ __forceinline__ float scan_clamp(float x)
+{
+    x = x > SCAN_LIMIT ? SCAN_LIMIT : x;
+    return x < -SCAN_LIMIT ? -SCAN_LIMIT : x;
+}
+/* TT values from shared or global memory, 16 bytes at a time. */
+template <int n> __device__ __forceinline__ void load_vec(float *to, const float *from)
+{
+    if constexpr (n % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < n; i += 4) {
+            float4 v = *(const float4 *)(from + i);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < n; i++) to[i] = from[i];
+    }
+}
+template <int n> __device__ __forceinline__ void store_vec(float *to, const float *from)
+{
+    if constexpr (n % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < n; i += 4)
+            *(float4 *)(to + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < n; i++) to[i] = from[i];
+    }
+}
+
+/* out (TT) = max(out, part) or out + part over all threads' parts. Ends with a barrier. */
+template <int TT, bool max>
+__device__ __forceinline__ void block_rows(const struct scan &h, const float part[TT], float *out)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+#pragma unroll
+    for (int t = 0; t < TT; t++) {
+        float x = max ? warp_max(part[t]) : warp_sum(part[t]);
+        if (lane == 0) h.warps[t * 32 + warp] = x;
+    }
+    __syncthreads();
+    if (threadIdx.x < TT) {
+        float all = out[threadIdx.x];
+        for (int w = 0; w < n_warps; w++) {
+            float x = h.warps[threadIdx.x * 32 + w];
+            all = max ? fmaxf(all, x) : all + x;
+        }
+        out[threadIdx.x] = all;
+    }
+    __syncthreads();
+}
+
+/* x and half of rows [pos, pos + n) as queries (part 0) or keys (1); zeros up to TT. The caller
+ * must be past a barrier; ends with one. */
+template <typename T, int TT>
+__device__ void load_x(const struct scan &h, int part, const scan_rows<T> &rows, int64_t pos, int n)
+{
+    constexpr int ld = x_ld<TT>();
+    float *x = h.x + part * h.d * ld;
+    for (int i = threadIdx.x; i < TT * h.d; i += blockDim.x) {
+        int t = i / h.d, j = i - t * h.d;
+        x[j * ld + t] = t < n ? scan_clamp(row_get(row_at(rows, pos + t), j) * h.scale) : 0.0f;
+    }
+    __syncthreads();
+    for (int t = threadIdx.x >> 5; t < TT; t += blockDim.x >> 5) {
+        float sum = 0;
+        for (int j = threadIdx.x & 31; j < h.d; j += 32) sum += x[j * ld + t] * x[j * ld + t];
+        sum = warp_sum(sum);
+        if ((threadIdx.x & 31) == 0) h.half[part * SCAN_TILE + t] = 0.5f * SCAN_LOG2E * sum;
+    }
+    __syncthreads();
+}
+
+/* a = log2(e) (x W^T + bias) - half - shift of parts [from, to); pure queries (halves = false for
+ * part 0) leave |x|^2/2 out, where it cancels. Ends with a barrier. */
+template <int TT>
+__device__ void exponents(const struct scan &h, int from, int to, bool query_half, float shift)
+{
+    constexpr int ld = x_ld<TT>(), own = TT >= 8 ? 8 : TT, pieces = TT / own;
+    for (int i = from * pieces * h.m + threadIdx.x; i < to * pieces * h.m; i += blockDim.x) {
+        int piece = i / h.m, f = i - piece * h.m, part = piece / pieces, t0 = piece % pieces * own;
+        const float *x = h.x + part * h.d * ld + t0;
+        float sum[own] = {0};
+#pragma unroll 4
+        for (int j = 0; j < h.d; j++) {
+            float w = h.w_t[(int64_t)j * h.m + f], xt[own];
+            load_vec<own>(xt, x + j * ld);
+#pragma unroll
+            for (int t = 0; t < own; t++) sum[t] += w * xt[t];
+        }
+        float bias = h.bias[f] * SCAN_LOG2E;
+#pragma unroll
+        for (int t = 0; t < own; t++) {
+            float half = part || query_half ? h.half[part * SCAN_TILE + t0 + t] : 0.0f;
+            float e = SCAN_LOG2E * sum[t] + (bias - (half + (part ? 0.0f : shift)));
+            h.a[(int64_t)(part * TT + t0 + t) * h.m + f] = e < SCAN_LOW ? SCAN_LOW : e;
+        }
+    }
+    __syncthreads();
+}
+
+/* A thread's columns of rows [pos, pos + n), zeros up to TT. */
+template <typename T, int TT>
+__device__ __forceinline__ void own_columns(const struct scan &h, const scan_rows<T> &rows,
+                                            int64_t pos, int n, float v[TT][SCAN_COLUMNS])
+{
+    bool first = h.group < h.groups, second = first && h.col + h.columns < h.d;
+#pragma unroll
+    for (int t = 0; t < TT; t++) {
+        v[t][0] = v[t][1] = 0.0f;
+        if (t >= n) continue;
+        scan_row<T> row = row_at(rows, pos + t);
+        if (first) v[t][0] = row_get(row, h.col);
+        if (second) v[t][1] = row_get(row, h.col + h.columns);
+    }
+}
+
+/* The coefficients of `n_features` features from i0 on take this thread's elements of state (m, d)
+ * through the tile: state = step * state + in * v where `write`, acc += out * state where `read`. */
+template <int TT, bool write, bool read>
+__device__ __forceinline__ void walk_columns(const struct scan &h, float *state, int i0,
+                                             int n_features, const float v[TT][SCAN_COLUMNS],
+                                             float acc[TT][SCAN_COLUMNS])
+{
+    if (h.group >= h.groups) return;
+    bool two = h.col + h.columns < h.d;
+    float *at = state + (int64_t)i0 * h.d + h.col, next0 = 0, next1 = 0;
+    if (h.group < n_features) {
+        next0 = at[(int64_t)h.group * h.d];
+        if (two) next1 = at[(int64_t)h.group * h.d + h.columns];
+    }
+    for (int i = h.group; i < n_features; i += h.groups) {
+        float s0 = next0, s1 = next1;
+        if (i + h.groups < n_features) { /* on its way while this feature is worked on */
+            next0 = at[(int64_t)(i + h.groups) * h.d];
+            if (two) next1 = at[(int64_t)(i + h.groups) * h.d + h.columns];
+        }
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            float4 c = h.coef[t * n_features + i];
+            if (write) {
+                s0 = c.x * s0 + c.y * v[t][0];
+                s1 = c.x * s1 + c.y * v[t][1];
+            }
+            if (read) {
+                acc[t][0] += c.z * s0;
+                acc[t][1] += c.z * s1;
+            }
+        }
+        if (write) {
+            at[(int64_t)i * h.d] = s0;
+            if (two) at[(int64_t)i * h.d + h.columns] = s1;
+        }
+    }
+}
+
+/* The groups' sums to shared memory, over the coefficients; between barriers. */
+template <int TT>
+__device__ __forceinline__ void share_columns(const struct scan &h,
+                                              const float acc[TT][SCAN_COLUMNS])
+{
+    __syncthreads();
+    if (h.group < h.groups) {
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            float *to = h.red + (h.group * TT + t) * 2 * h.columns + h.col;
+            to[0] = acc[t][0];
+            to[h.columns] = acc[t][1];
+        }
+    }
+    __syncthreads();
+}
+template <int TT> __device__ __forceinline__ float column_sum(const struct scan &h, int t, int j)
+{
+    float sum = 0;
+    for (int g = 0; g < h.groups; g++) sum += h.red[(g * TT + t) * 2 * h.columns + j];
+    return sum;
+}
+
+/* ---- a tile's stabilisers and coefficients --------------------------------------------------- */
+
+/* h.r = max(h.r, max_i (round(aq_i) + M_i)), M moving along with the tile's n keys if `keys`. */
+template <int TT, bool keys>
+__device__ void tile_stabilisers(const struct scan &h, const float *z, const float *top, int n)
+{
+    const float *aq = h.a, *ak = h.a + (int64_t)TT * h.m;
+    float most[TT];
+#pragma unroll
+    for (int t = 0; t < TT; t++) most[t] = SCAN_UNSET;
+    for (int i = threadIdx.x; i < h.m; i += blockDim.x) {
+        float m_i = z[i] == 0.0f ? SCAN_UNSET : top[i];
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            if (keys && t < n) m_i = fmaxf(m_i, rintf(ak[(int64_t)t * h.m + i]));
+            most[t] = fmaxf(most[t], rintf(aq[(int64_t)t * h.m + i]) + m_i);
+        }
+    }
+    block_rows<TT, true>(h, most, h.r);
+}
+
+/* Coefficients of features [i0, i0 + n_features): keys move M and z along, in = 2^(ak - M); queries
+ * have out = 2^(aq + M - r), and h.den += out * z. Ends with a barrier; there must be one before. */
+template <int TT, bool keys, bool queries>
+__device__ void tile_coefficients(const struct scan &h, float *z, float *top, int n, int i0,
+                                  int n_features)
+{
+    const float *aq = h.a + i0, *ak = h.a + (int64_t)TT * h.m + i0;
+    float den[TT] = {0};
+    for (int i = threadIdx.x; i < n_features; i += blockDim.x) {
+        float z_i = z[i0 + i], m_i = z_i == 0.0f ? SCAN_UNSET : top[i0 + i];
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            float4 c = make_float4(1, 0, 0, 0);
+            if (keys && t < n) {
+                float a = ak[(int64_t)t * h.m + i], e = rintf(a), to = fmaxf(m_i, e);
+                c.x = scan_pow2(m_i - to);
+                c.y = scan_exp2(a - e, e - to);
+                z_i = c.x * z_i + c.y;
+                m_i = to;
+            }
+            if (queries) {
+                float a = aq[(int64_t)t * h.m + i], e = rintf(a);
+                c.z = scan_exp2(a - e, (e + m_i) - h.r[t]);
+                den[t] += c.z * z_i;
+            }
+            h.coef[t * n_features + i] = c;
+        }
+        if (keys) {
+            z[i0 + i] = z_i;
+            top[i0 + i] = m_i;
+        }
+    }
+    if (queries)
+        block_rows<TT, false>(h, den, h.den);
+    else
+        __syncthreads();
+}
+
+/* ---- the window's exact scores --------------------------------------------------------------- */
+
+/* First position of the keys that the token at pos sees exactly. */
+__device__ __forceinline__ int64_t window_first(int64_t pos, int64_t window)
+{
+    int64_t block = pos / window;
+    return block > 0 ? (block - 1) * window : 0;
+}
+
+/* p (keys, TT) = log2(e) x_t.y_s of the tile's queries, the first at position pos, and keys from
+ * position lo to that of the last query; keys later than a query are SCAN_UNSET. h.r = max(h.r,
+ * the row's rounded maximum). Key s is this thread's in window_weights too. */
+template <typename T, int TT>
+__device__ void window_scores(const struct scan &h, const scan_rows<T> &k, int64_t lo, int64_t pos,
+                              int n, float *p)
+{
+    constexpr int ld = x_ld<TT>();
+    float most[TT];
+#pragma unroll
+    for (int t = 0; t < TT; t++) most[t] = SCAN_UNSET;
+    for (int64_t s = threadIdx.x; lo + s < pos + n; s += blockDim.x) {
+        scan_row<T> row = row_at(k, lo + s);
+        float sum[TT] = {0};
+#pragma unroll 4
+        for (int j = 0; j < h.d; j++) {
+            float y = scan_clamp(row_get(row, j) * h.scale), x[TT];
+            load_vec<TT>(x, h.x + j * ld);
+#pragma unroll
+            for (int t = 0; t < TT; t++) sum[t] += y * x[t];
+        }
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            sum[t] = lo + s <= pos + t ? SCAN_LOG2E * sum[t] : SCAN_UNSET;
+            most[t] = fmaxf(most[t], rintf(sum[t]));
+        }
+        store_vec<TT>(p + s * TT, sum);
+    }
+    block_rows<TT, true>(h, most, h.r);
+}
+
+/* p = 2^(p - r), h.den += its sums. Ends with a barrier. */
+template <int TT> __device__ void window_weights(const struct scan &h, int64_t n_keys, float *p)
+{
+    float den[TT] = {0};
+    for (int64_t s = threadIdx.x; s < n_keys; s += blockDim.x) {
+        float w[TT];
+        load_vec<TT>(w, p + s * TT);
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            float e = rintf(w[t]);
+            w[t] = scan_exp2(w[t] - e, e - h.r[t]);
+            den[t] += w[t];
+        }
+        store_vec<TT>(p + s * TT, w);
+    }
+    block_rows<TT, false>(h, den, h.den);
+}
+
+/* acc += sum_s p_s rows_s over n rows from position lo on, in this thread's columns. */
+template <typename T, int TT>
+__device__ void window_sum(const struct scan &h, const scan_rows<T> &rows, int64_t lo, int64_t n,
+                           const float *p, float acc[TT][SCAN_COLUMNS])
+{
+    if (h.group >= h.groups) return;
+    bool two = h.col + h.columns < h.d;
+    for (int64_t s = h.group; s < n; s += h.groups) {
+        scan_row<T> row = row_at(rows, lo + s);
+        float v0 = row_get(row, h.col), v1 = two ? row_get(row, h.col + h.columns) : 0.0f, w[TT];
+        load_vec<TT>(w, p + s * TT);
+#pragma unroll
+        for (int t = 0; t < TT; t++) {
+            acc[t][0] += w[t] * v0;
+            acc[t][1] += w[t] * v1;
+        }
+    }
+}
+
+/* ---- keys alone ------------------------------------------------------------------------------ */
+
+/* Rows [pos, pos + n) of k, v go into the state. */
+template <typename T, int TT>
+__device__ void absorb_keys(const struct scan &h, float *s, float *z, float *top,
+                            const scan_rows<T> &k, const scan_rows<T> &v, int64_t pos, int n)
+{
+    float vt[TT][SCAN_COLUMNS];
+    __syncthreads();
+    load_x<T, TT>(h, 1, k, pos, n);
+    exponents<TT>(h, 1, 2, false, 0.0f);
+    own_columns<T, TT>(h, v, pos, n, vt);
+    for (int i0 = 0; i0 < h.m; i0 += SCAN_FEATURES) {
+        int n_features = min(SCAN_FEATURES, h.m - i0);
+        tile_coefficients<TT, true, false>(h, z, top, n, i0, n_features);
+        walk_columns<TT, true, false>(h, s, i0, n_features, vt, vt);
+        __syncthreads();
+    }
+}
+#endif
