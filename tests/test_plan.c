@@ -1,4 +1,5 @@
 /* Planning, workspace checks, profile counters, costs: what kernels/ctx.c does around every op. */
+#include "kernels/arena.h"
 #include "tests/ref/twin.h"
 
 #include <stdio.h>
@@ -178,6 +179,49 @@ static void test_costs_of_bf16(void **state)
     assert_true(c.bytes == 2.0 * (8 * 192 + 60) + 4.0 * (15 + 48 + 2 * 60));
 }
 
+static srf_status little_memory(struct srf_ctx *ctx, size_t *free_bytes, size_t *total)
+{
+    (void)ctx;
+    *free_bytes = 3000000;
+    *total = 8000000;
+    return SRF_OK;
+}
+
+/* A plan that does not fit is refused before anything is allocated, with what it needs and what
+ * lowers it; one that fits is allocated with its workspace. */
+static void test_memory(void **state)
+{
+    (void)state;
+    static const char *const words[] = {"4.2 MB are needed",
+                                        "weights 2.0 MB",
+                                        "workspace 2.2 MB",
+                                        "3.0 MB are free",
+                                        "--micro-batch",
+                                        "--recompute",
+                                        "-m "};
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    struct srf_backend small = *ctx->be;
+    small.memory = little_memory;
+    ctx->be = &small;
+    for (int fits = 0; fits < 2; fits++) {
+        struct srf_arena *arena;
+        int slot;
+        test_ok(srf_arena_create(ctx, &arena));
+        test_ok(srf_arena_add(arena, "weights", "w", 500000, SRF_F32, &slot));
+        srf_arena_workspace(arena, 1000);
+        srf_arena_workspace(arena, fits ? 900000 : 2200000);
+        srf_arena_workspace(arena, 1000);
+        assert_int_equal(srf_arena_commit(arena), fits ? SRF_OK : SRF_NOMEM);
+        assert_int_equal(ctx->workspace_bytes, fits ? 900000 : 0);
+        for (size_t i = 0; i < sizeof words / sizeof *words && !fits; i++)
+            if (!strstr(srf_error_message(), words[i]))
+                fail_msg("no '%s' in: %s", words[i], srf_error_message());
+        srf_arena_free(arena);
+    }
+    srf_ctx_free(ctx);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -186,6 +230,7 @@ int main(void)
         cmocka_unit_test(test_profile),
         cmocka_unit_test(test_costs),
         cmocka_unit_test(test_costs_follow_dtype),
+        cmocka_unit_test(test_memory),
         cmocka_unit_test(test_costs_of_bf16),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
