@@ -41,23 +41,20 @@ void srf_model_free(struct srf_model *m)
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
-/* A training step's, or an evaluation's, calls on the largest batch, planned. */
-static srf_status dry_batch(struct srf_model *m, struct srf_cost *cost)
+/* The calls of a training step or an evaluation on such a batch, planned: nothing is behind the
+ * pointers. */
+static srf_status plan_batch(struct srf_model *m, const struct srf_batch *batch)
 {
-    const struct srf_model_plan *p = &m->plan;
-    struct srf_batch batch = {.b = p->b, .t = p->t, .mode = SRF_MODE_PARALLEL};
+    bool train = m->plan.train && batch->mode == SRF_MODE_PARALLEL;
     /* the model itself stands for a teacher: the same sizes */
     struct srf_loss_args loss = {
-        .n = p->b * p->t, .teacher = p->teacher ? m : NULL, .backward = p->train};
-    m->ctx->plan_cost = (struct srf_cost){0};
-    SRF_TRY(m->config.arch->forward(m, &batch));
+        .n = batch->b * batch->t, .teacher = m->plan.teacher ? m : NULL, .backward = train};
+    SRF_TRY(m->config.arch->forward(m, batch));
     SRF_TRY(srf_model_loss(m, &loss));
-    if (p->train) SRF_TRY(m->config.arch->backward(m, &batch));
-    *cost = m->ctx->plan_cost;
-    return SRF_OK;
+    return train ? m->config.arch->backward(m, batch) : SRF_OK;
 }
 
-/* The same calls as a real run, with nothing behind the pointers: finds the workspace. */
+/* The same calls as a real run: finds the workspace. */
 static srf_status dry_run(struct srf_model *m)
 {
     struct srf_ctx *ctx = m->ctx;
@@ -72,12 +69,13 @@ static srf_status dry_run(struct srf_model *m)
     /* Softmax as well as SRF, since either may be switched on later. */
     for (int kind = SRF_ATTN_SOFTMAX; kind <= SRF_ATTN_SRF; kind++) {
         m->attention.kind = (enum srf_attention_kind)kind;
-        SRF_TRY_GO(dry_batch(m, &m->cost[kind]));
-        for (int mode = SRF_MODE_PREFILL; mode <= SRF_MODE_STEP; mode++) {
-            if (kind == SRF_ATTN_SOFTMAX || p->train) continue;
+        for (int mode = SRF_MODE_PARALLEL; mode <= SRF_MODE_STEP; mode++) {
+            if (mode != SRF_MODE_PARALLEL && (kind == SRF_ATTN_SOFTMAX || p->train)) continue;
             struct srf_batch batch = {
                 .b = p->b, .t = mode == SRF_MODE_STEP ? 1 : p->t, .mode = (enum srf_attn_mode)mode};
-            SRF_TRY_GO(m->config.arch->forward(m, &batch));
+            ctx->plan_cost = (struct srf_cost){0};
+            SRF_TRY_GO(plan_batch(m, &batch));
+            if (mode == SRF_MODE_PARALLEL) m->cost[kind] = ctx->plan_cost;
         }
     }
     srf_arena_workspace(m->arena, ctx->plan_workspace);
@@ -87,6 +85,22 @@ cleanup:
     m->attention_teacher = NULL;
     m->features_trained = false;
     return st;
+}
+
+/* A smaller batch than the largest may take kernels that want more of a workspace. */
+static srf_status plan_shape(struct srf_model *m, const struct srf_batch *batch)
+{
+    struct srf_ctx *ctx = m->ctx;
+    struct srf_model_shape shape = {batch->b, batch->t, batch->mode, m->attention.kind};
+    if (memcmp(&shape, &m->shape, sizeof shape) == 0) return SRF_OK;
+    ctx->plan = true;
+    ctx->plan_workspace = 0;
+    srf_status st = plan_batch(m, batch);
+    ctx->plan = false;
+    SRF_TRY(st);
+    SRF_TRY(srf_ctx_reserve_workspace(ctx, ctx->plan_workspace));
+    m->shape = shape;
+    return SRF_OK;
 }
 
 /* Rows of logits held at once. On the CPU about 16 MB of fp32: enough rows for the matrix product,
@@ -433,6 +447,7 @@ srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
         SRF_FAIL_IF((parallel ? 0 : batch->pos[i]) + batch->t > cfg->n_pos, SRF_INVALID,
                     "position %lld: the model's learned positions end at %lld",
                     (long long)((parallel ? 0 : batch->pos[i]) + batch->t), (long long)cfg->n_pos);
+    SRF_TRY(plan_shape(m, batch));
     SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_tokens), batch->tokens,
                             (size_t)n * sizeof *batch->tokens));
     if (!parallel) SRF_TRY(upload_positions(m, batch));

@@ -46,6 +46,12 @@ struct srf_model_plan {
     enum srf_recompute recompute;
 };
 
+/* What the workspace was last made for. */
+struct srf_model_shape {
+    int64_t b, t;
+    int32_t mode, kind;
+};
+
 struct srf_model {
     struct srf_ctx *ctx;
     struct srf_model_config config;
@@ -63,6 +69,7 @@ struct srf_model {
     int slot_hidden, slot_d_hidden, slot_tokens, slot_pos, slot_seq_pos, slot_targets, slot_logits,
         slot_nll, slot_kl, slot_teacher_logits, slot_mse;
     void *acts; /* the architecture's slots; owned */
+    struct srf_model_shape shape;
     /* Forward, loss and, if planned, backward of the largest batch, by kind of attention. */
     struct srf_cost cost[2];
     /* Distillation, set by the trainer before backward: the teacher's attention outputs pull each
