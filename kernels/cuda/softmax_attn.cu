@@ -1,9 +1,9 @@
 /* Softmax attention: o_t = sum_s P_ts v_s, P_ts = exp(q_t.k_s / sqrt(d) - lse_t), s <= t if causal.
  * This file checks arguments and chooses: tensor cores (softmax_attn_mma.cu) for bf16 with the
  * usual head sizes and 16-byte aligned rows, plain fp32 arithmetic (softmax_attn_any.cu) for the
- * rest.
+ * rest. Head size 64 has Hopper's own instructions (softmax_attn_wgmma.cu) where there are any.
  *
- * Workspace of backward: two floats for each query and head.
+ * Workspace of backward: two floats for each query and head, queries rounded up to ROW_PAD.
  */
 #include "kernels/cuda/softmax_attn.h"
 
@@ -49,14 +49,15 @@ extern "C" srf_status cuda_softmax_attn_fwd(struct srf_ctx *ctx,
     p.scale = (float)(1 / sqrt((double)a->d));
     if (ctx->dtype == SRF_BF16 && attn_mma_takes(a->d) && aligned(a->q, a->ld) &&
         aligned(a->k, a->ld) && aligned(a->v, a->ld) && aligned(a->o, a->ld_o))
-        return srf__attn_mma_fwd(ctx, &p, a->causal);
+        return srf__attn_wgmma_takes(ctx, a->d) ? srf__attn_wgmma_fwd(ctx, &p, a->causal)
+                                                : srf__attn_mma_fwd(ctx, &p, a->causal);
     return srf__attn_any_fwd(ctx, &p, a->causal);
 }
 
 extern "C" size_t cuda_softmax_attn_bwd_workspace(const struct srf_ctx *,
                                                   const struct srf_softmax_attn_bwd_args *a)
 {
-    return (size_t)(a->b * a->h * a->t) * sizeof(float2);
+    return (size_t)(a->b * a->h * div_up(a->t, ROW_PAD) * ROW_PAD) * sizeof(float2);
 }
 
 extern "C" srf_status cuda_softmax_attn_bwd(struct srf_ctx *ctx,
@@ -66,6 +67,7 @@ extern "C" srf_status cuda_softmax_attn_bwd(struct srf_ctx *ctx,
     if (a->b * a->t == 0) return SRF_OK;
     struct attn p = {};
     p.q = a->q, p.k = a->k, p.v = a->v, p.o = a->o, p.d_o = a->d_o, p.lse = (float *)a->lse;
+    p.row_stride = (int)(div_up(a->t, ROW_PAD) * ROW_PAD);
     p.dq = a->dq, p.dk = a->dk, p.dv = a->dv, p.rows = (float2 *)ctx->workspace;
     p.ld = a->ld, p.ld_o = a->ld_o;
     p.t = (int)a->t, p.h = (int)a->h, p.d = (int)a->d, p.heads = (int)(a->b * a->h);
@@ -74,6 +76,7 @@ extern "C" srf_status cuda_softmax_attn_bwd(struct srf_ctx *ctx,
         aligned(a->k, a->ld) && aligned(a->v, a->ld) && aligned(a->o, a->ld_o) &&
         aligned(a->d_o, a->ld_o) && aligned(a->dq, a->ld) && aligned(a->dk, a->ld) &&
         aligned(a->dv, a->ld))
-        return srf__attn_mma_bwd(ctx, &p, a->causal);
+        return srf__attn_wgmma_takes(ctx, a->d) ? srf__attn_wgmma_bwd(ctx, &p, a->causal)
+                                                : srf__attn_mma_bwd(ctx, &p, a->causal);
     return srf__attn_any_bwd(ctx, &p, a->causal);
 }

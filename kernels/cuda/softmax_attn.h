@@ -2,14 +2,17 @@
 #pragma once
 #include "kernels/cuda/cuda.h"
 
+#define ROW_PAD 128
+
 /* Everything a kernel is told; forward and backward leave NULL what they do not use. */
 struct attn {
     const void *q, *k, *v, *o, *d_o;
     void *out, *dq, *dk, *dv;
     float *lse;   /* (heads, t) */
-    float2 *rows; /* (heads, t): what backward's second kernel wants of each query, see there */
+    float2 *rows; /* (heads, row_stride): what backward's kernels want of each query, see there */
     int64_t ld, ld_o;
     int t, h, d, heads; /* heads: b h */
+    int row_stride;     /* t to the next multiple of ROW_PAD */
     float scale;        /* 1 / sqrt(d) */
 };
 
@@ -39,6 +42,10 @@ static inline bool attn_mma_takes(int64_t d)
 }
 srf_status srf__attn_mma_fwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
 srf_status srf__attn_mma_bwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
+/* bf16, head size 64, on Hopper: whether the device and this build have it. */
+bool srf__attn_wgmma_takes(const struct srf_ctx *ctx, int64_t d);
+srf_status srf__attn_wgmma_fwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
+srf_status srf__attn_wgmma_bwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
 /* Any head size up to 512, either dtype, fp32 arithmetic. */
 srf_status srf__attn_any_fwd(struct srf_ctx *ctx, const struct attn *a, bool causal);
 srf_status srf__attn_any_bwd(struct srf_ctx *ctx, const struct attn *a, bool causal);

@@ -151,7 +151,8 @@ template <typename T> static __global__ __launch_bounds__(THREADS) void rows_ker
     float x = 0.0f;
     for (int j = threadIdx.x & 31; j < a.d; j += 32) x = fmaf(to_float(o[j]), to_float(d_o[j]), x);
     x = warp_sum(x);
-    if ((threadIdx.x & 31) == 0) a.rows[i] = make_float2(a.lse[i], x);
+    if ((threadIdx.x & 31) == 0)
+        a.rows[i / a.t * a.row_stride + i % a.t] = make_float2(a.lse[i], x);
 }
 
 /* KEYS: rows are keys, else queries. */
@@ -171,6 +172,7 @@ static __global__ __launch_bounds__(THREADS) void any_bwd_kernel(const struct at
     const T *from_col_x = (const T *)(KEYS ? a.q : a.k) + in;
     const T *from_row_y = KEYS ? (const T *)a.v + in : (const T *)a.d_o + at_o;
     const T *from_col_y = KEYS ? (const T *)a.d_o + at_o : (const T *)a.v + in;
+    const float2 *rows = a.rows + (int64_t)head * a.row_stride;
     int r0 = tile * ROWS, w0 = r0 + warp * R;
     int first = KEYS && causal ? r0 / COLS * COLS : 0;
     int last = !KEYS && causal ? min(r0 + ROWS, a.t) : a.t;
@@ -181,7 +183,7 @@ static __global__ __launch_bounds__(THREADS) void any_bwd_kernel(const struct at
 #pragma unroll
     for (int r = 0; r < R; r++) {
         bool there = !KEYS && w0 + r < a.t;
-        x[r] = there ? a.rows[(int64_t)head * a.t + w0 + r] : make_float2(0.0f, 0.0f);
+        x[r] = there ? rows[w0 + r] : make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < NJ; i++) acc_x[r][i] = acc_y[r][i] = 0.0f;
     }
@@ -195,7 +197,7 @@ static __global__ __launch_bounds__(THREADS) void any_bwd_kernel(const struct at
         scores<R>(p, row_x + warp * R * n, col_x, a.d);
         scores<R>(ds, row_y + warp * R * n, col_y, a.d);
         float2 of_col = make_float2(0.0f, 0.0f);
-        if (KEYS && col < a.t) of_col = a.rows[(int64_t)head * a.t + col];
+        if (KEYS && col < a.t) of_col = rows[col];
 #pragma unroll
         for (int r = 0; r < R; r++) {
             int query = KEYS ? col : w0 + r, key = KEYS ? w0 + r : col;

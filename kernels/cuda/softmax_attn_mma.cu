@@ -55,7 +55,7 @@ static __global__ __launch_bounds__(THREADS, 2) void fwd_kernel(const struct att
     tile_load<D, KEYS, THREADS>(ks, k, a.ld, a.t);
     tile_load<D, KEYS, THREADS>(vs, v, a.ld, a.t);
     cp_async_commit();
-    float out[FWD_MT][D / 8][4], top[FWD_MT][2], sum[FWD_MT][2];
+    float out[FWD_MT][D / 8][4], top[FWD_MT][2], sum[FWD_MT][2], by[FWD_MT][2];
 #pragma unroll
     for (int mt = 0; mt < FWD_MT; mt++) {
 #pragma unroll
@@ -90,13 +90,13 @@ static __global__ __launch_bounds__(THREADS, 2) void fwd_kernel(const struct att
                         if (key >= a.t || (CAUSAL && key > query)) s[mt][nt][e] = -INFINITY;
                     }
         }
-        tile_softmax<D, FWD_MT, KEYS>(s, top, sum, out, a.scale * LOG2E);
+        tile_softmax<FWD_MT, KEYS>(s, top, sum, by, a.scale * LOG2E);
+        tile_scale<D, FWD_MT>(out, by);
         uint32_t p[FWD_MT][KEYS / 16][4];
         tile_pack<FWD_MT, KEYS>(p, s);
         tile_mix<D, FWD_MT, KEYS>(out, p, vs + stage * TILE, 0);
     }
 
-    float by[FWD_MT][2];
 #pragma unroll
     for (int mt = 0; mt < FWD_MT; mt++)
 #pragma unroll
@@ -136,13 +136,6 @@ template <int D> constexpr size_t bwd_smem()
 {
     return (size_t)(2 * bwd_rows(D) + 4 * bwd_cols(D)) * D * sizeof(bf16) +
            (size_t)max(bwd_rows(D), 2 * bwd_cols(D)) * sizeof(float2);
-}
-
-/* P of a score, given the row's lse; all in log2 units. Never above 1, whatever rounding does to
- * huge scores. */
-__device__ __forceinline__ float prob(float score, float scale, float lse)
-{
-    return exp2_fast(min_nan(fmaf(score, scale, -lse), 0.0f));
 }
 
 template <int D, bool CAUSAL>
@@ -186,7 +179,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
                 }
             }
             x.x = a.lse[row] * LOG2E;
-            a.rows[row] = x;
+            a.rows[(int64_t)head * a.row_stride + t0 + r] = x;
         }
         rows[r] = x;
     }
@@ -229,7 +222,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
 #pragma unroll
                         for (int e = 2 * half; e < 2 * half + 2; e++) {
                             int key = s1 + 8 * nt + 2 * (lane & 3) + (e & 1);
-                            float pe = prob(p[mt][nt][e], a.scale * LOG2E, x.x);
+                            float pe = tile_prob(p[mt][nt][e], a.scale * LOG2E, x.x);
                             bool seen = whole || key <= t0 + r;
                             ds[mt][nt][e] = seen ? pe * (ds[mt][nt][e] - x.y) : 0.0f;
                         }
@@ -256,7 +249,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
     int64_t in = head_at(&a, head, a.ld);
     const bf16 *q = (const bf16 *)a.q + in;
     const bf16 *d_o = (const bf16 *)a.d_o + head_at(&a, head, a.ld_o);
-    const float2 *rows = a.rows + (int64_t)head * a.t;
+    const float2 *rows = a.rows + (int64_t)head * a.row_stride;
     int s0 = tile * ROWS, w0 = s0 + warp * 16 * MT; /* first key: block's, warp's */
     int first = CAUSAL ? s0 / COLS * COLS : 0;      /* query */
     uint32_t ks = smem_addr(smem), vs = ks + OWN, qs = vs + OWN, dos = qs + 2 * TILE;
@@ -310,7 +303,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         int key = w0 + 16 * mt + 8 * (e >> 1) + (lane >> 2);
-                        float pe = prob(p[mt][nt][e], a.scale * LOG2E, e & 1 ? x.z : x.x);
+                        float pe = tile_prob(p[mt][nt][e], a.scale * LOG2E, e & 1 ? x.z : x.x);
                         p[mt][nt][e] = whole || key <= t1 + c + (e & 1) ? pe : 0.0f;
                     }
             }

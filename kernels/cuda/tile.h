@@ -175,6 +175,12 @@ __device__ __forceinline__ float min_nan(float x, float y)
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
     return r;
 }
+/* P of a score, given the row's lse; all in log2 units. Never above 1, whatever rounding does to
+ * huge scores. */
+__device__ __forceinline__ float tile_prob(float score, float scale, float lse)
+{
+    return exp2_fast(min_nan(fmaf(score, scale, -lse), 0.0f));
+}
 __device__ __forceinline__ float quad_max(float x)
 {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -187,12 +193,13 @@ __device__ __forceinline__ float quad_sum(float x)
 }
 /* One step of the online softmax over N more columns: scores s, -inf where masked, become
  * p = 2^((s - top) scale), with top the rows' maxima so far; sum (this thread's columns only:
- * quad_sum it at the end) and the output so far are brought to the new maxima. scale > 0. Finite
- * for all finite scores: the difference is taken first, so the largest p is exactly 1. The first
- * step has top = -inf, sum = 0, out = 0; each row must have seen a column by its end. */
-template <int D, int MT, int N>
+ * quad_sum it at the end) is brought to the new maxima, and by is what does the same to the output
+ * so far. scale > 0. Finite for all finite scores: the difference is taken first, so the largest p
+ * is exactly 1. The first step has top = -inf, sum = 0, output 0; each row must have seen a column
+ * by its end. */
+template <int MT, int N>
 __device__ __forceinline__ void tile_softmax(float s[MT][N / 8][4], float top[MT][2],
-                                             float sum[MT][2], float out[MT][D / 8][4], float scale)
+                                             float sum[MT][2], float by[MT][2], float scale)
 {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
@@ -203,7 +210,8 @@ __device__ __forceinline__ void tile_softmax(float s[MT][N / 8][4], float top[MT
             for (int nt = 0; nt < N / 8; nt++)
                 m = fmaxf(m, fmaxf(s[mt][nt][2 * half], s[mt][nt][2 * half + 1]));
             m = quad_max(m);
-            float by = exp2_fast((top[mt][half] - m) * scale), total = 0.0f;
+            float total = 0.0f;
+            by[mt][half] = exp2_fast((top[mt][half] - m) * scale);
             top[mt][half] = m;
 #pragma unroll
             for (int nt = 0; nt < N / 8; nt++)
@@ -212,12 +220,18 @@ __device__ __forceinline__ void tile_softmax(float s[MT][N / 8][4], float top[MT
                     s[mt][nt][e] = exp2_fast((s[mt][nt][e] - m) * scale);
                     total += s[mt][nt][e];
                 }
-            sum[mt][half] = sum[mt][half] * by + total;
-#pragma unroll
-            for (int nt = 0; nt < D / 8; nt++) {
-                out[mt][nt][2 * half] *= by;
-                out[mt][nt][2 * half + 1] *= by;
-            }
+            sum[mt][half] = sum[mt][half] * by[mt][half] + total;
         }
+}
+/* c (16 MT, D), row (mt, half) times by[mt][half] */
+template <int D, int MT>
+__device__ __forceinline__ void tile_scale(float c[MT][D / 8][4], const float by[MT][2])
+{
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+        for (int nt = 0; nt < D / 8; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) c[mt][nt][e] *= by[mt][e >> 1];
 }
 #endif
