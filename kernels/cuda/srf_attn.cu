@@ -1,17 +1,26 @@
 /* SRF attention: which kernels serve which shape. The scan (srf_attn_scan.h) takes every shape in
  * both dtypes; the tensor-core paths, bf16 only, say themselves what they take. */
+#include "kernels/cuda/srf_attn.h"
 #include "kernels/cuda/srf_attn_scan.h"
+
+/* Pointers are not known while planning, and decide which path runs: room for either. */
+static size_t larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
 
 extern "C" size_t cuda_srf_attn_fwd_workspace(const struct srf_ctx *ctx,
                                               const struct srf_srf_attn_fwd_args *a)
 {
-    return srf__scan_fwd_workspace(ctx, &a->s, true);
+    size_t scan = srf__scan_fwd_workspace(ctx, &a->s, true);
+    return srf__pure_takes_fwd(ctx, a) ? larger(scan, srf__pure_fwd_workspace(ctx, a)) : scan;
 }
 
 extern "C" srf_status cuda_srf_attn_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
 {
     SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
     if (a->s.b * a->s.t == 0) return SRF_OK;
+    if (srf__pure_takes_fwd(ctx, a)) return srf__pure_fwd(ctx, a);
     return srf__scan_fwd(ctx, a);
 }
 

@@ -1,0 +1,309 @@
+/* What the forward and the backward of pure SRF attention on tensor cores share: the plan of a
+ * launch, the state that a walk over chunks carries, features of keys and queries. Names and forms
+ * are explained in srf_attn_pure.cu.
+ */
+#pragma once
+#include "kernels/cuda/srf_attn.h"
+
+#define CHUNK 64 /* tokens whose mutual weights are formed explicitly */
+
+struct pure_plan {
+    int n_seg, seg_chunks; /* segments of the tokens, chunks in each (the last may have less) */
+    float scale;           /* d^(-1/4) */
+    uint32_t limit;        /* the clamp of q and k, twice bf16 */
+};
+
+/* Shapes that the tensor-core path takes. */
+bool srf__pure_shape(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+/* per_sm: blocks of the main kernel that a multiprocessor holds. */
+struct pure_plan srf__pure_plan(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                                int per_sm);
+/* The states before each segment, of features [first, first + count). */
+srf_status srf__pure_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a, int first,
+                            int count, const struct pure_plan *plan, float *states);
+
+/* Floats of a segment's state with 64 nf features: S (64 nf, d), z, M, and M before it. */
+static inline __host__ __device__ int64_t pure_state_count(int64_t d, int64_t nf)
+{
+    return 64 * nf * (d + 3);
+}
+
+#ifdef __CUDACC__
+/* The state of features f0 = 16 warp + lane / 4 and f0 + 8, a quad together: C of 16 x d. */
+template <int D> struct pure_state {
+    float s[D / 8][4];
+    float z[2], top[2]; /* the same in all lanes of a quad */
+};
+/* A chunk's keys as the feature owner sees them. */
+struct pure_keys {
+    uint32_t kf[8][2]; /* tokens 8 j + 2 pair, + 1 of features f0, f0 + 8 */
+    float top[2];      /* M with these keys */
+    float step[2];     /* 2^(M before - M) */
+    float z[2];        /* z with these keys */
+};
+
+template <int n> __device__ __forceinline__ void clear(float (&c)[n][4])
+{
+#pragma unroll
+    for (int j = 0; j < n; j++) c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0.0f;
+}
+/* Two C that lie side by side as the A of the next product. */
+__device__ __forceinline__ void pack_a(uint32_t a[4], const float left[4], const float right[4])
+{
+    a[0] = pack_bf16(left[0], left[1]);
+    a[1] = pack_bf16(left[2], left[3]);
+    a[2] = pack_bf16(right[0], right[1]);
+    a[3] = pack_bf16(right[2], right[3]);
+}
+/* c (16, n) += A (16, 16) B, B's rows 16 kk.. of a (k, n) tile. */
+template <int n>
+__device__ __forceinline__ void add_bt(float (&c)[n / 8][4], const uint32_t a[4], uint32_t tile,
+                                       int kk, int lane)
+{
+#pragma unroll
+    for (int j = 0; j < n / 16; j++) {
+        uint32_t b[4];
+        load_bt<n>(b, tile, kk, 16 * j, lane);
+        mma_bf16(c[2 * j], a, b[0], b[1]);
+        mma_bf16(c[2 * j + 1], a, b[2], b[3]);
+    }
+}
+/* c (16, n) += A (16, 16) B, B's columns the rows `col`.. of an (n, k) tile with rows of ld. */
+template <int ld, int n>
+__device__ __forceinline__ void add_b(float (&c)[n][4], const uint32_t a[4], uint32_t tile, int col,
+                                      int kk, int lane)
+{
+#pragma unroll
+    for (int j = 0; j < n / 2; j++) {
+        uint32_t b[4];
+        load_b<ld>(b, tile, col + 16 * j, kk, lane);
+        mma_bf16(c[2 * j], a, b[0], b[1]);
+        mma_bf16(c[2 * j + 1], a, b[2], b[3]);
+    }
+}
+/* Of a 16 x 16 block on the diagonal: what is above it becomes 0. */
+__device__ __forceinline__ void keep_lower(float (&c)[2][4], int g, int pair)
+{
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (8 * j + 2 * pair + (i & 1) > g + 8 * (i >> 1)) c[j][i] = 0.0f;
+}
+__device__ __forceinline__ float sum_squares(uint32_t x)
+{
+    float2 f = unpack_bf16(x);
+    return f.x * f.x + f.y * f.y;
+}
+
+/* half[s] = log2(e) |y_s|^2 / 2 of the chunk's keys, infinite (weight 0) for those outside
+ * [lo, hi). Keys are clamped in place. */
+template <int D, int NF>
+__device__ __forceinline__ void key_norms(uint32_t k_tile, float *half, float scale, uint32_t limit,
+                                          int lo, int hi, int tid)
+{
+    constexpr int per = 2 * NF; /* threads of a key */
+    const int row = tid / per, sub = tid % per;
+    const float most = SRF__X_LIMIT / scale;
+    float sum = 0;
+    for (int clamped = 0;; clamped = 1) {
+        sum = 0;
+#pragma unroll
+        for (int piece = sub; piece < D / 8; piece += per) {
+            uint32_t x[4], addr = k_tile + tile_at<D>(row, piece);
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                         : "r"(addr)
+                         : "memory");
+            if (clamped) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    x[i] = clamp_bf16(x[i], limit);
+                    store_shared(addr + 4 * i, x[i]);
+                }
+            }
+            sum += sum_squares(x[0]) + sum_squares(x[1]) + sum_squares(x[2]) + sum_squares(x[3]);
+        }
+        if (clamped || !__any_sync(0xffffffffu, sum > most * most)) break;
+    }
+#pragma unroll
+    for (int o = 1; o < per; o <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    sum *= 0.5f * SRF__LOG2E * scale * scale;
+    if (sum > SRF__HALF_LIMIT) sum = SRF__HALF_LIMIT;
+    if (sub == 0) half[row] = row >= lo && row < hi ? sum : INFINITY;
+}
+
+/* Exponents, the maxima that now hold, and weights of the chunk's keys for this warp's features. */
+template <int D>
+__device__ __forceinline__ void key_features(struct pure_keys *keys, const struct pure_state<D> *st,
+                                             uint32_t w_tile, uint32_t k_tile, const float *half,
+                                             const float *bias, float to_log2, int f0, int warp,
+                                             int lane)
+{
+    float a[8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    const float b0 = bias[f0], b1 = bias[f0 + 8];
+    const int pair = lane & 3;
+    clear(a);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) {
+        uint32_t w[4];
+        load_a<D>(w, w_tile, 16 * warp, kk, lane);
+        add_b<D>(a, w, k_tile, 0, kk, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float2 sub = *(const float2 *)(half + 8 * j + 2 * pair);
+        a[j][0] = fmaf(a[j][0], to_log2, b0 - sub.x);
+        a[j][1] = fmaf(a[j][1], to_log2, b0 - sub.y);
+        a[j][2] = fmaf(a[j][2], to_log2, b1 - sub.x);
+        a[j][3] = fmaf(a[j][3], to_log2, b1 - sub.y);
+        most[0] = fmaxf(most[0], fmaxf(a[j][0], a[j][1]));
+        most[1] = fmaxf(most[1], fmaxf(a[j][2], a[j][3]));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        keys->top[i] = fmaxf(st->top[i], ceilf(quad_max(most[i])));
+        keys->step[i] = exp2_fast(st->top[i] - keys->top[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t kf = pack_bf16(exp2_fast(a[j][2 * i] - keys->top[i]),
+                                    exp2_fast(a[j][2 * i + 1] - keys->top[i]));
+            float2 rounded = unpack_bf16(kf);
+            keys->kf[j][i] = kf;
+            sum[i] += rounded.x + rounded.y;
+        }
+#pragma unroll
+    for (int i = 0; i < 2; i++) keys->z[i] = fmaf(st->z[i], keys->step[i], quad_sum(sum[i]));
+}
+/* kf (features, tokens) and the state before the chunk, in the scale of its M, to shared memory. */
+template <int D>
+__device__ __forceinline__ void pure_publish(const struct pure_state<D> *st,
+                                             const struct pure_keys *keys, uint32_t kf_tile,
+                                             uint32_t s_tile, int f0, int lane)
+{
+    const int pair = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            store_shared(kf_tile + tile_at<CHUNK>(f, j) + 4 * pair, keys->kf[j][i]);
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+            store_shared(
+                s_tile + tile_at<D>(f, j) + 4 * pair,
+                pack_bf16(st->s[j][2 * i] * keys->step[i], st->s[j][2 * i + 1] * keys->step[i]));
+    }
+}
+template <int n> __device__ __forceinline__ void scale_rows(float (&c)[n][4], float by0, float by1)
+{
+#pragma unroll
+    for (int j = 0; j < n; j++) {
+        c[j][0] *= by0;
+        c[j][1] *= by0;
+        c[j][2] *= by1;
+        c[j][3] *= by1;
+    }
+}
+/* The chunk's keys go into the state. */
+template <int D>
+__device__ __forceinline__ void
+pure_state_add(struct pure_state<D> *st, const struct pure_keys *keys, uint32_t v_tile, int lane)
+{
+    scale_rows(st->s, keys->step[0], keys->step[1]);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        const uint32_t a[4] = {keys->kf[2 * kk][0], keys->kf[2 * kk][1], keys->kf[2 * kk + 1][0],
+                               keys->kf[2 * kk + 1][1]};
+        add_bt<D>(st->s, a, v_tile, kk, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        st->z[i] = keys->z[i];
+        st->top[i] = keys->top[i];
+    }
+}
+/* Empty, or (`given`) as the prefixes left it. */
+template <int D>
+__device__ __forceinline__ void pure_state_start(struct pure_state<D> *st, bool given, int nf,
+                                                 const float *from, int f0, int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            float2 s = make_float2(0.0f, 0.0f);
+            if (given) s = *(const float2 *)(from + f * D + 8 * j + 2 * pair);
+            st->s[j][2 * i] = s.x;
+            st->s[j][2 * i + 1] = s.y;
+        }
+        st->z[i] = given ? from[64 * nf * D + f] : 0.0f;
+        st->top[i] = given ? from[64 * nf * (D + 2) + f] : SRF__UNSET;
+    }
+}
+template <int D>
+__device__ __forceinline__ void pure_state_end(const struct pure_state<D> *st, int nf, float *to,
+                                               int f0, int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+            *(float2 *)(to + f * D + 8 * j + 2 * pair) =
+                make_float2(st->s[j][2 * i], st->s[j][2 * i + 1]);
+        if (pair == 0) {
+            to[64 * nf * D + f] = st->z[i];
+            to[64 * nf * (D + 1) + f] = st->top[i];
+        }
+    }
+}
+/* a (16, 64) = rows 16 rg.. of an input tile (clamped) times features 64 fg.. of W. */
+template <int D>
+__device__ __forceinline__ void token_products(float (&a)[8][4], uint32_t x_tile, uint32_t w_tile,
+                                               uint32_t limit, int rg, int fg, int lane)
+{
+    clear(a);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) {
+        uint32_t x[4];
+        load_a<D>(x, x_tile, 16 * rg, kk, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = clamp_bf16(x[i], limit);
+        add_b<D>(a, x, w_tile, 64 * fg, kk, lane);
+    }
+}
+/* Rows 16 rg.. of c that are in [lo, hi), to global memory in whole 16-byte pieces through the same
+ * rows of a tile that only this warp uses. dst is the chunk's row 0. */
+template <int D>
+__device__ __forceinline__ void store_rows(bf16 *dst, int64_t ld, const float (&c)[D / 8][4],
+                                           uint32_t tile, int rg, int lo, int hi, int lane)
+{
+    const int row = 16 * rg + (lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (row + 8 * i >= lo && row + 8 * i < hi) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+                store_shared(tile + tile_at<D>(row + 8 * i, j) + 4 * (lane & 3),
+                             pack_bf16(c[j][2 * i], c[j][2 * i + 1]));
+        }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int at = 32 * i + lane, r = 16 * rg + at / (D / 8), piece = at % (D / 8);
+        if (r < lo || r >= hi) continue;
+        uint4 x;
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(tile + tile_at<D>(r, piece))
+                     : "memory");
+        *(uint4 *)(dst + r * ld + piece * 8) = x;
+    }
+    __syncwarp();
+}
+#endif

@@ -1,0 +1,832 @@
+/* SRF attention on tensor cores, backward: pure (window = 0), causal, bf16.
+ *
+ * The forward keeps lse_t = r_t + log2 den_t, so that the weights of a row, normalised, are
+ * psi_t.kf_s with psi_ti = 2^(aq_ti + M_i - lse_t). With delta_t = -do_t.o_t,
+ *     dP_ts = do_t.v_s + delta_t for s <= t
+ *     queries   dphi = dP kf + do S^T + delta z,    da = psi dphi,   dq = d^(-1/4) da W
+ *     keys      dkf = dP^T psi + v R^T + u,         da = kf dkf
+ *               dk = d^(-1/4) (da W - (sum_i da_i) y),   dv = P^T do + kf R
+ *     R_i = sum of psi_ti do_t, u_i = sum of psi_ti delta_t over the queries after the chunk
+ * Two kernels of the forward's shape (tokens and features owned by warps, 64 tokens a chunk):
+ *   queries  walks forward with S, z, M; writes dq, delta, M after every chunk and, as a bit mask,
+ *            where a chunk had to be cut into pieces: where some psi would be above 2^66.
+ *   keys     walks backward with R, u in the scale 2^M. M never falls with time, so that stepping
+ *            back multiplies by 2^(M before - M after) <= 1.
+ * In both, what the token owner reads of the whole chunk comes through shared memory as bf16: kf
+ * and S, psi and R. Several 64s of features and segments of the tokens are taken as in the forward;
+ * here sums over features are plain sums.
+ *
+ * Floor: q, k, v, o, do read, dq written, and q, k, v, do read, dk, dv written: 24 b t h d bytes,
+ * 0.20 ms on an H100 (3 TB/s) at b = 32, t = 1024, h = 12, d = 64.
+ */
+#include "kernels/cuda/srf_attn_pure.h"
+
+struct bwd_params {
+    const bf16 *q, *k, *v, *o, *d_o, *w;
+    const float *bias, *stat;
+    bf16 *dq, *dk, *dv;
+    float *delta;      /* (b h, t) */
+    float *tops;       /* (b h, chunks, 64 NF): M after each chunk */
+    uint64_t *cuts;    /* (b h, chunks): bit i: a piece of the chunk starts at its token i */
+    float *states, *r; /* segments' states, S and R; NULL: one segment */
+    float *sum[3];     /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
+    int64_t ld, ld_o;
+    int t, h, m, n_sets;
+    int first, count;
+    int n_seg, seg_chunks;
+    float scale;
+    uint32_t limit;
+};
+
+/* Where a block is: sequence, head, feature set, first elements of its inputs and outputs. */
+struct place {
+    int64_t head_i, in, out, set;
+    int seg;
+};
+static __device__ __forceinline__ struct place place_of(const struct bwd_params &p, int64_t head_i,
+                                                        int seg, int d)
+{
+    const int64_t seq = head_i / p.h, head = head_i % p.h;
+    struct place at;
+    at.head_i = head_i;
+    at.in = seq * p.t * p.ld + head * d;
+    at.out = seq * p.t * p.ld_o + head * d;
+    at.set = p.n_sets == 1 ? 0 : head;
+    at.seg = seg;
+    return at;
+}
+
+/* The gradient of this warp's rows in [lo, hi): with the sums over features before these, out as
+ * bf16 or, if more features follow, as sums again. x: first element of the chunk's row 0. */
+template <int D>
+static __device__ __forceinline__ void finish_rows(const struct bwd_params &p, float (&c)[D / 8][4],
+                                                   float *sums, int64_t token, bf16 *dst,
+                                                   uint32_t tile, int rg, int lo, int hi, int lane)
+{
+    const int row = 16 * rg + (lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int at = row + 8 * i;
+        if (at < lo || at >= hi) continue;
+        float2 *sum = (float2 *)(sums + (token + at) * D) + (lane & 3);
+        if (p.first > 0) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                float2 before = sum[4 * j];
+                c[j][2 * i] += before.x;
+                c[j][2 * i + 1] += before.y;
+            }
+        }
+        if (p.first + p.count < p.m) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) sum[4 * j] = make_float2(c[j][2 * i], c[j][2 * i + 1]);
+        }
+    }
+    if (p.first + p.count == p.m) store_rows<D>(dst, p.ld, c, tile, rg, lo, hi, lane);
+}
+
+/* Partial sums of 64 tokens to shared memory and back into the same lanes of another four warps. */
+template <int D>
+static __device__ __forceinline__ void send_rows(float2 *to, const float (&c)[D / 8][4])
+{
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        to[2 * j * 128] = make_float2(c[j][0], c[j][1]);
+        to[(2 * j + 1) * 128] = make_float2(c[j][2], c[j][3]);
+    }
+}
+template <int D>
+static __device__ __forceinline__ void add_sent(float (&c)[D / 8][4], const float2 *from)
+{
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float2 x = from[(2 * j + i) * 128];
+            c[j][2 * i] += x.x;
+            c[j][2 * i + 1] += x.y;
+        }
+}
+
+/* Blocks of a multiprocessor that shared memory and registers allow. */
+template <int D, int NF> constexpr int bwd_blocks_per_sm()
+{
+    return NF == 1 && D <= 64 ? 3 : NF == 1 && D <= 96 ? 2 : 1;
+}
+
+/* ---- queries ------------------------------------------------------------------------------ */
+
+template <int D, int NF> struct query_smem {
+    static constexpr int tile = CHUNK * D * 2;
+    static constexpr int v = 2 * tile; /* K twice, V, Q, dO, O once */
+    static constexpr int q = v + tile, d_o = q + tile, o = d_o + tile;
+    static constexpr int w = o + tile;
+    static constexpr int kf = w + NF * 64 * D * 2;
+    static constexpr int s = kf + NF * 64 * CHUNK * 2;
+    static constexpr int half = s + NF * 64 * D * 2;
+    static constexpr int bias = half + CHUNK * 4;
+    static constexpr int top = bias + NF * 64 * 4; /* bias + M */
+    static constexpr int z = top + NF * 64 * 4;
+    static constexpr int bytes = z + NF * 64 * 4;
+};
+
+template <int D, int NF>
+__global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_queries_kernel(
+    const struct bwd_params p)
+{
+    using at = query_smem<D, NF>;
+    constexpr int threads = 128 * NF;
+    extern __shared__ __align__(128) char smem[];
+    const uint32_t base = smem_addr(smem);
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+    const int rg = warp & 3, fg = warp >> 2, f0 = 16 * warp + g;
+    const struct place here = place_of(p, blockIdx.x / p.n_seg, blockIdx.x % p.n_seg, D);
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
+    const int c_end = min((here.seg + 1) * p.seg_chunks, n_chunks);
+    const float to_log2 = SRF__LOG2E * p.scale;
+    float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
+    float *top = (float *)(smem + at::top), *z = (float *)(smem + at::z);
+
+    auto load_keys = [&](int c, int stage) {
+        const int64_t t0 = (int64_t)c * CHUNK;
+        const int n = min(CHUNK, p.t - c * CHUNK);
+        load_tile<D, threads>(base + stage * at::tile, p.k + here.in + t0 * p.ld, p.ld, CHUNK, n,
+                              tid);
+        cp_async_commit();
+    };
+    load_tile<D, threads>(base + at::w, p.w + (here.set * p.m + p.first) * D, D, NF * 64, p.count,
+                          tid);
+    int c = here.seg * p.seg_chunks, stage = 0, lo = 0, size = CHUNK;
+    load_keys(c, 0);
+    if (tid < NF * 64)
+        bias[tid] = tid < p.count ? SRF__LOG2E * p.bias[here.set * p.m + p.first + tid] : -INFINITY;
+    struct pure_state<D> st;
+    pure_state_start(&st, here.seg > 0, NF,
+                     p.states + (here.head_i * p.n_seg + here.seg) * pure_state_count(D, NF), f0,
+                     pair);
+    uint64_t cuts = 0;
+    cp_async_wait<0>();
+    __syncthreads();
+
+    while (c < c_end) {
+        const int n = min(CHUNK, p.t - c * CHUNK), hi = min(lo + size, n);
+        const int64_t t0 = (int64_t)c * CHUNK;
+        const uint32_t k_tile = base + stage * at::tile, v_tile = base + at::v;
+        const bool fresh = lo == 0 && size == CHUNK;
+        const int row = 16 * rg + g;
+        const bool in0 = row >= lo && row < hi, in1 = row + 8 >= lo && row + 8 < hi;
+        const float *stat = p.stat + here.head_i * p.t + t0 + row;
+        const float lse0 = in0 ? stat[0] : INFINITY, lse1 = in1 ? stat[8] : INFINITY;
+        key_norms<D, NF>(k_tile, half, p.scale, p.limit, lo, hi, tid);
+        __syncthreads();
+        if (fresh) {
+            load_tile<D, threads>(v_tile, p.v + here.in + t0 * p.ld, p.ld, CHUNK, n, tid);
+            load_tile<D, threads>(base + at::q, p.q + here.in + t0 * p.ld, p.ld, CHUNK, n, tid);
+            load_tile<D, threads>(base + at::d_o, p.d_o + here.out + t0 * p.ld_o, p.ld_o, CHUNK, n,
+                                  tid);
+            load_tile<D, threads>(base + at::o, p.o + here.out + t0 * p.ld_o, p.ld_o, CHUNK, n,
+                                  tid);
+            cp_async_commit();
+            if (c + 1 < c_end) load_keys(c + 1, stage ^ 1);
+        }
+        struct pure_keys keys;
+        key_features<D>(&keys, &st, base + at::w, k_tile, half, bias, to_log2, f0, warp, lane);
+        pure_publish<D>(&st, &keys, base + at::kf, base + at::s, f0, lane);
+        if (pair == 0) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                top[f0 + 8 * i] = bias[f0 + 8 * i] + keys.top[i];
+                z[f0 + 8 * i] = st.z[i] * keys.step[i];
+            }
+        }
+        if (fresh && c + 1 < c_end)
+            cp_async_wait<1>();
+        else
+            cp_async_wait<0>();
+        __syncthreads();
+
+        uint32_t d_o[D / 16][4];
+        float delta[2] = {0, 0}, dphi[8][4];
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++) {
+            uint32_t o[4];
+            load_a<D>(d_o[kk], base + at::d_o, 16 * rg, kk, lane);
+            load_a<D>(o, base + at::o, 16 * rg, kk, lane);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 x = unpack_bf16(d_o[kk][i]), y = unpack_bf16(o[i]);
+                delta[i & 1] -= x.x * y.x + x.y * y.y;
+            }
+        }
+        delta[0] = quad_sum(delta[0]);
+        delta[1] = quad_sum(delta[1]);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float2 zj = *(const float2 *)(z + fg * 64 + 8 * j + 2 * pair);
+            dphi[j][0] = delta[0] * zj.x;
+            dphi[j][1] = delta[0] * zj.y;
+            dphi[j][2] = delta[1] * zj.x;
+            dphi[j][3] = delta[1] * zj.y;
+        }
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++)
+            add_b<D>(dphi, d_o[kk], base + at::s, 64 * fg, kk, lane);
+        for (int kb = 0; kb <= rg; kb++) {
+            float dp[2][4];
+            uint32_t a[4];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                dp[j][0] = dp[j][1] = delta[0];
+                dp[j][2] = dp[j][3] = delta[1];
+            }
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) add_b<D>(dp, d_o[kk], v_tile, 16 * kb, kk, lane);
+            if (kb == rg) keep_lower(dp, g, pair);
+            pack_a(a, dp[0], dp[1]);
+            add_b<CHUNK>(dphi, a, base + at::kf, 64 * fg, kb, lane);
+        }
+        /* da = psi dphi; rows outside the piece have psi = 0. */
+        float a[8][4], most = -INFINITY;
+        token_products<D>(a, base + at::q, base + at::w, p.limit, rg, fg, lane);
+        uint32_t da[4][4];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float2 shift = *(const float2 *)(top + fg * 64 + 8 * j + 2 * pair);
+            float e[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                e[i] = fmaf(a[j][i], to_log2, i & 1 ? shift.y : shift.x) - (i & 2 ? lse1 : lse0);
+                most = fmaxf(most, e[i]);
+                e[i] = exp2_fast(e[i]) * dphi[j][i];
+            }
+            da[j >> 1][(j & 1) * 2] = pack_bf16(e[0], e[1]);
+            da[j >> 1][(j & 1) * 2 + 1] = pack_bf16(e[2], e[3]);
+        }
+        float dq[D / 8][4];
+        clear(dq);
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++)
+            add_bt<D>(dq, da[kk], base + at::w + fg * 64 * D * 2, kk, lane);
+        cp_async_wait<0>();
+        if (__syncthreads_or(most > -SRF__MIN_DEN_LOG2 && size > 1)) {
+            size >>= 1;
+            continue;
+        }
+        pure_state_add<D>(&st, &keys, v_tile, lane);
+        if (NF > 1) {
+            float2 *other = (float2 *)(smem + at::s) + rg * 32 + lane;
+            if (fg == 1) send_rows<D>(other, dq);
+            __syncthreads();
+            if (fg == 0) add_sent<D>(dq, other);
+        }
+        if (fg == 0) {
+            scale_rows(dq, p.scale, p.scale);
+            finish_rows<D>(p, dq, p.sum[0], here.head_i * p.t + t0, p.dq + here.in + t0 * p.ld,
+                           base + at::q, rg, lo, hi, lane);
+            if (pair == 0) {
+                float *to = p.delta + here.head_i * p.t + t0 + row;
+                if (in0) to[0] = delta[0];
+                if (in1) to[8] = delta[1];
+            }
+        }
+        if (pair == 0) {
+            float *to = p.tops + (here.head_i * n_chunks + c) * NF * 64;
+            to[f0] = keys.top[0];
+            to[f0 + 8] = keys.top[1];
+        }
+        cuts |= (uint64_t)1 << lo;
+        lo += size;
+        size = lo & -lo;
+        if (lo >= n) {
+            if (tid == 0) p.cuts[here.head_i * n_chunks + c] = cuts;
+            c++;
+            stage ^= 1;
+            lo = 0;
+            size = CHUNK;
+            cuts = 0;
+        }
+    }
+}
+
+/* ---- keys --------------------------------------------------------------------------------- */
+
+template <int D, int NF> struct key_smem {
+    static constexpr int tile = CHUNK * D * 2;
+    static constexpr int d_o = 2 * tile; /* Q twice, dO, K, V once */
+    static constexpr int k = d_o + tile, v = k + tile;
+    static constexpr int w = v + tile;
+    static constexpr int psi = w + NF * 64 * D * 2;
+    /* Both psi and R take one gradient's sums over 64 features from warps to others. */
+    static constexpr int r = psi + (NF > 1 && D > 64 ? CHUNK * D * 4 : NF * 64 * CHUNK * 2);
+    static constexpr int lse = r + NF * 64 * D * 2;
+    static constexpr int delta = lse + CHUNK * 4;
+    static constexpr int half = delta + CHUNK * 4;
+    static constexpr int bias = half + CHUNK * 4;
+    static constexpr int top = bias + NF * 64 * 4; /* bias - M */
+    static constexpr int u = top + NF * 64 * 4;
+    static constexpr int bytes = u + NF * 64 * 4;
+};
+
+/* Values of a tile that are too large are clamped in place. */
+template <int D, int threads>
+static __device__ __forceinline__ void clamp_tile(uint32_t tile, uint32_t limit, int tid)
+{
+#pragma unroll
+    for (int i = tid; i < CHUNK * D / 8; i += threads) {
+        uint32_t x[4], c[4], addr = tile + tile_at<D>(i / (D / 8), i % (D / 8));
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(addr)
+                     : "memory");
+#pragma unroll
+        for (int j = 0; j < 4; j++) c[j] = clamp_bf16(x[j], limit);
+        if (c[0] != x[0] || c[1] != x[1] || c[2] != x[2] || c[3] != x[3]) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) store_shared(addr + 4 * j, c[j]);
+        }
+    }
+}
+/* Of a 16 x 16 block on the diagonal, keys by queries: what is below it becomes 0. */
+static __device__ __forceinline__ void keep_upper(float (&c)[2][4], int g, int pair)
+{
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (8 * j + 2 * pair + (i & 1) < g + 8 * (i >> 1)) c[j][i] = 0.0f;
+}
+
+/* r_only: R, u of a segment's own queries, from nothing; else dk, dv. */
+template <int D, int NF, bool r_only>
+__global__
+    __launch_bounds__(128 * NF,
+                      (bwd_blocks_per_sm<D, NF>())) void pure_keys_kernel(const struct bwd_params p)
+{
+    using at = key_smem<D, NF>;
+    constexpr int threads = 128 * NF;
+    extern __shared__ __align__(128) char smem[];
+    const uint32_t base = smem_addr(smem);
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+    const int rg = warp & 3, fg = warp >> 2, f0 = 16 * warp + g;
+    const int n_segs = r_only ? p.n_seg - 1 : p.n_seg;
+    const struct place here =
+        place_of(p, blockIdx.x / n_segs, (int)(blockIdx.x % n_segs) + (r_only ? 1 : 0), D);
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK, c_first = here.seg * p.seg_chunks;
+    const float to_log2 = SRF__LOG2E * p.scale;
+    const uint32_t do_tile = base + at::d_o, k_tile = base + at::k, v_tile = base + at::v;
+    float *lse = (float *)(smem + at::lse), *delta = (float *)(smem + at::delta);
+    float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
+    float *top = (float *)(smem + at::top), *u_row = (float *)(smem + at::u);
+    float *segment_r = p.r + (here.head_i * p.n_seg + here.seg) * NF * 64 * (D + 1);
+
+    auto load_queries = [&](int c, int stage) {
+        const int64_t t0 = (int64_t)c * CHUNK;
+        load_tile<D, threads>(base + stage * at::tile, p.q + here.in + t0 * p.ld, p.ld, CHUNK,
+                              min(CHUNK, p.t - c * CHUNK), tid);
+        cp_async_commit();
+    };
+    int c = min((here.seg + 1) * p.seg_chunks, n_chunks) - 1, stage = 0, hi = 0;
+    load_tile<D, threads>(base + at::w, p.w + (here.set * p.m + p.first) * D, D, NF * 64, p.count,
+                          tid);
+    load_queries(c, 0);
+    if (tid < NF * 64)
+        bias[tid] = tid < p.count ? SRF__LOG2E * p.bias[here.set * p.m + p.first + tid] : -INFINITY;
+    float r[D / 8][4], u[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool given = !r_only && p.n_seg > 1;
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            float2 x = make_float2(0.0f, 0.0f);
+            if (given) x = *(const float2 *)(segment_r + f * D + 8 * j + 2 * pair);
+            r[j][2 * i] = x.x;
+            r[j][2 * i + 1] = x.y;
+        }
+        u[i] = given ? segment_r[NF * 64 * D + f] : 0.0f;
+    }
+
+    uint64_t cuts = 0; /* pieces of the chunk that are left */
+    while (c >= c_first) {
+        const int n = min(CHUNK, p.t - c * CHUNK);
+        const int64_t t0 = (int64_t)c * CHUNK, token = here.head_i * p.t + t0;
+        const float *tops = p.tops + (here.head_i * n_chunks + c) * NF * 64;
+        const bool fresh = cuts == 0;
+        const uint32_t q_tile = base + stage * at::tile;
+        if (fresh) {
+            hi = n;
+            cuts = p.cuts[here.head_i * n_chunks + c];
+            load_tile<D, threads>(do_tile, p.d_o + here.out + t0 * p.ld_o, p.ld_o, CHUNK, n, tid);
+            if (!r_only || cuts != 1)
+                load_tile<D, threads>(k_tile, p.k + here.in + t0 * p.ld, p.ld, CHUNK, n, tid);
+            if (!r_only)
+                load_tile<D, threads>(v_tile, p.v + here.in + t0 * p.ld, p.ld, CHUNK, n, tid);
+            cp_async_commit();
+            if (c > c_first) load_queries(c - 1, stage ^ 1);
+        }
+        const int lo = 63 - __clzll((long long)cuts);
+        /* M after the piece and before it. */
+        float m_hi[2], m_lo[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            m_hi[i] = tops[f0 + 8 * i];
+            m_lo[i] = c > 0 ? tops[f0 + 8 * i - NF * 64] : SRF__UNSET;
+        }
+        if (lo > 0 || hi < n) {
+            struct pure_state<D> st;
+            struct pure_keys keys;
+            cp_async_wait<0>();
+            __syncthreads();
+            st.top[0] = m_lo[0];
+            st.top[1] = m_lo[1];
+            st.z[0] = st.z[1] = 0.0f;
+            for (int end = hi;; end = lo) {
+                if (end > 0) {
+                    key_norms<D, NF>(k_tile, half, p.scale, p.limit, 0, end, tid);
+                    __syncthreads();
+                    key_features<D>(&keys, &st, base + at::w, k_tile, half, bias, to_log2, f0, warp,
+                                    lane);
+                    __syncthreads();
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float with = end > 0 ? keys.top[i] : st.top[i];
+                    if (end == lo)
+                        m_lo[i] = with;
+                    else
+                        m_hi[i] = with;
+                }
+                if (end == lo) break;
+            }
+        }
+        if (tid < CHUNK) {
+            const bool in = tid >= lo && tid < hi;
+            lse[tid] = in ? p.stat[token + tid] : INFINITY;
+            delta[tid] = in ? p.delta[token + tid] : 0.0f;
+        }
+        /* Q has come; on the way are dO, K, V and the next Q. */
+        if (!fresh)
+            cp_async_wait<0>();
+        else if (c > c_first)
+            cp_async_wait<2>();
+        else
+            cp_async_wait<1>();
+        __syncthreads();
+        if (fresh) {
+            clamp_tile<D, threads>(q_tile, p.limit, tid);
+            __syncthreads();
+        }
+
+        /* psi of this warp's features, u with the piece; R and u as they are to shared memory. */
+        {
+            float a[8][4], sum[2] = {0, 0};
+            clear(a);
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) {
+                uint32_t w[4];
+                load_a<D>(w, base + at::w, 16 * warp, kk, lane);
+                add_b<D>(a, w, q_tile, 0, kk, lane);
+            }
+            const float shift[2] = {bias[f0] + m_hi[0], bias[f0 + 8] + m_hi[1]};
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float2 sub = *(const float2 *)(lse + 8 * j + 2 * pair);
+                float2 by = *(const float2 *)(delta + 8 * j + 2 * pair);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    uint32_t x =
+                        pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, shift[i]) - sub.x),
+                                  exp2_fast(fmaf(a[j][2 * i + 1], to_log2, shift[i]) - sub.y));
+                    float2 rounded = unpack_bf16(x);
+                    store_shared(base + at::psi + tile_at<CHUNK>(f0 + 8 * i, j) + 4 * pair, x);
+                    sum[i] += rounded.x * by.x + rounded.y * by.y;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (!r_only) {
+#pragma unroll
+                    for (int j = 0; j < D / 8; j++)
+                        store_shared(base + at::r + tile_at<D>(f0 + 8 * i, j) + 4 * pair,
+                                     pack_bf16(r[j][2 * i], r[j][2 * i + 1]));
+                    if (pair == 0) {
+                        top[f0 + 8 * i] = bias[f0 + 8 * i] - m_hi[i];
+                        u_row[f0 + 8 * i] = u[i];
+                    }
+                }
+                u[i] += quad_sum(sum[i]);
+            }
+        }
+        if (fresh && c > c_first)
+            cp_async_wait<1>();
+        else
+            cp_async_wait<0>();
+        __syncthreads();
+
+        float dk[D / 8][4], dv[D / 8][4];
+        if (!r_only) {
+            /* kf of this warp's tokens; keys outside the piece have weight 0. */
+            const int row = 16 * rg + g;
+            float a[8][4], norm[2] = {0, 0};
+            clear(a);
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) {
+                uint32_t y[4];
+                load_a<D>(y, k_tile, 16 * rg, kk, lane);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    y[i] = clamp_bf16(y[i], p.limit);
+                    norm[i & 1] += sum_squares(y[i]);
+                }
+                add_b<D>(a, y, base + at::w, 64 * fg, kk, lane);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                norm[i] = quad_sum(norm[i]) * (0.5f * SRF__LOG2E * p.scale * p.scale);
+                if (norm[i] > SRF__HALF_LIMIT) norm[i] = SRF__HALF_LIMIT;
+                if (row + 8 * i < lo || row + 8 * i >= hi) norm[i] = INFINITY;
+            }
+            uint32_t kf[4][4], v[D / 16][4];
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float2 shift = *(const float2 *)(top + fg * 64 + 8 * j + 2 * pair);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    kf[j >> 1][(j & 1) * 2 + i] =
+                        pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, shift.x - norm[i])),
+                                  exp2_fast(fmaf(a[j][2 * i + 1], to_log2, shift.y - norm[i])));
+            }
+            float dkf[8][4];
+            clear(dv);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float2 uj = *(const float2 *)(u_row + fg * 64 + 8 * j + 2 * pair);
+                dkf[j][0] = dkf[j][2] = uj.x;
+                dkf[j][1] = dkf[j][3] = uj.y;
+            }
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+                add_bt<D>(dv, kf[kk], base + at::r + fg * 64 * D * 2, kk, lane);
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) {
+                load_a<D>(v[kk], v_tile, 16 * rg, kk, lane);
+                add_b<D>(dkf, v[kk], base + at::r, 64 * fg, kk, lane);
+            }
+            for (int tb = rg; tb < 4; tb++) {
+                float w[2][4];
+                uint32_t x[4];
+                clear(w);
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++) {
+                    uint32_t b[4];
+                    load_bt<CHUNK>(b, base + at::psi + fg * 64 * CHUNK * 2, kk, 16 * tb, lane);
+                    mma_bf16(w[0], kf[kk], b[0], b[1]);
+                    mma_bf16(w[1], kf[kk], b[2], b[3]);
+                }
+                if (tb == rg) keep_upper(w, g, pair);
+                pack_a(x, w[0], w[1]);
+                add_bt<D>(dv, x, do_tile, tb, lane);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float2 by = *(const float2 *)(delta + 16 * tb + 8 * j + 2 * pair);
+                    w[j][0] = w[j][2] = by.x;
+                    w[j][1] = w[j][3] = by.y;
+                }
+#pragma unroll
+                for (int kk = 0; kk < D / 16; kk++) add_b<D>(w, v[kk], do_tile, 16 * tb, kk, lane);
+                if (tb == rg) keep_upper(w, g, pair);
+                pack_a(x, w[0], w[1]);
+                add_b<CHUNK>(dkf, x, base + at::psi, 64 * fg, tb, lane);
+            }
+            float sum[2] = {0, 0};
+            uint32_t da[4][4];
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float2 weight = unpack_bf16(kf[j >> 1][(j & 1) * 2 + i]);
+                    uint32_t x = pack_bf16(weight.x * dkf[j][2 * i], weight.y * dkf[j][2 * i + 1]);
+                    /* The sum of the rounded values: w_i - y of one feature may be small. */
+                    float2 rounded = unpack_bf16(x);
+                    sum[i] += rounded.x + rounded.y;
+                    da[j >> 1][(j & 1) * 2 + i] = x;
+                }
+            clear(dk);
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+                add_bt<D>(dk, da[kk], base + at::w + fg * 64 * D * 2, kk, lane);
+            sum[0] = quad_sum(sum[0]) * p.scale;
+            sum[1] = quad_sum(sum[1]) * p.scale;
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) {
+                uint32_t k[4];
+                load_a<D>(k, k_tile, 16 * rg, kk, lane);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float2 y = unpack_bf16(clamp_bf16(k[i], p.limit));
+                    float *to = &dk[2 * kk + (i >> 1)][2 * (i & 1)];
+                    to[0] = p.scale * (to[0] - sum[i & 1] * y.x);
+                    to[1] = p.scale * (to[1] - sum[i & 1] * y.y);
+                }
+            }
+        }
+        /* The piece's queries go into R, which then steps back. */
+        u[0] *= exp2_fast(m_lo[0] - m_hi[0]);
+        u[1] *= exp2_fast(m_lo[1] - m_hi[1]);
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            uint32_t x[4];
+            load_a<CHUNK>(x, base + at::psi, 16 * warp, kk, lane);
+            add_bt<D>(r, x, do_tile, kk, lane);
+        }
+        scale_rows(r, exp2_fast(m_lo[0] - m_hi[0]), exp2_fast(m_lo[1] - m_hi[1]));
+
+        if (!r_only) {
+            if (NF > 1) {
+                float2 *for_dk = (float2 *)(smem + at::r) + rg * 32 + lane;
+                float2 *for_dv = (float2 *)(smem + at::psi) + rg * 32 + lane;
+                __syncthreads();
+                if (fg == 0)
+                    send_rows<D>(for_dk, dk);
+                else
+                    send_rows<D>(for_dv, dv);
+                __syncthreads();
+                if (fg == 0)
+                    add_sent<D>(dv, for_dv);
+                else
+                    add_sent<D>(dk, for_dk);
+            }
+            if (NF == 1 || fg == 0)
+                finish_rows<D>(p, dv, p.sum[2], token, p.dv + here.in + t0 * p.ld, v_tile, rg, lo,
+                               hi, lane);
+            if (NF == 1 || fg == 1)
+                finish_rows<D>(p, dk, p.sum[1], token, p.dk + here.in + t0 * p.ld, k_tile, rg, lo,
+                               hi, lane);
+        }
+        __syncthreads();
+        cuts ^= (uint64_t)1 << lo;
+        hi = lo;
+        if (cuts == 0) {
+            c--;
+            stage ^= 1;
+        }
+    }
+    if (r_only) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int f = f0 + 8 * i;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+                *(float2 *)(segment_r + f * D + 8 * j + 2 * pair) =
+                    make_float2(r[j][2 * i], r[j][2 * i + 1]);
+            if (pair == 0) segment_r[NF * 64 * D + f] = u[i];
+        }
+    }
+}
+
+/* What each segment's queries add to R, u becomes R, u after the segment: of all later queries, in
+ * the scale of M at its end. One thread a feature and column of R or u. */
+static __global__ void suffix_kernel(float *r, const float *tops, int64_t n, int n_seg,
+                                     int seg_chunks, int n_chunks, int d, int rows)
+{
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, count = rows * (d + 1);
+    if (i >= n) return;
+    const int64_t head_i = i / count, j = i % count;
+    const float *top = tops + head_i * n_chunks * rows + (j < rows * d ? j / d : j - rows * d);
+    float sum = 0;
+    for (int seg = n_seg - 1; seg >= 0; seg--) {
+        float *at = r + (head_i * n_seg + seg) * count + j, own = seg > 0 ? *at : 0.0f;
+        *at = sum;
+        if (seg == 0) break;
+        int64_t end = min((seg + 1) * seg_chunks, n_chunks) - 1, start = seg * seg_chunks - 1;
+        sum = own + sum * exp2_fast(top[start * rows] - top[end * rows]);
+    }
+}
+
+/* ---- the op ------------------------------------------------------------------------------- */
+
+static bool aligned(const void *p)
+{
+    return (uintptr_t)p % 16 == 0;
+}
+
+bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    return srf__pure_shape(ctx, &a->s) && !a->dw && a->ld % 8 == 0 && a->ld_o % 8 == 0 &&
+           aligned(a->q) && aligned(a->k) && aligned(a->v) && aligned(a->w) && aligned(a->o) &&
+           aligned(a->d_o) && aligned(a->dq) && aligned(a->dk) && aligned(a->dv);
+}
+
+/* Fills the scratch pointers and the plan; returns the bytes. */
+static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                       struct pure_plan *plan, struct bwd_params *p)
+{
+    struct cuda_bump bump = {(char *)ctx->workspace, 0};
+    int64_t heads = s->b * s->h, nf = s->m > 64 ? 2 : 1, chunks = div_up(s->t, CHUNK);
+    int per_sm = nf == 1 && s->d <= 64 ? 3 : nf == 1 && s->d <= 96 ? 2 : 1;
+    *plan = srf__pure_plan(ctx, s, per_sm);
+    p->cuts = (uint64_t *)bump_bytes(&bump, (size_t)(heads * chunks) * sizeof(uint64_t));
+    p->tops = (float *)bump_bytes(&bump, (size_t)(heads * chunks * nf * 64) * sizeof(float));
+    p->delta = (float *)bump_bytes(&bump, (size_t)(heads * s->t) * sizeof(float));
+    if (plan->n_seg > 1) {
+        size_t states = (size_t)(heads * plan->n_seg * pure_state_count(s->d, nf));
+        p->states = (float *)bump_bytes(&bump, states * sizeof(float));
+        p->r = (float *)bump_bytes(&bump, states * sizeof(float));
+    }
+    if (s->m > 128)
+        for (int i = 0; i < 3; i++)
+            p->sum[i] = (float *)bump_bytes(&bump, (size_t)(heads * s->t * s->d) * sizeof(float));
+    return bump.used;
+}
+
+size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    struct pure_plan plan;
+    struct bwd_params p = {};
+    return plan_bwd(ctx, &a->s, &plan, &p);
+}
+
+template <int D, int NF>
+static srf_status launch_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
+                             const struct pure_plan *plan, const struct bwd_params *p)
+{
+    constexpr int query_bytes = query_smem<D, NF>::bytes, key_bytes = key_smem<D, NF>::bytes;
+    constexpr int threads = 128 * NF;
+    const int64_t heads = a->s.b * a->s.h;
+    cudaStream_t stream = stream_of(ctx);
+    if (p->n_seg > 1) SRF_TRY(srf__pure_states(ctx, a, p->first, p->count, plan, p->states));
+    CUDA_TRY(cudaFuncSetAttribute(pure_queries_kernel<D, NF>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, query_bytes));
+    pure_queries_kernel<D, NF><<<(unsigned)(heads * p->n_seg), threads, query_bytes, stream>>>(*p);
+    if (p->n_seg > 1) {
+        const int64_t n = heads * 64 * NF * (D + 1);
+        CUDA_TRY(cudaFuncSetAttribute(pure_keys_kernel<D, NF, true>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, key_bytes));
+        pure_keys_kernel<D, NF, true>
+            <<<(unsigned)(heads * (p->n_seg - 1)), threads, key_bytes, stream>>>(*p);
+        suffix_kernel<<<(unsigned)div_up(n, 128), 128, 0, stream>>>(
+            p->r, p->tops, n, p->n_seg, p->seg_chunks, (p->t + CHUNK - 1) / CHUNK, D, 64 * NF);
+    }
+    CUDA_TRY(cudaFuncSetAttribute(pure_keys_kernel<D, NF, false>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, key_bytes));
+    pure_keys_kernel<D, NF, false>
+        <<<(unsigned)(heads * p->n_seg), threads, key_bytes, stream>>>(*p);
+    return srf__cuda_launched("srf_attn_bwd");
+}
+
+template <int D>
+static srf_status launch_groups(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
+                                const struct pure_plan *plan, struct bwd_params *p)
+{
+    const int width = p->m > 64 ? 128 : 64;
+    for (p->first = 0; p->first < p->m; p->first += width) {
+        p->count = p->m - p->first < width ? p->m - p->first : width;
+        if (p->count <= 64)
+            SRF_TRY((launch_bwd<D, 1>(ctx, a, plan, p)));
+        else
+            SRF_TRY((launch_bwd<D, 2>(ctx, a, plan, p)));
+    }
+    return SRF_OK;
+}
+
+srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    const struct srf_attn_shape *s = &a->s;
+    if (s->b * s->t == 0) return SRF_OK;
+    struct pure_plan plan;
+    struct bwd_params p = {};
+    plan_bwd(ctx, s, &plan, &p);
+    p.q = (const bf16 *)a->q;
+    p.k = (const bf16 *)a->k;
+    p.v = (const bf16 *)a->v;
+    p.o = (const bf16 *)a->o;
+    p.d_o = (const bf16 *)a->d_o;
+    p.w = (const bf16 *)a->w;
+    p.bias = (const float *)a->bias;
+    p.stat = (const float *)a->stat;
+    p.dq = (bf16 *)a->dq;
+    p.dk = (bf16 *)a->dk;
+    p.dv = (bf16 *)a->dv;
+    p.ld = a->ld;
+    p.ld_o = a->ld_o;
+    p.t = (int)s->t;
+    p.h = (int)s->h;
+    p.m = (int)s->m;
+    p.n_sets = (int)s->n_sets;
+    p.n_seg = plan.n_seg;
+    p.seg_chunks = plan.seg_chunks;
+    p.scale = plan.scale;
+    p.limit = plan.limit;
+    switch (s->d) {
+    case 32:
+        return launch_groups<32>(ctx, a, &plan, &p);
+    case 64:
+        return launch_groups<64>(ctx, a, &plan, &p);
+    case 80:
+        return launch_groups<80>(ctx, a, &plan, &p);
+    case 96:
+        return launch_groups<96>(ctx, a, &plan, &p);
+    default:
+        return launch_groups<128>(ctx, a, &plan, &p);
+    }
+}
