@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Tests everything that needs a GPU, on a machine that has one: each op against double references,
+# training and evaluation against the CPU, then small cases again under compute-sanitizer (memory
+# errors, races). One line a program; at the end 'N passed, N failed'. The exit status is 0 only if
+# something ran and nothing failed; without a GPU it is a failure.
+#
+#   scripts/gpu_check.sh                      builds in build/, then tests
+#   scripts/gpu_check.sh --pack FILE.tar.xz   builds, then packs all that the tests need, for a
+#                                             machine with a GPU but without our libraries' headers;
+#                                             the CPU's side of the comparisons is computed here
+#   there:  mkdir p && tar xf FILE.tar.xz -C p && p/more/scripts/gpu_check.sh --packed p
+#
+# SRF_GPU_LOGS: a folder that keeps the programs' output. SRF_GPU_BUILD: another folder than build/.
+start=$SECONDS
+here="$(pwd)"
+source "$(dirname "$0")/lib.sh"
+build="${SRF_GPU_BUILD:-build}"
+
+usage() {
+    sed -n '2,/^start=/s/^# \{0,1\}//p' "$0"
+    exit "$1"
+}
+
+make_text() {
+    [ -f out/text/train.txt ] || scripts/setup.sh
+}
+
+pack() {
+    local out="$1" recorded=gpu_reference
+    scripts/build.sh "$build" -DSRF_CUDA=ON
+    make_text
+    say "The CPU's side of the comparisons"
+    rm -rf "$recorded"
+    bash tests/gpu_train.sh --record "$ROOT/$build/srf" "$ROOT" "$recorded"
+    say "Packing"
+    PROGRAMS='srf tests/gpu_*' scripts/pack.sh "$build" "$out" scripts/gpu_check.sh scripts/lib.sh \
+        tests/shell.sh tests/gpu_*.sh checkpoints/tiny-gpt2/* "$recorded"/*
+    rm -rf "$recorded"
+}
+
+absolute() {
+    case "$1" in
+    /*) echo "$1" ;;
+    *) echo "$here/$1" ;;
+    esac
+}
+
+reference=""
+case "${1:-}" in
+"")
+    scripts/build.sh "$build" -DSRF_CUDA=ON
+    make_text
+    bin="$ROOT/$build/tests" srf="$ROOT/$build/srf"
+    ;;
+--pack)
+    [ $# -eq 2 ] || usage 2
+    pack "$(absolute "$2")"
+    exit
+    ;;
+--packed)
+    [ $# -eq 2 ] || usage 2
+    package="$(absolute "$2")"
+    bin="$package/bin" srf="$package/bin/srf" reference="$ROOT/gpu_reference"
+    export LD_LIBRARY_PATH="$package/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+    ;;
+-h | --help) usage 0 ;;
+*) usage 2 ;;
+esac
+
+logs="${SRF_GPU_LOGS:-$(mktemp -d "${TMPDIR:-/tmp}/srf-gpu.XXXXXX")}"
+mkdir -p "$logs"
+note "output of the programs: $logs"
+programs=()
+for program in "$bin"/gpu_*; do
+    [ ! -x "$program" ] || programs+=("$(basename "$program")")
+done
+[ ${#programs[@]} -gt 0 ] || die "no gpu_* programs in $bin"
+"$bin/${programs[0]}" 'no such case' >"$logs/device" 2>&1 || {
+    sed 's/^/    /' "$logs/device"
+    echo "0 passed, 1 failed"
+    exit 1
+}
+sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
+
+# job NAME LIMIT COMMAND...: in the background, output to a log; its exit status to NAME.status and
+# its seconds to NAME.seconds. At most `parallel` at once.
+parallel=$((JOBS > 6 ? 6 : JOBS))
+names=()
+job() {
+    local name="$1" limit="$2"
+    shift 2
+    names+=("$name")
+    while [ "$(jobs -rp | wc -l)" -ge "$parallel" ]; do wait -n || true; done
+    (
+        began=$(date +%s%N)
+        status=0
+        timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 </dev/null || status=$?
+        echo "$(($(date +%s%N) - began))" >"$logs/$name.ns"
+        echo $status >"$logs/$name.status"
+    ) &
+}
+
+# report: one line a job, in the order they were started in.
+passed=0 failed=0
+report() {
+    local name status words
+    wait
+    for name in "${names[@]}"; do
+        status="$(cat "$logs/$name.status" 2>/dev/null || echo none)"
+        words="$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test(s)\).*/\2 \1/p' "$logs/$name.log" |
+            tr 'A-Z\n' 'a-z ')"
+        words="$words$(grep -ahE 'ERROR SUMMARY|RACECHECK SUMMARY|^[0-9]+ failures$' "$logs/$name.log" |
+            sed 's/^=* *//' | tail -1 || true)"
+        if [ "$status" = 0 ]; then
+            passed=$((passed + 1))
+        else
+            failed=$((failed + 1))
+        fi
+        printf '%-4s %-28s %6.1f s  %s\n' "$([ "$status" = 0 ] && echo ok || echo FAIL)" "$name" \
+            "$(awk '{print $1 / 1e9}' "$logs/$name.ns" 2>/dev/null || echo 0)" \
+            "$([ "$status" != 124 ] && [ "$status" != 137 ] || echo "out of time; ")$words"
+        [ "$status" = 0 ] || grep -aE '^\[  FAILED  \]|^FAILED|relative error|off by|other bits|rror:' \
+            "$logs/$name.log" | head -20 | sed 's/^/         /' || true
+    done
+    names=()
+}
+
+say "Programs"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
+for program in "${programs[@]}"; do job "$program" 240 "$bin/$program"; done
+report
+
+if [ -n "$sanitizer" ]; then
+    say "Small cases under $sanitizer"
+    export SRF_GPU_SMALL=1
+    for tool in memcheck racecheck; do
+        for program in "${programs[@]}"; do
+            job "$program.$tool" 240 "$sanitizer" --tool $tool --error-exitcode 9 "$bin/$program"
+        done
+    done
+    report
+else
+    note "no compute-sanitizer here: memory errors and races are not looked for"
+    failed=$((failed + 1))
+fi
+
+say "All in $((SECONDS - start)) s"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
