@@ -21,12 +21,12 @@ for program in $(cd "$build" && echo ${PROGRAMS:-srf tests/test_*}); do
         { grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda|libcudart|libcublas|libcublasLt|libcurand)\.so' || true; } |
         while read -r lib; do cp -Lu "$lib" "$folder/lib/"; done
 done
-for lib in "$folder"/lib/libsrf.so*; do [ ! -f "$lib" ] || strip --strip-debug "$lib"; done
+for lib in "$folder"/lib/libsrf.so*; do [ ! -f "$lib" ] || strip --strip-unneeded "$lib"; done
 for file in "$@"; do
     case "$file" in
     /*) cp "$file" "$folder/more/" ;;
     *) cp --parents "$file" "$folder/more/" ;;
     esac
 done
-tar -C "$folder" -c bin lib more | xz -T0 -1 >"$out"
+tar -C "$folder" -c bin lib more | xz -T0 -6 >"$out"
 ls -lh "$out" | awk '{print $9, $5}'

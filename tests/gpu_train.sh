@@ -26,7 +26,7 @@ losses() {
     sed -n 's/.*"loss": \([^,}]*\).*/\1/p' "$1/metrics.jsonl"
 }
 
-# short_run KIND OPTION...: to folder KIND.
+# train KIND OPTION...
 train() {
     local kind="$1"
     shift
@@ -39,7 +39,7 @@ train() {
     [ $status -eq 0 ] || fail "training $kind $*: $(cat stderr)"
 }
 
-# perplexity KIND MODE OPTION...
+# perplexity KIND MODE OPTION...: prints it.
 perplexity() {
     local kind="$1" mode="$2" options
     shift 2
@@ -47,7 +47,7 @@ perplexity() {
     # shellcheck disable=SC2086 # words
     run "$SRF" eval --model "$WORK/base.h5" --data "$WORK/heldout.h5" --max-tokens 4096 --quiet \
         --json --mode "$mode" ${!options} "$@"
-    [ $status -eq 0 ] || fail "eval $kind $mode $*: $(cat stderr)"
+    [ $status -eq 0 ] || fail "eval $kind $mode $*: $(cat stderr)" >&2
     sed -n 's/.*"ppl": \([^,}]*\).*/\1/p' stdout
 }
 
