@@ -68,18 +68,29 @@ __device__ __forceinline__ void cp_async_4(float *dst, const float *src)
                  : "memory");
 }
 
-/* C rows of D by two threads a row; those from n on are 0. A pair of threads takes neighbouring
- * pieces: whole sectors. */
-template <int D, int C>
+/* Threads that share a row: neighbours take neighbouring pieces. */
+template <int D> __device__ constexpr int row_threads()
+{
+    return D % 64 == 0 ? 8 : D % 32 == 0 ? 4 : 2;
+}
+
+/* C rows of D; those from n on are 0. */
+template <int D, int C, int THREADS>
 __device__ __forceinline__ void load_rows(bf16 *to, const bf16 *from, int64_t ld, int n)
 {
-    int row = threadIdx.x >> 1, side = threadIdx.x & 1;
-    if (row >= C) return;
-    bool valid = row < n;
-    const bf16 *src = from + (valid ? row * ld : 0) + side * 8;
-    uint32_t dst = smem_addr(to + row * (D + 8) + side * 8);
+    constexpr int T = row_threads<D>();
+    int row = threadIdx.x / T, piece = threadIdx.x % T;
+    const bf16 *src = from + row * ld + piece * 8;
+    uint32_t dst = smem_addr(to + row * (D + 8) + piece * 8);
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) cp_async_16(dst + i * 32, src + i * 16, valid);
+    for (int r = 0; r < C; r += THREADS / T) {
+        if (THREADS / T > C && row >= C) break;
+        bool valid = row + r < n;
+#pragma unroll
+        for (int i = 0; i < D / 8; i += T)
+            cp_async_16(dst + (r * (D + 8) + i * 8) * 2, valid ? src + r * ld + i * 8 : from,
+                        valid);
+    }
 }
 
 /* C floats, of which n (a multiple of 4) are there, at a multiple of 16 bytes; the others are 0. */
@@ -106,33 +117,38 @@ __device__ __forceinline__ void load_stats(float *stat, float *delta, const stru
 
 /* Clamps the pieces that this thread loaded (NaN stays), which have arrived; half, if not NULL, is
  * half_scale |row|^2. */
-template <int D, int C, bool NORM>
+template <int D, int C, int THREADS, bool NORM>
 __device__ __forceinline__ void clean_rows(bf16 *rows, const struct hybrid *p, float *half)
 {
-    int row = threadIdx.x >> 1, side = threadIdx.x & 1;
-    if (row >= C) return;
+    constexpr int T = row_threads<D>();
+    int row = threadIdx.x / T, piece = threadIdx.x % T;
     uint32_t limit = pack_bf16(p->limit, p->limit);
-    float sum = 0;
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        uint4 *at = (uint4 *)(rows + row * (D + 8) + side * 8 + i * 16);
-        uint4 x = *at;
-        uint32_t y[4] = {x.x, x.y, x.z, x.w};
+    for (int r = 0; r < C; r += THREADS / T) {
+        if (THREADS / T > C && row >= C) break;
+        float sum = 0;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            y[j] = clamp_bf16(y[j], limit);
-            if (NORM) {
-                float2 f = unpack_bf16(y[j]);
-                sum = fmaf(f.x, f.x, sum);
-                sum = fmaf(f.y, f.y, sum);
+        for (int i = 0; i < D / 8; i += T) {
+            uint4 *at = (uint4 *)(rows + (row + r) * (D + 8) + (piece + i) * 8);
+            uint4 x = *at;
+            uint32_t y[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                y[j] = clamp_bf16(y[j], limit);
+                if (NORM) {
+                    float2 f = unpack_bf16(y[j]);
+                    sum = fmaf(f.x, f.x, sum);
+                    sum = fmaf(f.y, f.y, sum);
+                }
             }
+            if (x.x != y[0] || x.y != y[1] || x.z != y[2] || x.w != y[3])
+                *at = make_uint4(y[0], y[1], y[2], y[3]);
         }
-        if (x.x != y[0] || x.y != y[1] || x.z != y[2] || x.w != y[3])
-            *at = make_uint4(y[0], y[1], y[2], y[3]);
-    }
-    if (NORM) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        if (side == 0) half[row] = p->half_scale * sum;
+        if (NORM) {
+#pragma unroll
+            for (int o = T / 2; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+            if (piece == 0) half[row + r] = p->half_scale * sum;
+        }
     }
 }
 
@@ -294,13 +310,13 @@ __device__ __forceinline__ void load_walk(struct walk_smem<D, C> *sm, int stage,
     int64_t seq = bh / p->heads, head = bh % p->heads;
     int n = min(C, p->t - token);
     int64_t in = (seq * p->t + token) * p->ld + head * D;
-    load_rows<D, C>(sm->pair[stage][0], (QUERIES ? p->q : p->k) + in, p->ld, n);
+    load_rows<D, C, WALK_THREADS>(sm->pair[stage][0], (QUERIES ? p->q : p->k) + in, p->ld, n);
     if (QUERIES) {
         int64_t out = (seq * p->t + token) * p->ld_o + head * D;
-        load_rows<D, C>(sm->pair[stage][1], p->d_o + out, p->ld_o, n);
+        load_rows<D, C, WALK_THREADS>(sm->pair[stage][1], p->d_o + out, p->ld_o, n);
         load_stats<C>(sm->stat[stage], sm->delta[stage], p, bh * p->t + token, n);
     } else {
-        load_rows<D, C>(sm->pair[stage][1], p->v + in, p->ld, n);
+        load_rows<D, C, WALK_THREADS>(sm->pair[stage][1], p->v + in, p->ld, n);
     }
 }
 
@@ -371,7 +387,7 @@ __global__ void __launch_bounds__(WALK_THREADS)
         }
         cp_async_commit();
         cp_async_wait<1>();
-        clean_rows<D, C, true>(sm->pair[stage][0], &p, sm->half[stage]);
+        clean_rows<D, C, WALK_THREADS, true>(sm->pair[stage][0], &p, sm->half[stage]);
         __syncthreads();
         walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
         if (active) {
@@ -484,8 +500,8 @@ __device__ __forceinline__ void load_far(bf16 *pair[2], float *bias, float *top,
 {
     int n = p->m - first;
     int64_t row = (c->bh * p->n_slots + slot) * p->m + first;
-    load_rows<D, C>(pair[0], p->w + c->set * p->w_step + (int64_t)first * D, D, n);
-    load_rows<D, C>(pair[1], states + row * D, D, n);
+    load_rows<D, C, 2 * C>(pair[0], p->w + c->set * p->w_step + (int64_t)first * D, D, n);
+    load_rows<D, C, 2 * C>(pair[1], states + row * D, D, n);
     load_features<C>(bias, p->bias + c->set * p->bias_step + first, n);
     load_features<C>(top, p->top + row, n);
     load_features<C>(sum, sums + row, n);
@@ -500,8 +516,8 @@ __device__ __forceinline__ void load_fwd(struct fwd_smem<D, C> *sm, int stage,
     if (i < n_exact) {
         int token = c->row - (n_exact - 1 - i) * C, n = p->t - token;
         int64_t at = c->in + token * p->ld;
-        load_rows<D, C>(pair[0], p->k + at, p->ld, n);
-        load_rows<D, C>(pair[1], p->v + at, p->ld, n);
+        load_rows<D, C, 2 * C>(pair[0], p->k + at, p->ld, n);
+        load_rows<D, C, 2 * C>(pair[1], p->v + at, p->ld, n);
     } else {
         load_far<D, C>(pair, sm->bias[stage], sm->top[stage], sm->z[stage], p, c, c->block - 2,
                        p->s, p->z, (i - n_exact) * C);
@@ -518,12 +534,12 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
     int n_exact = (c.row - max(c.block - 1, 0) * p.window) / C + 1;
     int n_tiles = n_exact + (c.block < 2 ? 0 : (p.m + C - 1) / C);
 
-    load_rows<D, C>(sm->q, p.q + c.in + c.row * p.ld, p.ld, p.t - c.row);
+    load_rows<D, C, 2 * C>(sm->q, p.q + c.in + c.row * p.ld, p.ld, p.t - c.row);
     cp_async_commit();
     load_fwd(sm, 0, &p, &c, 0, n_exact);
     cp_async_commit();
     cp_async_wait<1>();
-    clean_rows<D, C, true>(sm->q, &p, sm->half);
+    clean_rows<D, C, 2 * C, true>(sm->q, &p, sm->half);
     __syncthreads();
     uint32_t q[D / 16][4];
 #pragma unroll
@@ -537,7 +553,7 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
         if (i + 1 < n_tiles) load_fwd(sm, stage ^ 1, &p, &c, i + 1, n_exact);
         cp_async_commit();
         cp_async_wait<1>();
-        if (i < n_exact) clean_rows<D, C, false>(sm->pair[stage][0], &p, NULL);
+        if (i < n_exact) clean_rows<D, C, 2 * C, false>(sm->pair[stage][0], &p, NULL);
         __syncthreads();
         float e[C / 8][4], next[2] = {most[0], most[1]};
         zero(e);
@@ -628,32 +644,39 @@ __device__ __forceinline__ void load_bwd(struct bwd_smem<D, C> *sm, int stage,
     }
     int token = KEYS ? c->row + i * C : c->row - (n_exact - 1 - i) * C, n = p->t - token;
     int64_t at = c->in + token * p->ld;
-    load_rows<D, C>(pair[0], (KEYS ? p->q : p->k) + at, p->ld, n);
+    load_rows<D, C, 2 * C>(pair[0], (KEYS ? p->q : p->k) + at, p->ld, n);
     if (KEYS) {
-        load_rows<D, C>(pair[1], p->d_o + c->out + token * p->ld_o, p->ld_o, n);
+        load_rows<D, C, 2 * C>(pair[1], p->d_o + c->out + token * p->ld_o, p->ld_o, n);
         load_stats<C>(sm->stat[stage], sm->delta[stage], p, c->bh * p->t + token, n);
     } else {
-        load_rows<D, C>(pair[1], p->v + at, p->ld, n);
+        load_rows<D, C, 2 * C>(pair[1], p->v + at, p->ld, n);
     }
 }
 
-/* delta of the row that this thread and its neighbour loaded d_o and o of. */
-template <int D> __device__ __forceinline__ float delta_of(const bf16 *d_o, const bf16 *o)
+/* delta = -d_o.o of C rows, whose pieces this thread loaded itself. */
+template <int D, int C, int THREADS>
+__device__ __forceinline__ void row_deltas(const bf16 *d_o, const bf16 *o, float *delta)
 {
-    int at = (threadIdx.x >> 1) * (D + 8) + (threadIdx.x & 1) * 8;
-    float sum = 0;
+    constexpr int T = row_threads<D>();
+    int row = threadIdx.x / T, piece = threadIdx.x % T;
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const __nv_bfloat162 *x = (const __nv_bfloat162 *)(d_o + at + i * 16);
-        const __nv_bfloat162 *y = (const __nv_bfloat162 *)(o + at + i * 16);
+    for (int r = 0; r < C; r += THREADS / T) {
+        float sum = 0;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float2 a = __bfloat1622float2(x[j]), b = __bfloat1622float2(y[j]);
-            sum = fmaf(a.x, b.x, sum);
-            sum = fmaf(a.y, b.y, sum);
+        for (int i = 0; i < D / 8; i += T) {
+            int at = (row + r) * (D + 8) + (piece + i) * 8;
+            const uint32_t *x = (const uint32_t *)(d_o + at), *y = (const uint32_t *)(o + at);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 a = unpack_bf16(x[j]), b = unpack_bf16(y[j]);
+                sum = fmaf(a.x, b.x, sum);
+                sum = fmaf(a.y, b.y, sum);
+            }
         }
+#pragma unroll
+        for (int k = T / 2; k; k >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, k);
+        if (piece == 0) delta[row + r] = -sum;
     }
-    return -(sum + __shfl_xor_sync(0xffffffffu, sum, 1));
 }
 
 template <int D, int C, bool KEYS>
@@ -671,25 +694,20 @@ __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ stru
     int n_rows = p.t - c.row;
     int64_t in = c.in + c.row * p.ld, out = c.out + c.row * p.ld_o;
 
-    load_rows<D, C>(sm->rows[0], (KEYS ? p.k : p.q) + in, p.ld, n_rows);
+    load_rows<D, C, 2 * C>(sm->rows[0], (KEYS ? p.k : p.q) + in, p.ld, n_rows);
     if (KEYS) {
-        load_rows<D, C>(sm->rows[1], p.v + in, p.ld, n_rows);
+        load_rows<D, C, 2 * C>(sm->rows[1], p.v + in, p.ld, n_rows);
     } else {
-        load_rows<D, C>(sm->rows[1], p.d_o + out, p.ld_o, n_rows);
-        load_rows<D, C>(sm->pair[1][0], p.o + out, p.ld_o, n_rows);
+        load_rows<D, C, 2 * C>(sm->rows[1], p.d_o + out, p.ld_o, n_rows);
+        load_rows<D, C, 2 * C>(sm->pair[1][0], p.o + out, p.ld_o, n_rows);
     }
     cp_async_commit();
     load_bwd<D, C, KEYS>(sm, 0, &p, &c, 0, n_exact);
     cp_async_commit();
     cp_async_wait<1>();
-    clean_rows<D, C, true>(sm->rows[0], &p, sm->half);
+    clean_rows<D, C, 2 * C, true>(sm->rows[0], &p, sm->half);
     if (!KEYS) {
-        float delta = delta_of<D>(sm->rows[1], sm->pair[1][0]);
-        int row = threadIdx.x >> 1;
-        if ((threadIdx.x & 1) == 0) {
-            sm->delta[0][row] = delta;
-            if (row < n_rows) p.delta[c.bh * p.t + c.row + row] = delta;
-        }
+        row_deltas<D, C, 2 * C>(sm->rows[1], sm->pair[1][0], sm->delta[0]);
     }
     __syncthreads();
     struct a_rows<D> x, y;
@@ -702,6 +720,7 @@ __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ stru
         if (KEYS) continue;
         stat[j] = row < n_rows ? p.stat[c.bh * p.t + c.row + row] : INFINITY;
         delta[j] = sm->delta[0][row];
+        if (quad == 0 && row < n_rows) p.delta[c.bh * p.t + c.row + row] = delta[j];
     }
     float acc[D / 8][4], acc_v[KEYS ? D / 8 : 1][4];
     zero(acc);
@@ -712,7 +731,7 @@ __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ stru
         if (i + 1 < n_tiles) load_bwd<D, C, KEYS>(sm, stage ^ 1, &p, &c, i + 1, n_exact);
         cp_async_commit();
         cp_async_wait<1>();
-        if (i < n_exact) clean_rows<D, C, false>(sm->pair[stage][0], &p, NULL);
+        if (i < n_exact) clean_rows<D, C, 2 * C, false>(sm->pair[stage][0], &p, NULL);
         __syncthreads();
 #pragma unroll 1
         for (int first = 0; first < C; first += SUB) {
@@ -832,7 +851,7 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
         }
         cp_async_commit();
         cp_async_wait<1>();
-        clean_rows<D, C, true>(sm->pair[stage][0], &p, sm->half[stage]);
+        clean_rows<D, C, WALK_THREADS, true>(sm->pair[stage][0], &p, sm->half[stage]);
         __syncthreads();
         walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
         if (active) {
@@ -953,6 +972,8 @@ static size_t carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, b
     do {                                                                                           \
         CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,         \
                                       (int)(smem)));                                               \
+        CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,      \
+                                      cudaSharedmemCarveoutMaxShared));                            \
         (kernel)<<<(unsigned)(grid), (threads), (smem), stream_of(ctx)>>>(__VA_ARGS__);            \
     } while (0)
 
