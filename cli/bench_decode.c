@@ -12,8 +12,8 @@ static double rate(const struct stretch *s, int64_t batch)
 }
 
 struct result {
-    struct stretch early, prefill, late;
-    struct srf_profile profile; /* of the early stretch */
+    struct stretch early, profiled, prefill, late;
+    struct srf_profile profile; /* waits after every op: a stretch of its own, but on the CPU */
 };
 
 /* n more steps from where the engine stands. */
@@ -51,7 +51,9 @@ static srf_status measure(struct srf_ctx *ctx, struct srf_engine *e, int64_t bat
                           struct result *out)
 {
     const struct srf_model_config *cfg = &srf_engine_model(e)->config;
-    SRF_FAIL_IF(2 * n + 2 > cfg->n_pos, SRF_INVALID,
+    bool cpu = bench_on_cpu(ctx);
+    int64_t profiled = cpu ? 0 : 8;
+    SRF_FAIL_IF(2 * n + 2 + profiled > cfg->n_pos, SRF_INVALID,
                 "-n %lld: two stretches of it do not fit into the model's %lld positions",
                 (long long)n, (long long)cfg->n_pos);
     float *logits;
@@ -61,8 +63,11 @@ static srf_status measure(struct srf_ctx *ctx, struct srf_engine *e, int64_t bat
     SRF_TRY_GO(SRF_ALLOC(tokens, batch));
     SRF_TRY_GO(srf_engine_reset(e));
     SRF_TRY_GO(decode(e, batch, 2, logits, tokens, &out->early)); /* first touch of all memory */
-    ctx->profile = &out->profile;
+    if (cpu) ctx->profile = &out->profile;
     SRF_TRY_GO(decode(e, batch, n, logits, tokens, &out->early));
+    out->profiled = out->early;
+    ctx->profile = &out->profile;
+    if (!cpu) SRF_TRY_GO(decode(e, batch, profiled, logits, tokens, &out->profiled));
     ctx->profile = NULL;
     SRF_TRY_GO(skip_to(e, batch, cfg->n_pos - n, &out->prefill));
     SRF_TRY_GO(decode(e, batch, n, logits, tokens, &out->late));
@@ -81,9 +86,12 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, str
     const struct srf_model *m = srf_engine_model(e);
     srf_attention_describe(&m->attention, attention, sizeof attention);
     double one = r->early.seconds / (double)r->early.n;
+    int n_profiled = (int)r->profiled.n;
+    double profiled = r->profiled.seconds / n_profiled;
     int64_t state = srf_engine_state_bytes(e), kv = srf_engine_kv_bytes(e, m->config.n_pos);
     if (!o->json) {
-        printf("%s, %d threads, %s\n", cpu, ctx->n_threads, srf_dtype_name(ctx->dtype));
+        printf("%s, %s, %d threads, %s\n", cpu, ctx->be->name, ctx->n_threads,
+               srf_dtype_name(ctx->dtype));
         printf("decoding, batch %lld, attention %s\n", (long long)o->batch, attention);
         printf("  from position %5lld: %.0f tokens/s, %.3f ms a step\n", (long long)r->early.from,
                rate(&r->early, o->batch), one * 1e3);
@@ -92,7 +100,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, str
         printf("  prefill: %.0f tokens/s\n", rate(&r->prefill, o->batch));
         printf("  state %.1f KiB a sequence; a KV cache at %lld tokens: %.1f KiB\n",
                (double)state / 1024, (long long)m->config.n_pos, (double)kv / 1024);
-        bench_ops_print(&r->profile, (int)r->early.n, one);
+        bench_ops_print(&r->profile, n_profiled, profiled);
         return;
     }
     *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:I}", "bench", "decode", "cpu", cpu, "device",
@@ -105,7 +113,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, str
                   "late_tokens_per_s", rate(&r->late, o->batch), "step_ms", one * 1e3,
                   "prefill_tokens_per_s", rate(&r->prefill, o->batch), "state_bytes",
                   (json_int_t)state, "kv_bytes", (json_int_t)kv));
-    json_object_set_new(*out, "ops", bench_ops_json(&r->profile, (int)r->early.n, one));
+    json_object_set_new(*out, "ops", bench_ops_json(&r->profile, n_profiled, profiled));
 }
 
 srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)
