@@ -1,19 +1,11 @@
 /* The activation alone: y = gelu(x), for what backward makes again.
  *
- *     gelu(x) = x / (1 + e^-r),  r = 2 sqrt(2/pi) (x + 0.044715 x^3)
  * Eight elements a thread and turn (16-byte loads of bf16), then the rest one by one.
  * Floor: memory; x is read and y written once. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/gelu.h"
 
 #define THREADS 256
 #define VECTOR  8 /* elements a thread takes at once */
-
-__device__ __forceinline__ float gelu(float x)
-{
-    /* e^-r overflows to infinity for x far below 0, where the quotient is -0 as it should be */
-    float r = 1.5957691216057308f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + expf(-r));
-}
 
 template <typename T> struct alignas(sizeof(T) * VECTOR) piece {
     T v[VECTOR];

@@ -11,17 +11,5 @@
     {                                                                                              \
         return 0;                                                                                  \
     }
-TODO(layernorm_fwd)
-TODO(layernorm_bwd)
-TODO(linear_fwd)
-TODO(linear_bwd)
 TODO(srf_attn_bwd)
 TODO(srf_attn_step)
-TODO(mse)
-TODO(sumsq)
-TODO(adamw)
-
-void srf__cuda_free_plans(struct srf__cuda *cuda)
-{
-    (void)cuda;
-}

@@ -1,0 +1,533 @@
+/* Linear layers: y = act(x W + b), by cuBLASLt.
+ *
+ *     forward    u = x W + b,  y = act(u)
+ *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy
+ *
+ * Row-major arrays are read as the column-major transposes that BLAS knows: y^T = W^T x^T and so
+ * on, no copies. Products of bf16 are summed in fp32; fp32 is computed in fp32, without TF32. dw is
+ * fp32 and the product is added to it. What can ride in the product's epilogue does: bias, residual
+ * (as beta C), GELU and its derivative. Where it cannot (GELU in fp32 mode, a derivative that is to
+ * be added to dx, arrays not aligned to 16 bytes) the product goes to the workspace in fp32, some
+ * rows at a time, and a kernel of ours does the rest.
+ * db: a kernel reads dy once; its blocks leave partial sums in the workspace.
+ *
+ * What cuBLASLt answers to a question (which algorithm for these shapes, types, alignments) is kept
+ * in ctx->impl->plans: a training step asks only the first time.
+ * Floor: tensor cores; 2 n in out flops forward, twice that backward: 990 Tflop/s on an H100. */
+#include "kernels/cuda/dense.h"
+#include "kernels/cuda/gelu.h"
+
+#include <string.h>
+
+#define BLAS_BYTES  ((size_t)32 << 20) /* of the workspace: cuBLASLt's */
+#define PIECE_BYTES ((size_t)16 << 20) /* of the workspace: products that we finish */
+#define THREADS     256
+#define WARPS       (THREADS / 32)
+#define SUM_BLOCKS  6 /* of a multiprocessor, for db */
+
+/* ---- products ------------------------------------------------------------------------------- */
+
+/* D = op(A) op(B), or += with add; then the epilogue. Column-major, dense: D (m, n), op(A) (m, k),
+ * op(B) (k, n). A and B are of type T. */
+struct product {
+    int64_t m, n, k;
+    bool a_trans, b_trans;
+    const void *a, *b;
+    const void *c; /* D = ... + C; may be d, or NULL */
+    void *d;
+    bool d_f32; /* C and D are fp32 whatever T is */
+    cublasLtEpilogue_t epilogue;
+    const void *bias; /* T (m) */
+    const void *aux;  /* T (m, n): out (GELU_AUX) or in (DGELU) */
+};
+
+/* Everything that the choice of an algorithm depends on. No padding: compared as bytes. */
+struct plan_key {
+    int64_t m, n, k;
+    int32_t a_trans, b_trans, type_ab, type_d, has_c, epilogue;
+    int32_t align[4]; /* of a, b, c, d in bytes */
+};
+
+struct plan {
+    bool used;
+    struct plan_key key;
+    cublasStatus_t status; /* of the search; an algorithm was found if it is SUCCESS */
+    cublasLtMatmulDescOpaque_t desc;
+    cublasLtMatrixLayoutOpaque_t a, b, d; /* C is laid out as D */
+    cublasLtMatmulAlgo_t algo;
+};
+
+/* A hash table; where a row of PLAN_PROBES slots is full the first is given up, so that prompts of
+ * ever new lengths do not fill the memory. */
+#define N_PLANS     512
+#define PLAN_PROBES 8
+struct plans {
+    struct plan slot[N_PLANS + PLAN_PROBES];
+};
+
+void srf__cuda_free_plans(struct srf__cuda *cuda)
+{
+    srf__free(cuda->plans);
+    cuda->plans = NULL;
+}
+
+/* Tensors begin at multiples of 128 bytes, or of an element: more detail would only make more
+ * plans. */
+static int32_t alignment(const void *p)
+{
+    uintptr_t low = (uintptr_t)p & (~(uintptr_t)p + 1);
+    return low == 0 || low >= 128 ? 128 : low >= 16 ? 16 : (int32_t)low;
+}
+
+static struct plan_key key_of(const struct srf_ctx *ctx, const struct product *p)
+{
+    struct plan_key key;
+    memset(&key, 0, sizeof key);
+    key.m = p->m, key.n = p->n, key.k = p->k;
+    key.a_trans = p->a_trans, key.b_trans = p->b_trans;
+    key.type_ab = ctx->dtype == SRF_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+    key.type_d = p->d_f32 ? CUDA_R_32F : key.type_ab;
+    key.has_c = p->c != NULL;
+    key.epilogue = p->epilogue;
+    key.align[0] = alignment(p->a), key.align[1] = alignment(p->b);
+    key.align[2] = alignment(p->c ? p->c : p->d), key.align[3] = alignment(p->d);
+    return key;
+}
+
+#define BLAS_TRY(call)                                                                             \
+    do {                                                                                           \
+        cublasStatus_t blas_ = (call);                                                             \
+        SRF_FAIL_IF(blas_ != CUBLAS_STATUS_SUCCESS, SRF_DEVICE, "cuBLASLt: %s: %s", #call,         \
+                    cublasGetStatusString(blas_));                                                 \
+    } while (0)
+
+static srf_status set_desc(struct plan *plan, cublasLtMatmulDescAttributes_t attribute,
+                           const void *value, size_t bytes)
+{
+    BLAS_TRY(cublasLtMatmulDescSetAttribute(&plan->desc, attribute, value, bytes));
+    return SRF_OK;
+}
+
+static srf_status set_pref(cublasLtMatmulPreference_t pref,
+                           cublasLtMatmulPreferenceAttributes_t attribute, const void *value,
+                           size_t bytes)
+{
+    BLAS_TRY(cublasLtMatmulPreferenceSetAttribute(pref, attribute, value, bytes));
+    return SRF_OK;
+}
+
+/* The pointers that belong to the call, not to the plan. */
+static srf_status set_pointers(struct plan *plan, const struct product *p)
+{
+    if (p->bias)
+        SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias));
+    if (p->aux)
+        SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux));
+    return SRF_OK;
+}
+
+static srf_status describe(struct plan *plan, const struct product *p)
+{
+    const struct plan_key *key = &plan->key;
+    cudaDataType_t ab = (cudaDataType_t)key->type_ab, d = (cudaDataType_t)key->type_d;
+    int32_t op_a = p->a_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
+    int32_t op_b = p->b_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
+    uint32_t epilogue = p->epilogue;
+    BLAS_TRY(cublasLtMatmulDescInit(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
+    SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
+    SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    if (p->aux) SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &p->m, sizeof p->m));
+    SRF_TRY(set_pointers(plan, p));
+    int64_t rows_a = p->a_trans ? p->k : p->m, cols_a = p->a_trans ? p->m : p->k;
+    int64_t rows_b = p->b_trans ? p->n : p->k, cols_b = p->b_trans ? p->k : p->n;
+    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->a, ab, (uint64_t)rows_a, (uint64_t)cols_a, rows_a));
+    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->b, ab, (uint64_t)rows_b, (uint64_t)cols_b, rows_b));
+    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->d, d, (uint64_t)p->m, (uint64_t)p->n, p->m));
+    return SRF_OK;
+}
+
+/* Ask for the algorithm. That there is none is an answer too. */
+static srf_status search(struct srf_ctx *ctx, struct plan *plan)
+{
+    static const cublasLtMatmulPreferenceAttributes_t align[4] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    cublasLtMatmulPreferenceOpaque_t pref;
+    size_t workspace = BLAS_BYTES;
+    /* parts of a split k must not be rounded to bf16 before they are added */
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    BLAS_TRY(cublasLtMatmulPreferenceInit(&pref));
+    SRF_TRY(
+        set_pref(&pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    SRF_TRY(set_pref(&pref, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes));
+    for (int i = 0; i < 4; i++) {
+        uint32_t bytes = (uint32_t)plan->key.align[i];
+        SRF_TRY(set_pref(&pref, align[i], &bytes, sizeof bytes));
+    }
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    plan->status = cublasLtMatmulAlgoGetHeuristic(cuda_of(ctx)->lt, &plan->desc, &plan->a, &plan->b,
+                                                  &plan->d, &plan->d, &pref, 1, &result, &found);
+    if (plan->status == CUBLAS_STATUS_SUCCESS && found < 1)
+        plan->status = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (plan->status == CUBLAS_STATUS_SUCCESS) plan->status = result.state;
+    plan->algo = result.algo;
+    return SRF_OK;
+}
+
+static srf_status plan_for(struct srf_ctx *ctx, const struct product *p, struct plan **out)
+{
+    struct srf__cuda *cuda = cuda_of(ctx);
+    if (!cuda->plans) {
+        cuda->plans = srf__calloc(1, sizeof(struct plans));
+        SRF_FAIL_IF(!cuda->plans, SRF_NOMEM, "out of memory: cuBLASLt plans");
+    }
+    struct plan_key key = key_of(ctx, p);
+    uint64_t hash = 14695981039346656037u; /* FNV-1a */
+    for (size_t i = 0; i < sizeof key; i++)
+        hash = (hash ^ ((const unsigned char *)&key)[i]) * 1099511628211u;
+    struct plan *row = ((struct plans *)cuda->plans)->slot + hash % N_PLANS, *plan = row;
+    for (int i = 0; i < PLAN_PROBES; i++) {
+        if (row[i].used && memcmp(&row[i].key, &key, sizeof key) == 0) {
+            *out = &row[i];
+            return set_pointers(*out, p);
+        }
+        if (!row[i].used) {
+            plan = &row[i];
+            break;
+        }
+    }
+    memset(plan, 0, sizeof *plan);
+    plan->key = key;
+    SRF_TRY(describe(plan, p));
+    SRF_TRY(search(ctx, plan));
+    plan->used = true;
+    *out = plan;
+    return SRF_OK;
+}
+
+/* Launch. Without an algorithm: *done is false and nothing has happened, or, where done is NULL, an
+ * error. */
+static srf_status multiply(struct srf_ctx *ctx, const struct product *p, bool *done)
+{
+    struct plan *plan;
+    SRF_TRY(plan_for(ctx, p, &plan));
+    bool found = plan->status == CUBLAS_STATUS_SUCCESS;
+    if (done) *done = found;
+    SRF_FAIL_IF(!found && !done, SRF_UNSUPPORTED,
+                "cuBLASLt has no algorithm for a product of (%lld, %lld) with (%lld, %lld): %s",
+                (long long)p->m, (long long)p->k, (long long)p->k, (long long)p->n,
+                cublasGetStatusString(plan->status));
+    if (!found) return SRF_OK;
+    float alpha = 1.0f, beta = p->c ? 1.0f : 0.0f;
+    BLAS_TRY(cublasLtMatmul(cuda_of(ctx)->lt, &plan->desc, &alpha, p->a, &plan->a, p->b, &plan->b,
+                            &beta, p->c ? p->c : p->d, &plan->d, p->d, &plan->d, &plan->algo,
+                            ctx->workspace, BLAS_BYTES, stream_of(ctx)));
+    return SRF_OK;
+}
+
+/* ---- what no epilogue does ------------------------------------------------------------------- */
+
+/* y = act(u), pre = u, u = sums + b + residual; b, residual, pre may be NULL, and residual y. */
+template <typename T>
+static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(int64_t rows, int64_t out,
+                                                                    const float *__restrict__ sums,
+                                                                    const T *__restrict__ b,
+                                                                    const T *residual, bool act,
+                                                                    T *__restrict__ pre, T *y)
+{
+    for (int64_t i = blockIdx.x; i < rows; i += gridDim.x)
+        for (int64_t j = threadIdx.x; j < out; j += THREADS) {
+            int64_t at = i * out + j;
+            float u = sums[at];
+            if (b) u += to_float(b[j]);
+            if (residual) u += to_float(residual[at]);
+            if (pre) pre[at] = from_float<T>(u);
+            y[at] = from_float<T>(act ? gelu(u) : u);
+        }
+}
+
+/* dx = or += sums gelu'(pre) */
+template <typename T>
+static __global__ __launch_bounds__(THREADS) void finish_dx_kernel(int64_t count,
+                                                                   const float *__restrict__ sums,
+                                                                   const T *__restrict__ pre,
+                                                                   bool add, T *__restrict__ dx)
+{
+    int64_t step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
+        float d = sums[i] * gelu_derivative(to_float(pre[i]));
+        dx[i] = from_float<T>(add ? to_float(dx[i]) + d : d);
+    }
+}
+
+/* parts[blockIdx.y] = column sums of the rows that this block takes. A lane has N columns, a warp
+ * every (WARPS gridDim.y)-th row. */
+template <typename T, int N>
+static __global__ __launch_bounds__(THREADS,
+                                    SUM_BLOCKS) void column_sums_kernel(int64_t n, int64_t out,
+                                                                        const T *__restrict__ dy,
+                                                                        float *__restrict__ parts)
+{
+    __shared__ float sums[WARPS][32 * N];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int64_t first = (int64_t)blockIdx.x * 32 * N, j = first + lane * N;
+    float sum[N] = {};
+    if (j < out) {
+        int64_t step = (int64_t)gridDim.y * WARPS, i = (int64_t)blockIdx.y * WARPS + warp;
+        for (; i + 3 * step < n; i += 4 * step) {
+            pack<T, N> p[4]; /* under way at once */
+#pragma unroll
+            for (int r = 0; r < 4; r++) p[r] = load_pack<T, N>(dy + (i + r * step) * out + j);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int k = 0; k < N; k++) sum[k] += element(p[r], k);
+        }
+        for (; i < n; i += step) {
+            pack<T, N> p = load_pack<T, N>(dy + i * out + j);
+#pragma unroll
+            for (int k = 0; k < N; k++) sum[k] += element(p, k);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) sums[warp][lane * N + k] = sum[k];
+    __syncthreads();
+    int column = threadIdx.x;
+    if (column >= 32 * N || first + column >= out) return;
+    float all = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all += sums[w][column];
+    parts[blockIdx.y * out + first + column] = all;
+}
+
+/* ---- the ops --------------------------------------------------------------------------------- */
+
+static srf_status check_shape(const char *op, int64_t n, int64_t in, int64_t out)
+{
+    SRF_FAIL_IF(n > INT32_MAX || in > INT32_MAX || out > INT32_MAX, SRF_INVALID,
+                "%s: shape (%lld, %lld, %lld): BLAS takes at most %d in each dimension", op,
+                (long long)n, (long long)in, (long long)out, INT32_MAX);
+    return SRF_OK;
+}
+
+/* Rows of `width` fp32 sums that fit into a piece: a multiple of 64, which keeps alignment. */
+static int64_t piece_rows(int64_t n, int64_t width)
+{
+    int64_t rows = (int64_t)(PIECE_BYTES / sizeof(float)) / width / 64 * 64;
+    rows = rows > 64 ? rows : 64;
+    return rows < n ? rows : n;
+}
+
+static void *after_blas(const struct srf_ctx *ctx)
+{
+    return (char *)ctx->workspace + BLAS_BYTES;
+}
+
+/* Row `row` of a T (n, width), or NULL. */
+static char *row_of(const struct srf_ctx *ctx, const void *p, int64_t row, int64_t width)
+{
+    size_t bytes = (size_t)row * (size_t)width * srf_dtype_bytes(ctx->dtype);
+    return p ? (char *)(uintptr_t)p + bytes : NULL;
+}
+
+/* y^T (out, n) = W^T (out, in) x^T (in, n), of `rows` rows from `begin` on. */
+static struct product forward_product(const struct srf_ctx *ctx,
+                                      const struct srf_linear_fwd_args *a, int64_t begin,
+                                      int64_t rows)
+{
+    struct product p = {};
+    p.m = a->out, p.n = rows, p.k = a->in;
+    p.a = a->w, p.a_trans = a->w_transposed;
+    p.b = row_of(ctx, a->x, begin, a->in);
+    p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    return p;
+}
+
+/* Whether an epilogue may be asked for: what cuBLASLt wants of bias and kept activation. */
+static bool takes_epilogue(const struct srf_ctx *ctx, const void *bias, const void *aux,
+                           int64_t width)
+{
+    return is_aligned(bias, 16) && is_aligned(aux, 16) &&
+           width * (int64_t)srf_dtype_bytes(ctx->dtype) % 16 == 0;
+}
+
+static srf_status forward_fused(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a,
+                                bool *done)
+{
+    struct product p = forward_product(ctx, a, 0, a->n);
+    p.c = a->residual, p.d = a->y;
+    p.bias = a->b;
+    if (a->act == SRF_ACT_NONE && a->b)
+        p.epilogue = CUBLASLT_EPILOGUE_BIAS;
+    else if (a->act != SRF_ACT_NONE && a->pre)
+        p.epilogue = a->b ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    else if (a->act != SRF_ACT_NONE)
+        p.epilogue = a->b ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+    if (a->act != SRF_ACT_NONE) p.aux = a->pre;
+    return multiply(ctx, &p, done);
+}
+
+static srf_status forward_pieces(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+{
+    int64_t step = piece_rows(a->n, a->out);
+    const float *sums = (const float *)after_blas(ctx);
+    bool act = a->act != SRF_ACT_NONE;
+    for (int64_t begin = 0; begin < a->n; begin += step) {
+        int64_t rows = a->n - begin < step ? a->n - begin : step;
+        struct product p = forward_product(ctx, a, begin, rows);
+        p.d = after_blas(ctx), p.d_f32 = true;
+        SRF_TRY(multiply(ctx, &p, NULL));
+        void *residual = row_of(ctx, a->residual, begin, a->out);
+        void *pre = act ? row_of(ctx, a->pre, begin, a->out) : NULL;
+        void *y = row_of(ctx, a->y, begin, a->out);
+        unsigned grid = grid_for(ctx, rows, 1, 8);
+        if (ctx->dtype == SRF_BF16)
+            finish_fwd_kernel<bf16><<<grid, THREADS, 0, stream_of(ctx)>>>(
+                rows, a->out, sums, (const bf16 *)a->b, (const bf16 *)residual, act, (bf16 *)pre,
+                (bf16 *)y);
+        else
+            finish_fwd_kernel<float><<<grid, THREADS, 0, stream_of(ctx)>>>(
+                rows, a->out, sums, (const float *)a->b, (const float *)residual, act, (float *)pre,
+                (float *)y);
+    }
+    return srf__cuda_launched("linear_fwd");
+}
+
+extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
+    SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
+    bool act = a->act != SRF_ACT_NONE, done = false;
+    SRF_FAIL_IF(a->residual && act, SRF_INVALID, "linear_fwd: a residual goes with no activation");
+    if (!a->b && !act) return forward_fused(ctx, a, NULL);
+    if (!(act && ctx->dtype == SRF_F32) && takes_epilogue(ctx, a->b, act ? a->pre : NULL, a->out))
+        SRF_TRY(forward_fused(ctx, a, &done));
+    return done ? SRF_OK : forward_pieces(ctx, a);
+}
+
+extern "C" size_t cuda_linear_fwd_workspace(const struct srf_ctx *,
+                                            const struct srf_linear_fwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return 0;
+    bool pieces = a->b || a->act != SRF_ACT_NONE;
+    int64_t floats = pieces ? piece_rows(a->n, a->out) * a->out : 0;
+    return BLAS_BYTES + (size_t)floats * sizeof(float);
+}
+
+/* dx^T (in, n) = W (in, out) dy^T (out, n), of `rows` rows from `begin` on. */
+static struct product input_product(const struct srf_ctx *ctx, const struct srf_linear_bwd_args *a,
+                                    int64_t begin, int64_t rows)
+{
+    struct product p = {};
+    p.m = a->in, p.n = rows, p.k = a->out;
+    p.a = a->w, p.a_trans = !a->w_transposed;
+    p.b = row_of(ctx, a->dy, begin, a->out);
+    p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    return p;
+}
+
+static srf_status input_gradient_pieces(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    int64_t step = piece_rows(a->n, a->in);
+    const float *sums = (const float *)after_blas(ctx);
+    for (int64_t begin = 0; begin < a->n; begin += step) {
+        int64_t rows = a->n - begin < step ? a->n - begin : step;
+        struct product p = input_product(ctx, a, begin, rows);
+        p.d = after_blas(ctx), p.d_f32 = true;
+        SRF_TRY(multiply(ctx, &p, NULL));
+        const void *pre = row_of(ctx, a->x_pre, begin, a->in);
+        void *dx = row_of(ctx, a->dx, begin, a->in);
+        int64_t count = rows * a->in;
+        unsigned grid = grid_for(ctx, count, THREADS, 8);
+        if (ctx->dtype == SRF_BF16)
+            finish_dx_kernel<bf16><<<grid, THREADS, 0, stream_of(ctx)>>>(
+                count, sums, (const bf16 *)pre, a->dx_accumulate, (bf16 *)dx);
+        else
+            finish_dx_kernel<float><<<grid, THREADS, 0, stream_of(ctx)>>>(
+                count, sums, (const float *)pre, a->dx_accumulate, (float *)dx);
+    }
+    return srf__cuda_launched("linear_bwd");
+}
+
+static srf_status input_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    struct product p = input_product(ctx, a, 0, a->n);
+    p.d = a->dx;
+    if (a->x_act == SRF_ACT_NONE) {
+        p.c = a->dx_accumulate ? a->dx : NULL;
+        return multiply(ctx, &p, NULL);
+    }
+    bool done = false;
+    if (ctx->dtype == SRF_BF16 && !a->dx_accumulate && takes_epilogue(ctx, NULL, a->x_pre, a->in)) {
+        p.epilogue = CUBLASLT_EPILOGUE_DGELU;
+        p.aux = a->x_pre;
+        SRF_TRY(multiply(ctx, &p, &done));
+    }
+    return done ? SRF_OK : input_gradient_pieces(ctx, a);
+}
+
+/* dw^T (out, in) += dy^T (out, n) x (n, in); or dw (out, in) as (in, out) += x^T (in, n) dy. */
+static srf_status weight_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    struct product p = {};
+    p.m = a->w_transposed ? a->in : a->out, p.n = a->w_transposed ? a->out : a->in, p.k = a->n;
+    p.a = a->w_transposed ? a->x : a->dy, p.b = a->w_transposed ? a->dy : a->x;
+    p.b_trans = true;
+    p.c = a->dw, p.d = a->dw, p.d_f32 = true;
+    p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    return multiply(ctx, &p, NULL);
+}
+
+/* Blocks of column_sums_kernel with packs of `width`: columns times parts. */
+static dim3 sum_grid(const struct srf_ctx *ctx, int64_t n, int64_t out, int width)
+{
+    int64_t columns = div_up(out, 32 * width), rows = div_up(n, 4 * WARPS);
+    int64_t parts = (int64_t)cuda_of(ctx)->n_sm * SUM_BLOCKS / columns;
+    parts = parts < rows ? parts : rows;
+    return dim3((unsigned)columns, (unsigned)(parts > 1 ? parts : 1));
+}
+
+template <typename T>
+static srf_status bias_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    const T *dy = (const T *)a->dy;
+    float *parts = (float *)ctx->workspace;
+    bool packs = is_aligned(dy, 16) && a->out % PACK(T) == 0;
+    dim3 grid = sum_grid(ctx, a->n, a->out, packs ? PACK(T) : 1);
+    if (packs)
+        column_sums_kernel<T, PACK(T)>
+            <<<grid, THREADS, 0, stream_of(ctx)>>>(a->n, a->out, dy, parts);
+    else
+        column_sums_kernel<T, 1><<<grid, THREADS, 0, stream_of(ctx)>>>(a->n, a->out, dy, parts);
+    srf__cuda_add_parts(ctx, parts, grid.y, a->out, (float *)a->db, NULL);
+    return srf__cuda_launched("linear_bwd");
+}
+
+extern "C" srf_status cuda_linear_bwd(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
+    SRF_TRY(check_shape("linear_bwd", a->n, a->in, a->out));
+    SRF_FAIL_IF((a->x_act != SRF_ACT_NONE) != (a->x_pre != NULL), SRF_INVALID,
+                "linear_bwd: x_act and x_pre go together");
+    if (a->dx) SRF_TRY(input_gradient(ctx, a));
+    if (a->dw) SRF_TRY(weight_gradient(ctx, a));
+    if (a->db)
+        SRF_TRY(ctx->dtype == SRF_BF16 ? bias_gradient<bf16>(ctx, a)
+                                       : bias_gradient<float>(ctx, a));
+    return SRF_OK;
+}
+
+extern "C" size_t cuda_linear_bwd_workspace(const struct srf_ctx *ctx,
+                                            const struct srf_linear_bwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return 0;
+    bool pieces = a->dx && a->x_act != SRF_ACT_NONE;
+    int64_t floats = pieces ? piece_rows(a->n, a->in) * a->in : 0;
+    size_t bytes = BLAS_BYTES + (size_t)floats * sizeof(float);
+    if (!a->db) return bytes;
+    int width = (int)(16 / srf_dtype_bytes(ctx->dtype)); /* the widest packs make the most parts */
+    size_t sums = sum_grid(ctx, a->n, a->out, width).y * (size_t)a->out * sizeof(float);
+    return bytes > sums ? bytes : sums;
+}
