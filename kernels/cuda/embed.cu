@@ -4,7 +4,7 @@
  *     backward   dwte[tokens[n]] += dy[n],  dwpe[n % t] += dy[n]
  *
  * The backward scatter without atomics: rows are sorted by token (stable, so equal tokens keep
- * their order) and cut into chunks of 32. A warp takes one chunk and a slice of the columns, and
+ * their order) and cut into chunks. A warp takes one chunk and a slice of the columns, and
  * adds up each run of equal tokens. A run that lies inside a chunk is added to dwte at once; the
  * pieces of a run that crosses chunks, as those of common words do, go to the workspace, two at
  * most for each chunk, and the block of the chunk where the run begins adds them in a fixed order.
@@ -19,7 +19,7 @@
 
 enum {
     WARPS = 8,  /* of a block */
-    CHUNK = 32, /* sorted rows of a chunk: one for each lane of a warp */
+    CHUNK = 16, /* sorted rows of a chunk, at most one for each lane of a warp */
     BATCH = 8   /* rows whose loads are under way together */
 };
 
@@ -151,43 +151,47 @@ static __global__ void __launch_bounds__(32 * WARPS)
     if (begin >= a.n) return;
     int count = (int)(a.n - begin < CHUNK ? a.n - begin : CHUNK);
     const int32_t *sorted = s.sorted + begin;
-    int32_t token = lane < count ? sorted[lane] : -1,
-            row = lane < count ? s.order[begin + lane] : 0;
+    /* lanes without an entry or a column load what is there, and use it for nothing */
+    int32_t token = sorted[lane < count ? lane : 0],
+            row = s.order[begin + (lane < count ? lane : 0)];
     int32_t next = lane < count && begin + lane + 1 < a.n ? sorted[lane + 1] : -1;
     bool begun = begin > 0 && sorted[-1] == sorted[0];
     /* bit i: entry i is the last of its run; and all of that run is in this chunk */
     unsigned ends = __ballot_sync(0xffffffffu, lane < count && token != next);
     unsigned whole = begun ? ends & (ends - 1) : ends;
     bool mine = col < a.c;
+    if (!mine) col = 0;
     const T *dy = (const T *)a.dy + col;
     float *dwte = (float *)a.dwte + col;
     float *piece = s.pieces + (chunk * 2 + (begun ? 0 : 1)) * a.c + col;
 
     float sum[N] = {};
     for (int first = 0; first < count; first += BATCH) {
-        pack<T, N> d[BATCH];
-        pack<float, N> old[BATCH];
+        bits<T, N> d[BATCH];
+        bits<float, N> old[BATCH];
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
             int i = first + u;
             int64_t from = __shfl_sync(0xffffffffu, row, i);
-            int64_t to = __shfl_sync(0xffffffffu, token, i);
-            if (i < count && mine) d[u] = load_pack<N>(dy + from * a.c);
-            if (whole >> i & 1 && mine) old[u] = load_pack<N>(dwte + to * a.c);
+            int64_t to = __shfl_sync(0xffffffffu, token, whole >> i & 1 ? i : 0);
+            d[u] = load_bits<N>(dy + from * a.c);
+            old[u] = load_bits<N>(dwte + to * a.c);
         }
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
             int i = first + u;
             int64_t to = __shfl_sync(0xffffffffu, token, i);
             if (i >= count) continue;
+            pack<T, N> term = unpack<T, N>(d[u]);
+            pack<float, N> before = unpack<float, N>(old[u]);
 #pragma unroll
-            for (int e = 0; e < N; e++) sum[e] += to_float(d[u].x[e]);
+            for (int e = 0; e < N; e++) sum[e] += to_float(term.x[e]);
             if (!(ends >> i & 1) && i + 1 < count) continue;
             pack<float, N> out;
             bool direct = whole >> i & 1;
 #pragma unroll
             for (int e = 0; e < N; e++) {
-                out.x[e] = direct ? old[u].x[e] + sum[e] : sum[e];
+                out.x[e] = direct ? before.x[e] + sum[e] : sum[e];
                 sum[e] = 0;
             }
             if (mine) store_pack(direct ? dwte + to * a.c : piece, out);

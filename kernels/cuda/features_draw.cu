@@ -262,7 +262,7 @@ static __device__ void follow_norms(const struct draw_place &at, int d)
             }
             length_sq = lanes_sum<32>(length_sq);
             if (!(length_sq > 0)) continue; /* the others balance: any direction is as good */
-            double f = at.norm[i] / sqrt(length_sq);
+            double f = at.norm[i] * rsqrt(length_sq);
             for (int j = lane; j < d; j += 32) {
                 double old = w[(int64_t)j * at.ld + i], x = f * (old - sum[j]);
                 sum[j] += x - old;
