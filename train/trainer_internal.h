@@ -11,7 +11,7 @@ struct srf_trainer {
     struct srf_model *model, *teacher; /* teacher: NULL without distillation */
     char *tokenizer_json;              /* or NULL */
     int64_t n_params, n_features; /* elements under the optimizer; n_features 0 = not trained */
-    /* moments of parameters, then of features; sum of squares of the gradient; u8 and i32 of adamw */
+    /* moments of parameters, then of features; the gradient's sum of squares; adamw's u8 and i32 */
     int slot_m, slot_v, slot_sumsq, slot_no_decay, slot_skips;
     struct srf_cost update_cost; /* of the optimizer */
     int64_t step;                /* steps done */
