@@ -1,5 +1,5 @@
 /* embed_fwd, embed_bwd on the GPU: repeated tokens, given and implied positions. That sums over
- * repeated tokens have one order shows in the second run of each op, which must give the same bits. */
+ * repeated tokens have one order shows in the second run of each op, which gives the same bits. */
 #include "tests/ref/dense.h"
 #include "tests/ref/gpu.h"
 

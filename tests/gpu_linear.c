@@ -1,4 +1,5 @@
-/* linear_fwd, linear_bwd, act_fwd on the GPU: bias, residual, activation, both layouts of W, odd sizes. */
+/* linear_fwd, linear_bwd, act_fwd on the GPU: bias, residual, activation, both layouts of W, odd
+ * sizes. */
 #include "tests/ref/dense.h"
 #include "tests/ref/gpu.h"
 
@@ -96,7 +97,7 @@ static void test_gelu(void **state)
         double sig = 1 / (1 + exp(-r)), want = v * sig;
         double want_slope = sig, tail = want / (1 + exp(r));
         if (tail != 0) want_slope += tail * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * v * v);
-        /* Absolute for |v| <= 1, so that the tails of the left may lose their relative precision. */
+        /* Absolute for |v| <= 1: the tails of the left may lose their relative precision. */
         double err = fabs(got[i] - want) / fmax(1, fabs(v)),
                err_slope = fabs(slope[i] - want_slope);
         if (!(err <= tol)) fail_msg("gelu(%g) = %.9g, want %.9g", v, got[i], want);

@@ -3,8 +3,6 @@
 #include "tests/ref/attn_kinds.h"
 #include "tests/ref/gpu.h"
 
-#include <stdio.h>
-
 struct range_case {
     enum srf_dtype dtype;
     struct srf_attn_shape shape;

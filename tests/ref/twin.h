@@ -67,8 +67,8 @@ void twin_close(struct twins *s, const char *name, struct twin t, double tol, do
 void twin_check(struct twins *s, const char *name, const double *got, const double *want, int64_t n,
                 double tol);
 
-/* Rounding error allowed where `length` terms are summed in type A: c eps(A) sqrt(length); and where
- * the sum is rounded to T. */
+/* Rounding error allowed where `length` terms are summed in type A: c eps(A) sqrt(length); and
+ * where the sum is rounded to T. */
 double twin_acc_tol(const struct twins *s, int64_t length);
 double twin_tol(const struct twins *s, int64_t length);
 
