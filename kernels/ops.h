@@ -13,7 +13,8 @@
  * Shapes are written (outer, ..., inner), row-major, dense unless a leading dimension says else.
  *
  * Gradient convention: gradients of parameters are of type A and accumulate (+=); gradients of
- * activations are of type T and overwritten (=), except where the argument comment says +=. Aliasing is forbidden unless stated.
+ * activations are of type T and overwritten (=), except where the argument comment says +=.
+ * Aliasing is forbidden unless stated.
  * A launcher never allocates, never waits for the device and reads no global; scratch memory is
  * ctx->workspace, at least <op>_workspace() bytes. Empty shapes (a product of 0) are no-ops.
  * Errors: SRF_INVALID for shapes an op cannot take, SRF_UNSUPPORTED for what a backend lacks.
@@ -231,8 +232,8 @@ struct srf_xent_args {
     double scale, ce_weight, kl_weight;
     void *nll; /* out A (n) */
     void *kl;  /* out A (n); only with teacher, may be NULL */
-    void *
-        dlogits; /* out T (n, v), may be logits itself; NULL: not wanted. Columns v .. ld become 0 */
+    void *dlogits; /* out T (n, v), may be logits itself; NULL: not wanted. Columns v .. ld become
+                    * 0 */
 };
 /* sum[0] += sum (x - y)^2;  dx += scale * 2 (x - y) where dx is not NULL. */
 struct srf_mse_args {

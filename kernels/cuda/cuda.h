@@ -1,7 +1,7 @@
 /* What the CUDA ops share: errors, the backend's own data, element types, reductions.
  *
- * An op is `srf_status cuda_<name>(struct srf_ctx *, const struct srf_<name>_args *)` with C linkage
- * and serves both dtypes: BF16 (A = F32), and F32, the mode for checks, without TF32 anywhere.
+ * An op is `srf_status cuda_<name>(struct srf_ctx *, const struct srf_<name>_args *)` with C
+ * linkage and serves both dtypes: BF16 (A = F32), and F32, the mode for checks, without TF32.
  * Kernels are C-like: templates only over element types, tile sizes and switches. A launch goes to
  * stream_of(ctx), never waits, and ends with `return srf__cuda_launched("<name>");`. Results do not
  * depend on timing: no floating-point atomics.

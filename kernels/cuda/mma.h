@@ -1,16 +1,17 @@
 /* Tensor-core products of 16 x 8 tiles (mma.sync, sm_80 and later) and the loads that feed them.
  *
- * mma_bf16(c, a, b): C (16, 8) += A (16, 16) B (16, 8), bf16 operands, fp32 sums. With g = lane / 4,
- * p = lane % 4 a thread holds
+ * mma_bf16(c, a, b): C (16, 8) += A (16, 16) B (16, 8), bf16 operands, fp32 sums. With
+ * g = lane / 4, p = lane % 4 a thread holds
  *     C  c[0], c[1] = (g, 2p), (g, 2p + 1);      c[2], c[3] = (g + 8, 2p), (g + 8, 2p + 1)
- *     A  a[0] = (g, 2p..2p+1)   a[1] = (g + 8, 2p..)   a[2] = (g, 2p + 8..)   a[3] = (g + 8, 2p + 8..)
+ *     A  a[0] = (g, 2p..2p+1)   a[1] = (g + 8, 2p..)
+ *        a[2] = (g, 2p + 8..)   a[3] = (g + 8, 2p + 8..)
  *     B  b[0] = (2p..2p+1, g)   b[1] = (2p + 8.., g)
  * each register two neighbours along k, the lower one in the lower half. So the C of two products
  * that lie side by side is, packed to bf16, the A of the next product: no shuffle.
  *
  * ldmatrix_x4 loads four 8 x 8 tiles; lane l gives the address of row l % 8 of tile l / 8. From a
- * row-major (row, k) array it gives A (tiles: rows 0-7 k 0-7, rows 8-15 k 0-7, rows 0-7 k 8-15, rows
- * 8-15 k 8-15) and, from (n, k), B; with .trans the same from (k, row) and (k, n) arrays.
+ * row-major (row, k) array it gives A (tiles: rows 0-7 k 0-7, rows 8-15 k 0-7, rows 0-7 k 8-15,
+ * rows 8-15 k 8-15) and, from (n, k), B; with .trans the same from (k, row) and (k, n) arrays.
  */
 #pragma once
 #include "kernels/cuda/cuda.h"
