@@ -230,8 +230,8 @@ struct srf_xent_args {
     const void *targets; /* i32 (n) */
     const void *teacher; /* T (n, v) logits, or NULL */
     double scale, ce_weight, kl_weight;
-    void *nll; /* out A (n) */
-    void *kl;  /* out A (n); only with teacher, may be NULL */
+    void *nll;     /* out A (n) */
+    void *kl;      /* out A (n); only with teacher, may be NULL */
     void *dlogits; /* out T (n, v), may be logits itself; NULL: not wanted. Columns v .. ld become
                     * 0 */
 };
