@@ -51,34 +51,55 @@ template <int ld> __device__ __forceinline__ uint32_t tile_at(int row, int piece
     int swizzle = ld % 64 == 0 ? row & 7 : ld % 32 == 0 ? (row >> 1) & 3 : (row >> 2) & 1;
     return (uint32_t)(row * ld * 2 + ((piece ^ swizzle) << 4));
 }
-template <int ld>
-__device__ __forceinline__ void load_a(uint32_t r[4], uint32_t tile, int row, int kk, int lane)
+/* The address `piece` pieces on from `addr`, an address in a tile (itself a multiple of 128) of a
+ * piece p that has no bit of `piece` set below 8: the permutation is an exclusive or of low bits of
+ * the piece, which lie inside 128, 64 or 32 bytes that never carry. 8 rows on are 16 ld bytes on. So
+ * of the addresses that a thread needs all but a few are these plus constants. */
+template <int ld> __device__ __forceinline__ uint32_t tile_on(uint32_t addr, int piece)
 {
-    ldmatrix_x4(r, tile + tile_at<ld>(row + (lane & 15), 2 * kk + (lane >> 4)));
+    constexpr int group = ld % 64 == 0 ? 8 : ld % 32 == 0 ? 4 : 2;
+    return (addr ^ (uint32_t)((piece & (group - 1)) << 4)) +
+           (uint32_t)((piece & ~(group - 1)) << 4);
 }
+/* `tile` in the three below: the address of a row that is a multiple of 8. */
+template <int ld>
+__device__ __forceinline__ void load_a(uint32_t r[4], uint32_t tile, int kk, int lane)
+{
+    ldmatrix_x4(r, tile_on<ld>(tile + tile_at<ld>(lane & 15, lane >> 4), 2 * kk));
+}
+/* Columns col .. col + 15, a constant. */
 template <int ld>
 __device__ __forceinline__ void load_b(uint32_t r[4], uint32_t tile, int col, int kk, int lane)
 {
-    int row = col + (lane & 7) + ((lane >> 4) << 3);
-    ldmatrix_x4(r, tile + tile_at<ld>(row, 2 * kk + ((lane >> 3) & 1)));
+    const uint32_t at = tile_at<ld>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+    ldmatrix_x4(r, tile_on<ld>(tile + at, 2 * kk) + col * ld * 2);
 }
-/* col is a multiple of 16. */
 template <int ld>
 __device__ __forceinline__ void load_bt(uint32_t r[4], uint32_t tile, int kk, int col, int lane)
 {
-    ldmatrix_x4_trans(r, tile + tile_at<ld>(16 * kk + (lane & 15), (col >> 3) + (lane >> 4)));
+    const uint32_t at = tile_at<ld>(lane & 15, lane >> 4);
+    ldmatrix_x4_trans(r, tile_on<ld>(tile + at, col >> 3) + kk * 32 * ld);
 }
 /* Rows [0, rows) of a tile from global memory, asynchronously; zeros from row `valid` on. */
 template <int ld, int threads>
 __device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *src, int64_t src_ld, int rows,
                                           int valid, int tid)
 {
-    constexpr int pieces = ld / 8;
+    constexpr int pieces = ld / 8, step = threads / pieces;
+    if (threads % pieces == 0 && step % 8 == 0) {
+        const int row = tid / pieces, piece = tid % pieces;
+        const uint32_t to = tile + tile_at<ld>(row, piece);
+        const bf16 *from = src + row * src_ld + piece * 8;
+#pragma unroll
+        for (int i = 0; i < rows / step; i++, from += step * src_ld)
+            cp_async_16(to + i * step * ld * 2, from, row + i * step < valid);
+    } else {
 #pragma unroll 4
-    for (int i = tid; i < rows * pieces; i += threads) {
-        int row = i / pieces, piece = i - row * pieces;
-        bool in = row < valid;
-        cp_async_16(tile + tile_at<ld>(row, piece), src + (in ? row * src_ld + piece * 8 : 0), in);
+        for (int i = tid; i < rows * pieces; i += threads) {
+            int row = i / pieces, piece = i - row * pieces;
+            cp_async_16(tile + tile_at<ld>(row, piece), src + row * src_ld + piece * 8,
+                        row < valid);
+        }
     }
 }
 __device__ __forceinline__ void store_shared(uint32_t addr, uint32_t x)

@@ -87,8 +87,9 @@ __global__
     extern __shared__ __align__(128) char smem[];
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
-    const int rg = warp & 3, fg = warp >> 2; /* its 16 tokens, its 64 features as token owner */
-    const int f0 = 16 * warp + g;            /* its features as feature owner: f0, f0 + 8 */
+    const int rg = warp & 3,
+              fg = NF > 1 ? warp >> 2 : 0; /* its 16 tokens, its 64 features as token owner */
+    const int f0 = 16 * warp + g;          /* its features as feature owner: f0, f0 + 8 */
     const int n_segs = state_only ? p.n_seg - 1 : p.n_seg;
     const int64_t head_i = blockIdx.x / n_segs;
     const int seg = blockIdx.x % n_segs, n_chunks = (p.t + CHUNK - 1) / CHUNK;
@@ -201,7 +202,7 @@ __global__
             if (kb == rg) keep_lower(w, g, pair);
             pack_a(weight, w[0], w[1]);
             mma_bf16(den, weight, ones, ones);
-            add_bt<D>(o, weight, v_tile, kb, lane);
+            add_bt<D>(o, weight, v_tile + kb * 32 * D, 0, lane);
         }
         float den_row[2] = {__shfl_sync(0xffffffffu, den[0] + den[1], lane & ~3),
                             __shfl_sync(0xffffffffu, den[2] + den[3], lane & ~3)};

@@ -68,15 +68,15 @@ __device__ __forceinline__ void add_bt(float (&c)[n / 8][4], const uint32_t a[4]
         mma_bf16(c[2 * j + 1], a, b[2], b[3]);
     }
 }
-/* c (16, n) += A (16, 16) B, B's columns the rows `col`.. of an (n, k) tile with rows of ld. */
+/* c (16, n) += A (16, 16) B, B's columns the rows of an (n, k) tile with rows of ld. */
 template <int ld, int n>
-__device__ __forceinline__ void add_b(float (&c)[n][4], const uint32_t a[4], uint32_t tile, int col,
-                                      int kk, int lane)
+__device__ __forceinline__ void add_b(float (&c)[n][4], const uint32_t a[4], uint32_t tile, int kk,
+                                      int lane)
 {
 #pragma unroll
     for (int j = 0; j < n / 2; j++) {
         uint32_t b[4];
-        load_b<ld>(b, tile, col + 16 * j, kk, lane);
+        load_b<ld>(b, tile, 16 * j, kk, lane);
         mma_bf16(c[2 * j], a, b[0], b[1]);
         mma_bf16(c[2 * j + 1], a, b[2], b[3]);
     }
@@ -105,21 +105,23 @@ __device__ __forceinline__ void key_norms(uint32_t k_tile, float *half, float sc
     constexpr int per = 2 * NF; /* threads of a key */
     const int row = tid / per, sub = tid % per;
     const float most = SRF__X_LIMIT / scale;
+    const uint32_t first = k_tile + tile_at<D>(row, sub);
     float sum = 0;
     for (int clamped = 0;; clamped = 1) {
         sum = 0;
 #pragma unroll
-        for (int piece = sub; piece < D / 8; piece += per) {
-            uint32_t x[4], addr = k_tile + tile_at<D>(row, piece);
+        for (int i = 0; i < (D / 8 + per - 1) / per; i++) {
+            if (D / 8 % per != 0 && sub + i * per >= D / 8) break;
+            uint32_t x[4], addr = tile_on<D>(first, i * per);
             asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                          : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                          : "r"(addr)
                          : "memory");
             if (clamped) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    x[i] = clamp_bf16(x[i], limit);
-                    store_shared(addr + 4 * i, x[i]);
+                for (int j = 0; j < 4; j++) {
+                    x[j] = clamp_bf16(x[j], limit);
+                    store_shared(addr + 4 * j, x[j]);
                 }
             }
             sum += sum_squares(x[0]) + sum_squares(x[1]) + sum_squares(x[2]) + sum_squares(x[3]);
@@ -147,8 +149,8 @@ __device__ __forceinline__ void key_features(struct pure_keys *keys, const struc
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) {
         uint32_t w[4];
-        load_a<D>(w, w_tile, 16 * warp, kk, lane);
-        add_b<D>(a, w, k_tile, 0, kk, lane);
+        load_a<D>(w, w_tile + warp * 32 * D, kk, lane);
+        add_b<D>(a, w, k_tile, kk, lane);
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -185,16 +187,17 @@ __device__ __forceinline__ void pure_publish(const struct pure_state<D> *st,
                                              uint32_t s_tile, int f0, int lane)
 {
     const int pair = lane & 3;
+    const uint32_t kf = kf_tile + tile_at<CHUNK>(f0, 0) + 4 * pair;
+    const uint32_t s = s_tile + tile_at<D>(f0, 0) + 4 * pair;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int f = f0 + 8 * i;
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            store_shared(kf_tile + tile_at<CHUNK>(f, j) + 4 * pair, keys->kf[j][i]);
+            store_shared(tile_on<CHUNK>(kf, j) + i * 16 * CHUNK, keys->kf[j][i]);
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             store_shared(
-                s_tile + tile_at<D>(f, j) + 4 * pair,
+                tile_on<D>(s, j) + i * 16 * D,
                 pack_bf16(st->s[j][2 * i] * keys->step[i], st->s[j][2 * i + 1] * keys->step[i]));
     }
 }
@@ -271,10 +274,10 @@ __device__ __forceinline__ void token_products(float (&a)[8][4], uint32_t x_tile
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) {
         uint32_t x[4];
-        load_a<D>(x, x_tile, 16 * rg, kk, lane);
+        load_a<D>(x, x_tile + rg * 32 * D, kk, lane);
 #pragma unroll
         for (int i = 0; i < 4; i++) x[i] = clamp_bf16(x[i], limit);
-        add_b<D>(a, x, w_tile, 64 * fg, kk, lane);
+        add_b<D>(a, x, w_tile + fg * 128 * D, kk, lane);
     }
 }
 /* Rows 16 rg.. of c that are in [lo, hi), to global memory in whole 16-byte pieces through the same
@@ -284,12 +287,13 @@ __device__ __forceinline__ void store_rows(bf16 *dst, int64_t ld, const float (&
                                            uint32_t tile, int rg, int lo, int hi, int lane)
 {
     const int row = 16 * rg + (lane >> 2);
+    const uint32_t to = tile + tile_at<D>(row, 0) + 4 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 2; i++)
         if (row + 8 * i >= lo && row + 8 * i < hi) {
 #pragma unroll
             for (int j = 0; j < D / 8; j++)
-                store_shared(tile + tile_at<D>(row + 8 * i, j) + 4 * (lane & 3),
+                store_shared(tile_on<D>(to, j) + i * 16 * D,
                              pack_bf16(c[j][2 * i], c[j][2 * i + 1]));
         }
     __syncwarp();

@@ -29,7 +29,8 @@ struct bwd_params {
     float *tops;       /* (b h, chunks, 64 NF): M after each chunk */
     uint64_t *cuts;    /* (b h, chunks): bit i: a piece of the chunk starts at its token i */
     float *states, *r; /* segments' states, S and R; NULL: one segment */
-    float *sum[3];     /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
+    float *dw; /* (b h, n_seg, 64 NF, d): each block's sum of da x, d^(1/4) too large; or NULL */
+    float *sum[3]; /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
     int64_t ld, ld_o;
     int t, h, m, n_sets;
     int first, count;
@@ -108,6 +109,56 @@ static __device__ __forceinline__ void add_sent(float (&c)[D / 8][4], const floa
         }
 }
 
+/* This warp's 16 features of dW += da^T x over the chunk, in global memory between chunks: frozen
+ * features, which need no registers for it, are the rule. da (tokens, 64 features) and x are tiles;
+ * all warps have met. */
+template <int D>
+static __device__ __forceinline__ void add_dw(float *dw, uint32_t da_tile, uint32_t x_tile,
+                                              uint32_t limit, int rg, int lane, bool first)
+{
+    float c[D / 8][4];
+    float2 *to = (float2 *)(dw + (16 * rg + (lane >> 2)) * D) + (lane & 3);
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float2 x = first ? make_float2(0.0f, 0.0f) : to[4 * j + 4 * i * D];
+            c[j][2 * i] = x.x;
+            c[j][2 * i + 1] = x.y;
+        }
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        uint32_t a[4];
+        const int token = 16 * kk + (lane & 7) + ((lane >> 4) << 3);
+        ldmatrix_x4_trans(a, da_tile + tile_at<64>(token, 2 * rg + ((lane >> 3) & 1)));
+#pragma unroll
+        for (int j = 0; j < D / 16; j++) {
+            uint32_t b[4];
+            load_bt<D>(b, x_tile, kk, 16 * j, lane);
+#pragma unroll
+            for (int i = 0; i < 4; i++) b[i] = clamp_bf16(b[i], limit);
+            mma_bf16(c[2 * j], a, b[0], b[1]);
+            mma_bf16(c[2 * j + 1], a, b[2], b[3]);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            to[4 * j + 4 * i * D] = make_float2(c[j][2 * i], c[j][2 * i + 1]);
+}
+/* da of this warp's tokens, packed as A, to a (tokens, 64 features) tile. */
+static __device__ __forceinline__ void store_da(uint32_t tile, const uint32_t (&da)[4][4], int rg,
+                                                int lane)
+{
+    const uint32_t to = tile + tile_at<64>(16 * rg + (lane >> 2), 0) + 4 * (lane & 3);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            store_shared(tile_on<64>(to, j) + i * 16 * 64, da[j >> 1][(j & 1) * 2 + i]);
+}
+
 /* Blocks of a multiprocessor that shared memory and registers allow. */
 template <int D, int NF> constexpr int bwd_blocks_per_sm()
 {
@@ -139,7 +190,7 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
     extern __shared__ __align__(128) char smem[];
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
-    const int rg = warp & 3, fg = warp >> 2, f0 = 16 * warp + g;
+    const int rg = warp & 3, fg = NF > 1 ? warp >> 2 : 0, f0 = 16 * warp + g;
     const struct place here = place_of(p, blockIdx.x / p.n_seg, blockIdx.x % p.n_seg, D);
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
     const int c_end = min((here.seg + 1) * p.seg_chunks, n_chunks);
@@ -210,8 +261,8 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
             uint32_t o[4];
-            load_a<D>(d_o[kk], base + at::d_o, 16 * rg, kk, lane);
-            load_a<D>(o, base + at::o, 16 * rg, kk, lane);
+            load_a<D>(d_o[kk], base + at::d_o + rg * 32 * D, kk, lane);
+            load_a<D>(o, base + at::o + rg * 32 * D, kk, lane);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float2 x = unpack_bf16(d_o[kk][i]), y = unpack_bf16(o[i]);
@@ -230,7 +281,7 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
         }
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++)
-            add_b<D>(dphi, d_o[kk], base + at::s, 64 * fg, kk, lane);
+            add_b<D>(dphi, d_o[kk], base + at::s + fg * 128 * D, kk, lane);
         for (int kb = 0; kb <= rg; kb++) {
             float dp[2][4];
             uint32_t a[4];
@@ -240,10 +291,11 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
                 dp[j][2] = dp[j][3] = delta[1];
             }
 #pragma unroll
-            for (int kk = 0; kk < D / 16; kk++) add_b<D>(dp, d_o[kk], v_tile, 16 * kb, kk, lane);
+            for (int kk = 0; kk < D / 16; kk++)
+                add_b<D>(dp, d_o[kk], v_tile + kb * 32 * D, kk, lane);
             if (kb == rg) keep_lower(dp, g, pair);
             pack_a(a, dp[0], dp[1]);
-            add_b<CHUNK>(dphi, a, base + at::kf, 64 * fg, kb, lane);
+            add_b<CHUNK>(dphi, a, base + at::kf + fg * 128 * CHUNK, kb, lane);
         }
         /* da = psi dphi; rows outside the piece have psi = 0. */
         float a[8][4], most = -INFINITY;
@@ -273,6 +325,14 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
             continue;
         }
         pure_state_add<D>(&st, &keys, v_tile, lane);
+        if (p.dw) {
+            const uint32_t da_tile = base + at::kf + fg * 64 * CHUNK * 2;
+            store_da(da_tile, da, rg, lane);
+            __syncthreads();
+            add_dw<D>(p.dw + (blockIdx.x * NF + fg) * (int64_t)(64 * D), da_tile, base + at::q,
+                      p.limit, rg, lane, c == here.seg * p.seg_chunks && lo == 0);
+            __syncthreads();
+        }
         if (NF > 1) {
             float2 *other = (float2 *)(smem + at::s) + rg * 32 + lane;
             if (fg == 1) send_rows<D>(other, dq);
@@ -367,7 +427,7 @@ __global__
     extern __shared__ __align__(128) char smem[];
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
-    const int rg = warp & 3, fg = warp >> 2, f0 = 16 * warp + g;
+    const int rg = warp & 3, fg = NF > 1 ? warp >> 2 : 0, f0 = 16 * warp + g;
     const int n_segs = r_only ? p.n_seg - 1 : p.n_seg;
     const struct place here =
         place_of(p, blockIdx.x / n_segs, (int)(blockIdx.x % n_segs) + (r_only ? 1 : 0), D);
@@ -484,9 +544,11 @@ __global__
 #pragma unroll
             for (int kk = 0; kk < D / 16; kk++) {
                 uint32_t w[4];
-                load_a<D>(w, base + at::w, 16 * warp, kk, lane);
-                add_b<D>(a, w, q_tile, 0, kk, lane);
+                load_a<D>(w, base + at::w + warp * 32 * D, kk, lane);
+                add_b<D>(a, w, q_tile, kk, lane);
             }
+            const uint32_t psi_to = base + at::psi + tile_at<CHUNK>(f0, 0) + 4 * pair;
+            const uint32_t r_to = base + at::r + tile_at<D>(f0, 0) + 4 * pair;
             const float shift[2] = {bias[f0] + m_hi[0], bias[f0 + 8] + m_hi[1]};
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -498,7 +560,7 @@ __global__
                         pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, shift[i]) - sub.x),
                                   exp2_fast(fmaf(a[j][2 * i + 1], to_log2, shift[i]) - sub.y));
                     float2 rounded = unpack_bf16(x);
-                    store_shared(base + at::psi + tile_at<CHUNK>(f0 + 8 * i, j) + 4 * pair, x);
+                    store_shared(tile_on<CHUNK>(psi_to, j) + i * 16 * CHUNK, x);
                     sum[i] += rounded.x * by.x + rounded.y * by.y;
                 }
             }
@@ -507,7 +569,7 @@ __global__
                 if (!r_only) {
 #pragma unroll
                     for (int j = 0; j < D / 8; j++)
-                        store_shared(base + at::r + tile_at<D>(f0 + 8 * i, j) + 4 * pair,
+                        store_shared(tile_on<D>(r_to, j) + i * 16 * D,
                                      pack_bf16(r[j][2 * i], r[j][2 * i + 1]));
                     if (pair == 0) {
                         top[f0 + 8 * i] = bias[f0 + 8 * i] - m_hi[i];
@@ -524,6 +586,7 @@ __global__
         __syncthreads();
 
         float dk[D / 8][4], dv[D / 8][4];
+        uint32_t da[4][4];
         if (!r_only) {
             /* kf of this warp's tokens; keys outside the piece have weight 0. */
             const int row = 16 * rg + g;
@@ -532,13 +595,13 @@ __global__
 #pragma unroll
             for (int kk = 0; kk < D / 16; kk++) {
                 uint32_t y[4];
-                load_a<D>(y, k_tile, 16 * rg, kk, lane);
+                load_a<D>(y, k_tile + rg * 32 * D, kk, lane);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     y[i] = clamp_bf16(y[i], p.limit);
                     norm[i & 1] += sum_squares(y[i]);
                 }
-                add_b<D>(a, y, base + at::w, 64 * fg, kk, lane);
+                add_b<D>(a, y, base + at::w + fg * 128 * D, kk, lane);
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -569,8 +632,8 @@ __global__
                 add_bt<D>(dv, kf[kk], base + at::r + fg * 64 * D * 2, kk, lane);
 #pragma unroll
             for (int kk = 0; kk < D / 16; kk++) {
-                load_a<D>(v[kk], v_tile, 16 * rg, kk, lane);
-                add_b<D>(dkf, v[kk], base + at::r, 64 * fg, kk, lane);
+                load_a<D>(v[kk], v_tile + rg * 32 * D, kk, lane);
+                add_b<D>(dkf, v[kk], base + at::r + fg * 128 * D, kk, lane);
             }
             for (int tb = rg; tb < 4; tb++) {
                 float w[2][4];
@@ -585,7 +648,7 @@ __global__
                 }
                 if (tb == rg) keep_upper(w, g, pair);
                 pack_a(x, w[0], w[1]);
-                add_bt<D>(dv, x, do_tile, tb, lane);
+                add_bt<D>(dv, x, do_tile + tb * 32 * D, 0, lane);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     float2 by = *(const float2 *)(delta + 16 * tb + 8 * j + 2 * pair);
@@ -593,13 +656,13 @@ __global__
                     w[j][1] = w[j][3] = by.y;
                 }
 #pragma unroll
-                for (int kk = 0; kk < D / 16; kk++) add_b<D>(w, v[kk], do_tile, 16 * tb, kk, lane);
+                for (int kk = 0; kk < D / 16; kk++)
+                    add_b<D>(w, v[kk], do_tile + tb * 32 * D, kk, lane);
                 if (tb == rg) keep_upper(w, g, pair);
                 pack_a(x, w[0], w[1]);
-                add_b<CHUNK>(dkf, x, base + at::psi, 64 * fg, tb, lane);
+                add_b<CHUNK>(dkf, x, base + at::psi + fg * 128 * CHUNK, tb, lane);
             }
             float sum[2] = {0, 0};
-            uint32_t da[4][4];
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -620,7 +683,7 @@ __global__
 #pragma unroll
             for (int kk = 0; kk < D / 16; kk++) {
                 uint32_t k[4];
-                load_a<D>(k, k_tile, 16 * rg, kk, lane);
+                load_a<D>(k, k_tile + rg * 32 * D, kk, lane);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float2 y = unpack_bf16(clamp_bf16(k[i], p.limit));
@@ -636,12 +699,21 @@ __global__
 #pragma unroll
         for (int kk = 0; kk < 4; kk++) {
             uint32_t x[4];
-            load_a<CHUNK>(x, base + at::psi, 16 * warp, kk, lane);
+            load_a<CHUNK>(x, base + at::psi + warp * 32 * CHUNK, kk, lane);
             add_bt<D>(r, x, do_tile, kk, lane);
         }
         scale_rows(r, exp2_fast(m_lo[0] - m_hi[0]), exp2_fast(m_lo[1] - m_hi[1]));
 
         if (!r_only) {
+            if (p.dw) {
+                const uint32_t da_tile = base + at::psi + fg * 64 * CHUNK * 2;
+                __syncthreads();
+                store_da(da_tile, da, rg, lane);
+                __syncthreads();
+                add_dw<D>(p.dw + (blockIdx.x * NF + fg) * (int64_t)(64 * D), da_tile, k_tile,
+                          p.limit, rg, lane, false);
+                __syncthreads();
+            }
             if (NF > 1) {
                 float2 *for_dk = (float2 *)(smem + at::r) + rg * 32 + lane;
                 float2 *for_dv = (float2 *)(smem + at::psi) + rg * 32 + lane;
@@ -703,6 +775,23 @@ static __global__ void suffix_kernel(float *r, const float *tops, int64_t n, int
     }
 }
 
+/* dw += by times the sum of the blocks' parts, `group` heads of a sequence to one dw. */
+static __global__ void dw_kernel(float *dw, const float *part, int64_t n, int64_t part_stride,
+                                 int64_t dw_stride, int b, int n_sets, int group, int n_seg,
+                                 float by)
+{
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n * n_sets) return;
+    const int64_t set = i / n, j = i % n;
+    float sum = 0;
+    for (int64_t seq = 0; seq < b; seq++) {
+        const float *from = part + (seq * n_sets + set) * group * n_seg * part_stride + j;
+#pragma unroll 8
+        for (int k = 0; k < group * n_seg; k++) sum += from[k * part_stride];
+    }
+    dw[set * dw_stride + j] += by * sum;
+}
+
 /* ---- the op ------------------------------------------------------------------------------- */
 
 static bool aligned(const void *p)
@@ -712,13 +801,13 @@ static bool aligned(const void *p)
 
 bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
 {
-    return srf__pure_shape(ctx, &a->s) && !a->dw && a->ld % 8 == 0 && a->ld_o % 8 == 0 &&
-           aligned(a->q) && aligned(a->k) && aligned(a->v) && aligned(a->w) && aligned(a->o) &&
-           aligned(a->d_o) && aligned(a->dq) && aligned(a->dk) && aligned(a->dv);
+    return srf__pure_shape(ctx, &a->s) && a->ld % 8 == 0 && a->ld_o % 8 == 0 && aligned(a->q) &&
+           aligned(a->k) && aligned(a->v) && aligned(a->w) && aligned(a->o) && aligned(a->d_o) &&
+           aligned(a->dq) && aligned(a->dk) && aligned(a->dv);
 }
 
 /* Fills the scratch pointers and the plan; returns the bytes. */
-static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool dw,
                        struct pure_plan *plan, struct bwd_params *p)
 {
     struct cuda_bump bump = {(char *)ctx->workspace, 0};
@@ -733,6 +822,9 @@ static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s
         p->states = (float *)bump_bytes(&bump, states * sizeof(float));
         p->r = (float *)bump_bytes(&bump, states * sizeof(float));
     }
+    if (dw)
+        p->dw = (float *)bump_bytes(&bump,
+                                    (size_t)(heads * plan->n_seg * nf * 64 * s->d) * sizeof(float));
     if (s->m > 128)
         for (int i = 0; i < 3; i++)
             p->sum[i] = (float *)bump_bytes(&bump, (size_t)(heads * s->t * s->d) * sizeof(float));
@@ -743,7 +835,7 @@ size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_a
 {
     struct pure_plan plan;
     struct bwd_params p = {};
-    return plan_bwd(ctx, &a->s, &plan, &p);
+    return plan_bwd(ctx, &a->s, a->dw != NULL, &plan, &p);
 }
 
 template <int D, int NF>
@@ -771,6 +863,12 @@ static srf_status launch_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, key_bytes));
     pure_keys_kernel<D, NF, false>
         <<<(unsigned)(heads * p->n_seg), threads, key_bytes, stream>>>(*p);
+    if (a->dw) {
+        const int64_t n = (int64_t)p->count * D;
+        dw_kernel<<<(unsigned)div_up(n * p->n_sets, 128), 128, 0, stream>>>(
+            (float *)a->dw + (int64_t)p->first * D, p->dw, n, NF * 64 * D, (int64_t)p->m * D,
+            (int)a->s.b, p->n_sets, p->n_sets == 1 ? p->h : 1, p->n_seg, p->scale);
+    }
     return srf__cuda_launched("srf_attn_bwd");
 }
 
@@ -795,7 +893,7 @@ srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     if (s->b * s->t == 0) return SRF_OK;
     struct pure_plan plan;
     struct bwd_params p = {};
-    plan_bwd(ctx, s, &plan, &p);
+    plan_bwd(ctx, s, a->dw != NULL, &plan, &p);
     p.q = (const bf16 *)a->q;
     p.k = (const bf16 *)a->k;
     p.v = (const bf16 *)a->v;
