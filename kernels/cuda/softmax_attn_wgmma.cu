@@ -3,9 +3,9 @@
  * The forms are those of softmax_attn_mma.cu: forward, dq kernel (which makes p.rows), dkv kernel.
  * A block has two warpgroups of 64 rows each (queries; keys in the dkv kernel). Columns come in
  * tiles of 64 through STAGES stages by the copy engine, one thread asking for a tile AHEAD of its
- * use; each stage has a barrier `full` that the bytes complete and a barrier `empty` that every warp
- * arrives at, so the warpgroups need not keep step: while one takes exponentials the other has the
- * tensor cores. The own rows are held in registers as operands, probabilities never leave them.
+ * use; each stage has a barrier `full` that the bytes complete and a barrier `empty` that every
+ * warp arrives at, so the warpgroups need not keep step: while one takes exponentials the other has
+ * the tensor cores. The own rows are held in registers as operands, probabilities never leave them.
  * Products of the last tile that only add to results run on beside the next tile's first products.
  *
  * Floors as in softmax_attn_mma.cu, with the tensor cores at their full rate.

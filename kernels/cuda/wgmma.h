@@ -2,8 +2,8 @@
  *
  * A warpgroup, 4 warps, multiplies 64 rows: c (64, 64) += A (64, 16) B (16, 64). Warp w holds rows
  * 16 w .. 16 w + 15 of A and c in the layout of mma.h, c[4 nt + e] being its c[nt][e]; B is read
- * from a tile of 64-column rows in shared memory, tile.h's layout with D = 64, at a multiple of 1024
- * bytes: what the copy engine writes with the 128-byte swizzle.
+ * from a tile of 64-column rows in shared memory, tile.h's layout with D = 64, at a multiple of
+ * 1024 bytes: what the copy engine writes with the 128-byte swizzle.
  *
  * Products run on their own until warpgroup_wait: between warpgroup_fence (before the first, after
  * registers were written) and warpgroup_commit nothing may touch c.
