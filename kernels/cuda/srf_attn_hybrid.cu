@@ -30,10 +30,11 @@
  */
 #include "kernels/cuda/srf_attn.h"
 
-#define LOW           -1e30f /* exponents are clamped to this */
+#define LAZY          6 /* a row's stabiliser may be this much below its maximum */
 #define WARP_FEATURES 16
 #define CTA_FEATURES  64
 #define WALK_THREADS  128
+#define WALK_STAGES   3
 #define SUB           32 /* columns of a tile taken at once in backward: registers */
 #define MAX_SEGMENTS  32
 
@@ -74,7 +75,14 @@ template <int D> __device__ constexpr int row_threads()
     return D % 64 == 0 ? 8 : D % 32 == 0 ? 4 : 2;
 }
 
-/* C rows of D; those from n on are 0. */
+/* The larger magnitude, of both halves; NaN is the largest. */
+__device__ __forceinline__ uint32_t max_abs_bf16(uint32_t most, uint32_t x)
+{
+    asm("{ .reg .b32 t; abs.bf16x2 t, %1; max.NaN.bf16x2 %0, %0, t; }" : "+r"(most) : "r"(x));
+    return most;
+}
+
+/* C rows of D; those from n on are 0, and their addresses are not read. */
 template <int D, int C, int THREADS>
 __device__ __forceinline__ void load_rows(bf16 *to, const bf16 *from, int64_t ld, int n)
 {
@@ -85,11 +93,10 @@ __device__ __forceinline__ void load_rows(bf16 *to, const bf16 *from, int64_t ld
 #pragma unroll
     for (int r = 0; r < C; r += THREADS / T) {
         if (THREADS / T > C && row >= C) break;
-        bool valid = row + r < n;
 #pragma unroll
         for (int i = 0; i < D / 8; i += T)
-            cp_async_16(dst + (r * (D + 8) + i * 8) * 2, valid ? src + r * ld + i * 8 : from,
-                        valid);
+            cp_async_16(dst + (r * (D + 8) + i * 8) * 2, src + i * 8, row + r < n);
+        src += ld * (THREADS / T);
     }
 }
 
@@ -115,41 +122,47 @@ __device__ __forceinline__ void load_stats(float *stat, float *delta, const stru
     }
 }
 
-/* Clamps the pieces that this thread loaded (NaN stays), which have arrived; half, if not NULL, is
- * half_scale |row|^2. */
+/* Clamps the pieces that this thread loaded (NaN stays), which have arrived. That is rarely needed:
+ * a look at the largest first. half, with NORM, is half_scale |row|^2. */
 template <int D, int C, int THREADS, bool NORM>
 __device__ __forceinline__ void clean_rows(bf16 *rows, const struct hybrid *p, float *half)
 {
     constexpr int T = row_threads<D>();
     int row = threadIdx.x / T, piece = threadIdx.x % T;
-    uint32_t limit = pack_bf16(p->limit, p->limit);
+    if (THREADS / T > C && row >= C) return;
+    bf16 *mine = rows + row * (D + 8) + piece * 8;
+    uint32_t limit = pack_bf16(p->limit, p->limit), most = 0;
 #pragma unroll
     for (int r = 0; r < C; r += THREADS / T) {
-        if (THREADS / T > C && row >= C) break;
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < D / 8; i += T) {
-            uint4 *at = (uint4 *)(rows + (row + r) * (D + 8) + (piece + i) * 8);
-            uint4 x = *at;
-            uint32_t y[4] = {x.x, x.y, x.z, x.w};
+            uint4 all = *(const uint4 *)(mine + r * (D + 8) + i * 8);
+            uint32_t x[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                y[j] = clamp_bf16(y[j], limit);
+                most = max_abs_bf16(most, x[j]);
                 if (NORM) {
-                    float2 f = unpack_bf16(y[j]);
+                    float2 f = unpack_bf16(x[j]);
                     sum = fmaf(f.x, f.x, sum);
                     sum = fmaf(f.y, f.y, sum);
                 }
             }
-            if (x.x != y[0] || x.y != y[1] || x.z != y[2] || x.w != y[3])
-                *at = make_uint4(y[0], y[1], y[2], y[3]);
         }
         if (NORM) {
 #pragma unroll
             for (int o = T / 2; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-            if (piece == 0) half[row + r] = p->half_scale * sum;
+            sum *= p->half_scale;
+            /* Not fminf: NaN stays. */
+            if (piece == 0) half[row + r] = sum > SRF__HALF_LIMIT ? SRF__HALF_LIMIT : sum;
         }
     }
+    if ((most & 0xffffu) <= (limit & 0xffffu) && most >> 16 <= limit >> 16) return;
+    for (int r = 0; r < C; r += THREADS / T)
+        for (int i = 0; i < D / 8; i += T) {
+            uint32_t *x = (uint32_t *)(mine + r * (D + 8) + i * 8);
+            for (int j = 0; j < 4; j++) x[j] = clamp_bf16(x[j], limit);
+        }
 }
 
 /* ---- products of a warp: 16 rows in fragments ------------------------------------------------ */
@@ -279,19 +292,21 @@ __device__ __forceinline__ void store_rows(bf16 *to, int64_t ld, int n, const fl
     }
 }
 
-/* An exponent, not below LOW; NaN stays. */
-__device__ __forceinline__ float clamp_low(float e)
+/* 2^e for a weight that is below 2 but for rounding, where exponents are huge. NaN stays. */
+__device__ __forceinline__ float far_weight(float e)
 {
-    return e < LOW ? LOW : e;
+    asm("min.NaN.f32 %0, %0, 0f3F800000;" : "+f"(e));
+    return exp2_fast(e);
 }
 
 /* ---- walks --------------------------------------------------------------------------------------
  * Transposed products, 16 features a warp by C tokens: the weights of a tile are the A operand of
- * the sum they go into. Shared memory: 2 x (tokens, values), 2 x (|.|^2 / 2, stat, delta). */
+ * the sum they go into. Shared memory: WALK_STAGES x (tokens, values,
+ * |tokens|^2 / 2, stat, delta). */
 
 template <int D, int C> struct walk_smem {
-    bf16 pair[2][2][C * (D + 8)];
-    float half[2][C], stat[2][C], delta[2][C];
+    bf16 pair[WALK_STAGES][2][C * (D + 8)];
+    float half[WALK_STAGES][C], stat[WALK_STAGES][C], delta[WALK_STAGES][C];
 };
 
 /* Tile i of a walk over slots [lo, hi): where its tokens start, and whose slot it belongs to. */
@@ -339,10 +354,15 @@ __global__ void __launch_bounds__(WALK_THREADS)
     bf16 *states = QUERIES ? p.r : p.s;
     if (totals && seg == (QUERIES ? 0 : p.n_seg - 1)) return; /* nothing starts after it */
 
-    load_walk<D, C, QUERIES>(sm, 0, &p, bh, walk_token<C, QUERIES>(&p, lo, hi, 0, &slot));
-    cp_async_commit();
+    for (int i = 0; i < WALK_STAGES - 1; i++) {
+        int token = walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
+        if (i < n_tiles) load_walk<D, C, QUERIES>(sm, i, &p, bh, token);
+        cp_async_commit();
+    }
     uint32_t w[D / 16][4] = {};
-    float bias[2] = {0, 0}, top[2] = {SRF__UNSET, SRF__UNSET}, z[2] = {0, 0}, acc[D / 8][4];
+    float bias[2] = {0, 0}, top[2] = {SRF__UNSET, SRF__UNSET}, acc[D / 8][4];
+    float z[4] = {0, 0, 0, 0}; /* z or u of rows g, g + 8 in 0, 2: shares of a sum over the quad */
+    uint32_t ones = g == 0 ? 0x3f803f80u : 0; /* a column of ones: sums of rows as a product */
     zero(acc);
     if (active) {
         int64_t set = bh % p.heads;
@@ -365,8 +385,7 @@ __global__ void __launch_bounds__(WALK_THREADS)
             float next = QUERIES ? to : fmaxf(top[j], to);
             step[j] = top[j] == SRF__UNSET ? 0 : exp2_fast(QUERIES ? next - top[j] : top[j] - next);
             by[j] = exp2_fast(to - next);
-            /* z stays a thread's share of a sum over the quad. */
-            z[j] = z[j] * step[j] + (quad == 0 ? by[j] * p.sum_z[row[j]] : 0);
+            z[2 * j] = z[2 * j] * step[j] + (quad == 0 ? by[j] * p.sum_z[row[j]] : 0);
             top[j] = next;
         }
 #pragma unroll
@@ -380,13 +399,13 @@ __global__ void __launch_bounds__(WALK_THREADS)
     }
 
     for (int i = 0; i < n_tiles; i++) {
-        int stage = i & 1;
-        if (i + 1 < n_tiles) {
-            int token = walk_token<C, QUERIES>(&p, lo, hi, i + 1, &slot);
-            load_walk<D, C, QUERIES>(sm, stage ^ 1, &p, bh, token);
+        int stage = i % WALK_STAGES, ahead = i + WALK_STAGES - 1;
+        if (ahead < n_tiles) {
+            int token = walk_token<C, QUERIES>(&p, lo, hi, ahead, &slot);
+            load_walk<D, C, QUERIES>(sm, ahead % WALK_STAGES, &p, bh, token);
         }
         cp_async_commit();
-        cp_async_wait<1>();
+        cp_async_wait<WALK_STAGES - 1>();
         clean_rows<D, C, WALK_THREADS, true>(sm->pair[stage][0], &p, sm->half[stage]);
         __syncthreads();
         walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
@@ -398,52 +417,65 @@ __global__ void __launch_bounds__(WALK_THREADS)
 #pragma unroll
             for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, w[kk], tokens, kk);
 #pragma unroll
-            for (int n = 0; n < C / 8; n++)
+            for (int n = 0; n < C / 8; n++) {
+                float2 sub = *(const float2 *)(half + n * 8 + quad * 2);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float sub = half[n * 8 + quad * 2 + (j & 1)];
-                    e[n][j] = clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, bias[j >> 1] - sub));
-                    if (!QUERIES) most[j >> 1] = fmaxf(most[j >> 1], rintf(e[n][j]));
+                    e[n][j] =
+                        fmaf(e[n][j], SRF__LOG2E * p.scale, bias[j >> 1] - (j & 1 ? sub.y : sub.x));
+                    if (!QUERIES) most[j >> 1] = fmaxf(most[j >> 1], e[n][j]);
                 }
+            }
             for (int j = 0; j < 2; j++) {
                 if (QUERIES) {
                     most[j] = p.top[(bh * p.n_slots + slot) * p.m + feature + g + 8 * j];
                     step[j] = top[j] == SRF__UNSET ? 0 : exp2_fast(most[j] - top[j]);
                 } else {
-                    most[j] = quad_max(most[j]);
+                    most[j] = rintf(quad_max(most[j]));
                     step[j] = exp2_fast(top[j] - most[j]);
                 }
                 top[j] = most[j];
-                z[j] *= step[j];
+                z[2 * j] *= step[j];
             }
-            if (step[0] != 1 || step[1] != 1) scale_rows(acc, step[0], step[1]);
+            if (__any_sync(0xffffffffu, step[0] != 1 || step[1] != 1))
+                scale_rows(acc, step[0], step[1]);
 #pragma unroll
             for (int n = 0; n < C / 8; n += 2) {
                 uint32_t a[4];
+                float2 delta[2];
 #pragma unroll
-                for (int i2 = n; i2 < n + 2; i2++)
+                for (int i2 = 0; i2 < 2; i2++) {
+                    float *x = e[n + i2];
+                    float2 stat = make_float2(0, 0);
+                    if (QUERIES) {
+                        stat = *(const float2 *)(sm->stat[stage] + (n + i2) * 8 + quad * 2);
+                        delta[i2] = *(const float2 *)(sm->delta[stage] + (n + i2) * 8 + quad * 2);
+                    }
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        float to = QUERIES
-                                       ? top[j >> 1] - sm->stat[stage][i2 * 8 + quad * 2 + (j & 1)]
-                                       : -top[j >> 1];
-                        e[i2][j] = exp2_fast(e[i2][j] + to);
+                        float by = j & 1 ? stat.y : stat.x;
+                        x[j] = QUERIES ? far_weight(x[j] + (top[j >> 1] - by))
+                                       : exp2_fast(x[j] - top[j >> 1]);
                     }
-                pack_a(a, e[n], e[n + 1]);
-                /* a[j]: row g + 8 (j & 1), columns 8 (n + j / 2) + 2 quad .. */
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float2 f = unpack_bf16(a[j]);
-                    const float *delta = sm->delta[stage] + (n + (j >> 1)) * 8 + quad * 2;
-                    z[j & 1] += QUERIES ? f.x * delta[0] + f.y * delta[1] : f.x + f.y;
                 }
+                pack_a(a, e[n], e[n + 1]);
+                /* Sums of the rounded weights, for one normaliser with S. a[j] is of row g + 8 (j &
+                 * 1), columns 8 (n + j / 2) + 2 quad .. */
+                if (QUERIES)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float2 f = unpack_bf16(a[j]);
+                        z[2 * (j & 1)] += f.x * delta[j >> 1].x + f.y * delta[j >> 1].y;
+                    }
+                else
+                    mma_bf16(z, a, ones, ones);
                 mma_cols<D>(acc, a, values + n * 8 * (D + 8));
             }
             if (!totals && (i + 1) % (p.window / C) == 0) {
                 int64_t row = (bh * p.n_slots + slot) * p.m + feature;
                 store_rows<D>(states + row * D, D, WARP_FEATURES, acc);
                 for (int j = 0; j < 2; j++) {
-                    float sum = quad_sum(z[j]);
+                    float sum = quad_sum(z[2 * j]);
                     if (quad) continue;
                     sums[row + g + 8 * j] = sum;
                     if (!QUERIES) p.top[row + g + 8 * j] = top[j];
@@ -455,7 +487,7 @@ __global__ void __launch_bounds__(WALK_THREADS)
     if (!totals || !active) return;
     for (int j = 0; j < 2; j++) {
         int64_t row = (bh * p.n_seg + seg) * p.m + feature + g + 8 * j;
-        float sum = quad_sum(z[j]);
+        float sum = quad_sum(z[2 * j]);
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *(float2 *)(p.sum_s + row * D + n * 8 + quad * 2) =
@@ -482,11 +514,12 @@ struct chunk {
 template <int D, int C> __device__ __forceinline__ struct chunk chunk_of(const struct hybrid *p)
 {
     struct chunk c;
-    c.bh = blockIdx.x / p->n_chunks;
-    c.row = (int)(blockIdx.x % p->n_chunks) * C;
-    c.block = c.row / p->window;
-    int64_t seq = c.bh / p->heads;
-    c.set = c.bh % p->heads;
+    unsigned bh = blockIdx.x / (unsigned)p->n_chunks;
+    c.bh = bh;
+    c.row = (int)(blockIdx.x - bh * (unsigned)p->n_chunks) * C;
+    c.block = (int)((unsigned)c.row / (unsigned)p->window);
+    int64_t seq = bh / (unsigned)p->heads;
+    c.set = bh % (unsigned)p->heads;
     c.in = seq * p->t * p->ld + c.set * D;
     c.out = seq * p->t * p->ld_o + c.set * D;
     return c;
@@ -505,6 +538,13 @@ __device__ __forceinline__ void load_far(bf16 *pair[2], float *bias, float *top,
     load_features<C>(bias, p->bias + c->set * p->bias_step + first, n);
     load_features<C>(top, p->top + row, n);
     load_features<C>(sum, sums + row, n);
+}
+
+/* What two features add to an exponent: log2(e) bias + top + more, where M comes in as top. */
+__device__ __forceinline__ float2 far_exponent(const float *bias, const float *top, float more)
+{
+    float2 b = *(const float2 *)bias, m = *(const float2 *)top;
+    return make_float2(fmaf(SRF__LOG2E, b.x, more) + m.x, fmaf(SRF__LOG2E, b.y, more) + m.y);
 }
 
 template <int D, int C>
@@ -545,7 +585,9 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) load_a<D>(q[kk], sm->q + warp * 16 * (D + 8), kk);
     float half[2] = {sm->half[warp * 16 + g], sm->half[warp * 16 + g + 8]};
-    float most[2] = {-INFINITY, -INFINITY}, den[2] = {0, 0}, o[D / 8][4];
+    float most[2] = {-INFINITY, -INFINITY}, o[D / 8][4];
+    float den[4] = {0, 0, 0, 0}; /* of rows g, g + 8 in 0, 2: shares of a sum over the quad */
+    uint32_t ones = g == 0 ? 0x3f803f80u : 0; /* a column of ones: sums of rows as a product */
     zero(o);
 
     for (int i = 0; i < n_tiles; i++) {
@@ -555,43 +597,55 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
         cp_async_wait<1>();
         if (i < n_exact) clean_rows<D, C, 2 * C, false>(sm->pair[stage][0], &p, NULL);
         __syncthreads();
-        float e[C / 8][4], next[2] = {most[0], most[1]};
+        float e[C / 8][4], next[2] = {-INFINITY, -INFINITY};
         zero(e);
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, q[kk], sm->pair[stage][0], kk);
         if (i < n_exact) {
-            bool last = i == n_exact - 1; /* causal: column s is this row or before it */
 #pragma unroll
             for (int n = 0; n < C / 8; n++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    e[n][j] *= 2 * p.half_scale;
-                    if (last && n * 8 + quad * 2 + (j & 1) > warp * 16 + g + (j >> 1) * 8)
-                        e[n][j] = -INFINITY;
-                    next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
-                }
+                for (int j = 0; j < 4; j++) e[n][j] *= 2 * p.half_scale;
+            if (i == n_exact - 1) { /* causal */
+                int row = warp * 16 + g - quad * 2;
+#pragma unroll
+                for (int n = 0; n < C / 8; n++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        if (n * 8 + (j & 1) - (j >> 1) * 8 > row) e[n][j] = -INFINITY;
+            }
         } else {
-            int left = p.m - (i - n_exact) * C;
+            int left = p.m - (i - n_exact) * C - quad * 2;
 #pragma unroll
-            for (int n = 0; n < C / 8; n++)
+            for (int n = 0; n < C / 8; n++) {
+                float2 add = far_exponent(sm->bias[stage] + n * 8 + quad * 2,
+                                          sm->top[stage] + n * 8 + quad * 2, -p.log2_m);
+                if (n * 8 >= left) add = make_float2(-INFINITY, -INFINITY);
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    int col = n * 8 + quad * 2 + (j & 1);
-                    float add = SRF__LOG2E * sm->bias[stage][col] - p.log2_m - half[j >> 1];
+                for (int j = 0; j < 4; j++)
                     e[n][j] =
-                        clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, add)) + sm->top[stage][col];
-                    if (col >= left) e[n][j] = -INFINITY;
-                    next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
-                }
+                        fmaf(e[n][j], SRF__LOG2E * p.scale, (j & 1 ? add.y : add.x) - half[j >> 1]);
+            }
         }
-        float step[2];
+#pragma unroll
+        for (int n = 0; n < C / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
+        /* A stabiliser near the maximum does as well, and most tiles need no rescaling. */
+        bool grows[2];
         for (int j = 0; j < 2; j++) {
             next[j] = quad_max(next[j]);
-            step[j] = exp2_fast(most[j] - next[j]);
-            most[j] = next[j];
-            den[j] *= step[j];
+            grows[j] = next[j] > most[j] + LAZY;
         }
-        if (i > 0) scale_rows(o, step[0], step[1]);
+        if (__any_sync(0xffffffffu, grows[0] || grows[1])) {
+            float step[2];
+            for (int j = 0; j < 2; j++) {
+                step[j] = grows[j] ? exp2_fast(most[j] - next[j]) : 1;
+                most[j] = grows[j] ? next[j] : most[j];
+                den[2 * j] *= step[j];
+            }
+            scale_rows(o, step[0], step[1]);
+        }
 #pragma unroll
         for (int n = 0; n < C / 8; n += 2) {
             uint32_t a[4];
@@ -600,23 +654,26 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
                 e[n + (j >> 2)][j & 3] = exp2_fast(e[n + (j >> 2)][j & 3] - most[(j >> 1) & 1]);
             pack_a(a, e[n], e[n + 1]);
             /* The rounded weights are summed: numerator and denominator use the same. */
+            if (i < n_exact)
+                mma_bf16(den, a, ones, ones);
+            else
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 f = unpack_bf16(a[j]);
-                const float *z = sm->z[stage] + (n + (j >> 1)) * 8 + quad * 2;
-                den[j & 1] += i < n_exact ? f.x + f.y : f.x * z[0] + f.y * z[1];
-            }
+                for (int j = 0; j < 4; j++) {
+                    float2 f = unpack_bf16(a[j]);
+                    float2 z = *(const float2 *)(sm->z[stage] + (n + (j >> 1)) * 8 + quad * 2);
+                    den[2 * (j & 1)] += f.x * z.x + f.y * z.y;
+                }
             mma_cols<D>(o, a, sm->pair[stage][1] + n * 8 * (D + 8));
         }
         __syncthreads();
     }
     int row = c.row + warp * 16;
     for (int j = 0; j < 2; j++) {
-        den[j] = quad_sum(den[j]);
+        den[2 * j] = quad_sum(den[2 * j]);
         if (p.stat && quad == 0 && row + g + 8 * j < p.t)
-            p.stat[c.bh * p.t + row + g + 8 * j] = most[j] + log2f(den[j]);
+            p.stat[c.bh * p.t + row + g + 8 * j] = most[j] + log2f(den[2 * j]);
     }
-    scale_rows(o, 1 / den[0], 1 / den[1]);
+    scale_rows(o, 1 / den[0], 1 / den[2]);
     store_rows<D>(p.o + c.out + row * p.ld_o, p.ld_o, p.t - row, o);
 }
 
@@ -748,34 +805,53 @@ __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ stru
             for (int kk = 0; kk < D / 16; kk++) mma_rows<D, SUB / 8>(da, y.get(kk), values, kk);
             if (i < n_exact) {
 #pragma unroll
-                for (int n = 0; n < SUB / 8; n++)
+                for (int n = 0; n < SUB / 8; n++) {
+                    int col = first + n * 8 + quad * 2;
+                    float2 to = {0, 0}, add = {0, 0};
+                    if (KEYS) {
+                        to = *(const float2 *)(sm->stat[stage] + col);
+                        add = *(const float2 *)(sm->delta[stage] + col);
+                    }
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        int col = first + n * 8 + quad * 2 + (j & 1);
-                        int row = warp * 16 + g + (j >> 1) * 8;
-                        float to = KEYS ? sm->stat[stage][col] : stat[j >> 1];
-                        float dp = da[n][j] + (KEYS ? sm->delta[stage][col] : delta[j >> 1]);
+                        float sub = !KEYS ? stat[j >> 1] : j & 1 ? to.y : to.x;
+                        float dp = da[n][j] + (!KEYS ? delta[j >> 1] : j & 1 ? add.y : add.x);
                         /* Rounded as in forward: no weight may be above 1 there. */
-                        e[n][j] = exp2_fast(__fmul_rn(e[n][j], 2 * p.half_scale) - to);
-                        if (i == causal && (KEYS ? col < row : col > row)) e[n][j] = 0;
+                        e[n][j] = exp2_fast(__fmul_rn(e[n][j], 2 * p.half_scale) - sub);
                         da[n][j] = e[n][j] * dp;
                     }
-            } else {
-                int left = p.m - (i - n_exact) * C;
+                }
+                if (i == causal) {
+                    int row = warp * 16 + g - quad * 2 - first;
 #pragma unroll
-                for (int n = 0; n < SUB / 8; n++)
+                    for (int n = 0; n < SUB / 8; n++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            int off = n * 8 + (j & 1) - (j >> 1) * 8;
+                            if (KEYS ? off < row : off > row) e[n][j] = da[n][j] = 0;
+                        }
+                }
+            } else {
+                int left = p.m - (i - n_exact) * C - first - quad * 2;
+#pragma unroll
+                for (int n = 0; n < SUB / 8; n++) {
+                    int col = first + n * 8 + quad * 2;
+                    float2 add = *(const float2 *)(sm->sum[stage] + col);
+                    float2 top = *(const float2 *)(sm->top[stage] + col);
+                    float2 bias = *(const float2 *)(sm->bias[stage] + col);
+                    bool in = n * 8 < left;
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        int col = first + n * 8 + quad * 2 + (j & 1);
-                        float top = sm->top[stage][col], add = sm->sum[stage][col];
-                        float bias = SRF__LOG2E * sm->bias[stage][col] - half[j >> 1] -
-                                     (KEYS ? 0 : p.log2_m);
-                        float dp = da[n][j] + (KEYS ? add : add * delta[j >> 1]);
-                        e[n][j] = exp2_fast(clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, bias)) +
-                                            (KEYS ? -top : top - stat[j >> 1]));
-                        if (col >= left) e[n][j] = 0;
+                        float t = j & 1 ? top.y : top.x, s = j & 1 ? add.y : add.x;
+                        float b = SRF__LOG2E * (j & 1 ? bias.y : bias.x);
+                        float dp = da[n][j] + (KEYS ? s : s * delta[j >> 1]);
+                        float more = KEYS ? b - half[j >> 1] : b - p.log2_m + t - half[j >> 1];
+                        float sub = KEYS ? t : stat[j >> 1];
+                        e[n][j] = fmaf(e[n][j], SRF__LOG2E * p.scale, more) - sub;
+                        e[n][j] = in ? far_weight(e[n][j]) : 0;
                         da[n][j] = e[n][j] * dp;
                     }
+                }
             }
 #pragma unroll
             for (int n = 0; n < SUB / 8; n += 2) {
@@ -831,8 +907,11 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
     int lo = seg * p.seg_slots, hi = min(lo + p.seg_slots, p.n_slots);
     int n_tiles = (hi - lo) * (p.window / C), slot;
 
-    load_walk<D, C, QUERIES>(sm, 0, &p, bh, walk_token<C, QUERIES>(&p, lo, hi, 0, &slot));
-    cp_async_commit();
+    for (int i = 0; i < WALK_STAGES - 1; i++) {
+        int token = walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
+        if (i < n_tiles) load_walk<D, C, QUERIES>(sm, i, &p, bh, token);
+        cp_async_commit();
+    }
     uint32_t w[D / 16][4] = {}, state[D / 16][4] = {};
     float bias[2] = {0, 0}, top[2] = {0, 0}, weight[2] = {0, 0}, acc[D / 8][4];
     zero(acc);
@@ -844,13 +923,13 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
                       (QUERIES ? p.log2_m : 0);
     }
     for (int i = 0; i < n_tiles; i++) {
-        int stage = i & 1;
-        if (i + 1 < n_tiles) {
-            int token = walk_token<C, QUERIES>(&p, lo, hi, i + 1, &slot);
-            load_walk<D, C, QUERIES>(sm, stage ^ 1, &p, bh, token);
+        int stage = i % WALK_STAGES, ahead = i + WALK_STAGES - 1;
+        if (ahead < n_tiles) {
+            int token = walk_token<C, QUERIES>(&p, lo, hi, ahead, &slot);
+            load_walk<D, C, QUERIES>(sm, ahead % WALK_STAGES, &p, bh, token);
         }
         cp_async_commit();
-        cp_async_wait<1>();
+        cp_async_wait<WALK_STAGES - 1>();
         clean_rows<D, C, WALK_THREADS, true>(sm->pair[stage][0], &p, sm->half[stage]);
         __syncthreads();
         walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
@@ -882,9 +961,7 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
                         float dp =
                             da[n][j] + (QUERIES ? weight[r] * sm->delta[stage][col] : weight[r]);
                         float add = bias[r] - sm->half[stage][col];
-                        da[n][j] =
-                            exp2_fast(clamp_low(fmaf(e[n][j], SRF__LOG2E * p.scale, add)) + to) *
-                            dp;
+                        da[n][j] = far_weight(fmaf(e[n][j], SRF__LOG2E * p.scale, add) + to) * dp;
                     }
 #pragma unroll
                 for (int n = 0; n < SUB / 8; n += 2) {
