@@ -335,6 +335,144 @@ __device__ __forceinline__ void load_walk(struct walk_smem<D, C> *sm, int stage,
     }
 }
 
+/* 16 features of a state in a warp: S; z of rows g, g + 8 in 0, 2, shares of a sum over the quad;
+ * R, u of queries likewise. */
+template <int D> struct state_sums {
+    float s[D / 8][4], z[4], top[2];
+};
+template <int D> __device__ __forceinline__ void start_state(struct state_sums<D> *st)
+{
+    zero(st->s);
+    st->z[0] = st->z[1] = st->z[2] = st->z[3] = 0;
+    st->top[0] = st->top[1] = SRF__UNSET;
+}
+
+/* The segments before this one (after it, for queries), in their order. */
+template <int D, bool QUERIES>
+__device__ __forceinline__ void add_segments(struct state_sums<D> *st, const struct hybrid *p,
+                                             int64_t bh, int seg, int feature)
+{
+    int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
+    int n_before = QUERIES ? p->n_seg - 1 - seg : seg;
+    for (int i = 0; i < n_before; i++) {
+        int other = QUERIES ? p->n_seg - 1 - i : i;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int64_t row = (bh * p->n_seg + other) * p->m + feature + g + 8 * j;
+            int64_t slot_row =
+                (bh * p->n_slots + other * p->seg_slots) * p->m + feature + g + 8 * j;
+            float to = QUERIES ? p->top[slot_row] : p->sum_top[row];
+            float next = QUERIES ? to : fmaxf(st->top[j], to);
+            float step = st->top[j] == SRF__UNSET ? 0 : exp2_fast(-fabsf(next - st->top[j]));
+            float by = exp2_fast(to - next);
+            st->z[2 * j] = st->z[2 * j] * step + (quad == 0 ? by * p->sum_z[row] : 0);
+            st->top[j] = next;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                float2 x = *(const float2 *)(p->sum_s + row * D + n * 8 + quad * 2);
+                st->s[n][2 * j] = st->s[n][2 * j] * step + by * x.x;
+                st->s[n][2 * j + 1] = st->s[n][2 * j + 1] * step + by * x.y;
+            }
+        }
+    }
+}
+
+/* Exponents of 16 features (W in w) for C tokens. */
+template <int D, int C>
+__device__ __forceinline__ void
+feature_exponents(float (&e)[C / 8][4], const uint32_t (&w)[D / 16][4], const float bias[2],
+                  const bf16 *tokens, const float *half, const struct hybrid *p)
+{
+    int quad = threadIdx.x & 3;
+    zero(e);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, w[kk], tokens, kk);
+#pragma unroll
+    for (int n = 0; n < C / 8; n++) {
+        float2 sub = *(const float2 *)(half + n * 8 + quad * 2);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            e[n][j] = fmaf(e[n][j], SRF__LOG2E * p->scale, bias[j >> 1] - (j & 1 ? sub.y : sub.x));
+    }
+}
+
+template <int D>
+__device__ __forceinline__ void rescale_state(struct state_sums<D> *st, float upper, float lower)
+{
+    st->z[0] *= upper;
+    st->z[2] *= lower;
+    if (__any_sync(0xffffffffu, upper != 1 || lower != 1)) scale_rows(st->s, upper, lower);
+}
+
+/* C keys into a state. */
+template <int D, int C>
+__device__ __forceinline__ void add_keys(struct state_sums<D> *st, const uint32_t (&w)[D / 16][4],
+                                         const float bias[2], const bf16 *keys, const bf16 *values,
+                                         const float *half, const struct hybrid *p)
+{
+    uint32_t ones = (threadIdx.x & 31) < 4 ? 0x3f803f80u : 0; /* a column: sums of rows */
+    float e[C / 8][4], most[2] = {st->top[0], st->top[1]};
+    feature_exponents<D, C>(e, w, bias, keys, half, p);
+#pragma unroll
+    for (int n = 0; n < C / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) most[j >> 1] = fmaxf(most[j >> 1], e[n][j]);
+#pragma unroll
+    for (int j = 0; j < 2; j++) most[j] = rintf(quad_max(most[j]));
+    rescale_state(st, exp2_fast(st->top[0] - most[0]), exp2_fast(st->top[1] - most[1]));
+    st->top[0] = most[0];
+    st->top[1] = most[1];
+#pragma unroll
+    for (int n = 0; n < C / 8; n += 2) {
+        uint32_t a[4];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            e[n + (j >> 2)][j & 3] = exp2_fast(e[n + (j >> 2)][j & 3] - most[(j >> 1) & 1]);
+        pack_a(a, e[n], e[n + 1]);
+        /* z sums the rounded weights, as S does. */
+        mma_bf16(st->z, a, ones, ones);
+        mma_cols<D>(st->s, a, values + n * 8 * (D + 8));
+    }
+}
+
+/* C queries into R, u, in the scale of M = top. */
+template <int D, int C>
+__device__ __forceinline__ void
+add_queries(struct state_sums<D> *st, const uint32_t (&w)[D / 16][4], const float bias[2],
+            const bf16 *queries, const bf16 *d_o, const float *half, const float *stat,
+            const float *delta, const float top[2], const struct hybrid *p)
+{
+    int quad = threadIdx.x & 3;
+    float e[C / 8][4], step[2];
+    feature_exponents<D, C>(e, w, bias, queries, half, p);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        step[j] = st->top[j] == SRF__UNSET ? 0 : exp2_fast(top[j] - st->top[j]);
+        st->top[j] = top[j];
+    }
+    rescale_state(st, step[0], step[1]);
+#pragma unroll
+    for (int n = 0; n < C / 8; n += 2) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float2 by = *(const float2 *)(stat + (n + i) * 8 + quad * 2);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                e[n + i][j] = far_weight(e[n + i][j] + (top[j >> 1] - (j & 1 ? by.y : by.x)));
+        }
+        pack_a(a, e[n], e[n + 1]);
+        /* a[j]: row g + 8 (j & 1), columns 8 (n + j / 2) + 2 quad .. */
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 f = unpack_bf16(a[j]);
+            float2 by = *(const float2 *)(delta + (n + (j >> 1)) * 8 + quad * 2);
+            st->z[2 * (j & 1)] += f.x * by.x + f.y * by.y;
+        }
+        mma_cols<D>(st->s, a, d_o + n * 8 * (D + 8));
+    }
+}
+
 /* The slots of one head, 64 features and one segment; with `totals` only the segment's own sums. */
 template <int D, int C, bool QUERIES>
 __global__ void __launch_bounds__(WALK_THREADS)
@@ -360,42 +498,16 @@ __global__ void __launch_bounds__(WALK_THREADS)
         cp_async_commit();
     }
     uint32_t w[D / 16][4] = {};
-    float bias[2] = {0, 0}, top[2] = {SRF__UNSET, SRF__UNSET}, acc[D / 8][4];
-    float z[4] = {0, 0, 0, 0}; /* z or u of rows g, g + 8 in 0, 2: shares of a sum over the quad */
-    uint32_t ones = g == 0 ? 0x3f803f80u : 0; /* a column of ones: sums of rows as a product */
-    zero(acc);
+    float bias[2] = {0, 0};
+    struct state_sums<D> st;
+    start_state(&st);
     if (active) {
         int64_t set = bh % p.heads;
         load_a_global<D>(w, p.w + set * p.w_step + (int64_t)feature * D);
         for (int j = 0; j < 2; j++)
             bias[j] = SRF__LOG2E * p.bias[set * p.bias_step + feature + g + 8 * j] -
                       (QUERIES ? p.log2_m : 0);
-    }
-    /* The segments before this one (after it, for queries), in their order. */
-    int n_before = totals || !active ? 0 : QUERIES ? p.n_seg - 1 - seg : seg;
-    for (int i = 0; i < n_before; i++) {
-        int other = QUERIES ? p.n_seg - 1 - i : i;
-        float step[2], by[2];
-        int64_t row[2];
-        for (int j = 0; j < 2; j++) {
-            row[j] = (bh * p.n_seg + other) * p.m + feature + g + 8 * j;
-            float to =
-                QUERIES ? p.top[(bh * p.n_slots + other * p.seg_slots) * p.m + feature + g + 8 * j]
-                        : p.sum_top[row[j]];
-            float next = QUERIES ? to : fmaxf(top[j], to);
-            step[j] = top[j] == SRF__UNSET ? 0 : exp2_fast(QUERIES ? next - top[j] : top[j] - next);
-            by[j] = exp2_fast(to - next);
-            z[2 * j] = z[2 * j] * step[j] + (quad == 0 ? by[j] * p.sum_z[row[j]] : 0);
-            top[j] = next;
-        }
-#pragma unroll
-        for (int n = 0; n < D / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float2 x = *(const float2 *)(p.sum_s + row[j] * D + n * 8 + quad * 2);
-                acc[n][2 * j] = acc[n][2 * j] * step[j] + by[j] * x.x;
-                acc[n][2 * j + 1] = acc[n][2 * j + 1] * step[j] + by[j] * x.y;
-            }
+        if (!totals) add_segments<D, QUERIES>(&st, &p, bh, seg, feature);
     }
 
     for (int i = 0; i < n_tiles; i++) {
@@ -411,74 +523,22 @@ __global__ void __launch_bounds__(WALK_THREADS)
         walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
         if (active) {
             const bf16 *tokens = sm->pair[stage][0], *values = sm->pair[stage][1];
-            const float *half = sm->half[stage];
-            float e[C / 8][4], most[2] = {top[0], top[1]}, step[2];
-            zero(e);
-#pragma unroll
-            for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, w[kk], tokens, kk);
-#pragma unroll
-            for (int n = 0; n < C / 8; n++) {
-                float2 sub = *(const float2 *)(half + n * 8 + quad * 2);
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    e[n][j] =
-                        fmaf(e[n][j], SRF__LOG2E * p.scale, bias[j >> 1] - (j & 1 ? sub.y : sub.x));
-                    if (!QUERIES) most[j >> 1] = fmaxf(most[j >> 1], e[n][j]);
-                }
-            }
-            for (int j = 0; j < 2; j++) {
-                if (QUERIES) {
-                    most[j] = p.top[(bh * p.n_slots + slot) * p.m + feature + g + 8 * j];
-                    step[j] = top[j] == SRF__UNSET ? 0 : exp2_fast(most[j] - top[j]);
-                } else {
-                    most[j] = rintf(quad_max(most[j]));
-                    step[j] = exp2_fast(top[j] - most[j]);
-                }
-                top[j] = most[j];
-                z[2 * j] *= step[j];
-            }
-            if (__any_sync(0xffffffffu, step[0] != 1 || step[1] != 1))
-                scale_rows(acc, step[0], step[1]);
-#pragma unroll
-            for (int n = 0; n < C / 8; n += 2) {
-                uint32_t a[4];
-                float2 delta[2];
-#pragma unroll
-                for (int i2 = 0; i2 < 2; i2++) {
-                    float *x = e[n + i2];
-                    float2 stat = make_float2(0, 0);
-                    if (QUERIES) {
-                        stat = *(const float2 *)(sm->stat[stage] + (n + i2) * 8 + quad * 2);
-                        delta[i2] = *(const float2 *)(sm->delta[stage] + (n + i2) * 8 + quad * 2);
-                    }
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float by = j & 1 ? stat.y : stat.x;
-                        x[j] = QUERIES ? far_weight(x[j] + (top[j >> 1] - by))
-                                       : exp2_fast(x[j] - top[j >> 1]);
-                    }
-                }
-                pack_a(a, e[n], e[n + 1]);
-                /* Sums of the rounded weights, for one normaliser with S. a[j] is of row g + 8 (j &
-                 * 1), columns 8 (n + j / 2) + 2 quad .. */
-                if (QUERIES)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float2 f = unpack_bf16(a[j]);
-                        z[2 * (j & 1)] += f.x * delta[j >> 1].x + f.y * delta[j >> 1].y;
-                    }
-                else
-                    mma_bf16(z, a, ones, ones);
-                mma_cols<D>(acc, a, values + n * 8 * (D + 8));
+            if (QUERIES) {
+                int64_t row = (bh * p.n_slots + slot) * p.m + feature + g;
+                float top[2] = {p.top[row], p.top[row + 8]};
+                add_queries<D, C>(&st, w, bias, tokens, values, sm->half[stage], sm->stat[stage],
+                                  sm->delta[stage], top, &p);
+            } else {
+                add_keys<D, C>(&st, w, bias, tokens, values, sm->half[stage], &p);
             }
             if (!totals && (i + 1) % (p.window / C) == 0) {
                 int64_t row = (bh * p.n_slots + slot) * p.m + feature;
-                store_rows<D>(states + row * D, D, WARP_FEATURES, acc);
+                store_rows<D>(states + row * D, D, WARP_FEATURES, st.s);
                 for (int j = 0; j < 2; j++) {
-                    float sum = quad_sum(z[2 * j]);
+                    float sum = quad_sum(st.z[2 * j]);
                     if (quad) continue;
                     sums[row + g + 8 * j] = sum;
-                    if (!QUERIES) p.top[row + g + 8 * j] = top[j];
+                    if (!QUERIES) p.top[row + g + 8 * j] = st.top[j];
                 }
             }
         }
@@ -487,14 +547,14 @@ __global__ void __launch_bounds__(WALK_THREADS)
     if (!totals || !active) return;
     for (int j = 0; j < 2; j++) {
         int64_t row = (bh * p.n_seg + seg) * p.m + feature + g + 8 * j;
-        float sum = quad_sum(z[2 * j]);
+        float sum = quad_sum(st.z[2 * j]);
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *(float2 *)(p.sum_s + row * D + n * 8 + quad * 2) =
-                make_float2(acc[n][2 * j], acc[n][2 * j + 1]);
+                make_float2(st.s[n][2 * j], st.s[n][2 * j + 1]);
         if (quad) continue;
         p.sum_z[row] = sum;
-        if (!QUERIES) p.sum_top[row] = top[j];
+        if (!QUERIES) p.sum_top[row] = st.top[j];
     }
 }
 
@@ -540,13 +600,6 @@ __device__ __forceinline__ void load_far(bf16 *pair[2], float *bias, float *top,
     load_features<C>(sum, sums + row, n);
 }
 
-/* What two features add to an exponent: log2(e) bias + top + more, where M comes in as top. */
-__device__ __forceinline__ float2 far_exponent(const float *bias, const float *top, float more)
-{
-    float2 b = *(const float2 *)bias, m = *(const float2 *)top;
-    return make_float2(fmaf(SRF__LOG2E, b.x, more) + m.x, fmaf(SRF__LOG2E, b.y, more) + m.y);
-}
-
 template <int D, int C>
 __device__ __forceinline__ void load_fwd(struct fwd_smem<D, C> *sm, int stage,
                                          const struct hybrid *p, const struct chunk *c, int i,
@@ -564,12 +617,135 @@ __device__ __forceinline__ void load_fwd(struct fwd_smem<D, C> *sm, int stage,
     }
 }
 
+/* Sums of 16 rows so far, in the scale 2^-most. */
+template <int D> struct row_sums {
+    float o[D / 8][4], most[2];
+    float den[4]; /* of rows g, g + 8 in 0, 2: shares of a sum over the quad */
+};
+template <int D> __device__ __forceinline__ void start_sums(struct row_sums<D> *r)
+{
+    zero(r->o);
+    r->den[0] = r->den[1] = r->den[2] = r->den[3] = 0;
+    r->most[0] = r->most[1] = -INFINITY;
+}
+
+/* Exponents of a warp's rows against a tile of keys; causal: the tile of the rows themselves. */
+template <int D, int C>
+__device__ __forceinline__ void exact_exponents(float (&e)[C / 8][4],
+                                                const uint32_t (&q)[D / 16][4], const bf16 *tile,
+                                                const struct hybrid *p, bool causal)
+{
+    int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * 16 + (lane >> 2) - (lane & 3) * 2;
+    zero(e);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, q[kk], tile, kk);
+#pragma unroll
+    for (int n = 0; n < C / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) e[n][j] *= 2 * p->half_scale;
+    if (!causal) return;
+#pragma unroll
+    for (int n = 0; n < C / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (n * 8 + (j & 1) - (j >> 1) * 8 > row) e[n][j] = -INFINITY;
+}
+
+/* The same against C features, `left` of which there are: W in tile, their biases and M. */
+template <int D, int C>
+__device__ __forceinline__ void far_exponents(float (&e)[C / 8][4], const uint32_t (&q)[D / 16][4],
+                                              const bf16 *tile, const float *bias, const float *top,
+                                              const float half[2], const struct hybrid *p, int left)
+{
+    int quad = threadIdx.x & 3;
+    zero(e);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, q[kk], tile, kk);
+#pragma unroll
+    for (int n = 0; n < C / 8; n++) {
+        float2 b = *(const float2 *)(bias + n * 8 + quad * 2);
+        float2 m = *(const float2 *)(top + n * 8 + quad * 2);
+        b.x = fmaf(SRF__LOG2E, b.x, -p->log2_m) + m.x;
+        b.y = fmaf(SRF__LOG2E, b.y, -p->log2_m) + m.y;
+        if (n * 8 + quad * 2 >= left) b.x = b.y = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            e[n][j] = fmaf(e[n][j], SRF__LOG2E * p->scale, (j & 1 ? b.y : b.x) - half[j >> 1]);
+    }
+}
+
+/* Adds the weights 2^e of a tile: times its values, and times z or, where z is NULL, 1. */
+template <int D, int C>
+__device__ __forceinline__ void add_tile(struct row_sums<D> *r, float (&e)[C / 8][4],
+                                         const bf16 *values, const float *z)
+{
+    int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
+    uint32_t ones = g == 0 ? 0x3f803f80u : 0; /* a column of ones: sums of rows as a product */
+    float next[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < C / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
+    /* A stabiliser near the maximum does as well, and most tiles need no rescaling. */
+    bool grows[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        next[j] = quad_max(next[j]);
+        grows[j] = next[j] > r->most[j] + LAZY;
+    }
+    if (__any_sync(0xffffffffu, grows[0] || grows[1])) {
+        float step[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            step[j] = grows[j] ? exp2_fast(r->most[j] - next[j]) : 1;
+            r->most[j] = grows[j] ? next[j] : r->most[j];
+            r->den[2 * j] *= step[j];
+        }
+        scale_rows(r->o, step[0], step[1]);
+    }
+#pragma unroll
+    for (int n = 0; n < C / 8; n += 2) {
+        uint32_t a[4];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            e[n + (j >> 2)][j & 3] = exp2_fast(e[n + (j >> 2)][j & 3] - r->most[(j >> 1) & 1]);
+        pack_a(a, e[n], e[n + 1]);
+        /* The rounded weights are summed: numerator and denominator use the same. */
+        if (!z)
+            mma_bf16(r->den, a, ones, ones);
+        else
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 f = unpack_bf16(a[j]);
+                float2 by = *(const float2 *)(z + (n + (j >> 1)) * 8 + quad * 2);
+                r->den[2 * (j & 1)] += f.x * by.x + f.y * by.y;
+            }
+        mma_cols<D>(r->o, a, values + n * 8 * (D + 8));
+    }
+}
+
+/* o and stat of a warp's rows, which start at token `row`. */
+template <int D>
+__device__ __forceinline__ void store_sums(struct row_sums<D> *r, const struct hybrid *p,
+                                           int64_t bh, int64_t out, int row)
+{
+    int lane = threadIdx.x & 31, g = lane >> 2;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        r->den[2 * j] = quad_sum(r->den[2 * j]);
+        if (p->stat && (lane & 3) == 0 && row + g + 8 * j < p->t)
+            p->stat[bh * p->t + row + g + 8 * j] = r->most[j] + log2f(r->den[2 * j]);
+    }
+    scale_rows(r->o, 1 / r->den[0], 1 / r->den[2]);
+    store_rows<D>(p->o + out + row * p->ld_o, p->ld_o, p->t - row, r->o);
+}
+
 template <int D, int C>
 __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ struct hybrid p)
 {
     extern __shared__ __align__(16) char smem[];
     struct fwd_smem<D, C> *sm = (struct fwd_smem<D, C> *)smem;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
     struct chunk c = chunk_of<D, C>(&p);
     int n_exact = (c.row - max(c.block - 1, 0) * p.window) / C + 1;
     int n_tiles = n_exact + (c.block < 2 ? 0 : (p.m + C - 1) / C);
@@ -585,10 +761,8 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) load_a<D>(q[kk], sm->q + warp * 16 * (D + 8), kk);
     float half[2] = {sm->half[warp * 16 + g], sm->half[warp * 16 + g + 8]};
-    float most[2] = {-INFINITY, -INFINITY}, o[D / 8][4];
-    float den[4] = {0, 0, 0, 0}; /* of rows g, g + 8 in 0, 2: shares of a sum over the quad */
-    uint32_t ones = g == 0 ? 0x3f803f80u : 0; /* a column of ones: sums of rows as a product */
-    zero(o);
+    struct row_sums<D> sums;
+    start_sums(&sums);
 
     for (int i = 0; i < n_tiles; i++) {
         int stage = i & 1;
@@ -597,84 +771,173 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
         cp_async_wait<1>();
         if (i < n_exact) clean_rows<D, C, 2 * C, false>(sm->pair[stage][0], &p, NULL);
         __syncthreads();
-        float e[C / 8][4], next[2] = {-INFINITY, -INFINITY};
-        zero(e);
-#pragma unroll
-        for (int kk = 0; kk < D / 16; kk++) mma_rows<D, C / 8>(e, q[kk], sm->pair[stage][0], kk);
+        const bf16 *tile = sm->pair[stage][0], *values = sm->pair[stage][1];
+        float e[C / 8][4];
         if (i < n_exact) {
-#pragma unroll
-            for (int n = 0; n < C / 8; n++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) e[n][j] *= 2 * p.half_scale;
-            if (i == n_exact - 1) { /* causal */
-                int row = warp * 16 + g - quad * 2;
-#pragma unroll
-                for (int n = 0; n < C / 8; n++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        if (n * 8 + (j & 1) - (j >> 1) * 8 > row) e[n][j] = -INFINITY;
-            }
+            exact_exponents<D, C>(e, q, tile, &p, i == n_exact - 1);
+            add_tile<D, C>(&sums, e, values, NULL);
         } else {
-            int left = p.m - (i - n_exact) * C - quad * 2;
-#pragma unroll
-            for (int n = 0; n < C / 8; n++) {
-                float2 add = far_exponent(sm->bias[stage] + n * 8 + quad * 2,
-                                          sm->top[stage] + n * 8 + quad * 2, -p.log2_m);
-                if (n * 8 >= left) add = make_float2(-INFINITY, -INFINITY);
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    e[n][j] =
-                        fmaf(e[n][j], SRF__LOG2E * p.scale, (j & 1 ? add.y : add.x) - half[j >> 1]);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < C / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) next[j >> 1] = fmaxf(next[j >> 1], e[n][j]);
-        /* A stabiliser near the maximum does as well, and most tiles need no rescaling. */
-        bool grows[2];
-        for (int j = 0; j < 2; j++) {
-            next[j] = quad_max(next[j]);
-            grows[j] = next[j] > most[j] + LAZY;
-        }
-        if (__any_sync(0xffffffffu, grows[0] || grows[1])) {
-            float step[2];
-            for (int j = 0; j < 2; j++) {
-                step[j] = grows[j] ? exp2_fast(most[j] - next[j]) : 1;
-                most[j] = grows[j] ? next[j] : most[j];
-                den[2 * j] *= step[j];
-            }
-            scale_rows(o, step[0], step[1]);
-        }
-#pragma unroll
-        for (int n = 0; n < C / 8; n += 2) {
-            uint32_t a[4];
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                e[n + (j >> 2)][j & 3] = exp2_fast(e[n + (j >> 2)][j & 3] - most[(j >> 1) & 1]);
-            pack_a(a, e[n], e[n + 1]);
-            /* The rounded weights are summed: numerator and denominator use the same. */
-            if (i < n_exact)
-                mma_bf16(den, a, ones, ones);
-            else
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float2 f = unpack_bf16(a[j]);
-                    float2 z = *(const float2 *)(sm->z[stage] + (n + (j >> 1)) * 8 + quad * 2);
-                    den[2 * (j & 1)] += f.x * z.x + f.y * z.y;
-                }
-            mma_cols<D>(o, a, sm->pair[stage][1] + n * 8 * (D + 8));
+            far_exponents<D, C>(e, q, tile, sm->bias[stage], sm->top[stage], half, &p,
+                                p.m - (i - n_exact) * C);
+            add_tile<D, C>(&sums, e, values, sm->z[stage]);
         }
         __syncthreads();
     }
-    int row = c.row + warp * 16;
+    store_sums<D>(&sums, &p, c.bh, c.out, c.row + warp * 16);
+}
+
+/* ---- forward in one walk: window 64, m <= 64, d <= 64 -------------------------------------------
+ * Each tensor passes once. A CTA takes a head's segment block by block: its warps are 16 rows of
+ * queries each and 16 features of the state each. Before block j they hold S of the blocks up to
+ * j - 2; they put it into shared memory for the queries, then take in block j - 1, whose k, v are
+ * still there as the queries' block before. */
+
+template <int D> struct fused_smem {
+    bf16 q[64 * (D + 8)], pair[2][2][64 * (D + 8)]; /* k, v of even and odd blocks */
+    bf16 w[64 * (D + 8)], s[64 * (D + 8)];
+    float half_q[64], half_k[2][64], bias[64], top[64], z[64];
+};
+
+template <int D>
+__device__ __forceinline__ void load_fused(struct fused_smem<D> *sm, const struct hybrid *p,
+                                           int64_t in, int block, bool queries)
+{
+    int row = block * 64, n = p->t - row;
+    int64_t at = in + row * p->ld;
+    load_rows<D, 64, 128>(sm->pair[block & 1][0], p->k + at, p->ld, n);
+    load_rows<D, 64, 128>(sm->pair[block & 1][1], p->v + at, p->ld, n);
+    if (queries) load_rows<D, 64, 128>(sm->q, p->q + at, p->ld, n);
+}
+
+/* What a CTA walks through. */
+struct walker {
+    int64_t bh, set, in, out; /* head; element offsets of the head's token 0 by ld, ld_o */
+    int seg, begin, end;      /* blocks [begin, end) */
+    int n_blocks, feature;    /* the warp's first feature */
+};
+template <int D> __device__ __forceinline__ struct walker walker_of(const struct hybrid *p)
+{
+    struct walker w;
+    unsigned head = blockIdx.x / (unsigned)p->n_seg;
+    int64_t seq = head / (unsigned)p->heads;
+    w.bh = head;
+    w.set = head % (unsigned)p->heads;
+    w.in = seq * p->t * p->ld + w.set * D;
+    w.out = seq * p->t * p->ld_o + w.set * D;
+    w.seg = (int)(blockIdx.x - head * (unsigned)p->n_seg);
+    w.n_blocks = (p->t + 63) / 64;
+    /* The segments before hold the blocks before lo: what block lo + 1 reads. */
+    int lo = w.seg * p->seg_slots;
+    w.begin = w.seg ? lo + 1 : 0;
+    w.end = w.seg + 1 < p->n_seg ? lo + p->seg_slots + 1 : w.n_blocks;
+    w.feature = (threadIdx.x >> 5) * WARP_FEATURES;
+    return w;
+}
+
+/* The first loads, not committed yet, and the state before the segment. */
+template <int D>
+__device__ __forceinline__ void start_walk(struct fused_smem<D> *sm, struct state_sums<D> *state,
+                                           float bias[2], const struct hybrid *p,
+                                           const struct walker *w)
+{
+    int g = (threadIdx.x & 31) >> 2;
+    load_rows<D, 64, 128>(sm->w, p->w + w->set * p->w_step, D, p->m);
+    load_features<64>(sm->bias, p->bias + w->set * p->bias_step, p->m);
+    if (w->begin) load_fused<D>(sm, p, w->in, w->begin - 1, false);
+    load_fused<D>(sm, p, w->in, w->begin, true);
+    start_state(state);
+    bias[0] = bias[1] = 0;
+    if (w->feature >= p->m) return;
+    for (int j = 0; j < 2; j++)
+        bias[j] = SRF__LOG2E * p->bias[w->set * p->bias_step + w->feature + g + 8 * j];
+    add_segments<D, false>(state, p, w->bh, w->seg, w->feature);
+}
+
+/* Waits for a block's loads (the first time for two blocks'). */
+template <int D>
+__device__ __forceinline__ void arrive(struct fused_smem<D> *sm, const struct hybrid *p, int block,
+                                       bool first)
+{
+    int now = block & 1;
+    cp_async_wait<0>();
+    clean_rows<D, 64, 128, true>(sm->q, p, sm->half_q);
+    clean_rows<D, 64, 128, true>(sm->pair[now][0], p, sm->half_k[now]);
+    if (block && first) clean_rows<D, 64, 128, true>(sm->pair[now ^ 1][0], p, sm->half_k[now ^ 1]);
+    __syncthreads();
+}
+
+/* S, z, M of a warp's features for all queries; seen after the next barrier. */
+template <int D>
+__device__ __forceinline__ void publish_state(struct fused_smem<D> *sm,
+                                              const struct state_sums<D> *state, int feature)
+{
+    int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
+#pragma unroll
     for (int j = 0; j < 2; j++) {
-        den[2 * j] = quad_sum(den[2 * j]);
-        if (p.stat && quad == 0 && row + g + 8 * j < p.t)
-            p.stat[c.bh * p.t + row + g + 8 * j] = most[j] + log2f(den[2 * j]);
+        int row = feature + g + 8 * j;
+        uint32_t *s = (uint32_t *)(sm->s + row * (D + 8) + quad * 2);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            s[n * 4] = pack_bf16(state->s[n][2 * j], state->s[n][2 * j + 1]);
+        float z = quad_sum(state->z[2 * j]);
+        if (quad) continue;
+        sm->z[row] = z;
+        sm->top[row] = state->top[j];
     }
-    scale_rows(o, 1 / den[0], 1 / den[2]);
-    store_rows<D>(p.o + c.out + row * p.ld_o, p.ld_o, p.t - row, o);
+}
+
+/* The keys of a block in shared memory into a warp's part of the state. */
+template <int D>
+__device__ __forceinline__ void take_block(struct fused_smem<D> *sm, struct state_sums<D> *state,
+                                           const float bias[2], const struct hybrid *p, int stage,
+                                           int feature)
+{
+    uint32_t w[D / 16][4];
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) load_a<D>(w[kk], sm->w + feature * (D + 8), kk);
+    add_keys<D, 64>(state, w, bias, sm->pair[stage][0], sm->pair[stage][1], sm->half_k[stage], p);
+}
+
+template <int D>
+__global__ void __launch_bounds__(128, 3) fused_fwd_kernel(const __grid_constant__ struct hybrid p)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct fused_smem<D> *sm = (struct fused_smem<D> *)smem;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
+    struct walker w = walker_of<D>(&p);
+    struct state_sums<D> state;
+    float bias[2];
+    start_walk<D>(sm, &state, bias, &p, &w);
+    cp_async_commit();
+
+    for (int block = w.begin; block < w.end; block++) {
+        int now = block & 1, before = now ^ 1;
+        arrive<D>(sm, &p, block, block == w.begin);
+        uint32_t q[D / 16][4];
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++) load_a<D>(q[kk], sm->q + warp * 16 * (D + 8), kk);
+        float half[2] = {sm->half_q[warp * 16 + g], sm->half_q[warp * 16 + g + 8]};
+        float e[8][4];
+        struct row_sums<D> sums;
+        start_sums(&sums);
+        if (block >= 2) publish_state<D>(sm, &state, w.feature);
+        if (block) {
+            exact_exponents<D, 64>(e, q, sm->pair[before][0], &p, false);
+            add_tile<D, 64>(&sums, e, sm->pair[before][1], NULL);
+            if (w.feature < p.m && block + 1 < w.n_blocks)
+                take_block<D>(sm, &state, bias, &p, before, w.feature);
+        }
+        __syncthreads();
+        if (block + 1 < w.end) load_fused<D>(sm, &p, w.in, block + 1, true);
+        cp_async_commit();
+        exact_exponents<D, 64>(e, q, sm->pair[now][0], &p, true);
+        add_tile<D, 64>(&sums, e, sm->pair[now][1], NULL);
+        if (block >= 2) {
+            far_exponents<D, 64>(e, q, sm->w, sm->bias, sm->top, half, &p, p.m);
+            add_tile<D, 64>(&sums, e, sm->s, sm->z);
+        }
+        store_sums<D>(&sums, &p, w.bh, w.out, block * 64 + warp * 16);
+    }
 }
 
 /* ---- backward -----------------------------------------------------------------------------------
@@ -736,6 +999,128 @@ __device__ __forceinline__ void row_deltas(const bf16 *d_o, const bf16 *o, float
     }
 }
 
+/* Sums of 16 rows: dq, or dk and dv, before their last factors; the sum of da over features. */
+template <int D, bool KEYS> struct grad_sums {
+    float x[D / 8][4], v[KEYS ? D / 8 : 1][4], sum[2];
+};
+template <int D, bool KEYS>
+__device__ __forceinline__ void start_grads(struct grad_sums<D, KEYS> *r)
+{
+    zero(r->x);
+    zero(r->v);
+    r->sum[0] = r->sum[1] = 0;
+}
+struct row_values { /* of rows g, g + 8: |x|^2 / 2; of queries stat, delta */
+    float half[2], stat[2], delta[2];
+};
+struct col_values { /* of a tile's columns: queries' stat, delta; features' bias, M, z or u */
+    const float *stat, *delta, *bias, *top, *sum;
+};
+
+/* A tile's part of the gradients of a warp's rows (x, y: q, d_o or k, v). causal: the tile of the
+ * rows' own tokens. left: how many features a tile of them has. */
+template <int D, int C, bool KEYS, bool FAR>
+__device__ __forceinline__ void
+add_gradients(struct grad_sums<D, KEYS> *r, struct a_rows<D> *x, struct a_rows<D> *y,
+              const bf16 *tile, const bf16 *values, const struct col_values *col_of,
+              const struct row_values *row_of, const struct hybrid *p, bool causal, int left)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+#pragma unroll 1
+    for (int first = 0; first < C; first += SUB) {
+        /* Nothing to see in a piece all before or all after this warp's rows. */
+        if (causal && (KEYS ? first + SUB <= warp * 16 : first > warp * 16 + 15)) continue;
+        float e[SUB / 8][4], da[SUB / 8][4];
+        zero(e);
+        zero(da);
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++)
+            mma_rows<D, SUB / 8>(e, x->get(kk), tile + first * (D + 8), kk);
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++)
+            mma_rows<D, SUB / 8>(da, y->get(kk), values + first * (D + 8), kk);
+#pragma unroll
+        for (int n = 0; n < SUB / 8; n++) {
+            int col = first + n * 8 + quad * 2;
+            float2 a = {0, 0}, b = {0, 0}, c = {0, 0};
+            if (FAR) {
+                a = *(const float2 *)(col_of->bias + col);
+                b = *(const float2 *)(col_of->top + col);
+                c = *(const float2 *)(col_of->sum + col);
+            } else if (KEYS) {
+                b = *(const float2 *)(col_of->stat + col);
+                c = *(const float2 *)(col_of->delta + col);
+            }
+            bool in = !FAR || n * 8 + first + quad * 2 < left;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float top = j & 1 ? b.y : b.x, add = j & 1 ? c.y : c.x;
+                float stat = row_of->stat[j >> 1], delta = row_of->delta[j >> 1];
+                float half = row_of->half[j >> 1];
+                if (FAR) {
+                    float bias = SRF__LOG2E * (j & 1 ? a.y : a.x);
+                    float more = KEYS ? bias - half : bias - p->log2_m + top - half;
+                    e[n][j] = fmaf(e[n][j], SRF__LOG2E * p->scale, more) - (KEYS ? top : stat);
+                    e[n][j] = in ? far_weight(e[n][j]) : 0;
+                    da[n][j] = e[n][j] * (da[n][j] + (KEYS ? add : add * delta));
+                } else {
+                    /* Rounded as in forward: no weight may be above 1 there. */
+                    e[n][j] = __fmul_rn(e[n][j], 2 * p->half_scale) - (KEYS ? top : stat);
+                    e[n][j] = exp2_fast(e[n][j]);
+                    da[n][j] = e[n][j] * (da[n][j] + (KEYS ? add : delta));
+                }
+            }
+        }
+        if (causal) {
+            int row = warp * 16 + g - quad * 2 - first;
+#pragma unroll
+            for (int n = 0; n < SUB / 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int off = n * 8 + (j & 1) - (j >> 1) * 8;
+                    if (KEYS ? off < row : off > row) e[n][j] = da[n][j] = 0;
+                }
+        }
+#pragma unroll
+        for (int n = 0; n < SUB / 8; n += 2) {
+            uint32_t a[4];
+            pack_a(a, da[n], da[n + 1]);
+            if (FAR)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float2 f = unpack_bf16(a[j]);
+                    r->sum[j & 1] += f.x + f.y;
+                }
+            mma_cols<D>(r->x, a, tile + (first + n * 8) * (D + 8));
+            if constexpr (KEYS) {
+                pack_a(a, e[n], e[n + 1]);
+                mma_cols<D>(r->v, a, values + (first + n * 8) * (D + 8));
+            }
+        }
+    }
+}
+
+/* The last factors: da W - sum x, and d^(-1/4) of x. rows: the warp's q or k. */
+template <int D, bool KEYS>
+__device__ __forceinline__ void finish_grads(struct grad_sums<D, KEYS> *r, struct a_rows<D> *x,
+                                             const struct hybrid *p)
+{
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        float by = p->scale * quad_sum(r->sum[j]);
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                /* An A fragment holds what a C fragment does of the same 16 columns. */
+                float2 f = unpack_bf16(x->get(kk)[2 * i + j]);
+                float *at = r->x[2 * kk + i] + 2 * j;
+                at[0] = p->scale * (at[0] - by * f.x);
+                at[1] = p->scale * (at[1] - by * f.y);
+            }
+    }
+}
+
 template <int D, int C, bool KEYS>
 __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ struct hybrid p)
 {
@@ -770,18 +1155,17 @@ __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ stru
     struct a_rows<D> x, y;
     x.init(sm->rows[0] + warp * 16 * (D + 8));
     y.init(sm->rows[1] + warp * 16 * (D + 8));
-    float half[2], stat[2] = {0, 0}, delta[2] = {0, 0}, sum[2] = {0, 0};
+    struct row_values rows = {};
     for (int j = 0; j < 2; j++) {
         int row = warp * 16 + g + 8 * j;
-        half[j] = sm->half[row];
+        rows.half[j] = sm->half[row];
         if (KEYS) continue;
-        stat[j] = row < n_rows ? p.stat[c.bh * p.t + c.row + row] : INFINITY;
-        delta[j] = sm->delta[0][row];
-        if (quad == 0 && row < n_rows) p.delta[c.bh * p.t + c.row + row] = delta[j];
+        rows.stat[j] = row < n_rows ? p.stat[c.bh * p.t + c.row + row] : INFINITY;
+        rows.delta[j] = sm->delta[0][row];
+        if (quad == 0 && row < n_rows) p.delta[c.bh * p.t + c.row + row] = rows.delta[j];
     }
-    float acc[D / 8][4], acc_v[KEYS ? D / 8 : 1][4];
-    zero(acc);
-    zero(acc_v);
+    struct grad_sums<D, KEYS> grads;
+    start_grads(&grads);
 
     for (int i = 0; i < n_tiles; i++) {
         int stage = i & 1;
@@ -790,103 +1174,106 @@ __global__ void __launch_bounds__(2 * C) bwd_kernel(const __grid_constant__ stru
         cp_async_wait<1>();
         if (i < n_exact) clean_rows<D, C, 2 * C, false>(sm->pair[stage][0], &p, NULL);
         __syncthreads();
-#pragma unroll 1
-        for (int first = 0; first < C; first += SUB) {
-            /* Nothing to see in a piece all before or all after this warp's rows. */
-            if (i == causal && (KEYS ? first + SUB <= warp * 16 : first > warp * 16 + 15)) continue;
-            const bf16 *tile = sm->pair[stage][0] + first * (D + 8);
-            const bf16 *values = sm->pair[stage][1] + first * (D + 8);
-            float e[SUB / 8][4], da[SUB / 8][4];
-            zero(e);
-            zero(da);
-#pragma unroll
-            for (int kk = 0; kk < D / 16; kk++) mma_rows<D, SUB / 8>(e, x.get(kk), tile, kk);
-#pragma unroll
-            for (int kk = 0; kk < D / 16; kk++) mma_rows<D, SUB / 8>(da, y.get(kk), values, kk);
-            if (i < n_exact) {
-#pragma unroll
-                for (int n = 0; n < SUB / 8; n++) {
-                    int col = first + n * 8 + quad * 2;
-                    float2 to = {0, 0}, add = {0, 0};
-                    if (KEYS) {
-                        to = *(const float2 *)(sm->stat[stage] + col);
-                        add = *(const float2 *)(sm->delta[stage] + col);
-                    }
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float sub = !KEYS ? stat[j >> 1] : j & 1 ? to.y : to.x;
-                        float dp = da[n][j] + (!KEYS ? delta[j >> 1] : j & 1 ? add.y : add.x);
-                        /* Rounded as in forward: no weight may be above 1 there. */
-                        e[n][j] = exp2_fast(__fmul_rn(e[n][j], 2 * p.half_scale) - sub);
-                        da[n][j] = e[n][j] * dp;
-                    }
-                }
-                if (i == causal) {
-                    int row = warp * 16 + g - quad * 2 - first;
-#pragma unroll
-                    for (int n = 0; n < SUB / 8; n++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            int off = n * 8 + (j & 1) - (j >> 1) * 8;
-                            if (KEYS ? off < row : off > row) e[n][j] = da[n][j] = 0;
-                        }
-                }
-            } else {
-                int left = p.m - (i - n_exact) * C - first - quad * 2;
-#pragma unroll
-                for (int n = 0; n < SUB / 8; n++) {
-                    int col = first + n * 8 + quad * 2;
-                    float2 add = *(const float2 *)(sm->sum[stage] + col);
-                    float2 top = *(const float2 *)(sm->top[stage] + col);
-                    float2 bias = *(const float2 *)(sm->bias[stage] + col);
-                    bool in = n * 8 < left;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float t = j & 1 ? top.y : top.x, s = j & 1 ? add.y : add.x;
-                        float b = SRF__LOG2E * (j & 1 ? bias.y : bias.x);
-                        float dp = da[n][j] + (KEYS ? s : s * delta[j >> 1]);
-                        float more = KEYS ? b - half[j >> 1] : b - p.log2_m + t - half[j >> 1];
-                        float sub = KEYS ? t : stat[j >> 1];
-                        e[n][j] = fmaf(e[n][j], SRF__LOG2E * p.scale, more) - sub;
-                        e[n][j] = in ? far_weight(e[n][j]) : 0;
-                        da[n][j] = e[n][j] * dp;
-                    }
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < SUB / 8; n += 2) {
-                uint32_t a[4];
-                pack_a(a, da[n], da[n + 1]);
-                if (i >= n_exact)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float2 f = unpack_bf16(a[j]);
-                        sum[j & 1] += f.x + f.y;
-                    }
-                mma_cols<D>(acc, a, tile + n * 8 * (D + 8));
-                if constexpr (KEYS) {
-                    pack_a(a, e[n], e[n + 1]);
-                    mma_cols<D>(acc_v, a, values + n * 8 * (D + 8));
-                }
-            }
-        }
+        const bf16 *tile = sm->pair[stage][0], *values = sm->pair[stage][1];
+        struct col_values cols = {sm->stat[stage], sm->delta[stage], sm->bias[stage],
+                                  sm->top[stage], sm->sum[stage]};
+        if (i < n_exact)
+            add_gradients<D, C, KEYS, false>(&grads, &x, &y, tile, values, &cols, &rows, &p,
+                                             i == causal, 0);
+        else
+            add_gradients<D, C, KEYS, true>(&grads, &x, &y, tile, values, &cols, &rows, &p, false,
+                                            p.m - (i - n_exact) * C);
         /* Scores are of x and y / d^(1/4) here, features' inputs of x: one factor for both. */
-        if (i == n_exact - 1) scale_rows(acc, p.scale, p.scale);
+        if (i == n_exact - 1) scale_rows(grads.x, p.scale, p.scale);
         __syncthreads();
     }
-    for (int j = 0; j < 2; j++) {
-        const bf16 *row = sm->rows[0] + (warp * 16 + g + 8 * j) * (D + 8) + quad * 2;
-        float by = p.scale * quad_sum(sum[j]);
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            float2 f = __bfloat1622float2(*(const __nv_bfloat162 *)(row + n * 8));
-            acc[n][2 * j] = p.scale * (acc[n][2 * j] - by * f.x);
-            acc[n][2 * j + 1] = p.scale * (acc[n][2 * j + 1] - by * f.y);
-        }
-    }
+    finish_grads(&grads, &x, &p);
     int64_t at = in + warp * 16 * p.ld;
-    store_rows<D>((KEYS ? p.dk : p.dq) + at, p.ld, n_rows - warp * 16, acc);
-    if constexpr (KEYS) store_rows<D>(p.dv + at, p.ld, n_rows - warp * 16, acc_v);
+    store_rows<D>((KEYS ? p.dk : p.dq) + at, p.ld, n_rows - warp * 16, grads.x);
+    if constexpr (KEYS) store_rows<D>(p.dv + at, p.ld, n_rows - warp * 16, grads.v);
+}
+
+/* ---- dq in one walk: window 64, m <= 64, d <= 64 ------------------------------------------------
+ * As the forward in one walk. Of the states only M is stored, for the walk over queries. */
+
+template <int D> struct fused_dq_smem {
+    bf16 d_o[64 * (D + 8)];
+    struct fused_smem<D> fwd;
+};
+
+template <int D>
+__global__ void __launch_bounds__(128, 3) fused_dq_kernel(const __grid_constant__ struct hybrid p)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct fused_smem<D> *sm = &((struct fused_dq_smem<D> *)smem)->fwd;
+    bf16 *d_o = ((struct fused_dq_smem<D> *)smem)->d_o;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    struct walker w = walker_of<D>(&p);
+    bool active = w.feature < p.m;
+
+    struct state_sums<D> state;
+    float bias[2];
+    start_walk<D>(sm, &state, bias, &p, &w);
+    load_rows<D, 64, 128>(d_o, p.d_o + w.out + w.begin * 64 * p.ld_o, p.ld_o, p.t - w.begin * 64);
+    cp_async_commit();
+
+    for (int block = w.begin; block < w.end; block++) {
+        int now = block & 1, before = now ^ 1, row0 = block * 64 + warp * 16;
+        arrive<D>(sm, &p, block, block == w.begin);
+        struct a_rows<D> x, y;
+        x.init(sm->q + warp * 16 * (D + 8));
+        y.init(d_o + warp * 16 * (D + 8));
+        struct row_values rows;
+        for (int j = 0; j < 2; j++) {
+            int row = row0 + g + 8 * j;
+            const bf16 *o = p.o + w.out + (row < p.t ? row : 0) * p.ld_o + quad * 2;
+            float sum = 0;
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float2 a = unpack_bf16(y.get(kk)[2 * i + j]);
+                    float2 b = unpack_bf16(*(const uint32_t *)(o + kk * 16 + i * 8));
+                    sum = fmaf(a.x, b.x, sum);
+                    sum = fmaf(a.y, b.y, sum);
+                }
+            rows.delta[j] = -quad_sum(sum);
+            rows.half[j] = sm->half_q[warp * 16 + g + 8 * j];
+            rows.stat[j] = row < p.t ? p.stat[w.bh * p.t + row] : INFINITY;
+            if (quad == 0 && row < p.t) p.delta[w.bh * p.t + row] = rows.delta[j];
+        }
+        struct grad_sums<D, false> grads;
+        start_grads(&grads);
+        struct col_values cols = {NULL, NULL, sm->bias, sm->top, sm->z};
+        if (block >= 2) {
+            publish_state<D>(sm, &state, w.feature);
+            for (int j = 0; j < 2; j++)
+                if (active && quad == 0)
+                    p.top[(w.bh * p.n_slots + block - 2) * p.m + w.feature + g + 8 * j] =
+                        state.top[j];
+        }
+        if (block) {
+            add_gradients<D, 64, false, false>(&grads, &x, &y, sm->pair[before][0],
+                                               sm->pair[before][1], &cols, &rows, &p, false, 0);
+            if (active && block + 1 < w.n_blocks)
+                take_block<D>(sm, &state, bias, &p, before, w.feature);
+        }
+        __syncthreads();
+        if (block + 1 < w.end) {
+            int next = (block + 1) * 64;
+            load_fused<D>(sm, &p, w.in, block + 1, true);
+            load_rows<D, 64, 128>(d_o, p.d_o + w.out + next * p.ld_o, p.ld_o, p.t - next);
+        }
+        cp_async_commit();
+        add_gradients<D, 64, false, false>(&grads, &x, &y, sm->pair[now][0], sm->pair[now][1],
+                                           &cols, &rows, &p, true, 0);
+        scale_rows(grads.x, p.scale, p.scale);
+        if (block >= 2)
+            add_gradients<D, 64, false, true>(&grads, &x, &y, sm->w, sm->s, &cols, &rows, &p, false,
+                                              p.m);
+        finish_grads(&grads, &x, &p);
+        store_rows<D>(p.dq + w.in + row0 * p.ld, p.ld, p.t - row0, grads.x);
+    }
 }
 
 /* ---- dW -----------------------------------------------------------------------------------------
@@ -1010,7 +1397,7 @@ static size_t carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, b
     int64_t n_slots = div_up(s->t, s->window) - 2;
     n_slots = n_slots < 0 ? 0 : n_slots;
     /* Segments only where they save more than their own walk costs. */
-    int64_t walks = n_bh * div_up(s->m, CTA_FEATURES), n_seg = 2 * cuda_of(ctx)->n_sm / walks;
+    int64_t walks = n_bh * div_up(s->m, CTA_FEATURES), n_seg = 3 * cuda_of(ctx)->n_sm / walks;
     n_seg = n_seg > MAX_SEGMENTS ? MAX_SEGMENTS : n_seg;
     n_seg = n_seg > n_slots / 4 ? n_slots / 4 : n_seg;
     n_seg = n_seg < 3 ? 1 : n_seg;
@@ -1054,6 +1441,17 @@ static size_t carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, b
         (kernel)<<<(unsigned)(grid), (threads), (smem), stream_of(ctx)>>>(__VA_ARGS__);            \
     } while (0)
 
+/* The sums of keys in each segment, where there are several. */
+template <int D, int C>
+static srf_status totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
+{
+    int64_t grid = n_bh * div_up(p->m, CTA_FEATURES) * p->n_seg;
+    if (p->n_seg > 1)
+        LAUNCH((walk_kernel<D, C, false>), grid, WALK_THREADS, sizeof(struct walk_smem<D, C>), *p,
+               true);
+    return SRF_OK;
+}
+
 template <int D, int C, bool QUERIES>
 static srf_status walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
 {
@@ -1068,6 +1466,13 @@ static srf_status walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh
 template <int D, int C>
 static srf_status fwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
 {
+    if constexpr (D <= 64 && C == 64) {
+        if (p->window == 64 && p->m <= 64) {
+            SRF_TRY((totals<D, C>(ctx, p, n_bh)));
+            LAUNCH((fused_fwd_kernel<D>), n_bh * p->n_seg, 128, sizeof(struct fused_smem<D>), *p);
+            return srf__cuda_launched("srf_attn_fwd");
+        }
+    }
     SRF_TRY((walk<D, C, false>(ctx, p, n_bh)));
     LAUNCH((fwd_kernel<D, C>), n_bh * p->n_chunks, 2 * C, sizeof(struct fwd_smem<D, C>), *p);
     return srf__cuda_launched("srf_attn_fwd");
@@ -1079,8 +1484,18 @@ static srf_status bwd(struct srf_ctx *ctx, const struct hybrid *p,
 {
     int64_t n_bh = a->s.b * a->s.h, grid = n_bh * p->n_chunks;
     size_t smem = sizeof(struct bwd_smem<D, C>);
-    SRF_TRY((walk<D, C, false>(ctx, p, n_bh)));
-    LAUNCH((bwd_kernel<D, C, false>), grid, 2 * C, smem, *p);
+    bool dq_in_one_walk = false;
+    if constexpr (D <= 64 && C == 64) {
+        dq_in_one_walk = p->window == 64 && p->m <= 64 && !p->dw_part; /* dW reads the states */
+        if (dq_in_one_walk) {
+            SRF_TRY((totals<D, C>(ctx, p, n_bh)));
+            LAUNCH((fused_dq_kernel<D>), n_bh * p->n_seg, 128, sizeof(struct fused_dq_smem<D>), *p);
+        }
+    }
+    if (!dq_in_one_walk) {
+        SRF_TRY((walk<D, C, false>(ctx, p, n_bh)));
+        LAUNCH((bwd_kernel<D, C, false>), grid, 2 * C, smem, *p);
+    }
     SRF_TRY((walk<D, C, true>(ctx, p, n_bh)));
     LAUNCH((bwd_kernel<D, C, true>), grid, 2 * C, smem, *p);
     if (p->dw_part) {
