@@ -13,6 +13,7 @@ extern "C" size_t cuda_srf_attn_fwd_workspace(const struct srf_ctx *ctx,
                                               const struct srf_srf_attn_fwd_args *a)
 {
     size_t scan = srf__scan_fwd_workspace(ctx, &a->s, true);
+    if (srf__hybrid_takes_fwd(ctx, a)) return larger(scan, srf__hybrid_fwd_workspace(ctx, a));
     return srf__pure_takes_fwd(ctx, a) ? larger(scan, srf__pure_fwd_workspace(ctx, a)) : scan;
 }
 
@@ -21,6 +22,7 @@ extern "C" srf_status cuda_srf_attn_fwd(struct srf_ctx *ctx, const struct srf_sr
     SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
     if (a->s.b * a->s.t == 0) return SRF_OK;
     if (srf__pure_takes_fwd(ctx, a)) return srf__pure_fwd(ctx, a);
+    if (srf__hybrid_takes_fwd(ctx, a)) return srf__hybrid_fwd(ctx, a);
     return srf__scan_fwd(ctx, a);
 }
 
