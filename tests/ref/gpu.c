@@ -6,7 +6,7 @@
 
 /* Of light cases, about SMALL_CASES are taken, evenly. */
 static const double SMALL_WORK = 1e6;
-enum { SMALL_CASES = 30 };
+enum { SMALL_CASES = 20 };
 
 const char *gpu_device(void)
 {
