@@ -10,11 +10,12 @@
 #                                             the CPU's side of the comparisons is computed here
 #   there:  mkdir p && tar xf FILE.tar.xz -C p && p/more/scripts/gpu_check.sh --packed p
 #
-# SRF_GPU_LOGS: a folder that keeps the programs' output. SRF_GPU_BUILD: another folder than build/.
+# SRF_GPU_LOGS: a folder that keeps the programs' output. SRF_GPU_BUILD: the build's folder (build,
+# or build-pack).
 start=$SECONDS
 here="$(pwd)"
 source "$(dirname "$0")/lib.sh"
-build="${SRF_GPU_BUILD:-build}"
+build="${SRF_GPU_BUILD:-build}" # of a run here
 
 usage() {
     sed -n '2,/^start=/s/^# \{0,1\}//p' "$0"
@@ -27,7 +28,8 @@ make_text() {
 
 pack() {
     local out="$1" recorded=gpu_reference
-    scripts/build.sh "$build" -DSRF_CUDA=ON
+    # For any x86-64 of the last ten years, not for this machine's processor.
+    scripts/build.sh "$build" -DSRF_CUDA=ON -DSRF_NATIVE=OFF -DCMAKE_C_FLAGS=-march=x86-64-v3
     make_text
     say "The CPU's side of the comparisons"
     rm -rf "$recorded"
@@ -54,6 +56,7 @@ case "${1:-}" in
     ;;
 --pack)
     [ $# -eq 2 ] || usage 2
+    build="${SRF_GPU_BUILD:-build-pack}"
     pack "$(absolute "$2")"
     exit
     ;;
