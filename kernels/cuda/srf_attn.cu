@@ -26,6 +26,19 @@ extern "C" srf_status cuda_srf_attn_fwd(struct srf_ctx *ctx, const struct srf_sr
     return srf__scan_fwd(ctx, a);
 }
 
+extern "C" size_t cuda_srf_attn_bwd_workspace(const struct srf_ctx *ctx,
+                                              const struct srf_srf_attn_bwd_args *a)
+{
+    return srf__scan_bwd_workspace(ctx, a);
+}
+
+extern "C" srf_status cuda_srf_attn_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
+{
+    SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
+    if (a->s.b * a->s.t == 0) return SRF_OK;
+    return srf__scan_bwd(ctx, a);
+}
+
 extern "C" size_t cuda_srf_attn_prefill_workspace(const struct srf_ctx *ctx,
                                                   const struct srf_srf_attn_prefill_args *a)
 {
@@ -39,4 +52,23 @@ extern "C" srf_status cuda_srf_attn_prefill(struct srf_ctx *ctx,
     SRF_FAIL_IF(!a->s.causal, SRF_INVALID, "prefill of srf attention that is not causal");
     if (a->s.b * a->s.t == 0) return SRF_OK;
     return srf__scan_prefill(ctx, a);
+}
+
+extern "C" size_t cuda_srf_attn_step_workspace(const struct srf_ctx *ctx,
+                                               const struct srf_srf_attn_step_args *a)
+{
+    (void)ctx;
+    (void)a;
+    return 0;
+}
+
+extern "C" srf_status cuda_srf_attn_step(struct srf_ctx *ctx,
+                                         const struct srf_srf_attn_step_args *a)
+{
+    SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
+    SRF_FAIL_IF(!a->s.causal || a->s.t != 1, SRF_INVALID,
+                "a step of srf attention: expected causal and 1 token, found %s and %lld",
+                a->s.causal ? "causal" : "not causal", (long long)a->s.t);
+    if (a->s.b == 0) return SRF_OK;
+    return srf__scan_step(ctx, a);
 }

@@ -10,6 +10,8 @@
  */
 #include "kernels/cuda/srf_attn_scan.h"
 
+#define FWD_PARTS 2 /* x and y */
+
 struct scan_fwd_params {
     struct srf_attn_shape s;
     float scale;
@@ -33,8 +35,6 @@ static int64_t scratch_floats(const struct srf_attn_shape *s, bool own_state)
     return div_up(n, 32) * 32;
 }
 
-enum scan_form { FORM_PURE, FORM_NONCAUSAL, FORM_HYBRID };
-
 template <typename T> struct fwd_head {
     scan_rows<T> q, k, v;
     T *o;
@@ -56,8 +56,8 @@ __device__ void fwd_tile(const struct scan &h, const fwd_head<T> &f, int64_t win
     int64_t lo = hybrid ? window_first(pos, window) : pos, n_keys = pos + n - lo;
     __syncthreads();
     bool far = !hybrid || f.z[0] != 0.0f;
-    load_x<T, TT>(h, 0, f.q, pos, n);
-    if (keys) load_x<T, TT>(h, 1, f.k, pos, n);
+    load_x<T, TT>(h, 0, f.q, pos, 1, n);
+    if (keys) load_x<T, TT>(h, 1, f.k, pos, 1, n);
     if (threadIdx.x < TT) {
         h.r[threadIdx.x] = SCAN_UNSET;
         h.den[threadIdx.x] = 0.0f;
@@ -67,12 +67,12 @@ __device__ void fwd_tile(const struct scan &h, const fwd_head<T> &f, int64_t win
     if (far) tile_stabilisers<TT, keys>(h, f.z, f.top, n);
     if (hybrid) {
         window_weights<TT>(h, n_keys, f.p);
-        window_sum<T, TT>(h, f.v, lo, n_keys, f.p, acc);
+        window_sum<T, TT, false>(h, f.v, lo, n_keys, f.p, acc);
     }
-    if (keys) own_columns<T, TT>(h, f.v, pos, n, vt);
+    if (keys) own_columns<T, TT>(h, f.v, pos, 1, n, vt);
     for (int i0 = 0; far && i0 < h.m; i0 += SCAN_FEATURES) {
         int n_features = min(SCAN_FEATURES, h.m - i0);
-        tile_coefficients<TT, keys, true>(h, f.z, f.top, n, i0, n_features);
+        tile_coefficients<TT, keys, true, true, true>(h, f.z, f.top, n, i0, n_features);
         walk_columns<TT, keys, true>(h, f.s, i0, n_features, vt, acc);
         __syncthreads();
     }
@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_fwd_kernel(const struct sca
     constexpr int TT = SCAN_TILE;
     const struct srf_attn_shape &sh = a.s;
     int64_t block = blockIdx.x, seq = block / sh.h, head = block - seq * sh.h, window = sh.window;
-    struct scan h = scan_begin(sh, a.scale, a.w_t, a.bias, (int)head, (float *)smem);
+    struct scan h = scan_begin(sh, a.scale, a.w_t, a.bias, (int)head, (float *)smem, FWD_PARTS,
+                               SCAN_FEATURES, 0);
     int64_t in = seq * sh.t * a.ld + head * sh.d, count = sh.m * (sh.d + 2);
     int64_t pos = a.state ? a.pos[seq] : 0;
     float *scratch = a.scratch + block * a.scratch_stride;
@@ -116,21 +117,20 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_fwd_kernel(const struct sca
     int64_t end = pos + sh.t;
     if (form == FORM_NONCAUSAL)
         for (int64_t p = pos; p < end; p += TT)
-            absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, p, (int)min((int64_t)TT, end - p));
+            absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, p, tile_rows(p, end));
     if (form != FORM_HYBRID) {
         for (int64_t p = pos; p < end; p += TT)
-            fwd_tile<T, form>(h, f, 0, 0.0f, p, (int)min((int64_t)TT, end - p));
+            fwd_tile<T, form>(h, f, 0, 0.0f, p, tile_rows(p, end));
         return;
     }
     float log2_m = log2f((float)h.m);
-    for (int64_t p = pos; p < end;) {
-        int64_t j = p / window, last = min((j + 1) * window, end);
-        for (; p < last; p += min((int64_t)TT, last - p))
-            fwd_tile<T, form>(h, f, window, log2_m, p, (int)min((int64_t)TT, last - p));
-        if (last < (j + 1) * window || j == 0) continue;
-        for (int64_t s = (j - 1) * window; s < j * window; s += TT)
-            absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, s,
-                               (int)min((int64_t)TT, j * window - s));
+    for (int64_t j = pos / window; j * window < end; j++) {
+        int64_t first = j * window, to = min(first + window, end);
+        for (int64_t p = max(first, pos); p < to; p += TT)
+            fwd_tile<T, form>(h, f, window, log2_m, p, tile_rows(p, to));
+        if (to < first + window || j == 0) continue;
+        for (int64_t p = first - window; p < first; p += TT)
+            absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, p, tile_rows(p, first));
     }
     if (!a.state) return;
     __syncthreads();
@@ -168,13 +168,14 @@ srf_status srf__scan_transpose(struct srf_ctx *ctx, const struct srf_attn_shape 
     return srf__cuda_launched("srf_attn: transpose of w");
 }
 
-srf_status srf__scan_check(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+srf_status srf__scan_check(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                           size_t smem_bytes)
 {
-    size_t bytes = scan_smem_bytes(s->d), most = cuda_of(ctx)->smem_max;
-    SRF_FAIL_IF(s->d > SCAN_MAX_D || bytes > most, SRF_UNSUPPORTED,
+    size_t most = cuda_of(ctx)->smem_max;
+    SRF_FAIL_IF(s->d > SCAN_MAX_D || smem_bytes > most, SRF_UNSUPPORTED,
                 "srf attention on CUDA with heads of %lld: at most %d, and %zu bytes of shared "
                 "memory, of which this card has %zu",
-                (long long)s->d, SCAN_MAX_D, bytes, most);
+                (long long)s->d, SCAN_MAX_D, smem_bytes, most);
     SRF_FAIL_IF(s->m > INT32_MAX / (2 * SCAN_TILE) || s->b * s->h > INT32_MAX, SRF_UNSUPPORTED,
                 "srf attention on CUDA with %lld features and %lld heads in all: too many",
                 (long long)s->m, (long long)(s->b * s->h));
@@ -212,7 +213,8 @@ static srf_status launch(struct srf_ctx *ctx, const void *w, struct scan_fwd_par
                          const char *op)
 {
     const struct srf_attn_shape *s = &p->s;
-    SRF_TRY(srf__scan_check(ctx, s));
+    size_t bytes = scan_smem_bytes(s->d, FWD_PARTS, SCAN_FEATURES, 0);
+    SRF_TRY(srf__scan_check(ctx, s, bytes));
     if (s->b * s->t == 0) return SRF_OK;
     struct cuda_bump b = {(char *)ctx->workspace, 0};
     float *w_t = carve_w_t(&b, s);
@@ -223,8 +225,7 @@ static srf_status launch(struct srf_ctx *ctx, const void *w, struct scan_fwd_par
     p->scratch_stride = scratch_floats(s, !p->state);
     p->state_stride = srf_attn_state_count(s->m, s->d, s->window);
     auto kernel = ctx->dtype == SRF_BF16 ? kernel_of<bf16>(s) : kernel_of<float>(s);
-    int bytes = (int)scan_smem_bytes(s->d);
-    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     kernel<<<(unsigned)(s->b * s->h), SCAN_THREADS, bytes, stream_of(ctx)>>>(*p);
     return srf__cuda_launched(op);
 }

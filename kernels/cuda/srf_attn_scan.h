@@ -28,28 +28,58 @@
 #define SCAN_MAX_D    512 /* so that there are at least two groups, and shared memory does */
 
 /* srf_attn_scan.cu, srf_attn_scan_bwd.cu, srf_attn_step.cu */
-srf_status srf__scan_check(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+/* Whether the card can take the shape in a block of smem_bytes of shared memory. */
+srf_status srf__scan_check(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                           size_t smem_bytes);
 size_t srf__scan_fwd_workspace(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
                                bool own_state);
 srf_status srf__scan_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
 srf_status srf__scan_prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);
+srf_status srf__scan_step(struct srf_ctx *ctx, const struct srf_srf_attn_step_args *a);
+size_t srf__scan_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+srf_status srf__scan_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 
 /* w_t F32 (n_sets, d, m) from w T (n_sets, m, d). */
 srf_status srf__scan_transpose(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *w,
                                float *w_t);
 
-static inline size_t scan_smem_bytes(int64_t d)
+#ifdef __CUDACC__
+#define SCAN_BOTH __host__ __device__
+#else
+#define SCAN_BOTH
+#endif
+/* Shared memory of a block, in floats. `parts` arrays of x (queries, keys, and in the backward v and
+ * d_o); `features` of a pass; `sums` more for the row sums of the backward. */
+static inline SCAN_BOTH int scan_x_ld(int64_t d)
 {
-    size_t coef = SCAN_TILE * SCAN_FEATURES * 4 * sizeof(float);
-    size_t x = 2 * (size_t)d * (SCAN_TILE + 4) * sizeof(float);
-    return coef + x + (4 * SCAN_TILE + 32 * SCAN_TILE) * sizeof(float);
+    /* 16-byte loads of tokens; 4 more to spread the banks where there is room */
+    return d > 256 ? SCAN_TILE : SCAN_TILE + 4;
 }
+static inline SCAN_BOTH int64_t scan_front_floats(int features, int sums)
+{
+    int64_t coef = SCAN_TILE * features * 4 + sums;
+    int64_t columns = SCAN_TILE * SCAN_COLUMNS * SCAN_THREADS;
+    return coef > columns ? coef : columns;
+}
+static inline size_t scan_smem_bytes(int64_t d, int parts, int features, int sums)
+{
+    int64_t x = parts * d * scan_x_ld(d), rows = (2 + 5 + 32) * SCAN_TILE;
+    return (size_t)(scan_front_floats(features, sums) + x + rows) * sizeof(float);
+}
+
+enum scan_form { FORM_PURE, FORM_NONCAUSAL, FORM_HYBRID };
 
 #ifdef __CUDACC__
 #define SCAN_LOG2E 1.4426950408889634f
 #define SCAN_LIMIT 1e17f    /* components of x, y are clamped to this: |x|^2 stays in range */
 #define SCAN_LOW   (-1e30f) /* exponents are clamped to this */
 #define SCAN_UNSET (-1e32f) /* the maximum over no keys */
+
+/* Rows of the tile at pos, of those before `end`. */
+__device__ __forceinline__ int tile_rows(int64_t pos, int64_t end)
+{
+    return (int)min((int64_t)SCAN_TILE, end - pos);
+}
 
 /* One row: of a caller's array, or of the ring (fp32) where f is not NULL. */
 template <typename T> struct scan_row {
@@ -85,22 +115,21 @@ struct scan {
     int columns, groups;     /* columns: of the first half; a thread has col, col + columns */
     int col, group;          /* this thread's; it has none where group >= groups */
     float *a;                /* (2, TT, m): exponents of queries, keys */
-    float4 *coef;            /* shared (TT, features of the pass): step, in, out */
-    float *red;              /* shared, the same memory: (groups, TT, 2 columns) */
-    float *x;                /* shared (2, d, x_ld): x of queries, keys, a token in a column */
-    float *half;             /* shared (2, TT): log2(e) |x|^2 / 2 */
-    float *r, *den;          /* shared (TT): rows' stabilisers, denominators */
-    float *warps;            /* shared (TT, 32) */
+    /* shared memory */
+    float4 *coef; /* (TT, features of the pass): step, in, out, and z (or u) of the state */
+    float *sums;  /* behind the coefficients: backward's row sums */
+    float *red;   /* the same memory as coef, sums: (groups, TT, 2 columns) */
+    float *x;     /* (parts, d, x_ld): queries x, keys y, v, d_o; tokens lie next to each other */
+    int x_ld;
+    float *half;                         /* (2, TT): log2(e) |x|^2 / 2 */
+    float *r, *den, *inv, *delta, *da_1; /* (TT): rows' stabilisers, denominators, their inverse,
+                                          * -(d_o.o) / den, sums of da */
+    float *warps;                        /* (TT, 32) */
 };
-
-template <int TT> __host__ __device__ constexpr int x_ld()
-{
-    return TT == 1 ? 1 : TT + 4; /* 16-byte loads of tokens, fewer bank conflicts */
-}
 
 __device__ __forceinline__ struct scan scan_begin(const struct srf_attn_shape &s, float scale,
                                                   const float *w_t, const float *bias, int head,
-                                                  float *smem)
+                                                  float *smem, int parts, int features, int sums)
 {
     struct scan h;
     int64_t set = s.n_sets == 1 ? 0 : head;
@@ -114,12 +143,17 @@ __device__ __forceinline__ struct scan scan_begin(const struct srf_attn_shape &s
     h.col = (int)threadIdx.x % h.columns;
     h.group = (int)threadIdx.x / h.columns;
     h.coef = (float4 *)smem;
+    h.sums = smem + SCAN_TILE * features * 4;
     h.red = smem;
-    h.x = smem + SCAN_TILE * SCAN_FEATURES * 4;
-    h.half = h.x + 2 * h.d * (SCAN_TILE + 4);
+    h.x = smem + scan_front_floats(features, sums);
+    h.x_ld = scan_x_ld(h.d);
+    h.half = h.x + parts * h.d * h.x_ld;
     h.r = h.half + 2 * SCAN_TILE;
     h.den = h.r + SCAN_TILE;
-    h.warps = h.den + SCAN_TILE;
+    h.inv = h.den + SCAN_TILE;
+    h.delta = h.inv + SCAN_TILE;
+    h.da_1 = h.delta + SCAN_TILE;
+    h.warps = h.da_1 + SCAN_TILE;
     return h;
 }
 
@@ -186,21 +220,32 @@ __device__ __forceinline__ void block_rows(const struct scan &h, const float par
     __syncthreads();
 }
 
-/* x and half of rows [pos, pos + n) as queries (part 0) or keys (1); zeros up to TT. The caller
- * must be past a barrier; ends with one. */
-template <typename T, int TT>
-__device__ void load_x(const struct scan &h, int part, const scan_rows<T> &rows, int64_t pos, int n)
+/* Part `part` of h.x = rows pos, pos + dir, ... (n of them, zeros up to TT), scaled and clamped for
+ * x and y. The caller must be past a barrier. */
+template <typename T, int TT, bool scaled>
+__device__ void load_part(const struct scan &h, int part, const scan_rows<T> &rows, int64_t pos,
+                          int dir, int n)
 {
-    constexpr int ld = x_ld<TT>();
-    float *x = h.x + part * h.d * ld;
+    float *x = h.x + part * h.d * h.x_ld;
     for (int i = threadIdx.x; i < TT * h.d; i += blockDim.x) {
         int t = i / h.d, j = i - t * h.d;
-        x[j * ld + t] = t < n ? scan_clamp(row_get(row_at(rows, pos + t), j) * h.scale) : 0.0f;
+        float e = t < n ? row_get(row_at(rows, pos + dir * t), j) : 0.0f;
+        x[j * h.x_ld + t] = scaled ? scan_clamp(e * h.scale) : e;
     }
+}
+
+/* The same for queries (part 0) or keys (1), with half. Ends with a barrier. */
+template <typename T, int TT>
+__device__ void load_x(const struct scan &h, int part, const scan_rows<T> &rows, int64_t pos,
+                       int dir, int n)
+{
+    const float *x = h.x + part * h.d * h.x_ld;
+    load_part<T, TT, true>(h, part, rows, pos, dir, n);
     __syncthreads();
     for (int t = threadIdx.x >> 5; t < TT; t += blockDim.x >> 5) {
         float sum = 0;
-        for (int j = threadIdx.x & 31; j < h.d; j += 32) sum += x[j * ld + t] * x[j * ld + t];
+        for (int j = threadIdx.x & 31; j < h.d; j += 32)
+            sum += x[j * h.x_ld + t] * x[j * h.x_ld + t];
         sum = warp_sum(sum);
         if ((threadIdx.x & 31) == 0) h.half[part * SCAN_TILE + t] = 0.5f * SCAN_LOG2E * sum;
     }
@@ -212,15 +257,15 @@ __device__ void load_x(const struct scan &h, int part, const scan_rows<T> &rows,
 template <int TT>
 __device__ void exponents(const struct scan &h, int from, int to, bool query_half, float shift)
 {
-    constexpr int ld = x_ld<TT>(), own = TT >= 8 ? 8 : TT, pieces = TT / own;
+    constexpr int own = 8, pieces = TT / own;
     for (int i = from * pieces * h.m + threadIdx.x; i < to * pieces * h.m; i += blockDim.x) {
         int piece = i / h.m, f = i - piece * h.m, part = piece / pieces, t0 = piece % pieces * own;
-        const float *x = h.x + part * h.d * ld + t0;
+        const float *x = h.x + part * h.d * h.x_ld + t0;
         float sum[own] = {0};
 #pragma unroll 4
         for (int j = 0; j < h.d; j++) {
             float w = h.w_t[(int64_t)j * h.m + f], xt[own];
-            load_vec<own>(xt, x + j * ld);
+            load_vec<own>(xt, x + j * h.x_ld);
 #pragma unroll
             for (int t = 0; t < own; t++) sum[t] += w * xt[t];
         }
@@ -235,17 +280,17 @@ __device__ void exponents(const struct scan &h, int from, int to, bool query_hal
     __syncthreads();
 }
 
-/* A thread's columns of rows [pos, pos + n), zeros up to TT. */
+/* A thread's columns of rows pos, pos + dir, ..., zeros from n up to TT. */
 template <typename T, int TT>
 __device__ __forceinline__ void own_columns(const struct scan &h, const scan_rows<T> &rows,
-                                            int64_t pos, int n, float v[TT][SCAN_COLUMNS])
+                                            int64_t pos, int dir, int n, float v[TT][SCAN_COLUMNS])
 {
     bool first = h.group < h.groups, second = first && h.col + h.columns < h.d;
 #pragma unroll
     for (int t = 0; t < TT; t++) {
         v[t][0] = v[t][1] = 0.0f;
         if (t >= n) continue;
-        scan_row<T> row = row_at(rows, pos + t);
+        scan_row<T> row = row_at(rows, pos + dir * t);
         if (first) v[t][0] = row_get(row, h.col);
         if (second) v[t][1] = row_get(row, h.col + h.columns);
     }
@@ -335,8 +380,9 @@ __device__ void tile_stabilisers(const struct scan &h, const float *z, const flo
 }
 
 /* Coefficients of features [i0, i0 + n_features): keys move M and z along, in = 2^(ak - M); queries
- * have out = 2^(aq + M - r), and h.den += out * z. Ends with a barrier; there must be one before. */
-template <int TT, bool keys, bool queries>
+ * have out = 2^(aq + M - r), and h.den += out * z where `sum`. Without `keep` only that sum is made.
+ * Ends with a barrier; there must be one before. */
+template <int TT, bool keys, bool queries, bool sum, bool keep>
 __device__ void tile_coefficients(const struct scan &h, float *z, float *top, int n, int i0,
                                   int n_features)
 {
@@ -357,16 +403,17 @@ __device__ void tile_coefficients(const struct scan &h, float *z, float *top, in
             if (queries) {
                 float a = aq[(int64_t)t * h.m + i], e = rintf(a);
                 c.z = scan_exp2(a - e, (e + m_i) - h.r[t]);
-                den[t] += c.z * z_i;
+                if (sum) den[t] += c.z * z_i;
             }
-            h.coef[t * n_features + i] = c;
+            c.w = z_i;
+            if (keep) h.coef[t * n_features + i] = c;
         }
-        if (keys) {
+        if (keys && keep) {
             z[i0 + i] = z_i;
             top[i0 + i] = m_i;
         }
     }
-    if (queries)
+    if (sum)
         block_rows<TT, false>(h, den, h.den);
     else
         __syncthreads();
@@ -388,7 +435,6 @@ template <typename T, int TT>
 __device__ void window_scores(const struct scan &h, const scan_rows<T> &k, int64_t lo, int64_t pos,
                               int n, float *p)
 {
-    constexpr int ld = x_ld<TT>();
     float most[TT];
 #pragma unroll
     for (int t = 0; t < TT; t++) most[t] = SCAN_UNSET;
@@ -398,7 +444,7 @@ __device__ void window_scores(const struct scan &h, const scan_rows<T> &k, int64
 #pragma unroll 4
         for (int j = 0; j < h.d; j++) {
             float y = scan_clamp(row_get(row, j) * h.scale), x[TT];
-            load_vec<TT>(x, h.x + j * ld);
+            load_vec<TT>(x, h.x + j * h.x_ld);
 #pragma unroll
             for (int t = 0; t < TT; t++) sum[t] += y * x[t];
         }
@@ -430,8 +476,9 @@ template <int TT> __device__ void window_weights(const struct scan &h, int64_t n
     block_rows<TT, false>(h, den, h.den);
 }
 
-/* acc += sum_s p_s rows_s over n rows from position lo on, in this thread's columns. */
-template <typename T, int TT>
+/* acc += sum_s p_s rows_s over n rows from position lo on, in this thread's columns; of x or y where
+ * `scaled`. */
+template <typename T, int TT, bool scaled>
 __device__ void window_sum(const struct scan &h, const scan_rows<T> &rows, int64_t lo, int64_t n,
                            const float *p, float acc[TT][SCAN_COLUMNS])
 {
@@ -440,6 +487,10 @@ __device__ void window_sum(const struct scan &h, const scan_rows<T> &rows, int64
     for (int64_t s = h.group; s < n; s += h.groups) {
         scan_row<T> row = row_at(rows, lo + s);
         float v0 = row_get(row, h.col), v1 = two ? row_get(row, h.col + h.columns) : 0.0f, w[TT];
+        if (scaled) {
+            v0 = scan_clamp(v0 * h.scale);
+            v1 = scan_clamp(v1 * h.scale);
+        }
         load_vec<TT>(w, p + s * TT);
 #pragma unroll
         for (int t = 0; t < TT; t++) {
@@ -458,12 +509,12 @@ __device__ void absorb_keys(const struct scan &h, float *s, float *z, float *top
 {
     float vt[TT][SCAN_COLUMNS];
     __syncthreads();
-    load_x<T, TT>(h, 1, k, pos, n);
+    load_x<T, TT>(h, 1, k, pos, 1, n);
     exponents<TT>(h, 1, 2, false, 0.0f);
-    own_columns<T, TT>(h, v, pos, n, vt);
+    own_columns<T, TT>(h, v, pos, 1, n, vt);
     for (int i0 = 0; i0 < h.m; i0 += SCAN_FEATURES) {
         int n_features = min(SCAN_FEATURES, h.m - i0);
-        tile_coefficients<TT, true, false>(h, z, top, n, i0, n_features);
+        tile_coefficients<TT, true, false, false, true>(h, z, top, n, i0, n_features);
         walk_columns<TT, true, false>(h, s, i0, n_features, vt, vt);
         __syncthreads();
     }
