@@ -22,11 +22,12 @@
  *                  falls, so that going back multiplies by 2^(M' - M) <= 1
  *     4. dk, dv    as dq with keys for queries; R stands for d_o, u for delta
  *     5. dW, if asked: each head's and segment's sum of da^T [x; y], then all in a fixed order
+ * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, without slots, each tensor read once.
  * Components of q, k are clamped so that those of x, y stay within 1e17 and |x|^2 in range.
  *
  * Floor (H100, 3.35 TB/s): forward q, k, v, o once; B = 32, H = 12, T = 1024, d = 64: 201 MB,
- * 60 us. The slots, written and read, add half of that, the walk's k, v another half. Backward 8 of
- * these tensors, 120 us; its slots and its four passes make 20.
+ * 60 us (measured 132); backward 8 of these tensors, 120 us (419). Two kernels instead of one walk
+ * move another 350 MB forward. kernels/lab/srf_attn_hybrid_cuda.md has the steps.
  */
 #include "kernels/cuda/srf_attn.h"
 
@@ -1512,13 +1513,14 @@ static srf_status bwd(struct srf_ctx *ctx, const struct hybrid *p,
 static bool takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int64_t ld,
                   int64_t ld_o, uintptr_t pointers)
 {
+    bool any = s->b > 0 && s->t > 0 && s->h > 0 && s->m > 0;
     bool d = s->d == 32 || s->d == 64 || s->d == 80 || s->d == 96 || s->d == 128;
     bool window = s->window == 32 || s->window == 64 || s->window == 128;
     /* Launches count tiles and walks in 31 bits. */
     bool small = s->t < (1 << 30) && s->b * s->h < (1 << 30) / MAX_SEGMENTS / 8 &&
                  s->b * s->h * div_up(s->t, 32) < (1 << 30);
-    return ctx->dtype == SRF_BF16 && s->causal && window && d && s->m % 16 == 0 && s->m <= 512 &&
-           ld % 8 == 0 && ld_o % 8 == 0 && pointers % 16 == 0 && small;
+    return any && ctx->dtype == SRF_BF16 && s->causal && window && d && s->m % 16 == 0 &&
+           s->m <= 512 && ld % 8 == 0 && ld_o % 8 == 0 && pointers % 16 == 0 && small;
 }
 
 bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
@@ -1539,15 +1541,14 @@ bool srf__hybrid_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_
 size_t srf__hybrid_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
 {
     struct hybrid p = {};
-    bool any = a->s.b * a->s.t != 0 && takes(ctx, &a->s, a->ld, a->ld_o, 0);
-    return any ? carve(ctx, &a->s, false, false, NULL, &p) : 0;
+    return takes(ctx, &a->s, a->ld, a->ld_o, 0) ? carve(ctx, &a->s, false, false, NULL, &p) : 0;
 }
 
 size_t srf__hybrid_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a)
 {
     struct hybrid p = {};
-    bool any = a->s.b * a->s.t != 0 && takes(ctx, &a->s, a->ld, a->ld_o, 0);
-    return any ? carve(ctx, &a->s, true, a->dw != NULL, NULL, &p) : 0;
+    return takes(ctx, &a->s, a->ld, a->ld_o, 0) ? carve(ctx, &a->s, true, a->dw != NULL, NULL, &p)
+                                                : 0;
 }
 
 /* The kernels of a head size, for either tile. */
