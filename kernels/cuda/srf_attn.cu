@@ -30,6 +30,7 @@ extern "C" size_t cuda_srf_attn_bwd_workspace(const struct srf_ctx *ctx,
                                               const struct srf_srf_attn_bwd_args *a)
 {
     size_t scan = srf__scan_bwd_workspace(ctx, a);
+    if (srf__hybrid_takes_bwd(ctx, a)) return larger(scan, srf__hybrid_bwd_workspace(ctx, a));
     return srf__pure_takes_bwd(ctx, a) ? larger(scan, srf__pure_bwd_workspace(ctx, a)) : scan;
 }
 
@@ -38,6 +39,7 @@ extern "C" srf_status cuda_srf_attn_bwd(struct srf_ctx *ctx, const struct srf_sr
     SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
     if (a->s.b * a->s.t == 0) return SRF_OK;
     if (srf__pure_takes_bwd(ctx, a)) return srf__pure_bwd(ctx, a);
+    if (srf__hybrid_takes_bwd(ctx, a)) return srf__hybrid_bwd(ctx, a);
     return srf__scan_bwd(ctx, a);
 }
 
