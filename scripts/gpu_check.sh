@@ -87,7 +87,7 @@ sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sani
 
 # job NAME LIMIT COMMAND...: in the background, output to a log; its exit status to NAME.status and
 # its seconds to NAME.seconds. At most `parallel` at once.
-parallel=$((JOBS > 6 ? 6 : JOBS))
+parallel=$((JOBS > 12 ? 12 : JOBS))
 names=()
 job() {
     local name="$1" limit="$2"
