@@ -9,13 +9,14 @@
  * (as beta C), GELU and its derivative. Where it cannot (GELU in fp32 mode, a derivative that is to
  * be added to dx, arrays not aligned to 16 bytes) the product goes to the workspace in fp32, some
  * rows at a time, and a kernel of ours does the rest.
- * db: a kernel reads dy once; its blocks leave partial sums in the workspace.
+ * db: a kernel reads dy once; its blocks leave partial sums in the workspace. Forward of a few
+ * rows, as in decoding, has a kernel of its own (linear_few.cu).
  *
  * What cuBLASLt answers to a question (which algorithm for these shapes, types, alignments) is kept
  * in ctx->impl->plans: a training step asks only the first time.
  * Floor: tensor cores; 2 n in out flops forward, twice that backward: 990 Tflop/s on an H100. */
-#include "kernels/cuda/dense.h"
 #include "kernels/cuda/gelu.h"
+#include "kernels/cuda/linear.h"
 
 #include <string.h>
 
@@ -401,6 +402,8 @@ extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_line
     SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
     bool act = a->act != SRF_ACT_NONE, done = false;
     SRF_FAIL_IF(a->residual && act, SRF_INVALID, "linear_fwd: a residual goes with no activation");
+    if (a->n <= LINEAR_FEW_ROWS && srf__linear_few_fwd(ctx, a))
+        return srf__cuda_launched("linear_fwd");
     if (!a->b && !act) return forward_fused(ctx, a, NULL);
     if (!(act && ctx->dtype == SRF_F32) && takes_epilogue(ctx, a->b, act ? a->pre : NULL, a->out))
         SRF_TRY(forward_fused(ctx, a, &done));
