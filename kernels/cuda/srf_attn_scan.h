@@ -103,7 +103,9 @@ template <typename T> struct scan_rows {
 template <typename T>
 __device__ __forceinline__ scan_row<T> row_at(const scan_rows<T> &r, int64_t pos)
 {
-    if (pos < r.first) return {nullptr, r.ring + pos % r.ring_rows * r.d};
+    /* positions are i32, and 64-bit remainders slow */
+    if (pos < r.first)
+        return {nullptr, r.ring + (int64_t)((uint32_t)pos % (uint32_t)r.ring_rows) * r.d};
     return {r.t + (pos - r.first) * r.ld, nullptr};
 }
 

@@ -16,7 +16,8 @@
 #define LANES         8 /* that share a row of W, or of the ring */
 #define FOLD          8 /* keys that go into the state at a time: a warp for each one's |y|^2 */
 #define FOLD_FEATURES 256
-#define AHEAD         4 /* rows of the state that a thread has on their way */
+#define AHEAD         4    /* rows of the state that a thread has on their way */
+#define EARLY         8192 /* floats of the state that are asked for before W is read */
 
 struct step_params {
     struct srf_attn_shape s;
@@ -241,7 +242,8 @@ __device__ void fold(const struct step_params &a, const struct step_layout &l, f
 }
 
 template <typename T, int vec, bool hybrid>
-__global__ void __launch_bounds__(STEP_THREADS) step_kernel(const struct step_params a)
+__global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
+    step_kernel(const struct step_params a)
 {
     extern __shared__ float4 shared[];
     float *smem = (float *)shared;
@@ -257,8 +259,9 @@ __global__ void __launch_bounds__(STEP_THREADS) step_kernel(const struct step_pa
     float *step = smem + l.step, *red = smem + l.red, *scratch = smem + l.scratch;
     bool far = !hybrid || z[0] != 0.0f;
 
-    if (far) /* the state is wanted soon */
-        for (int64_t i = (int64_t)tid * 32; i < (int64_t)m * (d + 2); i += STEP_THREADS * 32)
+    if (far) /* wanted soon; more than its start would drive that of other blocks out of L2 */
+        for (int64_t i = (int64_t)tid * 32; i < min((int64_t)EARLY, (int64_t)m * d);
+             i += STEP_THREADS * 32)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(s + i));
 
     float q2 = 0, k2 = 0;
