@@ -48,8 +48,8 @@ srf_status srf__scan_transpose(struct srf_ctx *ctx, const struct srf_attn_shape 
 #else
 #define SCAN_BOTH
 #endif
-/* Shared memory of a block, in floats. `parts` arrays of x (queries, keys, and in the backward v and
- * d_o); `features` of a pass; `sums` more for the row sums of the backward. */
+/* Shared memory of a block, in floats. `parts` arrays of x (queries, keys, in the backward v and
+ * d_o too); `features` of a pass; `sums` more for the row sums of the backward. */
 static inline SCAN_BOTH int scan_x_ld(int64_t d)
 {
     /* 16-byte loads of tokens; 4 more to spread the banks where there is room */
@@ -299,7 +299,7 @@ __device__ __forceinline__ void own_columns(const struct scan &h, const scan_row
 }
 
 /* The coefficients of `n_features` features from i0 on take this thread's elements of state (m, d)
- * through the tile: state = step * state + in * v where `write`, acc += out * state where `read`. */
+ * through the tile: state = step * state + in * v where `write`, acc += out * state if `read`. */
 template <int TT, bool write, bool read>
 __device__ __forceinline__ void walk_columns(const struct scan &h, float *state, int i0,
                                              int n_features, const float v[TT][SCAN_COLUMNS],
@@ -382,7 +382,7 @@ __device__ void tile_stabilisers(const struct scan &h, const float *z, const flo
 }
 
 /* Coefficients of features [i0, i0 + n_features): keys move M and z along, in = 2^(ak - M); queries
- * have out = 2^(aq + M - r), and h.den += out * z where `sum`. Without `keep` only that sum is made.
+ * have out = 2^(aq + M - r), and h.den += out * z where `sum`. Without `keep` that is all.
  * Ends with a barrier; there must be one before. */
 template <int TT, bool keys, bool queries, bool sum, bool keep>
 __device__ void tile_coefficients(const struct scan &h, float *z, float *top, int n, int i0,
@@ -478,7 +478,7 @@ template <int TT> __device__ void window_weights(const struct scan &h, int64_t n
     block_rows<TT, false>(h, den, h.den);
 }
 
-/* acc += sum_s p_s rows_s over n rows from position lo on, in this thread's columns; of x or y where
+/* acc += sum_s p_s rows_s over n rows from position lo on, in this thread's columns; of x or y if
  * `scaled`. */
 template <typename T, int TT, bool scaled>
 __device__ void window_sum(const struct scan &h, const scan_rows<T> &rows, int64_t lo, int64_t n,

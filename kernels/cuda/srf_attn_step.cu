@@ -4,8 +4,8 @@
  *
  * The products with W are made 8 lanes a row; then a thread for each feature moves M and z along
  * and finds the coefficients of the state, which is streamed once, 16 bytes at a time: read and
- * written in the pure form, only read in the hybrid. There a block's last token puts the whole block
- * before it into the state, FOLD keys at a time.
+ * written in the pure form, only read in the hybrid. There a block's last token puts the whole
+ * block before it into the state, FOLD keys at a time.
  *
  * Floor: the bytes of the state, m (d + 2) fp32 numbers read and written (hybrid: read, and up to
  * 4 window d of the ring), at the card's memory bandwidth. W comes from L2.
@@ -143,8 +143,8 @@ __device__ __forceinline__ float exponent(float dot, float bias, float sub)
     return e < SCAN_LOW ? SCAN_LOW : e;
 }
 
-/* acc += sum_i weight_i rows_i over (n, d) rows, in the columns [c, c + vec) of this thread's group;
- * where `write`, the rows become step_i row_i + in_i v first. */
+/* acc += sum_i weight_i rows_i over (n, d) rows, in columns [c, c + vec) and this thread's group of
+ * rows; where `write`, they become step_i row_i + in_i v first. */
 template <int vec, bool write>
 __device__ __forceinline__ void stream_rows(float *rows, int64_t n, int d, int c, int group,
                                             int groups, const float *weight, const float *step,
