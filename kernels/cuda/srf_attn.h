@@ -52,9 +52,9 @@ template <int ld> __device__ __forceinline__ uint32_t tile_at(int row, int piece
     return (uint32_t)(row * ld * 2 + ((piece ^ swizzle) << 4));
 }
 /* The address `piece` pieces on from `addr`, an address in a tile (itself a multiple of 128) of a
- * piece p that has no bit of `piece` set below 8: the permutation is an exclusive or of low bits of
- * the piece, which lie inside 128, 64 or 32 bytes that never carry. 8 rows on are 16 ld bytes on. So
- * of the addresses that a thread needs all but a few are these plus constants. */
+ * piece p that has no bit of `piece` set below 8: the permutation is an exclusive or of low bits
+ * of the piece, which lie inside 128, 64 or 32 bytes that never carry. 8 rows on are 16 ld bytes
+ * on. So of the addresses that a thread needs all but a few are these plus constants. */
 template <int ld> __device__ __forceinline__ uint32_t tile_on(uint32_t addr, int piece)
 {
     constexpr int group = ld % 64 == 0 ? 8 : ld % 32 == 0 ? 4 : 2;

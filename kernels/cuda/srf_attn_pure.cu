@@ -87,7 +87,7 @@ __global__
     extern __shared__ __align__(128) char smem[];
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
-    const int rg = warp & 3,
+    const int rg = tokens_of<NF>(warp),
               fg = NF > 1 ? warp >> 2 : 0; /* its 16 tokens, its 64 features as token owner */
     const int f0 = 16 * warp + g;          /* its features as feature owner: f0, f0 + 8 */
     const int n_segs = state_only ? p.n_seg - 1 : p.n_seg;

@@ -42,6 +42,13 @@ struct pure_keys {
     float z[2];        /* z with these keys */
 };
 
+/* The 16 tokens that a warp owns. Later tokens of a chunk see more of it and take longer: warps of
+ * one multiprocessor, whose blocks are a hundred or so apart, own different ones. With 8 warps a
+ * block it was slower. */
+template <int NF> __device__ __forceinline__ int tokens_of(int warp)
+{
+    return (NF == 1 ? warp + (int)(blockIdx.x >> 7) : warp) & 3;
+}
 template <int n> __device__ __forceinline__ void clear(float (&c)[n][4])
 {
 #pragma unroll
@@ -89,6 +96,15 @@ __device__ __forceinline__ void keep_lower(float (&c)[2][4], int g, int pair)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (8 * j + 2 * pair + (i & 1) > g + 8 * (i >> 1)) c[j][i] = 0.0f;
+}
+/* psi = 2^e of the backward. Where no stabiliser is wrong, e stays below the limit; exponents of
+ * 1e10 and more have no bits left for what e is the difference of, and still must give a finite
+ * number. NaN stays NaN. */
+__device__ __forceinline__ float exp2_psi(float e)
+{
+    float x;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(e), "f"(-SRF__MIN_DEN_LOG2));
+    return exp2_fast(x);
 }
 __device__ __forceinline__ float sum_squares(uint32_t x)
 {
@@ -216,7 +232,9 @@ template <int D>
 __device__ __forceinline__ void
 pure_state_add(struct pure_state<D> *st, const struct pure_keys *keys, uint32_t v_tile, int lane)
 {
-    scale_rows(st->s, keys->step[0], keys->step[1]);
+    /* M soon stands still. */
+    if (__any_sync(0xffffffffu, keys->step[0] != 1.0f || keys->step[1] != 1.0f))
+        scale_rows(st->s, keys->step[0], keys->step[1]);
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
         const uint32_t a[4] = {keys->kf[2 * kk][0], keys->kf[2 * kk][1], keys->kf[2 * kk + 1][0],

@@ -190,7 +190,7 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
     extern __shared__ __align__(128) char smem[];
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
-    const int rg = warp & 3, fg = NF > 1 ? warp >> 2 : 0, f0 = 16 * warp + g;
+    const int rg = tokens_of<NF>(warp), fg = NF > 1 ? warp >> 2 : 0, f0 = 16 * warp + g;
     const struct place here = place_of(p, blockIdx.x / p.n_seg, blockIdx.x % p.n_seg, D);
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
     const int c_end = min((here.seg + 1) * p.seg_chunks, n_chunks);
@@ -309,7 +309,7 @@ __global__ __launch_bounds__(128 * NF, (bwd_blocks_per_sm<D, NF>())) void pure_q
             for (int i = 0; i < 4; i++) {
                 e[i] = fmaf(a[j][i], to_log2, i & 1 ? shift.y : shift.x) - (i & 2 ? lse1 : lse0);
                 most = fmaxf(most, e[i]);
-                e[i] = exp2_fast(e[i]) * dphi[j][i];
+                e[i] = exp2_psi(e[i]) * dphi[j][i];
             }
             da[j >> 1][(j & 1) * 2] = pack_bf16(e[0], e[1]);
             da[j >> 1][(j & 1) * 2 + 1] = pack_bf16(e[2], e[3]);
@@ -427,7 +427,7 @@ __global__
     extern __shared__ __align__(128) char smem[];
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
-    const int rg = warp & 3, fg = NF > 1 ? warp >> 2 : 0, f0 = 16 * warp + g;
+    const int rg = tokens_of<NF>(warp), fg = NF > 1 ? warp >> 2 : 0, f0 = 16 * warp + g;
     const int n_segs = r_only ? p.n_seg - 1 : p.n_seg;
     const struct place here =
         place_of(p, blockIdx.x / n_segs, (int)(blockIdx.x % n_segs) + (r_only ? 1 : 0), D);
@@ -557,8 +557,8 @@ __global__
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     uint32_t x =
-                        pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, shift[i]) - sub.x),
-                                  exp2_fast(fmaf(a[j][2 * i + 1], to_log2, shift[i]) - sub.y));
+                        pack_bf16(exp2_psi(fmaf(a[j][2 * i], to_log2, shift[i]) - sub.x),
+                                  exp2_psi(fmaf(a[j][2 * i + 1], to_log2, shift[i]) - sub.y));
                     float2 rounded = unpack_bf16(x);
                     store_shared(tile_on<CHUNK>(psi_to, j) + i * 16 * CHUNK, x);
                     sum[i] += rounded.x * by.x + rounded.y * by.y;
@@ -694,15 +694,17 @@ __global__
             }
         }
         /* The piece's queries go into R, which then steps back. */
-        u[0] *= exp2_fast(m_lo[0] - m_hi[0]);
-        u[1] *= exp2_fast(m_lo[1] - m_hi[1]);
+        const float back[2] = {exp2_fast(m_lo[0] - m_hi[0]), exp2_fast(m_lo[1] - m_hi[1])};
+        u[0] *= back[0];
+        u[1] *= back[1];
 #pragma unroll
         for (int kk = 0; kk < 4; kk++) {
             uint32_t x[4];
             load_a<CHUNK>(x, base + at::psi + warp * 32 * CHUNK, kk, lane);
             add_bt<D>(r, x, do_tile, kk, lane);
         }
-        scale_rows(r, exp2_fast(m_lo[0] - m_hi[0]), exp2_fast(m_lo[1] - m_hi[1]));
+        if (__any_sync(0xffffffffu, back[0] != 1.0f || back[1] != 1.0f))
+            scale_rows(r, back[0], back[1]);
 
         if (!r_only) {
             if (p.dw) {
