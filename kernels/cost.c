@@ -54,8 +54,10 @@ struct srf_cost srf_layernorm_fwd_cost(const struct srf_ctx *ctx,
 struct srf_cost srf_layernorm_bwd_cost(const struct srf_ctx *ctx,
                                        const struct srf_layernorm_bwd_args *a)
 {
-    double n = (double)a->n, c = (double)a->c;
-    return (struct srf_cost){t_bytes(ctx, 4 * n * c + c) + a_bytes(ctx, 2 * n + 4 * c), 17 * n * c};
+    double n = (double)a->n, c = (double)a->c, count = 4 * n * c + c, sums = 4 * c, flops = 17;
+    if (a->dx_sum) sums += 2 * c, flops += 1;
+    if (a->y) count += n * c + c, flops += 2;
+    return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, 2 * n + sums), flops * n * c};
 }
 
 /* GELU: 9 with its exponential; the derivative 16. */

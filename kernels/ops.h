@@ -87,6 +87,10 @@ struct srf_layernorm_bwd_args {
     const void *mean, *rstd;    /* A (n), (n) */
     void *dx;                   /* += T (n, c): the residual stream's gradient */
     void *dgamma, *dbeta;       /* += A (c), (c) */
+    void *dx_sum; /* += A (c): column sums of dx after the update, the bias gradient of the layer
+                   * that dx is the dy of; or NULL */
+    const void *beta; /* T (c); only for y */
+    void *y; /* out T (n, c): forward's y once more, bit for bit, where it was not kept; or NULL */
 };
 
 /* ---- linear: y = act(x W + b) ------------------------------------------------------------- */

@@ -31,7 +31,8 @@ static const struct layernorm_case cases[] = {
 };
 #define N_CASES ((int)(sizeof cases / sizeof *cases))
 
-/* Backward gets the reference's mean and rstd on both sides: it is tested by itself. */
+/* Backward gets the device's mean and rstd on both sides: it is tested by itself, and its y is to
+ * be forward's. */
 static void test_layernorm(void **state)
 {
     const struct layernorm_case *k = *state;
@@ -57,19 +58,27 @@ static void test_layernorm(void **state)
 
     struct twin dy = twin_normal(&s, n * c, 1), dx = twin_normal(&s, n * c, 1);
     struct twin dgamma = twin_acc_normal(&s, c, 1), dbeta = twin_acc_normal(&s, c, 1);
-    twin_send(&s, mean);
-    twin_send(&s, rstd);
+    struct twin dx_sum = twin_acc_normal(&s, c, 1), again = twin_fill(&s, n * c, NAN);
+    double *m = twin_values(&s, mean), *r = twin_values(&s, rstd);
+    twin_set(&s, &mean, m);
+    twin_set(&s, &rstd, r);
+    srf__free(m), srf__free(r);
     double largest = 0;
     for (int64_t i = 0; i < n; i++) largest = fmax(largest, rstd.ref[i]);
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .x = x.side, .gamma = gamma.side, .dy = dy.side, .mean = mean.side,            \
-    .rstd = rstd.side, .dx = dx.side, .dgamma = dgamma.side, .dbeta = dbeta.side
+    .rstd = rstd.side, .dx = dx.side, .dgamma = dgamma.side, .dbeta = dbeta.side,                  \
+    .dx_sum = dx_sum.side, .beta = beta.side, .y = again.side
     twin_run(&s, layernorm_bwd, ARGS(dev));
     ref_layernorm_bwd(&(struct srf_layernorm_bwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(&s, "dx", dx, twin_tol(&s, c), largest);
     twin_close(&s, "dgamma", dgamma, twin_acc_tol(&s, n) + lost, sqrt((double)n));
     twin_close(&s, "dbeta", dbeta, twin_acc_tol(&s, n), sqrt((double)n));
+    twin_close(&s, "dx_sum", dx_sum, twin_tol(&s, n + c), (1 + largest) * sqrt((double)n));
+    double *first = twin_values(&s, y), *second = twin_values(&s, again);
+    twin_check(&s, "y again", second, first, n * c, 0);
+    srf__free(first), srf__free(second);
     twins_free(&s);
 }
 

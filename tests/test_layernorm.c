@@ -79,6 +79,7 @@ static void check(struct twins *s, int64_t n, int64_t c, double scale, double of
 
     struct twin dy = twin_normal(s, n * c, 1), dx = twin_normal(s, n * c, 1);
     struct twin dgamma = twin_normal(s, c, 1), dbeta = twin_normal(s, c, 1);
+    struct twin dx_sum = twin_normal(s, c, 1), again = twin_fill(s, n * c, NAN);
     /* both sides from the same mean and rstd: backward is tested by itself */
     double *m = twin_values(s, mean), *r = twin_values(s, rstd);
     twin_set(s, &mean, m);
@@ -88,13 +89,18 @@ static void check(struct twins *s, int64_t n, int64_t c, double scale, double of
     srf__free(m), srf__free(r);
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .x = x.side, .gamma = gamma.side, .dy = dy.side, .mean = mean.side,            \
-    .rstd = rstd.side, .dx = dx.side, .dgamma = dgamma.side, .dbeta = dbeta.side
+    .rstd = rstd.side, .dx = dx.side, .dgamma = dgamma.side, .dbeta = dbeta.side,                  \
+    .dx_sum = dx_sum.side, .beta = beta.side, .y = again.side
     twin_run(s, layernorm_bwd, ARGS(dev));
     ref_layernorm_bwd(&(struct srf_layernorm_bwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(s, "dx", dx, twin_tol(s, c), largest);
     twin_close(s, "dgamma", dgamma, twin_tol(s, n), sqrt((double)n));
     twin_close(s, "dbeta", dbeta, twin_tol(s, n), sqrt((double)n));
+    twin_close(s, "dx_sum", dx_sum, twin_tol(s, n + c), (1 + largest) * sqrt((double)n));
+    double *first = twin_values(s, y), *second = twin_values(s, again);
+    assert_memory_equal(second, first, (size_t)(n * c) * sizeof *first);
+    srf__free(first), srf__free(second);
 }
 
 static void shapes_body(enum srf_dtype dtype, int threads)

@@ -7,11 +7,11 @@
 #define SUM_THREADS 256
 
 static __global__ __launch_bounds__(32 * WARPS) void add_parts_kernel(
-    const float *__restrict__ parts, int64_t n_parts, int64_t c, float *a, float *b)
+    const float *__restrict__ parts, int64_t n_parts, int64_t c, float *a, float *b, float *d)
 {
     __shared__ float sums[WARPS][32];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int64_t j = (int64_t)blockIdx.x * 32 + lane, stride = b ? 2 * c : c;
+    int64_t j = (int64_t)blockIdx.x * 32 + lane, stride = (d ? 3 : b ? 2 : 1) * c;
     float sum = 0.0f;
     if (j < stride) {
 #pragma unroll 8
@@ -21,15 +21,15 @@ static __global__ __launch_bounds__(32 * WARPS) void add_parts_kernel(
     __syncthreads();
     if (warp > 0 || j >= stride) return;
     for (int w = 1; w < WARPS; w++) sum += sums[w][lane];
-    float *to = j < c ? a + j : b + (j - c);
+    float *to = j < c ? a + j : j < 2 * c ? b + (j - c) : d + (j - 2 * c);
     *to += sum;
 }
 
 void srf__cuda_add_parts(struct srf_ctx *ctx, const float *parts, int64_t n_parts, int64_t c,
-                         float *a, float *b)
+                         float *a, float *b, float *d)
 {
-    unsigned grid = (unsigned)div_up(b ? 2 * c : c, 32);
-    add_parts_kernel<<<grid, 32 * WARPS, 0, stream_of(ctx)>>>(parts, n_parts, c, a, b);
+    unsigned grid = (unsigned)div_up((d ? 3 : b ? 2 : 1) * c, 32);
+    add_parts_kernel<<<grid, 32 * WARPS, 0, stream_of(ctx)>>>(parts, n_parts, c, a, b, d);
 }
 
 static __global__

@@ -6,10 +6,10 @@
 #pragma once
 #include "kernels/cuda/mma.h"
 
-/* a[j] += sum_p parts[p][j];  b[j] += sum_p parts[p][c + j].  parts (n_parts, c), or (n_parts, 2c)
- * with b; b may be NULL. */
+/* a[j] += sum_p parts[p][j];  b[j] += sum_p parts[p][c + j];  d[j] += sum_p parts[p][2c + j].
+ * parts (n_parts, c), (n_parts, 2c) with b, (n_parts, 3c) with b and d; b and d may be NULL. */
 void srf__cuda_add_parts(struct srf_ctx *ctx, const float *parts, int64_t n_parts, int64_t c,
-                         float *a, float *b);
+                         float *a, float *b, float *d = NULL);
 /* sum[0] += sum_p parts[p] */
 void srf__cuda_add_sum(struct srf_ctx *ctx, const double *parts, int64_t n_parts, float *sum);
 

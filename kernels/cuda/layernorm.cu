@@ -2,15 +2,16 @@
  *
  *     forward    xhat = (x - mean) rstd,  y = xhat gamma + beta,  rstd = 1 / sqrt(var + eps)
  *     backward   g = dy gamma;  dx += rstd (g - mean(g) - xhat mean(g xhat))
- *                dgamma += sum_n dy xhat,  dbeta += sum_n dy
+ *                dgamma += sum_n dy xhat,  dbeta += sum_n dy,  dx_sum += sum_n dx
  *
  * A row is held in the registers of a warp (up to 1024 bf16) or of a block of 128 threads (up to
  * 4096), 16 bytes a load; the variance is the mean of (x - mean)^2, from registers, so a large mean
  * costs no precision. Warps and blocks stay and go from row to row: gamma and beta are loaded once,
- * forward loads the next row while it works on this one, and backward sums dgamma and dbeta in
- * registers. Each block leaves its sums in the workspace, and those are added in order. Rows that
+ * forward loads the next row while it works on this one, and backward sums dgamma, dbeta and dx_sum
+ * in registers. Each block leaves its sums in the workspace, and those are added in order. Rows that
  * are longer, or not in 16-byte pieces, go through kernels that read a row several times.
- * Floor: memory; forward reads x and writes y, backward reads x and dy and updates dx. */
+ * Floor: memory; forward reads x and writes y, backward reads x and dy and updates dx, and writes y
+ * where that is wanted. */
 #include "kernels/cuda/dense.h"
 
 #define THREADS  128
@@ -101,19 +102,21 @@ static __global__ __launch_bounds__(THREADS, fwd_blocks(NP)) void fwd_kernel(
     }
 }
 
-/* parts (gridDim.x, 2c): each block's sums for dgamma and dbeta. */
+/* parts (gridDim.x, n_sums c): each block's sums for dgamma, dbeta and, with n_sums 3, dx_sum. beta
+ * and y: both or neither; y is computed as in forward, to the same bits. */
 template <typename T, int LANES, int NP>
 static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
     int64_t n, int c, const T *__restrict__ x, const T *__restrict__ gamma,
-    const T *__restrict__ dy, const float *__restrict__ mean, const float *__restrict__ rstd,
-    T *__restrict__ dx, float *__restrict__ parts)
+    const T *__restrict__ beta, const T *__restrict__ dy, const float *__restrict__ mean,
+    const float *__restrict__ rstd, T *__restrict__ dx, T *__restrict__ y,
+    float *__restrict__ parts, int n_sums)
 {
     constexpr int N = PACK(T), ROWS = THREADS / LANES;
     __shared__ float scratch[33];
-    __shared__ float sums[2][LANES == 32 ? LANES * NP * N : 1];
+    __shared__ float sums[3][LANES == 32 ? LANES * NP * N : 1];
     int lane = threadIdx.x % LANES, packs = c / N, group = threadIdx.x / LANES;
     int64_t row = (int64_t)blockIdx.x * ROWS + group, step = (int64_t)gridDim.x * ROWS;
-    float dga[NP][N] = {}, dbe[NP][N] = {};
+    float dga[NP][N] = {}, dbe[NP][N] = {}, dxs[NP][N] = {};
     pack<T, N> ga[NP];
     load_row<T, LANES, NP>(ga, gamma, lane, packs);
     for (; row < n; row += step) {
@@ -135,6 +138,7 @@ static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
             }
         float mean_g = row_sum<LANES>(sum_g, scratch) / (float)c;
         float mean_gx = row_sum<LANES>(sum_gx, scratch) / (float)c;
+        asm volatile("" : "+f"(mu)); /* compute xhat again: there is no room to keep a row of it */
 #pragma unroll
         for (int i = 0; i < NP; i++) {
             int at = lane + LANES * i;
@@ -149,10 +153,19 @@ static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
             }
             round_to(&d_in[i], sum);
             store_pack<T, N>(dx + row * c + at * N, d_in[i]);
+#pragma unroll
+            for (int j = 0; j < N; j++) dxs[i][j] += element(d_in[i], j);
+            if (!y) continue;
+            pack<T, N> be = load_pack<T, N>(beta + at * N); /* from L1: no registers to keep it */
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                sum[j] = fmaf((element(in[i], j) - mu) * rs, element(ga[i], j), element(be, j));
+            round_to(&in[i], sum);
+            store_pack<T, N>(y + row * c + at * N, in[i]);
         }
     }
     /* the block's warps add their sums one after the other */
-    float *to = parts + (int64_t)blockIdx.x * 2 * c;
+    float *to = parts + (int64_t)blockIdx.x * n_sums * c;
     for (int turn = 0; turn < ROWS; turn++) {
         if (turn == group) {
 #pragma unroll
@@ -165,13 +178,16 @@ static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
                     if (LANES == 32 && turn > 0) {
                         dga[i][j] += sums[0][k];
                         dbe[i][j] += sums[1][k];
+                        dxs[i][j] += sums[2][k];
                     }
                     if (turn + 1 < ROWS) {
                         sums[0][k] = dga[i][j];
                         sums[1][k] = dbe[i][j];
+                        sums[2][k] = dxs[i][j];
                     } else {
                         to[k] = dga[i][j];
                         to[c + k] = dbe[i][j];
+                        if (n_sums > 2) to[2 * c + k] = dxs[i][j];
                     }
                 }
             }
@@ -211,11 +227,10 @@ __launch_bounds__(THREADS) void any_fwd_kernel(int64_t n, int64_t c, float eps,
 }
 
 template <typename T>
-static __global__
-__launch_bounds__(THREADS) void any_dx_kernel(int64_t n, int64_t c, const T *__restrict__ x,
-                                              const T *__restrict__ gamma, const T *__restrict__ dy,
-                                              const float *__restrict__ mean,
-                                              const float *__restrict__ rstd, T *__restrict__ dx)
+static __global__ __launch_bounds__(THREADS) void any_dx_kernel(
+    int64_t n, int64_t c, const T *__restrict__ x, const T *__restrict__ gamma,
+    const T *__restrict__ beta, const T *__restrict__ dy, const float *__restrict__ mean,
+    const float *__restrict__ rstd, T *__restrict__ dx, T *__restrict__ y)
 {
     __shared__ float scratch[33];
     for (int64_t row = blockIdx.x; row < n; row += gridDim.x) {
@@ -233,26 +248,32 @@ __launch_bounds__(THREADS) void any_dx_kernel(int64_t n, int64_t c, const T *__r
             float xhat = (to_float(in[j]) - mu) * rs;
             float d = to_float(d_out[j]) * to_float(gamma[j]) - mean_g - xhat * mean_gx;
             d_in[j] = from_float<T>(fmaf(rs, d, to_float(d_in[j])));
+            if (y)
+                y[row * c + j] = from_float<T>(fmaf(xhat, to_float(gamma[j]), to_float(beta[j])));
         }
     }
 }
 
-/* A thread has a column; blockIdx.y tells which rows. */
+/* A thread has a column; blockIdx.y tells which rows. After any_dx_kernel: dx is the updated one. */
 template <typename T>
 static __global__ __launch_bounds__(THREADS) void any_columns_kernel(
     int64_t n, int64_t c, const T *__restrict__ x, const T *__restrict__ dy,
-    const float *__restrict__ mean, const float *__restrict__ rstd, float *__restrict__ parts)
+    const float *__restrict__ mean, const float *__restrict__ rstd, const T *__restrict__ dx,
+    float *__restrict__ parts, int n_sums)
 {
     int64_t j = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (j >= c) return;
-    float dga = 0.0f, dbe = 0.0f;
+    float dga = 0.0f, dbe = 0.0f, dxs = 0.0f;
     for (int64_t row = blockIdx.y; row < n; row += gridDim.y) {
         float d = to_float(dy[row * c + j]);
         dga = fmaf(d, (to_float(x[row * c + j]) - mean[row]) * rstd[row], dga);
         dbe += d;
+        if (n_sums > 2) dxs += to_float(dx[row * c + j]);
     }
-    parts[(int64_t)blockIdx.y * 2 * c + j] = dga;
-    parts[(int64_t)blockIdx.y * 2 * c + c + j] = dbe;
+    float *to = parts + (int64_t)blockIdx.y * n_sums * c + j;
+    to[0] = dga;
+    to[c] = dbe;
+    if (n_sums > 2) to[2 * c] = dxs;
 }
 
 /* ---- launches -------------------------------------------------------------------------------- */
@@ -307,14 +328,20 @@ extern "C" size_t cuda_layernorm_fwd_workspace(const struct srf_ctx *,
     return 0;
 }
 
+static int n_sums(const struct srf_layernorm_bwd_args *a)
+{
+    return a->dx_sum ? 3 : 2;
+}
+
 /* Returns the number of parts. */
 template <typename T, int LANES, int NP>
 static unsigned launch_bwd(struct srf_ctx *ctx, const struct srf_layernorm_bwd_args *a)
 {
     unsigned grid = grid_for(ctx, a->n, THREADS / LANES, bwd_blocks(NP));
     bwd_kernel<T, LANES, NP><<<grid, THREADS, 0, stream_of(ctx)>>>(
-        a->n, (int)a->c, (const T *)a->x, (const T *)a->gamma, (const T *)a->dy,
-        (const float *)a->mean, (const float *)a->rstd, (T *)a->dx, (float *)ctx->workspace);
+        a->n, (int)a->c, (const T *)a->x, (const T *)a->gamma, (const T *)a->beta, (const T *)a->dy,
+        (const float *)a->mean, (const float *)a->rstd, (T *)a->dx, (T *)a->y,
+        (float *)ctx->workspace, n_sums(a));
     return grid;
 }
 
@@ -324,10 +351,11 @@ static unsigned launch_any_bwd(struct srf_ctx *ctx, const struct srf_layernorm_b
     const T *x = (const T *)a->x, *dy = (const T *)a->dy;
     const float *mean = (const float *)a->mean, *rstd = (const float *)a->rstd;
     any_dx_kernel<T><<<grid_for(ctx, a->n, 1, 8), THREADS, 0, stream_of(ctx)>>>(
-        a->n, a->c, x, (const T *)a->gamma, dy, mean, rstd, (T *)a->dx);
+        a->n, a->c, x, (const T *)a->gamma, (const T *)a->beta, dy, mean, rstd, (T *)a->dx,
+        (T *)a->y);
     dim3 grid((unsigned)div_up(a->c, THREADS), grid_for(ctx, a->n, 1, bwd_blocks(1)));
-    any_columns_kernel<T><<<grid, THREADS, 0, stream_of(ctx)>>>(a->n, a->c, x, dy, mean, rstd,
-                                                                (float *)ctx->workspace);
+    any_columns_kernel<T><<<grid, THREADS, 0, stream_of(ctx)>>>(
+        a->n, a->c, x, dy, mean, rstd, (const T *)a->dx, (float *)ctx->workspace, n_sums(a));
     return grid.y;
 }
 
@@ -336,7 +364,8 @@ static unsigned bwd(struct srf_ctx *ctx, const struct srf_layernorm_bwd_args *a)
 {
     int64_t packs = a->c / PACK(T);
     bool aligned = a->c % PACK(T) == 0 && is_aligned(a->x, 16) && is_aligned(a->gamma, 16) &&
-                   is_aligned(a->dy, 16) && is_aligned(a->dx, 16);
+                   is_aligned(a->dy, 16) && is_aligned(a->dx, 16) && is_aligned(a->beta, 16) &&
+                   is_aligned(a->y, 16);
     if (!aligned || packs > THREADS * MAX_PACK) return launch_any_bwd<T>(ctx, a);
     if (packs > 2 * THREADS) return launch_bwd<T, THREADS, 4>(ctx, a);
     if (packs > THREADS) return launch_bwd<T, THREADS, 2>(ctx, a);
@@ -352,12 +381,13 @@ extern "C" srf_status cuda_layernorm_bwd(struct srf_ctx *ctx,
     if (a->n == 0 || a->c == 0) return SRF_OK;
     unsigned parts = ctx->dtype == SRF_BF16 ? bwd<bf16>(ctx, a) : bwd<float>(ctx, a);
     srf__cuda_add_parts(ctx, (const float *)ctx->workspace, parts, a->c, (float *)a->dgamma,
-                        (float *)a->dbeta);
+                        (float *)a->dbeta, (float *)a->dx_sum);
     return srf__cuda_launched("layernorm_bwd");
 }
 
 extern "C" size_t cuda_layernorm_bwd_workspace(const struct srf_ctx *ctx,
                                                const struct srf_layernorm_bwd_args *a)
 {
-    return (size_t)grid_for(ctx, a->n, 1, bwd_blocks(1)) * (size_t)(2 * a->c) * sizeof(float);
+    return (size_t)grid_for(ctx, a->n, 1, bwd_blocks(1)) * (size_t)(n_sums(a) * a->c) *
+           sizeof(float);
 }

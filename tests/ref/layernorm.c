@@ -21,7 +21,7 @@ void ref_layernorm_fwd(const struct srf_layernorm_fwd_args *a)
 void ref_layernorm_bwd(const struct srf_layernorm_bwd_args *a)
 {
     const double *gamma = a->gamma;
-    double *dgamma = a->dgamma, *dbeta = a->dbeta;
+    double *dgamma = a->dgamma, *dbeta = a->dbeta, *dx_sum = a->dx_sum;
     for (int64_t i = 0; i < a->n; i++) {
         const double *x = (const double *)a->x + i * a->c, *dy = (const double *)a->dy + i * a->c;
         double *dx = (double *)a->dx + i * a->c;
@@ -35,5 +35,9 @@ void ref_layernorm_bwd(const struct srf_layernorm_bwd_args *a)
                 dx[j] += g * rstd * ((j == k) - (1 + xhat_k * xhat_j) / (double)a->c);
             }
         }
+        for (int64_t j = 0; j < a->c && dx_sum; j++) dx_sum[j] += dx[j];
+        for (int64_t j = 0; j < a->c && a->y; j++)
+            ((double *)a->y)[i * a->c + j] =
+                (x[j] - mean) * rstd * gamma[j] + ((const double *)a->beta)[j];
     }
 }
