@@ -309,6 +309,8 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
     return layernorm(m, n, PTR(a->res), LNF_W, PTR(m->slot_hidden), PTR(a->mean), PTR(a->rstd));
 }
 
+/* The gradients of the biases that are added to the residual stream, O_B and PROJ_B, are column
+ * sums of d_res: of what the norm behind the addition leaves there. */
 static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
@@ -325,7 +327,8 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
     SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(a->res),
                     .gamma = srf_model_param(m, LNF_W), .dy = PTR(m->slot_d_hidden),
                     .mean = PTR(a->mean), .rstd = PTR(a->rstd), .dx = d_res,
-                    .dgamma = srf_model_grad(m, LNF_W), .dbeta = srf_model_grad(m, LNF_B)));
+                    .dgamma = srf_model_grad(m, LNF_W), .dbeta = srf_model_grad(m, LNF_B),
+                    .dx_sum = GRAD(cfg->n_layers - 1, PROJ_B)));
     for (int64_t l = cfg->n_layers - 1; l >= 0; l--) {
         const struct block *k = &a->blocks[l];
         void *qkv = PTR(k->qkv), *att = PTR(k->att);
@@ -336,8 +339,7 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         if (cheap) SRF_TRY(activate(m, n, k));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
                         .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = PTR(k->pre),
-                        .x_act = SRF_ACT_GELU_TANH, .dx = d_fc, .dw = GRAD(l, PROJ_W),
-                        .db = GRAD(l, PROJ_B)));
+                        .x_act = SRF_ACT_GELU_TANH, .dx = d_fc, .dw = GRAD(l, PROJ_W)));
         if (cheap)
             SRF_TRY(layernorm(m, n, PTR(k->res2), row(l, LN2_W), PTR(k->ln2), PTR(k->mean2),
                               PTR(k->rstd2)));
@@ -347,10 +349,10 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2),
                         .gamma = PARAM(l, LN2_W), .dy = d_ln, .mean = PTR(k->mean2),
                         .rstd = PTR(k->rstd2), .dx = d_res, .dgamma = GRAD(l, LN2_W),
-                        .dbeta = GRAD(l, LN2_B)));
+                        .dbeta = GRAD(l, LN2_B), .dx_sum = GRAD(l, O_B)));
 
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
-                        .dy = d_res, .dx = d_att, .dw = GRAD(l, O_W), .db = GRAD(l, O_B)));
+                        .dy = d_res, .dx = d_att, .dw = GRAD(l, O_W)));
         if (m->attention_teacher)
             SRF_TRY(SRF_RUN(ctx, mse, .n = n * c, .x = att,
                             .y = srf_model_attention_out(m->attention_teacher, l),
@@ -367,7 +369,7 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1),
                         .gamma = PARAM(l, LN1_W), .dy = d_ln, .mean = PTR(k->mean1),
                         .rstd = PTR(k->rstd1), .dx = d_res, .dgamma = GRAD(l, LN1_W),
-                        .dbeta = GRAD(l, LN1_B)));
+                        .dbeta = GRAD(l, LN1_B), .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL));
     }
     return SRF_RUN(ctx, embed_bwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
                    .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens), .dy = d_res,
