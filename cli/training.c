@@ -435,7 +435,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
          "sequences at once; sets the memory (2048 tokens on the CPU, else 32768)", 1, 1e6},
         {"recompute", 0, CLI_STRING, &in.recompute, "WHAT",
-         "made again in backward, to save memory: none, cheap (norms, GELU), block (none)", 0, 0},
+         "made again in backward, to save memory: none, cheap (GELU), block (none)", 0, 0},
         {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a sequence (the model's, up to 1024)", 1,
          1 << 24},
         {"lr", 0, CLI_DOUBLE, &c->lr, "X", "peak learning rate", 0, 10},

@@ -162,9 +162,10 @@ static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
 /* ---- activations --------------------------------------------------------------------------- */
 
 /* Arena slots of one block. While training every block has its own of what backward is to find;
- * the others are shared by all blocks. */
+ * the others are shared by all blocks. So is ln, what either norm gives: layernorm_bwd writes it
+ * once more, beside what it does anyway, for the weights' gradient of the layer behind. */
 struct block {
-    int res1, ln1, mean1, rstd1, qkv, att, stat, res2, ln2, mean2, rstd2, pre, fc;
+    int ln, res1, mean1, rstd1, qkv, att, stat, res2, mean2, rstd2, pre, fc;
 };
 
 struct acts {
@@ -190,15 +191,14 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
         enum srf_dtype type;
         const char *name;
     } rows[] = {
+        {&k->ln, first, n * c, type, "layer norm"},
         {&k->res1, input, n * c, type, "residual 1"},
-        {&k->ln1, all, n * c, type, "ln_1"},
         {&k->mean1, most, n, acc, "ln_1 mean"},
         {&k->rstd1, most, n, acc, "ln_1 rstd"},
         {&k->qkv, most || p->keep_qkv, n * 3 * c, type, "qkv"},
         {&k->att, most || p->keep_attention, n * c, type, "attention"},
         {&k->stat, most, n * cfg->n_heads, acc, "attention rows"},
         {&k->res2, most, n * c, type, "residual 2"},
-        {&k->ln2, all && p->train, n * c, type, "ln_2"},
         {&k->mean2, most, n, acc, "ln_2 mean"},
         {&k->rstd2, most, n, acc, "ln_2 rstd"},
         {&k->pre, most && p->train, n * cfg->d_ff, type, "mlp before gelu"},
@@ -208,7 +208,6 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
         if (rows[i].own)
             SRF_TRY(srf_arena_add(m->arena, "activations", rows[i].name, rows[i].count,
                                   rows[i].type, rows[i].slot));
-    if (!p->train) k->ln2 = k->ln1;
     return SRF_OK;
 }
 
@@ -273,17 +272,18 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     int64_t n = batch->b * batch->t, c = m->config.c, ff = m->config.d_ff;
     size_t size = srf_dtype_bytes(ctx->dtype);
     void *qkv = PTR(k->qkv), *att = PTR(k->att), *res1 = PTR(k->res1), *res2 = PTR(k->res2);
+    void *ln = PTR(k->ln);
 
-    SRF_TRY(layernorm(m, n, res1, row(l, LN1_W), PTR(k->ln1), PTR(k->mean1), PTR(k->rstd1)));
-    SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
-                    .w = PARAM(l, QKV_W), .b = PARAM(l, QKV_B), .y = qkv));
+    SRF_TRY(layernorm(m, n, res1, row(l, LN1_W), ln, PTR(k->mean1), PTR(k->rstd1)));
+    SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = ln, .w = PARAM(l, QKV_W),
+                    .b = PARAM(l, QKV_B), .y = qkv));
     SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
                              PTR(k->stat)));
     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                     .b = PARAM(l, O_B), .residual = res1, .y = res2));
-    SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), PTR(k->ln2), PTR(k->mean2), PTR(k->rstd2)));
-    return SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
-                   .w = PARAM(l, FC_W), .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
+    SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), ln, PTR(k->mean2), PTR(k->rstd2)));
+    return SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = ln, .w = PARAM(l, FC_W),
+                   .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
                    .pre = m->plan.train ? PTR(k->pre) : NULL, .y = PTR(k->fc));
 }
 
@@ -331,25 +331,24 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                     .dx_sum = GRAD(cfg->n_layers - 1, PROJ_B)));
     for (int64_t l = cfg->n_layers - 1; l >= 0; l--) {
         const struct block *k = &a->blocks[l];
-        void *qkv = PTR(k->qkv), *att = PTR(k->att);
+        void *qkv = PTR(k->qkv), *att = PTR(k->att), *ln = PTR(k->ln);
         /* What is not kept, the last block has left where it is shared. */
-        bool again = l + 1 < cfg->n_layers, cheap = again && recompute == SRF_RECOMPUTE_CHEAP;
+        bool again = l + 1 < cfg->n_layers;
 
         if (again && recompute == SRF_RECOMPUTE_BLOCK) SRF_TRY(block_inside(m, batch, l));
-        if (cheap) SRF_TRY(activate(m, n, k));
+        if (again && recompute == SRF_RECOMPUTE_CHEAP) SRF_TRY(activate(m, n, k));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
                         .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = PTR(k->pre),
                         .x_act = SRF_ACT_GELU_TANH, .dx = d_fc, .dw = GRAD(l, PROJ_W)));
-        if (cheap)
-            SRF_TRY(layernorm(m, n, PTR(k->res2), row(l, LN2_W), PTR(k->ln2), PTR(k->mean2),
-                              PTR(k->rstd2)));
-        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
-                        .w = PARAM(l, FC_W), .dy = d_fc, .dx = d_ln, .dw = GRAD(l, FC_W),
-                        .db = GRAD(l, FC_B)));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .w = PARAM(l, FC_W),
+                        .dy = d_fc, .dx = d_ln));
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2),
                         .gamma = PARAM(l, LN2_W), .dy = d_ln, .mean = PTR(k->mean2),
                         .rstd = PTR(k->rstd2), .dx = d_res, .dgamma = GRAD(l, LN2_W),
-                        .dbeta = GRAD(l, LN2_B), .dx_sum = GRAD(l, O_B)));
+                        .dbeta = GRAD(l, LN2_B), .dx_sum = GRAD(l, O_B), .beta = PARAM(l, LN2_B),
+                        .y = ln));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = ln, .w = PARAM(l, FC_W),
+                        .dy = d_fc, .dw = GRAD(l, FC_W), .db = GRAD(l, FC_B)));
 
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                         .dy = d_res, .dx = d_att, .dw = GRAD(l, O_W)));
@@ -360,16 +359,16 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         SRF_TRY(srf_model_attend_bwd(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c,
                                      att, d_att, c, PTR(k->stat), d_qkv, COLUMN(d_qkv, c),
                                      COLUMN(d_qkv, 2 * c)));
-        if (cheap)
-            SRF_TRY(layernorm(m, n, PTR(k->res1), row(l, LN1_W), PTR(k->ln1), PTR(k->mean1),
-                              PTR(k->rstd1)));
-        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
-                        .w = PARAM(l, QKV_W), .dy = d_qkv, .dx = d_ln, .dw = GRAD(l, QKV_W),
-                        .db = GRAD(l, QKV_B)));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .w = PARAM(l, QKV_W),
+                        .dy = d_qkv, .dx = d_ln));
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1),
                         .gamma = PARAM(l, LN1_W), .dy = d_ln, .mean = PTR(k->mean1),
                         .rstd = PTR(k->rstd1), .dx = d_res, .dgamma = GRAD(l, LN1_W),
-                        .dbeta = GRAD(l, LN1_B), .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL));
+                        .dbeta = GRAD(l, LN1_B), .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL,
+                        .beta = PARAM(l, LN1_B), .y = ln));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = ln,
+                        .w = PARAM(l, QKV_W), .dy = d_qkv, .dw = GRAD(l, QKV_W),
+                        .db = GRAD(l, QKV_B)));
     }
     return SRF_RUN(ctx, embed_bwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
                    .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens), .dy = d_res,

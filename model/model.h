@@ -26,11 +26,12 @@ struct srf_batch {
     const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before */
 };
 
-/* What backward makes again instead of finding it kept. Gradients are the same bit for bit, but for
- * CHEAP in bf16 on CUDA: there an activation made again starts from its rounded input. */
+/* What backward makes again instead of finding it kept. Outputs of layer norms are never kept:
+ * layernorm_bwd writes them once more at the price of a store. Gradients are the same bit for bit,
+ * but for CHEAP in bf16 on CUDA: there an activation made again starts from its rounded input. */
 enum srf_recompute {
     SRF_RECOMPUTE_NONE,
-    SRF_RECOMPUTE_CHEAP, /* layer norm and activation outputs */
+    SRF_RECOMPUTE_CHEAP, /* activation outputs */
     SRF_RECOMPUTE_BLOCK  /* whole blocks: only what goes into each is kept */
 };
 

@@ -7,8 +7,8 @@
  * A row is held in the registers of a warp (up to 1024 bf16) or of a block of 128 threads (up to
  * 4096), 16 bytes a load; the variance is the mean of (x - mean)^2, from registers, so a large mean
  * costs no precision. Warps and blocks stay and go from row to row: gamma and beta are loaded once,
- * forward loads the next row while it works on this one, and backward sums dgamma, dbeta and dx_sum
- * in registers. Each block leaves its sums in the workspace, and those are added in order. Rows that
+ * forward loads the next row while it works on this one, and backward keeps the sums over rows in
+ * registers. Each block leaves its sums in the workspace, and those are added in order. Rows that
  * are longer, or not in 16-byte pieces, go through kernels that read a row several times.
  * Floor: memory; forward reads x and writes y, backward reads x and dy and updates dx, and writes y
  * where that is wanted. */
@@ -254,7 +254,7 @@ static __global__ __launch_bounds__(THREADS) void any_dx_kernel(
     }
 }
 
-/* A thread has a column; blockIdx.y tells which rows. After any_dx_kernel: dx is the updated one. */
+/* A thread has a column; blockIdx.y tells which rows. Runs after any_dx_kernel, for the new dx. */
 template <typename T>
 static __global__ __launch_bounds__(THREADS) void any_columns_kernel(
     int64_t n, int64_t c, const T *__restrict__ x, const T *__restrict__ dy,
