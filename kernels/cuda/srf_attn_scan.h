@@ -452,7 +452,8 @@ __device__ void window_scores(const struct scan &h, const scan_rows<T> &k, int64
         }
 #pragma unroll
         for (int t = 0; t < TT; t++) {
-            sum[t] = lo + s <= pos + t ? SCAN_LOG2E * sum[t] : SCAN_UNSET;
+            float e = SCAN_LOG2E * sum[t]; /* clamped: above SCAN_UNSET, and NaN stays */
+            sum[t] = lo + s > pos + t ? SCAN_UNSET : e < SCAN_LOW ? SCAN_LOW : e;
             most[t] = fmaxf(most[t], rintf(sum[t]));
         }
         store_vec<TT>(p + s * TT, sum);

@@ -143,6 +143,13 @@ __device__ __forceinline__ float exponent(float dot, float bias, float sub)
     return e < SCAN_LOW ? SCAN_LOW : e;
 }
 
+/* Of an exact score; never below SCAN_LOW, which is above the maximum of nothing. */
+__device__ __forceinline__ float window_exponent(float dot)
+{
+    float e = SCAN_LOG2E * dot;
+    return e < SCAN_LOW ? SCAN_LOW : e;
+}
+
 /* acc += sum_i weight_i rows_i over (n, d) rows, in columns [c, c + vec) and this thread's group of
  * rows; where `write`, they become step_i row_i + in_i v first. */
 template <int vec, bool write>
@@ -293,7 +300,10 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
         dot_rows<1, vec>(ring_k[0], own, d, a.scale, x, p, 0);
         dot_rows<1, vec>(ring_k[1], seen - own, d, a.scale, x, p + own, 0);
         __syncthreads();
-        for (int64_t i = tid; i < seen; i += STEP_THREADS) r = fmaxf(r, rintf(SCAN_LOG2E * p[i]));
+        for (int64_t i = tid; i < seen; i += STEP_THREADS) {
+            p[i] = window_exponent(p[i]);
+            r = fmaxf(r, rintf(p[i]));
+        }
     }
 
     float half_q = 0, half_k = 0, shift = 0;
@@ -325,8 +335,8 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
         den += out[i] * z[i];
     }
     for (int64_t i = tid; i < seen; i += STEP_THREADS) {
-        float score = SCAN_LOG2E * p[i], e = rintf(score);
-        p[i] = scan_exp2(score - e, e - r);
+        float e = rintf(p[i]);
+        p[i] = scan_exp2(p[i] - e, e - r);
         den += p[i];
     }
     den = block_sum(den, scratch); /* and the weights are complete */

@@ -100,11 +100,10 @@ __device__ __forceinline__ void fetch(const struct xent_row<T, N> &r, int n_pack
 #pragma unroll
     for (int b = 0; b < B; b++) {
         int i = pack_of<B>(batch, b);
-        if (i >= n_packs) i = n_packs - 1;
-        if (held)
+        if (held && i < n_packs)
             out[b] = r.place[i];
-        else
-            out[b] = load_bits<N>(r.packs + (int64_t)i * N);
+        else /* place[n_packs - 1] is another thread's, and may not be there yet */
+            out[b] = load_bits<N>(r.packs + (int64_t)min(i, n_packs - 1) * N);
     }
 }
 
