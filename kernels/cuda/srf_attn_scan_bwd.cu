@@ -405,7 +405,9 @@ __device__ void key_scores(const struct scan &h, const bwd_head<T> &f, int64_t p
         float r = f.r[q], inv = f.inv[q], delta = f.delta[q];
 #pragma unroll
         for (int t = 0; t < TT; t++) {
-            float a = SCAN_LOG2E * score[t], e = rintf(a);
+            float a = SCAN_LOG2E * score[t];
+            a = a < SCAN_LOW ? SCAN_LOW : a; /* as in window_scores */
+            float e = rintf(a);
             float w = pos - t <= q ? scan_exp2(a - e, e - r) : 0.0f;
             score[t] = w * inv;
             dot[t] = w * (inv * dot[t] + delta);
