@@ -24,6 +24,7 @@
 #define PIECE_BYTES ((size_t)16 << 20) /* of the workspace: products that we finish */
 #define THREADS     256
 #define WARPS       (THREADS / 32)
+#define CANDIDATES  8 /* algorithms that cuBLASLt is asked for */
 #define SUM_BLOCKS  6 /* of a multiprocessor, for db */
 
 /* ---- products ------------------------------------------------------------------------------- */
@@ -148,6 +149,40 @@ static srf_status describe(struct plan *plan, const struct product *p)
     return SRF_OK;
 }
 
+/* -1: not known */
+static int32_t split_k(const cublasLtMatmulHeuristicResult_t *r)
+{
+    int32_t n;
+    size_t written;
+    cublasStatus_t st = cublasLtMatmulAlgoConfigGetAttribute(
+        &r->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &n, sizeof n, &written);
+    return st == CUBLAS_STATUS_SUCCESS ? n : -1;
+}
+
+/* cuBLASLt's first candidate is the best where k is long. Where it is short against the bytes that
+ * go in and out at the end of a tile, the smallest tiles are faster, 2 to 14 % on an H100: see
+ * kernels/lab/dense_cuda.md. Only candidates that split k as the first does: they add in the same
+ * order. */
+static int choose(const struct srf_ctx *ctx, const struct plan_key *key,
+                  const cublasLtMatmulHeuristicResult_t *r, int n)
+{
+    int64_t tiles = div_up(key->m, 128) * div_up(key->n, 128);
+    int64_t bytes = (key->type_d == CUDA_R_32F ? 4 : 2) * (key->has_c ? 2 : 1);
+    bool aux = key->epilogue == CUBLASLT_EPILOGUE_GELU_AUX ||
+               key->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS ||
+               key->epilogue == CUBLASLT_EPILOGUE_DGELU;
+    if (aux) bytes += 2;
+    int best = 0;
+    if (cuda_of(ctx)->cc != 90 || key->type_ab != CUDA_R_16BF || key->m % 8 || key->k % 8 ||
+        tiles < 4 * cuda_of(ctx)->n_sm || key->k > 512 * bytes)
+        return best;
+    for (int i = 1; i < n; i++)
+        if (r[i].state == CUBLAS_STATUS_SUCCESS && r[i].wavesCount > r[best].wavesCount &&
+            split_k(&r[i]) == split_k(&r[0]))
+            best = i;
+    return best;
+}
+
 /* Ask for the algorithm. That there is none is an answer too. */
 static srf_status search(struct srf_ctx *ctx, struct plan *plan)
 {
@@ -166,14 +201,17 @@ static srf_status search(struct srf_ctx *ctx, struct plan *plan)
         uint32_t bytes = (uint32_t)plan->key.align[i];
         SRF_TRY(set_pref(&pref, align[i], &bytes, sizeof bytes));
     }
-    cublasLtMatmulHeuristicResult_t result;
+    cublasLtMatmulHeuristicResult_t results[CANDIDATES];
     int found = 0;
-    plan->status = cublasLtMatmulAlgoGetHeuristic(cuda_of(ctx)->lt, &plan->desc, &plan->a, &plan->b,
-                                                  &plan->d, &plan->d, &pref, 1, &result, &found);
+    plan->status =
+        cublasLtMatmulAlgoGetHeuristic(cuda_of(ctx)->lt, &plan->desc, &plan->a, &plan->b, &plan->d,
+                                       &plan->d, &pref, CANDIDATES, results, &found);
     if (plan->status == CUBLAS_STATUS_SUCCESS && found < 1)
         plan->status = CUBLAS_STATUS_NOT_SUPPORTED;
-    if (plan->status == CUBLAS_STATUS_SUCCESS) plan->status = result.state;
-    plan->algo = result.algo;
+    if (plan->status != CUBLAS_STATUS_SUCCESS) return SRF_OK;
+    int best = choose(ctx, &plan->key, results, found);
+    plan->status = results[best].state;
+    plan->algo = results[best].algo;
     return SRF_OK;
 }
 

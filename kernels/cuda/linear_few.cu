@@ -1,4 +1,4 @@
-/* Linear layers of a few rows, as in decoding: y = act(x W + b) for up to 8 rows.
+/* Linear layers of a few rows, as in decoding: y = act(x W + b) for up to 4 rows.
  *
  * The work is to read W; a matrix product in tiles would leave most of the card idle. Each thread
  * multiplies a pack of W, 16 bytes, with the elements of x that belong to it, in fp32.
@@ -137,8 +137,6 @@ template <typename T> static bool few_fwd(struct srf_ctx *ctx, const struct srf_
         one_transposed_kernel<T><<<grid, THREADS, 0, stream_of(ctx)>>>(p);
     } else if (a->n == 1)
         launch<T, 1>(ctx, &p);
-    else if (a->n <= 4)
-        launch<T, 4>(ctx, &p);
     else
         launch<T, LINEAR_FEW_ROWS>(ctx, &p);
     return true;
