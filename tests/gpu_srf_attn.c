@@ -40,7 +40,9 @@ static void test_reference(void **state)
 {
     const struct srf_case *k = *state;
     struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
-    double grad_tol = k->dtype == SRF_BF16 ? 0x1p-6 : 1e-5;
+    /* Of one or two tokens, a gradient may be a small difference of numbers that bf16 has
+     * rounded. */
+    double grad_tol = k->dtype == SRF_BF16 ? (k->shape.t < 16 ? 0x1p-5 : 0x1p-6) : 1e-5;
     attn_case_fwd(&c);
     attn_case_ref_fwd(&c);
     attn_case_close(&c, "o", c.o, c.ld_o, 0, 1, tol_of(k->dtype));

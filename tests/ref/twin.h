@@ -28,15 +28,14 @@ struct twins {
     } all[40];
     int n_all;
     uint32_t stream; /* of the next random tensor */
-    /* Every run is made twice and must leave the same bits; comparisons print their errors, and a
-     * test goes on after one that failed, to fail when it frees its twins. */
-    bool thorough;
-    int failures;
+    bool twice;      /* every run is made twice and must leave the same bits */
+    bool report;     /* comparisons print their errors, and a test goes on after one that failed, */
+    int failures;    /* to fail when it frees its twins */
 };
 
 /* A CPU context of a dtype and number of threads; fails the test if it cannot be had. */
 struct twins twins_new(enum srf_dtype dtype, int threads);
-/* A context of any device, and thorough. */
+/* A context of any device, which reports; runs are made twice but under SRF_GPU_SMALL. */
 struct twins twins_new_on(const char *device, enum srf_dtype dtype);
 /* Check every guard band, free everything. */
 void twins_free(struct twins *s);
@@ -63,7 +62,7 @@ void twin_raw_values(const struct twins *s, struct twin_raw t, void *x);
 /* The device must agree with the reference: |got - want| <= tol max(|want|, sqrt(n) natural), in
  * norm. natural: the size of the terms an element is made of, where they may cancel; 0 if not. */
 void twin_close(struct twins *s, const char *name, struct twin t, double tol, double natural);
-/* test_close, which a thorough test survives. */
+/* test_close, which a test that reports survives. */
 void twin_check(struct twins *s, const char *name, const double *got, const double *want, int64_t n,
                 double tol);
 
@@ -81,7 +80,7 @@ double twin_tol(const struct twins *s, int64_t length);
         test_ok(srf_run_##op((s)->ctx, &run_args_));                                               \
         (s)->ctx->plan = false;                                                                    \
         twins_workspace(s);                                                                        \
-        void *before_ = (s)->thorough ? twins_save(s) : NULL;                                      \
+        void *before_ = (s)->twice ? twins_save(s) : NULL;                                         \
         test_ok(srf_run_##op((s)->ctx, &run_args_));                                               \
         if (before_) {                                                                             \
             void *after_ = twins_save(s);                                                          \
