@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests everything that needs a GPU, on a machine that has one: each op against double references,
-# training and evaluation against the CPU, then small cases again under compute-sanitizer (memory
-# errors, races). One line a program; at the end 'N passed, N failed'. The exit status is 0 only if
+# training and evaluation against the CPU, and light cases under compute-sanitizer (memory errors,
+# races). One line a program; at the end 'N passed, N failed'. The exit status is 0 only if
 # something ran and nothing failed; without a GPU it is a failure.
 #
 #   scripts/gpu_check.sh                      builds in build/, then tests
@@ -86,13 +86,15 @@ done
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
 
 # job NAME LIMIT COMMAND...: in the background, output to a log; its exit status to NAME.status and
-# its seconds to NAME.seconds. At most `parallel` at once.
-parallel=$((JOBS > 12 ? 12 : JOBS))
+# its nanoseconds to NAME.ns. At most `parallel` at once.
+parallel=$((JOBS > 16 ? 16 : JOBS))
 names=()
+passed=0 failed=0
 job() {
     local name="$1" limit="$2"
     shift 2
     names+=("$name")
+    rm -f "$logs/$name".{status,ns}
     while [ "$(jobs -rp | wc -l)" -ge "$parallel" ]; do wait -n || true; done
     (
         began=$(date +%s%N)
@@ -104,7 +106,6 @@ job() {
 }
 
 # report: one line a job, in the order they were started in.
-passed=0 failed=0
 report() {
     local name status words
     wait
@@ -128,25 +129,22 @@ report() {
     names=()
 }
 
-say "Programs"
+say "Programs, and light cases under compute-sanitizer"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
 for program in "${programs[@]}"; do job "$program" 240 "$bin/$program"; done
-report
-
 if [ -n "$sanitizer" ]; then
-    say "Small cases under $sanitizer"
-    export SRF_GPU_SMALL=1
-    for tool in memcheck racecheck; do
+    for tool in racecheck memcheck; do
         for program in "${programs[@]}"; do
-            job "$program.$tool" 240 "$sanitizer" --tool $tool --error-exitcode 9 "$bin/$program"
+            job "$program.$tool" 240 env SRF_GPU_SMALL=1 \
+                "$sanitizer" --tool $tool --error-exitcode 9 "$bin/$program"
         done
     done
-    report
 else
     note "no compute-sanitizer here: memory errors and races are not looked for"
     failed=$((failed + 1))
 fi
+report
 
 say "All in $((SECONDS - start)) s"
 echo "$passed passed, $failed failed"
