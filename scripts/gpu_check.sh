@@ -99,11 +99,18 @@ job() {
     (
         began=$(date +%s%N)
         status=0
-        timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 </dev/null || status=$?
+        timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 </dev/null &
+        pid=$!
+        trap 'kill "$pid"; exit 143' TERM # timeout passes it on
+        wait "$pid" || status=$?
         echo "$(($(date +%s%N) - began))" >"$logs/$name.ns"
         echo $status >"$logs/$name.status"
     ) &
 }
+
+# Nothing goes on running when this is stopped.
+trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT
+trap 'exit 130' INT TERM
 
 # report: one line a job, in the order they were started in.
 report() {
@@ -131,19 +138,20 @@ report() {
 
 say "Programs, and light cases under compute-sanitizer"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
-for program in "${programs[@]}"; do job "$program" 240 "$bin/$program"; done
+# What takes longest goes first: racecheck, and the programs of SRF attention, which sort last.
 if [ -n "$sanitizer" ]; then
     for tool in racecheck memcheck; do
-        for program in "${programs[@]}"; do
+        while read -r program; do
             job "$program.$tool" 240 env SRF_GPU_SMALL=1 \
                 "$sanitizer" --tool $tool --error-exitcode 9 "$bin/$program"
-        done
+        done < <(printf '%s\n' "${programs[@]}" | sort -r)
     done
 else
     note "no compute-sanitizer here: memory errors and races are not looked for"
     failed=$((failed + 1))
 fi
+job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
+for program in "${programs[@]}"; do job "$program" 240 "$bin/$program"; done
 report
 
 say "All in $((SECONDS - start)) s"
