@@ -168,10 +168,13 @@ static void on_step(void *user, const struct srf_train_metrics *m, double val_pp
              p->tokens_per_s);
     cli_progress_update(&p->progress, (double)(m->step - p->first_step),
                         (double)(p->config->steps - p->first_step), note);
-    if (m->skipped && !p->progress.quiet) {
+    if (m->n_skipped > 0 && !p->progress.quiet) {
         cli_progress_end(&p->progress);
-        fprintf(stderr, "srf: step %lld: loss or gradient not finite: nothing updated\n",
-                (long long)m->step);
+        fprintf(stderr,
+                "srf: up to step %lld: %lld step%s with a loss or gradient that was not "
+                "finite: nothing updated in %s\n",
+                (long long)m->step, (long long)m->n_skipped, m->n_skipped > 1 ? "s" : "",
+                m->n_skipped > 1 ? "them" : "it");
     }
     if (val_ppl > 0 && !p->progress.quiet) {
         cli_progress_end(&p->progress);

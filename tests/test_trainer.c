@@ -324,6 +324,7 @@ static void non_finite_steps(void **state)
     memcpy(before, params, (size_t)model->table.total * sizeof *before);
     test_ok(srf_trainer_step(t, &m));
     assert_true(m.skipped);
+    assert_int_equal(m.n_skipped, 1);
     assert_memory_equal(before, params, (size_t)model->table.total * sizeof *before);
     srf_status st = SRF_OK;
     int steps = 0;

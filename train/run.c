@@ -125,6 +125,7 @@ static srf_status log_step(FILE *f, const struct srf_train_metrics *m, const str
     if (t->model->attention.kind == SRF_ATTN_SRF)
         fprintf(f, ", \"draw\": %llu", (unsigned long long)m->draw);
     if (m->skipped) fprintf(f, ", \"skipped\": true");
+    if (m->n_skipped > 0) fprintf(f, ", \"steps_skipped\": %lld", (long long)m->n_skipped);
     fprintf(f, "}\n");
     SRF_FAIL_IF(fflush(f) != 0, SRF_IO, "metrics.jsonl: cannot write: %s", strerror(errno));
     return SRF_OK;

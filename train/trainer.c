@@ -359,6 +359,8 @@ static srf_status read_metrics(struct srf_trainer *t, struct srf_train_metrics *
     out->grad_norm = sqrt((double)sumsq);
     SRF_TRY(ctx->be->download(ctx, skips, srf_arena_ptr(t->arena, t->slot_skips), sizeof skips));
     out->skipped = skips[1] > 0;
+    out->n_skipped = skips[0] - t->skips;
+    t->skips = skips[0];
     out->tokens_per_s = (double)((t->step - t->clock_step) * rows) / (srf__now() - t->clock);
     t->clock = 0;
     SRF_FAIL_IF(skips[1] >= MAX_SKIPPED, SRF_NONFINITE,

@@ -25,6 +25,7 @@ struct srf_train_metrics {
     double grad_norm;
     double tokens_per_s; /* since the last step of which this was known */
     bool skipped;        /* non-finite gradient: nothing was updated */
+    int64_t n_skipped;   /* steps skipped since the last step of which this was known */
 };
 
 /* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL

@@ -17,6 +17,7 @@ struct srf_trainer {
     int64_t step;                /* steps done */
     double clock;            /* when the first step since the last known metrics began; 0: none */
     int64_t clock_step;      /* steps done then */
+    int64_t skips;           /* steps skipped, as last known; counted from this start */
     bool resumed;            /* made from a run's last.h5 */
     int64_t resumed_threads; /* what that ran on; 0 for a new run */
     char data_id[96];        /* tells training sets apart: length, tokenizer, some ids */
