@@ -51,9 +51,10 @@ srf_status bench_product_time(struct bench_product *p, double *seconds);
 void bench_product_free(struct bench_product *p);
 double bench_product_flops(const struct bench_product *p);
 
-void bench_cpu_name(char *name, size_t size);
+/* The card, or the processor. */
+void bench_machine_name(const struct srf_ctx *ctx, char *name, size_t size);
 srf_status bench_measure_machine(struct srf_ctx *ctx, struct bench_machine *out);
-/* {"cpu": name, "device", "dtype", "threads", "sgemm_gflops", "copy_gb_s"} */
+/* {"machine": name, "device", "dtype", "threads", "sgemm_gflops", "copy_gb_s"} */
 json_t *bench_machine_json(const struct srf_ctx *ctx, const struct bench_machine *m);
 void bench_machine_print(const struct srf_ctx *ctx, const struct bench_machine *m);
 

@@ -201,9 +201,10 @@ static srf_status measure_device_copy(struct srf_ctx *ctx, double *bytes)
     return SRF_OK;
 }
 
-void bench_cpu_name(char *name, size_t size)
+void bench_machine_name(const struct srf_ctx *ctx, char *name, size_t size)
 {
-    snprintf(name, size, "unknown processor");
+    snprintf(name, size, "%s", bench_on_cpu(ctx) ? "unknown processor" : ctx->device_name);
+    if (!bench_on_cpu(ctx)) return;
     FILE *f = fopen("/proc/cpuinfo", "r");
     if (!f) return;
     char line[512];
@@ -219,7 +220,7 @@ void bench_cpu_name(char *name, size_t size)
 
 srf_status bench_measure_machine(struct srf_ctx *ctx, struct bench_machine *out)
 {
-    bench_cpu_name(out->name, sizeof out->name);
+    bench_machine_name(ctx, out->name, sizeof out->name);
     SRF_TRY(measure_product(ctx, &out->sgemm_flops));
     return bench_on_cpu(ctx) ? measure_host_copy(ctx, &out->copy_bytes)
                              : measure_device_copy(ctx, &out->copy_bytes);
@@ -227,7 +228,7 @@ srf_status bench_measure_machine(struct srf_ctx *ctx, struct bench_machine *out)
 
 json_t *bench_machine_json(const struct srf_ctx *ctx, const struct bench_machine *m)
 {
-    return json_pack("{s:s, s:s, s:s, s:i, s:f, s:f}", "cpu", m->name, "device", ctx->be->name,
+    return json_pack("{s:s, s:s, s:s, s:i, s:f, s:f}", "machine", m->name, "device", ctx->be->name,
                      "dtype", srf_dtype_name(ctx->dtype), "threads", ctx->n_threads, "sgemm_gflops",
                      m->sgemm_flops * 1e-9, "copy_gb_s", m->copy_bytes * 1e-9);
 }

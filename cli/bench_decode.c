@@ -81,8 +81,8 @@ cleanup:
 static void report(const struct bench_options *o, const struct srf_ctx *ctx, struct srf_engine *e,
                    const struct result *r, json_t **out)
 {
-    char cpu[128], attention[200];
-    bench_cpu_name(cpu, sizeof cpu);
+    char machine[128], attention[200];
+    bench_machine_name(ctx, machine, sizeof machine);
     const struct srf_model *m = srf_engine_model(e);
     srf_attention_describe(&m->attention, attention, sizeof attention);
     double one = r->early.seconds / (double)r->early.n;
@@ -90,7 +90,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, str
     double profiled = r->profiled.seconds / n_profiled;
     int64_t state = srf_engine_state_bytes(e), kv = srf_engine_kv_bytes(e, m->config.n_pos);
     if (!o->json) {
-        printf("%s, %s, %d threads, %s\n", cpu, ctx->be->name, ctx->n_threads,
+        printf("%s, %s, %d threads, %s\n", machine, ctx->be->name, ctx->n_threads,
                srf_dtype_name(ctx->dtype));
         printf("decoding, batch %lld, attention %s\n", (long long)o->batch, attention);
         printf("  from position %5lld: %.0f tokens/s, %.3f ms a step\n", (long long)r->early.from,
@@ -103,9 +103,9 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, str
         bench_ops_print(&r->profile, n_profiled, profiled);
         return;
     }
-    *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:I}", "bench", "decode", "cpu", cpu, "device",
-                     ctx->be->name, "dtype", srf_dtype_name(ctx->dtype), "threads", ctx->n_threads,
-                     "attention", attention, "batch", (json_int_t)o->batch);
+    *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:I}", "bench", "decode", "machine", machine,
+                     "device", ctx->be->name, "dtype", srf_dtype_name(ctx->dtype), "threads",
+                     ctx->n_threads, "attention", attention, "batch", (json_int_t)o->batch);
     json_object_update_new(
         *out,
         json_pack("{s:I, s:f, s:I, s:f, s:f, s:f, s:I, s:I}", "from", (json_int_t)r->early.from,

@@ -136,7 +136,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, con
 {
     const struct srf_profile *p = &res->profile;
     struct bench_machine machine = {.copy_bytes = 0};
-    bench_cpu_name(machine.name, sizeof machine.name);
+    bench_machine_name(ctx, machine.name, sizeof machine.name);
     double tokens = (double)(c->batch * c->seq_len), one = res->seconds / res->n_profiled;
     double share = p->gemm_seconds / res->seconds;
     double rate = p->gemm_seconds > 0 ? p->gemm_flops / p->gemm_seconds : 0;
@@ -168,7 +168,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, con
         bench_ops_print(p, res->n_profiled, one);
         return;
     }
-    *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s}", "bench", "step", "cpu", machine.name,
+    *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s}", "bench", "step", "machine", machine.name,
                      "device", ctx->be->name, "dtype", srf_dtype_name(ctx->dtype), "threads",
                      ctx->n_threads, "attention", attention);
     json_object_update_new(

@@ -332,6 +332,7 @@ struct srf_ctx {
     struct srf_profile *profile; /* or NULL */
     void *stream;                /* CUDA: the stream; CPU: NULL */
     void *impl;                  /* the backend's own (cuBLAS handles, ...) */
+    char device_name[256];       /* the card, "NVIDIA H100 80GB HBM3"; "" on the CPU */
 };
 
 /* device: "cpu", "cuda" or "auto" (cuda where there is one, else cpu). dtype as in the table at the

@@ -1,6 +1,7 @@
 /* The CUDA backend's table, memory, stream, and small uploads. */
 #include "kernels/cuda/cuda.h"
 
+#include <stdio.h>
 #include <string.h>
 
 static srf_status cuda_alloc(struct srf_ctx *ctx, size_t bytes, void **out)
@@ -121,6 +122,7 @@ static srf_status open_device(struct srf_ctx *ctx, struct srf__cuda *cuda)
     cuda->cc = 10 * p.major + p.minor;
     cuda->n_sm = p.multiProcessorCount;
     cuda->smem_max = p.sharedMemPerBlockOptin;
+    snprintf(ctx->device_name, sizeof ctx->device_name, "%s", p.name);
     SRF_FAIL_IF(cuda->cc < 80, SRF_UNSUPPORTED,
                 "%s has compute capability %d.%d: 8.0 or later is needed", p.name, p.major,
                 p.minor);
