@@ -54,7 +54,7 @@ double bench_product_flops(const struct bench_product *p);
 /* The card, or the processor. */
 void bench_machine_name(const struct srf_ctx *ctx, char *name, size_t size);
 srf_status bench_measure_machine(struct srf_ctx *ctx, struct bench_machine *out);
-/* {"machine": name, "device", "dtype", "threads", "sgemm_gflops", "copy_gb_s"} */
+/* {"name": the card or the processor, "device", "dtype", "threads", "sgemm_gflops", "copy_gb_s"} */
 json_t *bench_machine_json(const struct srf_ctx *ctx, const struct bench_machine *m);
 void bench_machine_print(const struct srf_ctx *ctx, const struct bench_machine *m);
 

@@ -228,7 +228,7 @@ srf_status bench_measure_machine(struct srf_ctx *ctx, struct bench_machine *out)
 
 json_t *bench_machine_json(const struct srf_ctx *ctx, const struct bench_machine *m)
 {
-    return json_pack("{s:s, s:s, s:s, s:i, s:f, s:f}", "machine", m->name, "device", ctx->be->name,
+    return json_pack("{s:s, s:s, s:s, s:i, s:f, s:f}", "name", m->name, "device", ctx->be->name,
                      "dtype", srf_dtype_name(ctx->dtype), "threads", ctx->n_threads, "sgemm_gflops",
                      m->sgemm_flops * 1e-9, "copy_gb_s", m->copy_bytes * 1e-9);
 }

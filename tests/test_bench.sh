@@ -17,7 +17,7 @@ has() {
 }
 
 OMP_NUM_THREADS=3 "$srf" bench op --filter sumsq --json >"$dir/op" || fail "bench op"
-has "$dir/op" bench machine cpu sgemm_gflops copy_gb_s us us_worst gflops gb_s of_floor
+has "$dir/op" bench machine name sgemm_gflops copy_gb_s us us_worst gflops gb_s of_floor
 grep -q "\"threads\": 3\b" "$dir/op" || fail "OMP_NUM_THREADS is not heard: $(cat "$dir/op")"
 [ "$(wc -l <"$dir/op")" = 1 ] || fail "more than one line of JSON"
 "$srf" bench --filter step >"$dir/step-ops" || fail "bench (op by default)"
