@@ -5,6 +5,7 @@
 #
 #   scripts/demo.sh     writes out/demo/: report.html, summary.json, and what they are made of
 source "$(dirname "$0")/lib.sh"
+export CUDA_VISIBLE_DEVICES= # on the CPU and in fp32, whatever the machine has
 
 out="$ROOT/out/demo"
 features=64 # m: random features a head
