@@ -201,6 +201,28 @@ static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_s
             s.causal ? "" : " not causal", what);
 }
 
+/* Every kernel once, over a few chunks, for slow checkers. */
+static void add_light(struct gpu_suite *suite, enum srf_dtype dtype)
+{
+    static const struct {
+        struct srf_attn_shape s;
+        int64_t window;
+        bool f32;
+    } light[] = {
+        {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 0, true},
+        {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 32, false},
+        {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 64, true},
+        {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 128, false},
+        {{.b = 1, .t = 70, .h = 1, .d = 32, .m = 32, .n_sets = 1}, -1, true},
+        {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 128, .n_sets = 1}, 0, false},
+        {{.b = 1, .t = 70, .h = 1, .d = 80, .m = 160, .n_sets = 1}, 0, false},
+        {{.b = 1, .t = 70, .h = 1, .d = 16, .m = 20, .n_sets = 1}, 7, false},
+    };
+    for (size_t i = 0; i < sizeof light / sizeof *light; i++)
+        if (dtype == SRF_BF16 || light[i].f32)
+            add(suite, dtype, light[i].s, light[i].window, "light", test_reference, GPU_LIGHT);
+}
+
 int main(int argc, char **argv)
 {
     static const struct srf_attn_shape small[] = {
@@ -211,6 +233,7 @@ int main(int argc, char **argv)
     static struct gpu_suite suite;
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         enum srf_dtype dtype = gpu_dtype(type);
+        add_light(&suite, dtype);
         for (int i = 0; i < N_SHAPES; i++)
             for (int w = 0; w < N_WINDOWS; w++) {
                 struct srf_attn_shape s = shapes[i];

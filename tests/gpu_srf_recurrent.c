@@ -149,7 +149,16 @@ static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_s
 
 int main(int argc, char **argv)
 {
+    /* For slow checkers. */
+    static const struct srf_attn_shape light[] = {
+        {.b = 2, .t = 20, .h = 1, .d = 64, .m = 64, .n_sets = 1, .causal = true},
+        {.b = 1, .t = 70, .h = 1, .d = 32, .m = 20, .n_sets = 1, .causal = true},
+    };
     static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int i = 0; i < 4; i++)
+            add(&suite, gpu_dtype(type), light[i / 2], i % 2 ? i / 2 ? 32 : 7 : 0, "light",
+                test_forms, GPU_LIGHT);
     for (int type = 0; type < gpu_n_dtypes(); type++)
         for (int i = 0; i < N_SHAPES; i++)
             for (int w = 0; w < N_WINDOWS; w++) {

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Of light cases, about SMALL_CASES are taken, evenly. */
+/* Of cases of little work, about SMALL_CASES are taken, evenly. */
 static const double SMALL_WORK = 1e6;
 enum { SMALL_CASES = 20 };
 
@@ -42,8 +42,18 @@ void gpu_add(struct gpu_suite *suite, void (*body)(void **state), const void *da
         exit(2);
     }
     memcpy(copy, data, bytes);
+    suite->light[suite->n] = work == GPU_LIGHT;
     suite->tests[suite->n++] =
         (struct CMUnitTest){.name = text, .test_func = body, .initial_state = copy};
+}
+
+/* Whether case i is taken under SRF_GPU_SMALL. */
+static bool is_small(const struct gpu_suite *suite, size_t i)
+{
+    for (size_t j = 0; j < suite->n; j++)
+        if (suite->light[j]) return suite->light[i];
+    /* An odd stride meets every value of options that alternate. */
+    return i % (suite->n / SMALL_CASES | 1) == 0;
 }
 
 int gpu_run(struct gpu_suite *suite, const char *pattern)
@@ -54,10 +64,11 @@ int gpu_run(struct gpu_suite *suite, const char *pattern)
         return 1;
     }
     srf_ctx_free(ctx);
-    /* An odd stride meets every value of options that alternate. */
-    size_t stride = getenv("SRF_GPU_SMALL") ? suite->n / SMALL_CASES | 1 : 1, n = 0;
-    for (size_t i = 0; i < suite->n; i++) {
-        if (i % stride == 0) {
+    size_t n = 0, all = suite->n;
+    bool taken[GPU_MAX_CASES];
+    for (size_t i = 0; i < all; i++) taken[i] = !getenv("SRF_GPU_SMALL") || is_small(suite, i);
+    for (size_t i = 0; i < all; i++) {
+        if (taken[i]) {
             suite->tests[n++] = suite->tests[i];
             continue;
         }
