@@ -109,7 +109,9 @@ static double state_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape
 struct srf_cost srf_srf_attn_prefill_cost(const struct srf_ctx *ctx,
                                           const struct srf_srf_attn_prefill_args *a)
 {
-    struct srf_cost c = fwd_cost(ctx, &a->s);
+    struct srf_attn_shape rows = a->s;
+    if (a->offsets) rows.b = 1, rows.t = a->rows;
+    struct srf_cost c = fwd_cost(ctx, &rows);
     c.bytes += state_bytes(ctx, &a->s);
     return c;
 }

@@ -56,12 +56,20 @@ struct srf_features_draw_args {
 
 /* ---- embedding ---------------------------------------------------------------------------- */
 
+/* The row of wpe that stands for a position from the end of the table on. */
+enum srf_positions {
+    SRF_POS_ERROR, /* there are none: the caller has checked */
+    SRF_POS_WRAP,  /* p mod n_pos */
+    SRF_POS_CLAMP  /* min(p, n_pos - 1) */
+};
+
 /* y[n] = wte[tokens[n]] + wpe[pos[n]] */
 struct srf_embed_fwd_args {
-    int64_t n, c, v;       /* rows, width, vocabulary */
-    int64_t t, n_pos;      /* without pos, row n stands at position n % t; wpe has n_pos rows */
-    const void *tokens;    /* i32 (n), each in [0, v): the caller has checked */
-    const void *pos;       /* i32 (n) in [0, n_pos), or NULL */
+    int64_t n, c, v;    /* rows, width, vocabulary */
+    int64_t t, n_pos;   /* without pos, row n stands at position n % t; wpe has n_pos rows */
+    const void *tokens; /* i32 (n), each in [0, v): the caller has checked */
+    const void *pos;    /* i32 (n), or NULL; negative (an idle sequence): as 0 */
+    enum srf_positions positions;
     const void *wte, *wpe; /* T (v, c), T (n_pos, c) */
     void *y;               /* out T (n, c) */
 };
@@ -195,8 +203,10 @@ struct srf_srf_attn_bwd_args {
  * p / window - 2. */
 int64_t srf_attn_state_count(int64_t m, int64_t d, int64_t window);
 
-/* t more tokens of every sequence at once, chunked. Any split of a sequence into prefills and steps
- * gives the same state and outputs to rounding. s.causal must be set. */
+/* More tokens of every sequence at once, chunked. Any split of a sequence into prefills and steps
+ * gives the same state and outputs to rounding. s.causal must be set. Sequences of one length have
+ * s.t rows each; of several lengths they lie one after another, as `offsets` says, and no work is
+ * done for more than the rows there are. */
 struct srf_srf_attn_prefill_args {
     struct srf_attn_shape s;
     const void *q, *k, *v;
@@ -204,8 +214,13 @@ struct srf_srf_attn_prefill_args {
     const void *w, *bias;
     void *o;
     int64_t ld_o;
-    void *state;     /* in/out A (b, h, state_count) */
+    void *state;     /* in/out A (slots or b, h, state_count) */
     const void *pos; /* i32 (b): tokens each sequence has seen before this call */
+    /* i32 (b + 1), from 0 up to rows: sequence i is rows offsets[i] .. offsets[i + 1] - 1 of q, k,
+     * v, o. Then s.t is at least the longest of them, and rows their sum. NULL: s.t rows each */
+    const void *offsets;
+    int64_t rows;
+    const void *slots; /* i32 (b), no two alike: sequence i's state is number slots[i]; NULL: i */
 };
 /* One more token of every sequence: s.t is 1. Same arguments, no chunk overhead. */
 struct srf_srf_attn_step_args {

@@ -269,7 +269,7 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
 {
     struct srf_ctx *ctx = m->ctx;
     const struct block *k = &((const struct acts *)m->acts)->blocks[l];
-    int64_t n = batch->b * batch->t, c = m->config.c, ff = m->config.d_ff;
+    int64_t n = srf_batch_rows(batch), c = m->config.c, ff = m->config.d_ff;
     size_t size = srf_dtype_bytes(ctx->dtype);
     void *qkv = PTR(k->qkv), *att = PTR(k->att), *res1 = PTR(k->res1), *res2 = PTR(k->res2);
     void *ln = PTR(k->ln);
@@ -292,13 +292,13 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
     struct srf_ctx *ctx = m->ctx;
     const struct srf_model_config *cfg = &m->config;
     const struct acts *a = m->acts;
-    int64_t n = batch->b * batch->t, c = cfg->c;
+    int64_t n = srf_batch_rows(batch), c = cfg->c;
 
     SRF_TRY(SRF_RUN(ctx, embed_fwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
                     .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens),
                     .pos = batch->mode == SRF_MODE_PARALLEL ? NULL : PTR(m->slot_pos),
-                    .wte = srf_model_param(m, WTE), .wpe = srf_model_param(m, WPE),
-                    .y = PTR(a->blocks[0].res1)));
+                    .positions = m->positions, .wte = srf_model_param(m, WTE),
+                    .wpe = srf_model_param(m, WPE), .y = PTR(a->blocks[0].res1)));
     for (int64_t l = 0; l < cfg->n_layers; l++) {
         const struct block *k = &a->blocks[l];
         SRF_TRY(block_inside(m, batch, l));

@@ -41,6 +41,14 @@ void srf_model_free(struct srf_model *m)
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
+int64_t srf_batch_rows(const struct srf_batch *batch)
+{
+    if (!batch->lens) return batch->b * batch->t;
+    int64_t n = 0;
+    for (int64_t i = 0; i < batch->b; i++) n += batch->lens[i];
+    return n;
+}
+
 /* The calls of a training step or an evaluation on such a batch, planned: nothing is behind the
  * pointers. */
 static srf_status plan_batch(struct srf_model *m, const struct srf_batch *batch)
@@ -48,7 +56,7 @@ static srf_status plan_batch(struct srf_model *m, const struct srf_batch *batch)
     bool train = m->plan.train && batch->mode == SRF_MODE_PARALLEL;
     /* the model itself stands for a teacher: the same sizes */
     struct srf_loss_args loss = {
-        .n = batch->b * batch->t, .teacher = m->plan.teacher ? m : NULL, .backward = train};
+        .n = srf_batch_rows(batch), .teacher = m->plan.teacher ? m : NULL, .backward = train};
     SRF_TRY(m->config.arch->forward(m, batch));
     SRF_TRY(srf_model_loss(m, &loss));
     return train ? m->config.arch->backward(m, batch) : SRF_OK;
@@ -91,7 +99,8 @@ cleanup:
 static srf_status plan_shape(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
-    struct srf_model_shape shape = {batch->b, batch->t, batch->mode, m->attention.kind};
+    struct srf_model_shape shape = {batch->b, batch->t, srf_batch_rows(batch), batch->mode,
+                                    m->attention.kind};
     if (memcmp(&shape, &m->shape, sizeof shape) == 0) return SRF_OK;
     ctx->plan = true;
     ctx->plan_workspace = 0;
@@ -154,8 +163,8 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
         {"activations", "hidden", true, n * c, type, &m->slot_hidden},
         {"activations", "d hidden", plan->train, n * c, type, &m->slot_d_hidden},
         {"activations", "tokens", true, n, SRF_I32, &m->slot_tokens},
-        {"activations", "positions", true, n > plan->b ? n : plan->b, SRF_I32, &m->slot_pos},
-        {"activations", "sequence positions", true, plan->b, SRF_I32, &m->slot_seq_pos},
+        {"activations", "positions", true, n, SRF_I32, &m->slot_pos},
+        {"activations", "sequences", true, 3 * n + 1, SRF_I32, &m->slot_seq},
         {"activations", "targets", true, n, SRF_I32, &m->slot_targets},
         {"logits", "logits", true, count_logits > scratch ? count_logits : scratch, type,
          &m->slot_logits},
@@ -345,7 +354,8 @@ static void *layer_state(const struct srf_model *m, int64_t layer, const struct 
     if (!batch->state) return NULL;
     int64_t count = srf_attn_state_count(m->attention.m, head_size(m), m->attention.window);
     size_t size = srf_dtype_bytes(srf_ctx_acc(m->ctx));
-    return (char *)batch->state + (size_t)(layer * batch->b * m->config.n_heads * count) * size;
+    int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
+    return (char *)batch->state + (size_t)(layer * slots * m->config.n_heads * count) * size;
 }
 
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
@@ -362,11 +372,13 @@ srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf
                        .lse = stat);
     }
     void *state = layer_state(m, layer, batch);
-    const void *pos = PTR(m->slot_seq_pos);
+    const int32_t *pos = PTR(m->slot_seq), *slots = pos + batch->b, *offsets = slots + batch->b;
     switch (batch->mode) {
     case SRF_MODE_PREFILL:
         return SRF_RUN(m->ctx, srf_attn_prefill, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos);
+                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos,
+                       .slots = batch->slots ? slots : NULL,
+                       .offsets = batch->lens ? offsets : NULL, .rows = srf_batch_rows(batch));
     case SRF_MODE_STEP:
         return SRF_RUN(m->ctx, srf_attn_step, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
                        .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos);
@@ -413,45 +425,77 @@ const void *srf_model_attention_out(const struct srf_model *m, int64_t layer)
 
 /* ---- running ------------------------------------------------------------------------------- */
 
-/* Positions of the rows of a recurrent batch: embedding wants one a token, attention one a
- * sequence. */
-static srf_status upload_positions(struct srf_model *m, const struct srf_batch *batch)
+/* Tokens of sequence i. */
+static int64_t sequence_rows(const struct srf_batch *batch, int64_t i)
+{
+    return batch->lens ? batch->lens[i] : batch->t;
+}
+
+static srf_status check_batch(const struct srf_model *m, const struct srf_batch *batch)
+{
+    const struct srf_model_config *cfg = &m->config;
+    bool parallel = batch->mode == SRF_MODE_PARALLEL, prefill = batch->mode == SRF_MODE_PREFILL;
+    int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
+    SRF_FAIL_IF((batch->lens || batch->slots) && !prefill, SRF_INVALID,
+                "only a prefill takes lengths and slots");
+    for (int64_t i = 0; i < batch->b && batch->lens; i++)
+        SRF_FAIL_IF(batch->lens[i] < 1 || batch->lens[i] > batch->t, SRF_INVALID,
+                    "sequence %lld has %d tokens: expected 1 to %lld", (long long)i, batch->lens[i],
+                    (long long)batch->t);
+    for (int64_t i = 0; i < batch->b && batch->slots; i++)
+        SRF_FAIL_IF(batch->slots[i] < 0 || batch->slots[i] >= slots, SRF_INVALID,
+                    "sequence %lld has slot %d: expected 0 to %lld", (long long)i, batch->slots[i],
+                    (long long)slots - 1);
+    int64_t n = srf_batch_rows(batch);
+    SRF_FAIL_IF(n > m->plan.b * m->plan.t || batch->b > m->plan.b * m->plan.t, SRF_INVALID,
+                "batch of %lld sequences, %lld tokens in all: %lld x %lld were planned",
+                (long long)batch->b, (long long)n, (long long)m->plan.b, (long long)m->plan.t);
+    for (int64_t i = 0; i < n; i++)
+        SRF_FAIL_IF(batch->tokens[i] < 0 || batch->tokens[i] >= cfg->vocab, SRF_MISMATCH,
+                    "token id %d: the model's vocabulary has %lld", batch->tokens[i],
+                    (long long)cfg->vocab);
+    int64_t most = m->positions == SRF_POS_ERROR ? cfg->n_pos : INT32_MAX;
+    for (int64_t i = 0; i < (parallel ? 1 : batch->b); i++) {
+        int64_t end = (parallel ? 0 : batch->pos[i]) + sequence_rows(batch, i);
+        SRF_FAIL_IF(end > most, SRF_INVALID,
+                    "position %lld: the model's learned positions end at %lld", (long long)end,
+                    (long long)most);
+    }
+    return SRF_OK;
+}
+
+/* What a recurrent batch's rows and sequences are, in one upload each: embedding wants a position
+ * for each token; attention (b) positions, (b) slots, (b + 1) first rows. */
+static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
+    int64_t n = srf_batch_rows(batch), b = batch->b, row = 0;
     int32_t *pos;
-    SRF_TRY(SRF_ALLOC(pos, batch->b * batch->t));
-    for (int64_t i = 0; i < batch->b; i++)
-        for (int64_t j = 0; j < batch->t; j++) pos[i * batch->t + j] = (int32_t)(batch->pos[i] + j);
-    srf_status st =
-        ctx->be->upload(ctx, PTR(m->slot_pos), pos, (size_t)(batch->b * batch->t) * sizeof *pos);
+    SRF_TRY(SRF_CALLOC(pos, n + 3 * b + 1));
+    int32_t *seq = pos + n;
+    for (int64_t i = 0; i < b; i++) {
+        seq[i] = batch->pos[i];
+        seq[b + i] = batch->slots ? batch->slots[i] : (int32_t)i;
+        for (int64_t j = 0; j < sequence_rows(batch, i); j++)
+            pos[row++] = (int32_t)(batch->pos[i] + j);
+        seq[2 * b + i + 1] = (int32_t)row;
+    }
+    srf_status st = ctx->be->upload(ctx, PTR(m->slot_pos), pos, (size_t)n * sizeof *pos);
+    if (st == SRF_OK)
+        st = ctx->be->upload(ctx, PTR(m->slot_seq), seq, (size_t)(3 * b + 1) * sizeof *seq);
     srf__free(pos);
-    SRF_TRY(st);
-    return ctx->be->upload(ctx, PTR(m->slot_seq_pos), batch->pos,
-                           (size_t)batch->b * sizeof *batch->pos);
+    return st;
 }
 
 srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
-    const struct srf_model_config *cfg = &m->config;
-    int64_t n = batch->b * batch->t;
-    SRF_FAIL_IF(n > m->plan.b * m->plan.t, SRF_INVALID,
-                "batch of %lld x %lld tokens: %lld x %lld were planned", (long long)batch->b,
-                (long long)batch->t, (long long)m->plan.b, (long long)m->plan.t);
-    for (int64_t i = 0; i < n; i++)
-        SRF_FAIL_IF(batch->tokens[i] < 0 || batch->tokens[i] >= cfg->vocab, SRF_MISMATCH,
-                    "token id %d: the model's vocabulary has %lld", batch->tokens[i],
-                    (long long)cfg->vocab);
-    bool parallel = batch->mode == SRF_MODE_PARALLEL;
-    for (int64_t i = 0; i < (parallel ? 1 : batch->b); i++)
-        SRF_FAIL_IF((parallel ? 0 : batch->pos[i]) + batch->t > cfg->n_pos, SRF_INVALID,
-                    "position %lld: the model's learned positions end at %lld",
-                    (long long)((parallel ? 0 : batch->pos[i]) + batch->t), (long long)cfg->n_pos);
+    SRF_TRY(check_batch(m, batch));
     SRF_TRY(plan_shape(m, batch));
     SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_tokens), batch->tokens,
-                            (size_t)n * sizeof *batch->tokens));
-    if (!parallel) SRF_TRY(upload_positions(m, batch));
-    return cfg->arch->forward(m, batch);
+                            (size_t)srf_batch_rows(batch) * sizeof *batch->tokens));
+    if (batch->mode != SRF_MODE_PARALLEL) SRF_TRY(upload_sequences(m, batch));
+    return m->config.arch->forward(m, batch);
 }
 
 srf_status srf_model_backward(struct srf_model *m, const struct srf_batch *batch)
@@ -573,10 +617,11 @@ srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *ba
     const struct srf_model_config *cfg = &m->config;
     size_t size = (size_t)cfg->c * srf_dtype_bytes(m->ctx->dtype);
     /* Gather the last rows to the front: row i comes from at or behind i, in order. */
-    for (int64_t i = 0; i < batch->b && batch->t > 1; i++)
+    for (int64_t i = 0, end = 0; i < batch->b && batch->t > 1; i++) {
+        end += sequence_rows(batch, i);
         SRF_TRY(m->ctx->be->copy(m->ctx, element(m, m->slot_hidden, i * cfg->c),
-                                 element(m, m->slot_hidden, (i * batch->t + batch->t - 1) * cfg->c),
-                                 size));
+                                 element(m, m->slot_hidden, (end - 1) * cfg->c), size));
+    }
     for (int64_t at = 0; at < batch->b; at += m->logit_rows) {
         int64_t n = batch->b - at < m->logit_rows ? batch->b - at : m->logit_rows;
         SRF_TRY(head(m, at, n, PTR(m->slot_logits)));

@@ -22,9 +22,16 @@ struct srf_batch {
     int64_t b, t;          /* sequences, tokens of each in this call */
     const int32_t *tokens; /* host (b, t) */
     enum srf_attn_mode mode;
-    void *state;        /* PREFILL, STEP: device A (n_layers, b, h, state_count), in/out */
+    void *state;        /* PREFILL, STEP: device A (n_layers, slots, h, state_count), in/out */
     const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before */
+    int64_t n_slots;    /* PREFILL, STEP: sequences that `state` has room for; 0 = b */
+    /* PREFILL of sequences of several lengths: sequence i has lens[i] >= 1 tokens, and tokens are
+     * packed one sequence after another; t is the longest. Host (b); NULL: t each. */
+    const int32_t *lens;
+    const int32_t *slots; /* PREFILL: host (b), sequence i's state is number slots[i]; NULL: i */
 };
+/* Rows of the batch: tokens of all its sequences. */
+int64_t srf_batch_rows(const struct srf_batch *batch);
 
 /* What backward makes again instead of finding it kept. Outputs of layer norms are never kept:
  * layernorm_bwd writes them once more at the price of a store. Gradients are the same bit for bit,
@@ -49,7 +56,7 @@ struct srf_model_plan {
 
 /* What the workspace was last made for. */
 struct srf_model_shape {
-    int64_t b, t;
+    int64_t b, t, rows;
     int32_t mode, kind;
 };
 
@@ -61,13 +68,16 @@ struct srf_model {
     struct srf_model_plan plan;
     struct srf_arena *arena; /* not owned */
     int64_t n_sets;          /* feature sets a layer */
+    /* What positions past the learned ones are given; may change between runs of forward, not for
+     * training. ERROR after create: forward refuses them. */
+    enum srf_positions positions;
     int64_t logit_rows, loss_rows;
     /* master, w_master: A, of what is trained where T is bf16. w_stale: w was drawn anew, w_master
      * does not know it yet. */
     int slot_params, slot_master, slot_grads, slot_w, slot_w_master, slot_bias, slot_dw;
     bool w_stale;
     /* After the loss, backward may write over hidden and logits. */
-    int slot_hidden, slot_d_hidden, slot_tokens, slot_pos, slot_seq_pos, slot_targets, slot_logits,
+    int slot_hidden, slot_d_hidden, slot_tokens, slot_pos, slot_seq, slot_targets, slot_logits,
         slot_nll, slot_kl, slot_teacher_logits, slot_mse;
     void *acts; /* the architecture's slots; owned */
     struct srf_model_shape shape;

@@ -6,7 +6,8 @@
 struct embed_case {
     enum srf_dtype dtype;
     int64_t n, c, v, t, n_pos;
-    bool with_pos; /* forward only */
+    bool with_pos;                /* forward only */
+    enum srf_positions positions; /* forward only */
 };
 
 static const struct embed_case cases[] = {
@@ -41,17 +42,25 @@ static void test_embed(void **state)
     const struct embed_case *k = *state;
     struct twins s = twins_new_on(gpu_device(), k->dtype);
     int64_t n = k->n, c = k->c, v = k->v, t = k->t, n_pos = k->n_pos;
-    struct twin_raw tokens = random_ids(&s, n, v, 1), pos = random_ids(&s, n, n_pos, 2);
+    bool past = k->positions != SRF_POS_ERROR;
+    struct twin_raw tokens = random_ids(&s, n, v, 1);
+    struct twin_raw pos = random_ids(&s, n, past ? 3 * n_pos : n_pos, 2);
+    if (past && !k->with_pos) t += 2 * n_pos;
     struct twin wte = twin_normal(&s, v * c, 1), wpe = twin_normal(&s, n_pos * c, 1);
     struct twin y = twin_fill(&s, n * c, NAN), dy = twin_normal(&s, n * c, 1);
     struct twin dwte = twin_acc_normal(&s, v * c, 1), dwpe = twin_acc_normal(&s, n_pos * c, 1);
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .v = v, .t = k->with_pos ? 0 : t, .n_pos = n_pos, .tokens = tokens.side,       \
-    .pos = k->with_pos ? pos.side : NULL, .wte = wte.side, .wpe = wpe.side, .y = y.side
+    .pos = k->with_pos ? pos.side : NULL, .positions = k->positions, .wte = wte.side,              \
+    .wpe = wpe.side, .y = y.side
     twin_run(&s, embed_fwd, ARGS(dev));
     ref_embed_fwd(&(struct srf_embed_fwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(&s, "y", y, twin_tol(&s, 1), 1);
+    if (past) {
+        twins_free(&s);
+        return;
+    }
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .v = v, .t = t, .n_pos = n_pos, .tokens = tokens.side, .dy = dy.side,          \
     .dwte = dwte.side, .dwpe = dwpe.side
@@ -67,13 +76,17 @@ int main(int argc, char **argv)
 {
     static struct gpu_suite suite;
     for (int type = 0; type < gpu_n_dtypes(); type++)
-        for (int i = 0; i < 2 * N_CASES; i++) {
-            struct embed_case k = cases[i / 2];
+        for (int i = 0; i < 6 * N_CASES; i++) {
+            struct embed_case k = cases[i / 6];
             k.dtype = gpu_dtype(type);
             k.with_pos = i % 2;
+            k.positions = (enum srf_positions)(i / 2 % 3);
             gpu_add(&suite, test_embed, &k, sizeof k, (double)(k.n + k.v) * (double)k.c,
-                    "embed %s n=%d c=%d v=%d t=%d%s", srf_dtype_name(k.dtype), (int)k.n, (int)k.c,
-                    (int)k.v, (int)k.t, k.with_pos ? " pos" : "");
+                    "embed %s n=%d c=%d v=%d t=%d%s%s", srf_dtype_name(k.dtype), (int)k.n, (int)k.c,
+                    (int)k.v, (int)k.t, k.with_pos ? " pos" : "",
+                    k.positions == SRF_POS_WRAP    ? " wrap"
+                    : k.positions == SRF_POS_CLAMP ? " clamp"
+                                                   : "");
         }
     return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
 }

@@ -1,6 +1,6 @@
 /* The recurrent form of SRF attention on the GPU: any split into prefills and steps gives what the
  * chunked form gives, and a state moves between the CPU and the GPU. */
-#include "tests/ref/attn_case.h"
+#include "tests/ref/attn_packed.h"
 #include "tests/ref/gpu.h"
 
 enum { MAX_T = 400 };
@@ -72,6 +72,29 @@ static void test_forms(void **state)
     for (int64_t i = 0; i < n - n / 2; i++) lens[2 + i] = 1;
     attn_case_recurrent(&c, lens, (int)(2 + n - n / 2));
     close_o(&c, "prefill then steps");
+    attn_case_free(&c);
+}
+
+/* The state of each form is what its definition says; sequences packed with different lengths, their
+ * states in another order. */
+static void test_packed(void **state)
+{
+    const struct recurrent_case *k = *state;
+    struct srf_attn_shape s = k->shape;
+    s.b += 2;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, s, 1);
+    struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 78, (uint32_t)s.window);
+    int32_t order[8];
+    for (int64_t i = 0; i < s.b; i++) order[i] = (int32_t)(s.b - 1 - (i + 1) % s.b);
+    attn_case_ref_fwd(&c);
+    attn_case_recurrent(&c, &s.t, 1);
+    close_o(&c, "one prefill");
+    attn_packed_check_state(&c, "one prefill", NULL, tol_of(k->dtype));
+    for (int64_t most = 20; most <= 1000; most *= 7) {
+        attn_packed_run(&c, &rng, most, order);
+        close_o(&c, "packed");
+        attn_packed_check_state(&c, "packed", order, tol_of(k->dtype));
+    }
     attn_case_free(&c);
 }
 
@@ -169,6 +192,7 @@ int main(int argc, char **argv)
                 double work = (double)(s.t * s.t * s.m * s.h * s.b) + 2e4 * (double)s.t;
                 if (w > 1 && (i + w) % 4 != 0) continue;
                 add(&suite, dtype, s, windows[w], "forms", test_forms, work);
+                add(&suite, dtype, s, windows[w], "packed", test_packed, work);
                 if (s.t > 3)
                     add(&suite, dtype, s, windows[w], "state moved", test_moved_state, work);
                 /* the first piece must fill the block that is the one before, later */

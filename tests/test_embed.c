@@ -16,22 +16,27 @@ static void random_ids(int32_t *ids, int64_t n, int64_t below)
     for (int64_t i = 0; i < n; i++) ids[i] = (int32_t)srf_rng_below(&r, (uint64_t)below);
 }
 
-static void check(struct twins *s, const int64_t *shape, bool with_pos)
+static void check(struct twins *s, const int64_t *shape, bool with_pos,
+                  enum srf_positions positions)
 {
     int64_t n = shape[0], c = shape[1], v = shape[2], t = shape[3], n_pos = shape[4];
     int32_t tokens[128], pos[128];
     random_ids(tokens, n, v);
-    random_ids(pos, n, n_pos);
+    random_ids(pos, n, positions == SRF_POS_ERROR ? n_pos : 3 * n_pos);
+    if (positions != SRF_POS_ERROR && n > 3) pos[2] = -1, pos[3] = INT32_MAX;
+    if (positions != SRF_POS_ERROR && !with_pos) t += 2 * n_pos;
     struct twin wte = twin_normal(s, v * c, 1), wpe = twin_normal(s, n_pos * c, 1);
     struct twin y = twin_fill(s, n * c, NAN), dy = twin_normal(s, n * c, 1);
     struct twin dwte = twin_normal(s, v * c, 1), dwpe = twin_normal(s, n_pos * c, 1);
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .v = v, .t = with_pos ? 0 : t, .n_pos = n_pos, .tokens = tokens,               \
-    .pos = with_pos ? pos : NULL, .wte = wte.side, .wpe = wpe.side, .y = y.side
+    .pos = with_pos ? pos : NULL, .positions = positions, .wte = wte.side, .wpe = wpe.side,        \
+    .y = y.side
     twin_run(s, embed_fwd, ARGS(dev));
     ref_embed_fwd(&(struct srf_embed_fwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(s, "y", y, twin_tol(s, 1), 1);
+    if (positions != SRF_POS_ERROR) return;
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .v = v, .t = t, .n_pos = n_pos, .tokens = tokens, .dy = dy.side,               \
     .dwte = dwte.side, .dwpe = dwpe.side
@@ -45,9 +50,9 @@ static void check(struct twins *s, const int64_t *shape, bool with_pos)
 static void shapes_body(enum srf_dtype dtype, int threads)
 {
     for (int k = 0; k < N_SHAPES; k++)
-        for (int with_pos = 0; with_pos < 2; with_pos++) {
+        for (int i = 0; i < 6; i++) {
             struct twins s = twins_new(dtype, threads);
-            check(&s, shapes[k], with_pos);
+            check(&s, shapes[k], i % 2, (enum srf_positions)(i / 2));
             twins_free(&s);
         }
 }

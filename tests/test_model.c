@@ -407,6 +407,58 @@ static void forms_agree(void **state)
     }
 }
 
+/* Two sequences of different lengths packed into each prefill, their states in any slots, past the
+ * end of the learned positions: as the parallel form of each, under each policy. */
+static void packed_prefill(void **state)
+{
+    (void)state;
+    enum { T = 60, C = 12 };
+    const enum srf_positions policies[] = {SRF_POS_WRAP, SRF_POS_CLAMP};
+    double want[2][T * C], got[2][T * C], rows[T * C];
+    for (int k = 0; k < 4; k++) {
+        struct fixture f;
+        open_fixture(&f, SRF_F32, attention(SRF_ATTN_SRF, k < 2 ? 0 : 5), 1, T, false);
+        const int32_t lens[2][2] = {{25, 10}, {35, 20}}, slots[2] = {2, 0};
+        int32_t pos[2] = {0, 0}, packed[T];
+        float *st = srf__calloc((size_t)(3 * srf_model_state_count(f.model)), sizeof *st);
+        struct srf_batch batch = {.b = 1, .t = T, .tokens = f.tokens};
+        assert_int_equal(srf_model_forward(f.model, &batch), SRF_INVALID);
+        f.model->positions = policies[k % 2];
+        test_ok(srf_model_forward(f.model, &batch));
+        test_to_double(f.ctx, srf_arena_ptr(f.arena, f.model->slot_hidden), want[0], T * C);
+        memcpy(want[1], want[0], sizeof want[0]);
+        for (int round = 0; round < 2; round++) {
+            const int32_t *len = lens[round];
+            memcpy(packed, f.tokens + pos[0], (size_t)len[0] * sizeof *packed);
+            memcpy(packed + len[0], f.tokens + pos[1], (size_t)len[1] * sizeof *packed);
+            batch = (struct srf_batch){.b = 2,
+                                       .t = len[0],
+                                       .tokens = packed,
+                                       .mode = SRF_MODE_PREFILL,
+                                       .state = st,
+                                       .pos = pos,
+                                       .n_slots = 3,
+                                       .lens = len,
+                                       .slots = slots};
+            test_ok(srf_model_forward(f.model, &batch));
+            int64_t n = len[0] + len[1];
+            test_to_double(f.ctx, srf_arena_ptr(f.arena, f.model->slot_hidden), rows, n * C);
+            memcpy(got[0] + pos[0] * C, rows, (size_t)(len[0] * C) * sizeof *rows);
+            memcpy(got[1] + pos[1] * C, rows + len[0] * C, (size_t)(len[1] * C) * sizeof *rows);
+            for (int i = 0; i < 2; i++) pos[i] += len[i];
+        }
+        for (int i = 0; i < 2; i++) test_close("packed prefill", got[i], want[i], pos[i] * C, 1e-5);
+        const int32_t bad[2] = {3, 0}, none[2] = {5, 0};
+        batch.slots = bad;
+        assert_int_equal(srf_model_forward(f.model, &batch), SRF_INVALID);
+        batch.slots = slots;
+        batch.lens = none;
+        assert_int_equal(srf_model_forward(f.model, &batch), SRF_INVALID);
+        srf__free(st);
+        close_fixture(&f);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -414,6 +466,7 @@ int main(void)
         cmocka_unit_test(gradients_hybrid),  cmocka_unit_test(gradients_distillation),
         cmocka_unit_test(recomputation),     cmocka_unit_test(memory_of_gpt2),
         cmocka_unit_test(micro_batches),     cmocka_unit_test(forms_agree),
+        cmocka_unit_test(packed_prefill),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

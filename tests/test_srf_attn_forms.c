@@ -1,6 +1,6 @@
 /* The forms of SRF attention agree (chunked, step by step, prefill split anywhere then steps), and
  * what every form must keep: causality, linearity in v, determinism, accumulation of dw. */
-#include "tests/ref/attn_case.h"
+#include "tests/ref/attn_packed.h"
 
 #include <string.h>
 
@@ -68,6 +68,38 @@ static void test_forms(void **state)
 {
     (void)state;
     each(check_forms);
+}
+
+/* Every form leaves the state that its definition says: the parallel one (a prefill of all),
+ * chunkwise-recurrent, recurrent, and sequences packed with different lengths, whose states lie in
+ * another order. */
+static void check_states(enum srf_dtype dtype, struct srf_attn_shape shape)
+{
+    shape.b += 2;
+    struct attn_case c = attn_case_new(dtype, 2, shape, 1);
+    int64_t lens[400], n = shape.t;
+    int32_t order[4];
+    for (int64_t i = 0; i < shape.b; i++) order[i] = (int32_t)(shape.b - 1 - (i + 1) % shape.b);
+    attn_case_ref_fwd(&c);
+    attn_case_recurrent(&c, &n, 1);
+    twin_close(&c.s, "one prefill", c.o, tol_of(dtype), 0);
+    attn_packed_check_state(&c, "one prefill", NULL, tol_of(dtype));
+    for (int64_t i = 0; i < n; i++) lens[i] = 1;
+    attn_case_recurrent(&c, lens, (int)n);
+    attn_packed_check_state(&c, "step by step", NULL, tol_of(dtype));
+    struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 78, (uint32_t)shape.window);
+    for (int64_t most = 1; most <= 2 * n; most *= 5) {
+        attn_packed_run(&c, &rng, most, order);
+        twin_close(&c.s, "packed", c.o, tol_of(dtype), 0);
+        attn_packed_check_state(&c, "packed", order, tol_of(dtype));
+    }
+    attn_case_free(&c);
+}
+
+static void test_states(void **state)
+{
+    (void)state;
+    each(check_states);
 }
 
 /* Nothing but the window's phase depends on the position: the last positions there are give the
@@ -341,11 +373,11 @@ static void test_arguments(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_forms),     cmocka_unit_test(test_late_positions),
-        cmocka_unit_test(test_long),      cmocka_unit_test(test_causal),
-        cmocka_unit_test(test_nan),       cmocka_unit_test(test_causal_gradient),
-        cmocka_unit_test(test_values),    cmocka_unit_test(test_gradients),
-        cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_forms),           cmocka_unit_test(test_states),
+        cmocka_unit_test(test_late_positions),  cmocka_unit_test(test_long),
+        cmocka_unit_test(test_causal),          cmocka_unit_test(test_nan),
+        cmocka_unit_test(test_causal_gradient), cmocka_unit_test(test_values),
+        cmocka_unit_test(test_gradients),       cmocka_unit_test(test_arguments),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -8,18 +8,28 @@
  * Floor: memory; forward reads two rows and writes one, backward reads one and updates two. */
 #include "kernels/cpu/split.h"
 
+/* The row of the position table that stands for p. */
+static int64_t table_row(int64_t p, int64_t n_pos, enum srf_positions positions)
+{
+    if (p < 0) return 0;
+    if (p < n_pos || positions == SRF_POS_ERROR) return p;
+    return positions == SRF_POS_WRAP ? p % n_pos : n_pos - 1;
+}
+
 srf_status SRF_CPU(embed_fwd)(struct srf_ctx *ctx, const struct srf_embed_fwd_args *a)
 {
     if (a->n == 0 || a->c == 0) return SRF_OK;
-    SRF_FAIL_IF(!a->pos && (a->t < 1 || a->t > a->n_pos), SRF_INVALID,
+    int64_t most = a->positions == SRF_POS_ERROR ? a->n_pos : INT32_MAX;
+    SRF_FAIL_IF(!a->pos && (a->t < 1 || a->t > most), SRF_INVALID,
                 "embed_fwd: t is %lld, expected 1 to %lld (the position table)", (long long)a->t,
-                (long long)a->n_pos);
+                (long long)most);
     const int32_t *tokens = a->tokens, *pos = a->pos;
     const real *wte = a->wte, *wpe = a->wpe;
     int64_t c = a->c;
 #pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (a->n * c > MIN_PARALLEL)
     for (int64_t i = 0; i < a->n; i++) {
-        const real *te = wte + tokens[i] * c, *pe = wpe + (pos ? pos[i] : i % a->t) * c;
+        int64_t p = table_row(pos ? pos[i] : i % a->t, a->n_pos, a->positions);
+        const real *te = wte + tokens[i] * c, *pe = wpe + p * c;
         real *y = (real *)a->y + i * c;
         for (int64_t j = 0; j < c; j++) y[j] = te[j] + pe[j];
     }

@@ -227,11 +227,12 @@ static size_t thread_bytes(const struct srf_attn_shape *s)
     return b.used;
 }
 
+/* The rows of a head that begin with row `first`. */
 static struct rows rows_of(const struct srf_attn_shape *s, const void *q, const void *k,
-                           const void *v, int64_t ld, void *o, int64_t ld_o, int64_t i)
+                           const void *v, int64_t ld, void *o, int64_t ld_o, int64_t first,
+                           int64_t head)
 {
-    int64_t in = i / s->h * s->t * ld + i % s->h * s->d;
-    int64_t out = i / s->h * s->t * ld_o + i % s->h * s->d;
+    int64_t in = first * ld + head * s->d, out = first * ld_o + head * s->d;
     return (struct rows){(const real *)q + in,
                          (const real *)k + in,
                          (const real *)v + in,
@@ -257,7 +258,8 @@ srf_status SRF_CPU(srf_attn_fwd)(struct srf_ctx *ctx, const struct srf_srf_attn_
         struct attn_bump bump = {(char *)ctx->workspace + (size_t)omp_get_thread_num() * bytes, 0};
         struct fwd_scratch f = carve(&bump, s);
         struct attn_head h = attn_head_of(ctx, s, a->w, a->bias, i % s->h);
-        struct rows r = rows_of(s, a->q, a->k, a->v, a->ld, a->o, a->ld_o, i);
+        struct rows r =
+            rows_of(s, a->q, a->k, a->v, a->ld, a->o, a->ld_o, i / s->h * s->t, i % s->h);
         memset(f.state.s, 0, (size_t)(s->m * (s->d + 2)) * sizeof(real));
         if (s->window)
             hybrid_fwd(&h, &f, s->window, &f.state, NULL, 0, &r, s->t);
@@ -283,21 +285,27 @@ srf_status SRF_CPU(srf_attn_prefill)(struct srf_ctx *ctx, const struct srf_srf_a
     SRF_FAIL_IF(!s->causal, SRF_INVALID, "prefill of srf attention that is not causal");
     size_t bytes = thread_bytes(s);
     int64_t count = srf_attn_state_count(s->m, s->d, s->window);
+    const int32_t *offsets = a->offsets, *slots = a->slots;
     srf__blas_serial_begin(ctx);
-#pragma omp parallel for schedule(static) num_threads(ctx->n_threads)
+    /* Lengths may differ: whoever is free takes the next head. */
+#pragma omp parallel for schedule(dynamic) num_threads(ctx->n_threads)
     for (int64_t i = 0; i < s->b * s->h; i++) {
         struct attn_bump bump = {(char *)ctx->workspace + (size_t)omp_get_thread_num() * bytes, 0};
         struct fwd_scratch f = carve(&bump, s);
-        struct attn_head h = attn_head_of(ctx, s, a->w, a->bias, i % s->h);
-        struct rows r = rows_of(s, a->q, a->k, a->v, a->ld, a->o, a->ld_o, i);
-        struct attn_state st = attn_state_at((real *)a->state + i * count, s->m, s->d);
+        int64_t seq = i / s->h, head = i % s->h, slot = slots ? slots[seq] : seq;
+        int64_t first = offsets ? offsets[seq] : seq * s->t;
+        int64_t n = offsets ? offsets[seq + 1] - first : s->t;
+        struct attn_head h = attn_head_of(ctx, s, a->w, a->bias, head);
+        struct rows r = rows_of(s, a->q, a->k, a->v, a->ld, a->o, a->ld_o, first, head);
+        struct attn_state st =
+            attn_state_at((real *)a->state + (slot * s->h + head) * count, s->m, s->d);
         real *ring = st.top + s->m;
-        int64_t pos = ((const int32_t *)a->pos)[i / s->h];
+        int64_t pos = ((const int32_t *)a->pos)[seq];
         if (s->window) {
-            hybrid_fwd(&h, &f, s->window, &st, ring, pos, &r, s->t);
-            fill_ring(ring, s->window, s->d, pos, &r, s->t);
+            hybrid_fwd(&h, &f, s->window, &st, ring, pos, &r, n);
+            fill_ring(ring, s->window, s->d, pos, &r, n);
         } else {
-            pure_fwd(&h, &f, &st, &r, s->t);
+            pure_fwd(&h, &f, &st, &r, n);
         }
     }
     srf__blas_serial_end(ctx);

@@ -29,7 +29,9 @@ static __global__ void __launch_bounds__(32 * WARPS) embed_fwd_kernel(struct srf
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= a.n) return;
     int64_t token = ((const int32_t *)a.tokens)[row];
-    int64_t pos = a.pos ? ((const int32_t *)a.pos)[row] : row % a.t;
+    int64_t pos = a.pos ? max(((const int32_t *)a.pos)[row], 0) : row % a.t;
+    if (pos >= a.n_pos && a.positions != SRF_POS_ERROR)
+        pos = a.positions == SRF_POS_WRAP ? pos % a.n_pos : a.n_pos - 1;
     const T *te = (const T *)a.wte + token * a.c, *pe = (const T *)a.wpe + pos * a.c;
     T *y = (T *)a.y + row * a.c;
     for (int64_t j = threadIdx.x % 32 * N; j < a.c; j += 32 * N) {
@@ -43,9 +45,10 @@ static __global__ void __launch_bounds__(32 * WARPS) embed_fwd_kernel(struct srf
 extern "C" srf_status cuda_embed_fwd(struct srf_ctx *ctx, const struct srf_embed_fwd_args *a)
 {
     if (a->n == 0 || a->c == 0) return SRF_OK;
-    SRF_FAIL_IF(!a->pos && (a->t < 1 || a->t > a->n_pos), SRF_INVALID,
+    int64_t most = a->positions == SRF_POS_ERROR ? a->n_pos : INT32_MAX;
+    SRF_FAIL_IF(!a->pos && (a->t < 1 || a->t > most), SRF_INVALID,
                 "embed_fwd: t is %lld, expected 1 to %lld (the position table)", (long long)a->t,
-                (long long)a->n_pos);
+                (long long)most);
     bool packs =
         a->c % 8 == 0 && aligned_to(a->wte, 16) && aligned_to(a->wpe, 16) && aligned_to(a->y, 16);
     unsigned grid = (unsigned)div_up(a->n, WARPS);

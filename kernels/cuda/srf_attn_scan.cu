@@ -22,7 +22,9 @@ struct scan_fwd_params {
     float *stat;
     float *state;         /* of the first head, or NULL: a fresh one in scratch */
     int64_t state_stride; /* from head to head */
-    const int32_t *pos;   /* with state */
+    /* With a state, (b): tokens seen before; the first row, or NULL: s.t each; the number of the
+     * state, or NULL: that of the sequence. */
+    const int32_t *pos, *offsets, *slots;
     float *scratch;
     int64_t scratch_stride;
 };
@@ -95,26 +97,28 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_fwd_kernel(const struct sca
     int64_t block = blockIdx.x, seq = block / sh.h, head = block - seq * sh.h, window = sh.window;
     struct scan h = scan_begin(sh, a.scale, a.w_t, a.bias, (int)head, (float *)smem, FWD_PARTS,
                                SCAN_FEATURES, 0);
-    int64_t in = seq * sh.t * a.ld + head * sh.d, count = sh.m * (sh.d + 2);
-    int64_t pos = a.state ? a.pos[seq] : 0;
+    int64_t first = a.offsets ? a.offsets[seq] : seq * sh.t;
+    int64_t rows = a.offsets ? a.offsets[seq + 1] - first : sh.t;
+    int64_t in = first * a.ld + head * sh.d, count = sh.m * (sh.d + 2);
+    int64_t pos = a.state ? a.pos[seq] : 0, slot = a.slots ? a.slots[seq] : seq;
     float *scratch = a.scratch + block * a.scratch_stride;
     h.a = scratch;
     fwd_head<T> f;
     f.p = scratch + 2 * TT * sh.m;
-    f.s = a.state ? a.state + block * a.state_stride : f.p + TT * 2 * window;
+    f.s = a.state ? a.state + (slot * sh.h + head) * a.state_stride : f.p + TT * 2 * window;
     f.z = f.s + sh.m * sh.d;
     f.top = f.z + sh.m;
     float *ring = f.s + count;
     f.q = {(const T *)a.q + in, a.ld, pos, ring, 2 * window, h.d};
     f.k = f.q, f.k.t = (const T *)a.k + in;
     f.v = f.q, f.v.t = (const T *)a.v + in, f.v.ring = ring + 2 * window * sh.d;
-    f.o = (T *)a.o + seq * sh.t * a.ld_o + head * sh.d;
+    f.o = (T *)a.o + first * a.ld_o + head * sh.d;
     f.ld_o = a.ld_o;
     f.stat = a.stat ? a.stat + block * sh.t : nullptr;
     if (!a.state)
         for (int64_t i = threadIdx.x; i < count; i += blockDim.x) f.s[i] = 0.0f;
 
-    int64_t end = pos + sh.t;
+    int64_t end = pos + rows;
     if (form == FORM_NONCAUSAL)
         for (int64_t p = pos; p < end; p += TT)
             absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, p, tile_rows(p, end));
@@ -125,12 +129,12 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_fwd_kernel(const struct sca
     }
     float log2_m = log2f((float)h.m);
     for (int64_t j = pos / window; j * window < end; j++) {
-        int64_t first = j * window, to = min(first + window, end);
-        for (int64_t p = max(first, pos); p < to; p += TT)
+        int64_t from = j * window, to = min(from + window, end);
+        for (int64_t p = max(from, pos); p < to; p += TT)
             fwd_tile<T, form>(h, f, window, log2_m, p, tile_rows(p, to));
-        if (to < first + window || j == 0) continue;
-        for (int64_t p = first - window; p < first; p += TT)
-            absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, p, tile_rows(p, first));
+        if (to < from + window || j == 0) continue;
+        for (int64_t p = from - window; p < from; p += TT)
+            absorb_keys<T, TT>(h, f.s, f.z, f.top, f.k, f.v, p, tile_rows(p, from));
     }
     if (!a.state) return;
     __syncthreads();
@@ -250,5 +254,7 @@ srf_status srf__scan_prefill(struct srf_ctx *ctx, const struct srf_srf_attn_pref
     p.bias = (const float *)a->bias;
     p.state = (float *)a->state;
     p.pos = (const int32_t *)a->pos;
+    p.offsets = (const int32_t *)a->offsets;
+    p.slots = (const int32_t *)a->slots;
     return launch(ctx, a->w, &p, "srf_attn_prefill");
 }

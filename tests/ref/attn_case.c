@@ -6,7 +6,7 @@ static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, do
 {
     struct attn_case c = {.s = s, .shape = shape};
     int64_t rows = shape.b * shape.t, width = shape.h * shape.d, sets = shape.n_sets;
-    int32_t *pos = srf__calloc((size_t)shape.b, sizeof *pos);
+    int32_t *pos = srf__calloc((size_t)shape.b + 1, sizeof *pos);
     assert_non_null(pos);
     c.ld = 3 * width + PAD;
     c.ld_o = width + PAD;
@@ -27,6 +27,8 @@ static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, do
     c.piece = twin_fill(&c.s, rows * c.ld, 0);
     c.piece_o = twin_fill(&c.s, rows * c.ld_o, 0);
     c.pos = twin_raw_of(&c.s, pos, (size_t)shape.b * sizeof *pos);
+    c.offsets = twin_raw_of(&c.s, pos, (size_t)(shape.b + 1) * sizeof *pos);
+    c.slots = twin_raw_of(&c.s, pos, (size_t)shape.b * sizeof *pos);
     srf__free(pos);
     return c;
 }

@@ -9,13 +9,14 @@ struct attn_case {
     struct twins s;
     struct srf_attn_shape shape;
     int64_t ld, ld_o;
-    struct twin qkv, w, bias, d_o; /* random inputs */
-    bool qkv_set;                  /* qkv.ref is newer than the device's */
-    struct twin o, dqkv, dw;       /* outputs; dw starts at 1 */
-    struct twin lse, stat;         /* of softmax, of SRF attention */
-    struct twin state;             /* of the recurrent form */
-    struct twin piece, piece_o;    /* its qkv and o */
-    struct twin_raw pos;           /* its positions (b) */
+    struct twin qkv, w, bias, d_o;  /* random inputs */
+    bool qkv_set;                   /* qkv.ref is newer than the device's */
+    struct twin o, dqkv, dw;        /* outputs; dw starts at 1 */
+    struct twin lse, stat;          /* of softmax, of SRF attention */
+    struct twin state;              /* of the recurrent form */
+    struct twin piece, piece_o;     /* its qkv and o */
+    struct twin_raw pos;            /* its positions (b) */
+    struct twin_raw offsets, slots; /* of a packed piece: first rows (b + 1), states (b) */
     int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
     bool no_dw;        /* features are not trained */
 };

@@ -7,7 +7,9 @@ void ref_embed_fwd(const struct srf_embed_fwd_args *a)
     double *y = a->y;
     for (int64_t i = 0; i < a->n; i++)
         for (int64_t j = 0; j < a->c; j++) {
-            int64_t p = pos ? pos[i] : i % a->t;
+            int64_t p = pos ? pos[i] < 0 ? 0 : pos[i] : i % a->t;
+            if (a->positions == SRF_POS_WRAP) p %= a->n_pos;
+            if (a->positions == SRF_POS_CLAMP && p > a->n_pos - 1) p = a->n_pos - 1;
             y[i * a->c + j] = wte[tokens[i] * a->c + j] + wpe[p * a->c + j];
         }
 }
