@@ -66,7 +66,7 @@ void bench_ops_print(const struct srf_profile *p, int n, double seconds);
 /* What `srf bench` was asked. */
 struct bench_options {
     const char *model, *init, *filter;
-    int64_t batch, micro_batch, seq_len, steps, n;
+    int64_t batch, micro_batch, seq_len, steps, n, rows;
     bool json;
     struct cli_device device;
     struct cli_attention attention;
@@ -77,4 +77,5 @@ srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck)
  * to stdout. */
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_step(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
+srf_status bench_prefill(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);

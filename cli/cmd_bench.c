@@ -1,4 +1,4 @@
-/* srf bench: ops, training steps and decoding, beside this machine's floors. */
+/* srf bench: ops, training steps, prefill and decoding, beside this machine's floors. */
 #include "cli/bench.h"
 
 #include <stdlib.h>
@@ -8,7 +8,10 @@ static const struct {
     const char *name;
     srf_status (*run)(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
     bool needs_model;
-} parts[] = {{"op", bench_op, false}, {"step", bench_step, true}, {"decode", bench_decode, true}};
+} parts[] = {{"op", bench_op, false},
+             {"step", bench_step, true},
+             {"prefill", bench_prefill, true},
+             {"decode", bench_decode, true}};
 
 static srf_status print_json(const json_t *report)
 {
@@ -26,19 +29,21 @@ int cmd_bench(int argc, char **argv)
                               .seq_len = CLI_NONE,
                               .steps = 5,
                               .n = 128,
+                              .rows = CLI_NONE,
                               .device = CLI_DEVICE_DEFAULT,
                               .attention = CLI_ATTENTION_DEFAULT};
     const struct cli_option options[] = {
-        {"model", 0, CLI_STRING, &o.model, "PATH", "checkpoint (any format), for step and decode",
-         0, 0},
+        {"model", 0, CLI_STRING, &o.model, "PATH", "checkpoint (any format), for all but op", 0, 0},
         {"init", 0, CLI_STRING, &o.init, "CONFIG.json", "... or a fresh model of this shape", 0, 0},
         {"batch", 0, CLI_INT, &o.batch, "N", "sequences of a step or a decoded batch (8)", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &o.micro_batch, "N", "step: sequences at once (--batch)", 1,
          1e6},
         {"seq-len", 0, CLI_INT, &o.seq_len, "N", "step: tokens of a sequence (up to 512)", 2,
          1 << 24},
-        {"steps", 0, CLI_INT, &o.steps, "N", "step: how many are timed (5)", 1, 60},
-        {"tokens", 'n', CLI_INT, &o.n, "N", "decode: tokens a sequence (128)", 1, 1 << 24},
+        {"steps", 0, CLI_INT, &o.steps, "N", "step, prefill: how many are timed (5)", 1, 60},
+        {"tokens", 'n', CLI_INT, &o.n, "N", "prefill, decode: tokens a sequence (128)", 1, 1 << 24},
+        {"rows", 0, CLI_INT, &o.rows, "N", "prefill: rows of a launch (what the device likes)", 1,
+         1 << 24},
         {"filter", 0, CLI_STRING, &o.filter, "TEXT", "op: only cases whose name holds TEXT", 0, 0},
         CLI_ATTENTION_OPTIONS(o.attention),
         CLI_DEVICE_OPTIONS(o.device),
@@ -46,16 +51,19 @@ int cmd_bench(int argc, char **argv)
         {0}};
     const char *what = "op";
     int code, n;
-    if (!cli_parse(argc, argv, "srf bench [op|step|decode] [options]",
-                   "Measure beside this machine's floors, which are measured in the same run:\n"
-                   "  op      every op: time, GFLOP/s, GB/s, share of the floor\n"
-                   "  step    one training step of --model: tokens/s, share and rate of BLAS\n"
-                   "  decode  recurrent generation with --model: tokens/s",
-                   options, &what, 0, 1, &n, NULL, &code))
+    if (!cli_parse(
+            argc, argv, "srf bench [op|step|prefill|decode] [options]",
+            "Measure beside this machine's floors, which are measured in the same run:\n"
+            "  op      every op: time, GFLOP/s, GB/s, share of the floor\n"
+            "  step    one training step of --model: tokens/s, share and rate of BLAS\n"
+            "  prefill prompts into recurrent states with --model, positions wrapped: tokens/s\n"
+            "  decode  recurrent generation with --model: tokens/s",
+            options, &what, 0, 1, &n, NULL, &code))
         return code;
     size_t i = 0, n_parts = sizeof parts / sizeof *parts;
     while (i < n_parts && strcmp(parts[i].name, what) != 0) i++;
-    if (i == n_parts) return cli_usage_error("bench %s: expected op, step or decode", what);
+    if (i == n_parts)
+        return cli_usage_error("bench %s: expected op, step, prefill or decode", what);
     if (parts[i].needs_model && !o.model && !o.init)
         return cli_usage_error("bench %s needs --model or --init", what);
     struct srf_ctx *ctx = NULL;

@@ -12,6 +12,7 @@ struct inputs {
     bool json, quiet, logits;
     struct cli_device device;
     struct cli_attention attention;
+    struct cli_positions positions;
 };
 
 struct run {
@@ -25,6 +26,9 @@ struct run {
     /* --per-token: whole windows gathered for the file */
     int64_t windows, len;
     float *nll, *logits;
+    /* predictions at the positions that the model has learned, and past them */
+    int64_t learned, n[2];
+    double sum[2];
 };
 
 static void free_run(struct run *r)
@@ -45,12 +49,17 @@ static void on_progress(void *user, int64_t done, int64_t total)
     cli_progress_update(&r->progress, (double)done, (double)total, "");
 }
 
-/* Whole windows only: a file of a fixed shape has no place for the shorter last one. */
+/* Per token, whole windows only: a file of a fixed shape has no place for the shorter last one. */
 static srf_status on_rows(void *user, int64_t first, int64_t n, int64_t len, const float *nll,
                           const float *logits)
 {
     struct run *r = user;
-    if (len != r->len) return SRF_OK;
+    for (int64_t i = 0; i < n * (len - 1); i++) {
+        bool past = i % (len - 1) >= r->learned;
+        r->sum[past] += (double)nll[i];
+        r->n[past]++;
+    }
+    if (!r->nll || len != r->len) return SRF_OK;
     int64_t vocab = r->model->config.vocab;
     memcpy(r->nll + first * (len - 1), nll, (size_t)(n * (len - 1)) * sizeof *nll);
     if (logits)
@@ -81,6 +90,9 @@ static srf_status open_run(struct inputs *in, struct run *r)
     SRF_TRY(cli_open_device(&in->device, &r->ctx));
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     struct srf_attention_config a = r->ck->attention;
+    enum srf_positions positions;
+    r->learned = r->ck->config.n_pos;
+    SRF_TRY(cli_set_positions(&in->positions, r->ck, &positions));
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads, &a));
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
     if (in->seq_len == CLI_NONE)
@@ -89,9 +101,9 @@ static srf_status open_run(struct inputs *in, struct run *r)
     SRF_FAIL_IF(
         recurrent && a.kind != SRF_ATTN_SRF, SRF_INVALID,
         "--mode recurrent needs SRF attention, this model has softmax: add --attention srf");
-    SRF_FAIL_IF(in->seq_len > r->ck->config.n_pos, SRF_INVALID,
-                "--seq-len %lld: the model's learned positions end at %lld", (long long)in->seq_len,
-                (long long)r->ck->config.n_pos);
+    SRF_FAIL_IF(positions == SRF_POS_ERROR && in->seq_len > r->ck->config.n_pos, SRF_INVALID,
+                "--seq-len %lld: the model's learned positions end at %lld (see --positions)",
+                (long long)in->seq_len, (long long)r->ck->config.n_pos);
     if (in->batch == CLI_NONE) {
         /* logits come to the host as well: no more than the CPU makes at once */
         int64_t tokens = in->logits ? 4096 : cli_tokens_at_once(r->ctx, 4096);
@@ -99,6 +111,7 @@ static srf_status open_run(struct inputs *in, struct run *r)
         in->batch = in->batch < 1 ? 1 : in->batch;
     }
     SRF_TRY(srf_model_create(r->ctx, &r->ck->config, &a, &r->model));
+    r->model->positions = positions;
     SRF_TRY(srf_arena_create(r->ctx, &r->arena));
     struct srf_model_plan plan = {.b = in->batch, .t = recurrent ? 1 : in->seq_len};
     SRF_TRY(srf_model_plan(r->model, r->arena, &plan));
@@ -126,7 +139,7 @@ static int run(struct inputs *in)
                                     .batch = in->batch,
                                     .max_tokens = in->max_tokens,
                                     .recurrent = strcmp(in->mode, "recurrent") == 0,
-                                    .rows = in->per_token ? on_rows : NULL,
+                                    .rows = on_rows,
                                     .want_logits = in->logits,
                                     .progress = on_progress,
                                     .user = &r};
@@ -148,12 +161,21 @@ static int run(struct inputs *in)
         cli_json_number(stdout, result.ppl);
         printf(", \"attention\": ");
         cli_json_string(stdout, attention, strlen(attention));
+        for (int past = 0; past < 2 && r.n[1]; past++) {
+            printf(", \"%s\": ", past ? "ppl_past_learned" : "ppl_learned");
+            cli_json_number(stdout, exp(r.sum[past] / (double)r.n[past]));
+        }
         printf(", \"mode\": \"%s\", \"seconds\": %.3f, \"tokens_per_s\": %.1f}\n", in->mode,
                result.seconds, rate);
     } else {
         printf(
             "perplexity %.4f (nll %.5f over %lld predictions), attention %s, %s, %.0f tokens/s\n",
             result.ppl, result.nll, (long long)result.tokens, attention, in->mode, rate);
+        if (r.n[1])
+            printf("perplexity %.4f at the learned positions, up to %lld; %.4f past them, "
+                   "--positions %s\n",
+                   exp(r.sum[0] / (double)r.n[0]), (long long)r.learned,
+                   exp(r.sum[1] / (double)r.n[1]), in->positions.policy);
     }
     free_run(&r);
     return code;
@@ -165,7 +187,8 @@ int cmd_eval(int argc, char **argv)
                         .seq_len = CLI_NONE,
                         .batch = CLI_NONE,
                         .device = CLI_DEVICE_DEFAULT,
-                        .attention = CLI_ATTENTION_DEFAULT};
+                        .attention = CLI_ATTENTION_DEFAULT,
+                        .positions = CLI_POSITIONS_DEFAULT};
     const struct cli_option options[] = {
         {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint (any format)", 0, 0},
         {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
@@ -177,6 +200,7 @@ int cmd_eval(int argc, char **argv)
         {"max-tokens", 0, CLI_INT, &in.max_tokens, "N", "stop after N tokens; 0 = all (0)", 0,
          1e15},
         CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_POSITIONS_OPTIONS(in.positions),
         {"per-token", 0, CLI_STRING, &in.per_token, "F.h5",
          "write nll (windows, T-1) of the whole windows", 0, 0},
         {"logits", 0, CLI_FLAG, &in.logits, NULL, "... and logits (windows, T, V)", 0, 0},
@@ -186,7 +210,8 @@ int cmd_eval(int argc, char **argv)
         {0}};
     int code;
     if (!cli_parse(argc, argv, "srf eval --model M.h5 --data D.h5 [options]",
-                   "Perplexity of a model on a token set, cut into windows of --seq-len tokens.",
+                   "Perplexity of a model on a token set, cut into windows of --seq-len "
+                   "tokens.\n" CLI_POSITIONS_HELP,
                    options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model || !in.data) return cli_usage_error("eval needs --model and --data");

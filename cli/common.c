@@ -31,6 +31,24 @@ int64_t cli_tokens_at_once(const struct srf_ctx *ctx, int64_t on_cpu)
     return strcmp(ctx->be->name, "cpu") == 0 ? on_cpu : 32768;
 }
 
+srf_status cli_set_positions(const struct cli_positions *p, struct srf_checkpoint *ck,
+                             enum srf_positions *out)
+{
+    static const char *const names[] = {
+        [SRF_POS_ERROR] = "error", [SRF_POS_WRAP] = "wrap", [SRF_POS_CLAMP] = "clamp"};
+    bool stretched = strcmp(p->policy, "interpolate") == 0;
+    SRF_FAIL_IF(stretched != (p->max != CLI_NONE), SRF_INVALID,
+                "--positions interpolate and --max-positions N belong together");
+    *out = SRF_POS_ERROR;
+    if (stretched) return srf_checkpoint_stretch_positions(ck, p->max);
+    for (int i = 0; i < 3; i++) {
+        *out = (enum srf_positions)i;
+        if (strcmp(p->policy, names[i]) == 0) return SRF_OK;
+    }
+    SRF_FAIL_IF(true, SRF_INVALID, "--positions %s: expected error, wrap, clamp or interpolate",
+                p->policy);
+}
+
 /* The first option given that softmax attention has no use for, or NULL. */
 static const char *srf_setting(const struct cli_attention *a)
 {

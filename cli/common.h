@@ -76,6 +76,30 @@ struct cli_attention {
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention);
 
+/* --positions and --max-positions: what stands for positions past the learned ones. */
+struct cli_positions {
+    const char *policy;
+    int64_t max;
+};
+#define CLI_POSITIONS_DEFAULT ((struct cli_positions){.policy = "error", .max = CLI_NONE})
+#define CLI_POSITIONS_OPTIONS(p)                                                                   \
+    {"positions", 0,        CLI_STRING,                                                            \
+     &(p).policy, "POLICY", "past the learned positions: error, wrap, clamp, interpolate (error)", \
+     0,           0},                                                                              \
+    {                                                                                              \
+        "max-positions", 0, CLI_INT, &(p).max, "N", "interpolate: to how many positions", 2,       \
+            1 << 24                                                                                \
+    }
+/* For --help. */
+#define CLI_POSITIONS_HELP                                                                         \
+    "A model with learned positions (GPT-2) has seen none past its last. --positions says what\n"  \
+    "to do there: error refuses; wrap starts over at the first (position p is p mod n); clamp\n"   \
+    "stays at the last; interpolate stretches the table at load to --max-positions rows, which\n"  \
+    "moves every position, the early ones too. srf eval --seq-len shows what each one costs."
+/* The policy; interpolate stretches the checkpoint's table. SRF_INVALID names a wrong one. */
+srf_status cli_set_positions(const struct cli_positions *p, struct srf_checkpoint *ck,
+                             enum srf_positions *out);
+
 /* The tokenizer inside a checkpoint; SRF_INVALID if it has none (needed: what for). */
 srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for,
                          struct srf_bpe **out);

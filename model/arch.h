@@ -29,6 +29,8 @@ struct srf_arch {
     const void *(*attention_out)(const struct srf_model *m, int64_t layer);
     /* Row of the output head's weight (vocab, c) in the tensor table. */
     int64_t (*head_row)(const struct srf_model_config *cfg);
+    /* Row of the learned positions (n_pos, c) in the tensor table. */
+    int64_t (*position_row)(const struct srf_model_config *cfg);
 };
 
 #define X(name, symbol) extern const struct srf_arch srf_arch_##symbol;

@@ -78,6 +78,12 @@ static int64_t head_row(const struct srf_model_config *cfg)
     return WTE;
 }
 
+static int64_t position_row(const struct srf_model_config *cfg)
+{
+    (void)cfg;
+    return WPE;
+}
+
 /* Causal masks that old checkpoints carry, and the tied head written out. */
 static bool ignores(const char *name)
 {
@@ -399,6 +405,7 @@ const struct srf_arch srf_arch_gpt2 = {
     .forward = forward,
     .backward = backward,
     .head_row = head_row,
+    .position_row = position_row,
     .qkv = qkv_of,
     .attention_out = attention_of,
 };

@@ -189,6 +189,52 @@ cleanup:
     return st;
 }
 
+/* to (n, c) = from (old, c), row i taken at i (old - 1) / (n - 1). */
+static void stretch(const float *from, int64_t old, float *to, int64_t n, int64_t c)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double at = (double)(i * (old - 1)) / (double)(n - 1);
+        int64_t low = (int64_t)at, high = low + 1 < old ? low + 1 : low;
+        double share = at - (double)low;
+        for (int64_t j = 0; j < c; j++)
+            to[i * c + j] = (float)((1 - share) * (double)from[low * c + j] +
+                                    share * (double)from[high * c + j]);
+    }
+}
+
+srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n_pos)
+{
+    SRF_FAIL_IF(n_pos <= ck->config.n_pos, SRF_INVALID,
+                "positions stretched to %lld: expected more than the model's own %lld",
+                (long long)n_pos, (long long)ck->config.n_pos);
+    struct srf_model_config config = ck->config;
+    struct srf_tensor_table table;
+    float *params;
+    config.n_pos = n_pos;
+    SRF_TRY(srf_tensor_table_create(&config, &table));
+    srf_status st = SRF_CALLOC(params, table.total);
+    if (st != SRF_OK) {
+        srf_tensor_table_free(&table);
+        return st;
+    }
+    int64_t row = config.arch->position_row(&config);
+    for (int64_t i = 0; i < table.n; i++) {
+        const struct srf_tensor *from = &ck->table.rows[i], *to = &table.rows[i];
+        if (i == row)
+            stretch(ck->params + from->offset, ck->config.n_pos, params + to->offset, n_pos,
+                    config.c);
+        else
+            memcpy(params + to->offset, ck->params + from->offset,
+                   (size_t)from->count * sizeof *params);
+    }
+    srf__free(ck->params);
+    srf_tensor_table_free(&ck->table);
+    ck->params = params;
+    ck->table = table;
+    ck->config = config;
+    return SRF_OK;
+}
+
 /* ---- writing ------------------------------------------------------------------------------- */
 
 srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f)

@@ -27,6 +27,9 @@ srf_status srf_checkpoint_load(const char *path, const char *config_json,
 /* A fresh model from a config.json's text, weights drawn from seed. */
 srf_status srf_checkpoint_init(const char *config_json, uint64_t seed, struct srf_checkpoint **out);
 void srf_checkpoint_free(struct srf_checkpoint *ck);
+/* The learned positions stretched linearly to n_pos of them, more than there are: the first and the
+ * last stay the first and the last. */
+srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n_pos);
 /* Elements of features_w and features_bias. */
 int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck);
 int64_t srf_checkpoint_bias_count(const struct srf_checkpoint *ck);

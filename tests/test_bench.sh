@@ -40,6 +40,10 @@ done
     fail "bench decode"
 has "$dir/decode" tokens_per_s late_tokens_per_s prefill_tokens_per_s state_bytes kv_bytes
 
+"$srf" bench prefill --init "$dir/config.json" --batch 2 -n 50 --rows 40 --steps 2 --json \
+    >"$dir/prefill" || fail "bench prefill"
+has "$dir/prefill" tokens_per_s tflops share_of_floor ops
+
 expect() { # exit status, then arguments
     local want=$1 got=0
     shift
@@ -50,6 +54,7 @@ expect() { # exit status, then arguments
 }
 expect 2 bench nothing
 expect 2 bench step
+expect 2 bench prefill
 expect 2 bench op --filter
 expect 1 bench decode --init "$dir/config.json" -n 30
 expect 1 bench step --init "$dir/config.json" --seq-len 64

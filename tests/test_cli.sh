@@ -102,6 +102,28 @@ for option in '--m 8' '--window 8' '--features iid' '--rotation hd' '--oprf-a 0'
     done
 done
 
+# Past the learned positions: refused, or by a stated policy, whose price is shown.
+length=$("$SRF" info model.h5 | sed -n 's/^positions *//p')
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --seq-len $((length + 1))
+grep -q -- --positions stderr || fail "no way past the positions: $(cat stderr)"
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions round
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions interpolate
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions wrap --max-positions 999
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions interpolate --max-positions 2
+for mode in parallel recurrent; do
+    for policy in wrap clamp "interpolate --max-positions $((2 * length))"; do
+        run "$SRF" eval --model model.h5 --data text.txt --attention srf --mode $mode --quiet \
+            --seq-len $((2 * length)) --max-tokens $((6 * length)) --positions $policy
+        grep -q "at the learned positions, up to $length" stdout ||
+            fail "$policy: what it costs is not shown: $(cat stdout)"
+        sed -n 's/^perplexity \([0-9]*\.[0-9]\).*/\1/p' stdout >"cost.$mode.${policy%% *}"
+    done
+done
+for policy in wrap clamp interpolate; do
+    cmp -s cost.parallel.$policy cost.recurrent.$policy || fail "$policy: the forms differ"
+done
+cmp -s cost.parallel.wrap cost.parallel.clamp && fail "wrap and clamp are the same"
+
 # Outputs that would replace an input, or cannot be written: said before the work begins.
 cp model.h5 precious.h5
 refuse 1 "$SRF" eval --model model.h5 --data text.txt --per-token ./model.h5

@@ -459,6 +459,38 @@ static void packed_prefill(void **state)
     }
 }
 
+/* More positions from the same table: ends stay ends, what lies between is on the line between
+ * neighbours, and nothing else changes. */
+static void stretched_positions(void **state)
+{
+    (void)state;
+    enum { C = 12, OLD = 40, NEW = 118 }; /* 117 = 3 * 39: every third row is an old one */
+    struct srf_checkpoint *ck, *old;
+    test_ok(srf_checkpoint_init(config_json, 1, &ck));
+    test_ok(srf_checkpoint_init(config_json, 1, &old));
+    assert_int_equal(srf_checkpoint_stretch_positions(ck, OLD), SRF_INVALID);
+    test_ok(srf_checkpoint_stretch_positions(ck, NEW));
+    assert_int_equal(ck->config.n_pos, NEW);
+    for (int64_t i = 0; i < ck->table.n; i++) {
+        const struct srf_tensor *was = &old->table.rows[i], *is = &ck->table.rows[i];
+        const float *a = old->params + was->offset, *b = ck->params + is->offset;
+        if (strcmp(is->name, "transformer.wpe.weight") != 0) {
+            assert_int_equal(was->count, is->count);
+            assert_memory_equal(a, b, (size_t)is->count * sizeof *b);
+            continue;
+        }
+        assert_int_equal(is->shape[0], NEW);
+        for (int64_t p = 0; p < NEW; p++)
+            for (int64_t j = 0; j < C; j++) {
+                float low = a[p / 3 * C + j], high = p % 3 ? a[(p / 3 + 1) * C + j] : low;
+                float want = low + (high - low) * (float)(p % 3) / 3;
+                assert_true(fabsf(b[p * C + j] - want) <= 1e-6f * (fabsf(low) + fabsf(high)));
+            }
+    }
+    srf_checkpoint_free(ck);
+    srf_checkpoint_free(old);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -466,7 +498,7 @@ int main(void)
         cmocka_unit_test(gradients_hybrid),  cmocka_unit_test(gradients_distillation),
         cmocka_unit_test(recomputation),     cmocka_unit_test(memory_of_gpt2),
         cmocka_unit_test(micro_batches),     cmocka_unit_test(forms_agree),
-        cmocka_unit_test(packed_prefill),
+        cmocka_unit_test(packed_prefill),    cmocka_unit_test(stretched_positions),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
