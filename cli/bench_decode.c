@@ -21,7 +21,7 @@ static srf_status decode(struct srf_engine *e, int64_t batch, int64_t n, float *
                          int32_t *tokens, struct stretch *out)
 {
     int64_t vocab = srf_engine_model(e)->config.vocab;
-    *out = (struct stretch){.from = srf_engine_position(e), .n = n};
+    *out = (struct stretch){.from = srf_engine_position(e, 0), .n = n};
     double start = cli_now();
     for (int64_t t = 0; t < n; t++) {
         for (int64_t i = 0; i < batch; i++) tokens[i] = (int32_t)((i * 7919 + t * 104729) % vocab);
@@ -34,7 +34,7 @@ static srf_status decode(struct srf_engine *e, int64_t batch, int64_t n, float *
 /* Feed the sequences up to position `to` by prefill. */
 static srf_status skip_to(struct srf_engine *e, int64_t batch, int64_t to, struct stretch *out)
 {
-    int64_t from = srf_engine_position(e), n = to - from;
+    int64_t from = srf_engine_position(e, 0), n = to - from;
     int64_t vocab = srf_engine_model(e)->config.vocab;
     *out = (struct stretch){.from = from, .n = n};
     int32_t *tokens;
@@ -125,7 +125,9 @@ srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json
     SRF_TRY_GO(bench_load(o, &ck));
     /* only its speed is asked for: a softmax model is decoded as if it were retrofitted */
     if (!o->attention.kind) ck->attention.kind = SRF_ATTN_SRF;
-    SRF_TRY_GO(srf_engine_create(ctx, ck, o->batch, 256, &e));
+    struct srf_engine_config config = {
+        .slots = o->batch, .prefill_rows = 256 * o->batch, .sampler = {.top_p = 1}, .stop = -1};
+    SRF_TRY_GO(srf_engine_create(ctx, ck, &config, &e));
     SRF_TRY_GO(measure(ctx, e, o->batch, o->n, &r));
     report(o, ctx, e, &r, out);
 cleanup:

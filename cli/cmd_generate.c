@@ -1,7 +1,6 @@
 /* srf generate: text at constant memory. */
 #include "cli/common.h"
 #include "infer/engine.h"
-#include "infer/sampler.h"
 
 #include <errno.h>
 #include <string.h>
@@ -23,11 +22,10 @@ struct run {
     struct srf_bpe *bpe;
     struct srf_engine *engine;
     struct srf_ids prompt;
-    char *prompt_text;                /* of --prompt-file */
-    int32_t *tokens, *next, *scratch; /* (batch, n), (batch), (vocab) */
-    int64_t *made;                    /* (batch): tokens before the end of the sequence */
-    float *logits;                    /* (batch, vocab) */
-    char held[4];                     /* streaming: bytes of a character that is not whole yet */
+    char *prompt_text;      /* of --prompt-file */
+    int32_t *tokens, *next; /* (batch, n), (batch) */
+    int64_t *made;          /* (batch): tokens before the end of the sequence */
+    char held[4];           /* streaming: bytes of a character that is not whole yet */
     size_t n_held;
     double prefill_s, decode_s;
 };
@@ -42,9 +40,7 @@ static void free_run(struct run *r)
     srf__free(r->prompt_text);
     srf__free(r->tokens);
     srf__free(r->next);
-    srf__free(r->scratch);
     srf__free(r->made);
-    srf__free(r->logits);
 }
 
 static const char *prompt_text(const struct inputs *in, const struct run *r)
@@ -84,22 +80,29 @@ static srf_status open_run(struct inputs *in, struct run *r)
     SRF_FAIL_IF(in->n > room, SRF_INVALID,
                 "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld",
                 (long long)r->prompt.n, (long long)in->n, (long long)r->ck->config.n_pos);
-    SRF_TRY(srf_engine_create(r->ctx, r->ck, in->batch, in->chunk, &r->engine));
+    struct srf_engine_config config = {.slots = in->batch,
+                                       .prefill_rows = in->chunk,
+                                       .sampler = in->sampler,
+                                       .stop = in->ignore_eos ? -1 : (int32_t)r->ck->config.eos};
+    SRF_TRY(srf_engine_create(r->ctx, r->ck, &config, &r->engine));
     SRF_TRY(SRF_ALLOC(r->tokens, in->batch * (in->n + 1)));
     SRF_TRY(SRF_ALLOC(r->next, in->batch));
-    SRF_TRY(SRF_CALLOC(r->made, in->batch));
-    SRF_TRY(SRF_ALLOC(r->scratch, r->ck->config.vocab));
-    return SRF_ALLOC(r->logits, in->batch * r->ck->config.vocab);
+    return SRF_CALLOC(r->made, in->batch);
 }
 
 static srf_status prefill(const struct inputs *in, struct run *r)
 {
-    int32_t *prompts;
+    struct srf_engine_prompt *prompts;
     double start = cli_now();
-    SRF_TRY(SRF_ALLOC(prompts, in->batch * r->prompt.n));
+    SRF_TRY(SRF_CALLOC(prompts, in->batch));
     for (int64_t i = 0; i < in->batch; i++)
-        memcpy(prompts + i * r->prompt.n, r->prompt.ids, (size_t)r->prompt.n * sizeof *prompts);
-    srf_status st = srf_engine_feed(r->engine, prompts, r->prompt.n, r->logits);
+        prompts[i] = (struct srf_engine_prompt){.slot = i,
+                                                .tokens = r->prompt.ids,
+                                                .n_tokens = r->prompt.n,
+                                                .max_new = in->n,
+                                                .seed = in->seed,
+                                                .sequence = (uint64_t)i};
+    srf_status st = srf_engine_admit(r->engine, in->batch, prompts);
     srf__free(prompts);
     r->prefill_s = cli_now() - start;
     return st;
@@ -148,35 +151,26 @@ cleanup:
 
 static srf_status generate(const struct inputs *in, struct run *r)
 {
-    const struct srf_model_config *cfg = &r->ck->config;
     struct cli_progress progress;
     SRF_TRY(prefill(in, r));
     cli_progress_start(&progress, "generate", in->quiet || streams(in));
     cli_catch_signals();
     if (streams(in)) SRF_TRY(print_now(prompt_text(in, r), strlen(prompt_text(in, r))));
     double start = cli_now();
-    bool *ended;
-    SRF_TRY(SRF_CALLOC(ended, in->batch));
     srf_status st = SRF_OK;
-    int64_t left = in->batch;
-    for (int64_t t = 0; t < in->n && left && !cli_interrupted(); t++) {
+    bool any = true;
+    for (int64_t t = 0; any && !cli_interrupted(); t++) {
+        SRF_TRY_GO(srf_engine_decode(r->engine, 1, r->next));
+        any = false;
         for (int64_t i = 0; i < in->batch; i++) {
-            SRF_TRY_GO(srf_sample(&in->sampler, in->seed, (uint64_t)i, t,
-                                  r->logits + i * cfg->vocab, cfg->vocab, r->scratch, &r->next[i]));
-            if (ended[i]) continue;
-            if (!in->ignore_eos && r->next[i] == cfg->eos) {
-                ended[i] = true;
-                left--;
-                continue;
-            }
+            any |= srf_engine_running(r->engine, i);
+            if (r->next[i] < 0 || (!in->ignore_eos && r->next[i] == r->ck->config.eos)) continue;
             r->tokens[i * in->n + r->made[i]++] = r->next[i];
             if (streams(in)) SRF_TRY_GO(stream_token(r, r->next[i]));
         }
-        if (t + 1 < in->n && left) SRF_TRY_GO(srf_engine_feed(r->engine, r->next, 1, r->logits));
         cli_progress_update(&progress, (double)(t + 1), (double)in->n, "");
     }
 cleanup:
-    srf__free(ended);
     cli_progress_end(&progress);
     r->decode_s = cli_now() - start;
     return st;
@@ -206,7 +200,10 @@ static srf_status print_results(const struct inputs *in, const struct run *r)
 {
     int64_t total = 0, state = srf_engine_state_bytes(r->engine);
     /* A KV cache would hold what was fed. */
-    int64_t positions = srf_engine_position(r->engine);
+    int64_t positions = 0;
+    for (int64_t i = 0; i < in->batch; i++)
+        if (srf_engine_position(r->engine, i) > positions)
+            positions = srf_engine_position(r->engine, i);
     int64_t kv = srf_engine_kv_bytes(r->engine, positions);
     for (int64_t i = 0; i < in->batch; i++) total += r->made[i];
     double rate = r->decode_s > 0 ? (double)total / r->decode_s : 0;

@@ -1,23 +1,76 @@
-/* Recurrent inference: a batch of sequences whose memory does not grow. */
+/* Recurrent inference: slots, each with a sequence whose memory does not grow. Sequences enter and
+ * leave at any time, at positions of their own:
+ *
+ *     srf_engine_admit     prompts into idle slots: prefilled together, first tokens sampled
+ *     srf_engine_decode    some tokens of every running sequence
+ *     srf_engine_release   a slot is idle again (one that has ended stays as it is until then)
+ *
+ * What a sequence gets depends on the model, its prompt, its seed and its sampling stream: in f32
+ * and f64 on the CPU bit for bit, whatever runs beside it, with any number of slots and threads
+ * (config.prefill_rows decides where long prompts are cut, which is rounding). */
 #pragma once
+#include "infer/sampler.h"
 #include "model/model.h"
 
 struct srf_engine; /* opaque; owns its device memory */
 
-/* batch sequences from empty states; chunk = tokens of a prefill piece. The checkpoint needs SRF
- * attention and may go away afterwards. */
-srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck, int64_t batch,
-                             int64_t chunk, struct srf_engine **out);
+struct srf_engine_config {
+    int64_t slots;        /* sequences at once */
+    int64_t prefill_rows; /* tokens of a prefill launch: sets the memory of activations */
+    bool state_bf16;      /* CUDA: states are stored in bf16 */
+    enum srf_positions positions;
+    struct srf_sampler_config sampler;
+    int32_t stop; /* a sequence ends with this token; -1: none */
+};
+
+struct srf_engine_prompt {
+    int64_t slot; /* not running */
+    const int32_t *tokens;
+    int64_t n_tokens;        /* >= 1 */
+    bool resume;             /* go on from the slot's state and position, not from the start */
+    int64_t max_new;         /* tokens to make; 0: only the state is wanted */
+    uint64_t seed, sequence; /* of the sampling */
+    int64_t first;           /* number of its first sample: those made before a resume */
+};
+
+/* The checkpoint needs SRF attention and may go away afterwards. */
+srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                             const struct srf_engine_config *config, struct srf_engine **out);
 void srf_engine_free(struct srf_engine *e); /* NULL is fine */
 
-/* All sequences back to the start. */
-srf_status srf_engine_reset(struct srf_engine *e);
-/* t more tokens of every sequence (host (batch, t)): prefilled in chunks, single tokens by the step
- * form. logits (host (batch, vocab), of the last token) may be NULL. SRF_INVALID past the model's
- * positions. */
+/* n prompts into n different slots. SRF_INVALID, and nothing has changed, for a slot that is
+ * running, or a prompt that with its new tokens goes past positions that end. */
+srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
+                            const struct srf_engine_prompt *prompts);
+/* Up to `steps` more tokens of every running sequence: host (steps, slots), -1 where there is none.
+ * A sequence ends with the stop token (which counts) or its max_new-th one; the last token is not
+ * fed: it is in no state. */
+srf_status srf_engine_decode(struct srf_engine *e, int64_t steps, int32_t *tokens);
+void srf_engine_release(struct srf_engine *e, int64_t slot);
+bool srf_engine_running(const struct srf_engine *e, int64_t slot);
+/* Tokens fed to a slot. */
+int64_t srf_engine_position(const struct srf_engine *e, int64_t slot);
+
+/* A slot's state as host values, A (n_layers, h, state_count), all of it that the future of a
+ * sequence needs beside the position. Set: the slot must not run; then admit with resume. */
+srf_status srf_engine_state_get(const struct srf_engine *e, int64_t slot, void *values);
+srf_status srf_engine_state_set(struct srf_engine *e, int64_t slot, const void *values,
+                                int64_t position);
+/* set of what get gives, on the device. `to` must not run. */
+srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to);
+
+/* All slots in step: t more tokens of each (host (slots, t)), logits (host (slots, vocab), of the
+ * last ones) may be NULL. For measuring; nothing may run. SRF_INVALID past positions that end. */
 srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t t, float *logits);
-int64_t srf_engine_position(const struct srf_engine *e);
+/* All slots idle and at the start. */
+srf_status srf_engine_reset(struct srf_engine *e);
+
 const struct srf_model *srf_engine_model(const struct srf_engine *e);
 /* Bytes of recurrent state a sequence, and of a KV cache of t tokens in the same element type. */
 int64_t srf_engine_state_bytes(const struct srf_engine *e);
 int64_t srf_engine_kv_bytes(const struct srf_engine *e, int64_t t);
+/* The most slots (0: none, at most `limit`) whose engine takes no more than `bytes` on the device,
+ * and the bytes it takes. config->slots does not count. */
+srf_status srf_engine_fits(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                           const struct srf_engine_config *config, int64_t bytes, int64_t limit,
+                           int64_t *slots, int64_t *taken);

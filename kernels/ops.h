@@ -222,7 +222,8 @@ struct srf_srf_attn_prefill_args {
     int64_t rows;
     const void *slots; /* i32 (b), no two alike: sequence i's state is number slots[i]; NULL: i */
 };
-/* One more token of every sequence: s.t is 1. Same arguments, no chunk overhead. */
+/* One more token of every sequence: s.t is 1. Same arguments, no chunk overhead. A sequence with
+ * pos < 0 is idle: its state is not touched, its output is 0 (not on CUDA yet). */
 struct srf_srf_attn_step_args {
     struct srf_attn_shape s;
     const void *q, *k, *v;
@@ -339,7 +340,11 @@ struct srf_ctx {
     const struct srf_backend *be;
     enum srf_dtype dtype; /* T */
     int n_threads;        /* CPU threads ops may use */
-    void *workspace;      /* scratch of every op */
+    /* CPU: a row of a matrix product does not depend on the rows beside it, nor on the number of
+     * threads, bit for bit: a sequence of a batch is what it is alone (infer/). Slower where many
+     * rows come at once. */
+    bool exact_rows;
+    void *workspace; /* scratch of every op */
     size_t workspace_bytes;
     bool plan;                   /* true: SRF_RUN only plans */
     size_t plan_workspace;       /* largest workspace asked for while planning */

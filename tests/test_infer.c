@@ -54,7 +54,9 @@ static void engine_is_the_model(void **state)
         test_ok(srf_model_last_logits(m, &batch, want));
         const int64_t pieces[] = {1, 7, T};
         for (int p = 0; p < 3; p++) {
-            test_ok(srf_engine_create(ctx, ck, B, 9, &e));
+            struct srf_engine_config config = {
+                .slots = B, .prefill_rows = B * 9, .sampler = {.top_p = 1}, .stop = -1};
+            test_ok(srf_engine_create(ctx, ck, &config, &e));
             for (int64_t at = 0; at < T; at += pieces[p]) {
                 int64_t n = T - at < pieces[p] ? T - at : pieces[p];
                 int32_t piece[B * T];
@@ -62,7 +64,7 @@ static void engine_is_the_model(void **state)
                     memcpy(piece + i * n, tokens + i * T + at, (size_t)n * sizeof *piece);
                 test_ok(srf_engine_feed(e, piece, n, got));
             }
-            assert_int_equal(srf_engine_position(e), T);
+            assert_int_equal(srf_engine_position(e, B - 1), T);
             for (int i = 0; i < B * V; i++) want_d[i] = (double)want[i], got_d[i] = (double)got[i];
             test_close("engine logits", got_d, want_d, B * V, 2e-5);
             /* from the start again */
@@ -87,7 +89,8 @@ static void engine_is_the_model(void **state)
     struct srf_checkpoint *ck = checkpoint(0);
     ck->attention.kind = SRF_ATTN_SOFTMAX;
     test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
-    assert_int_equal(srf_engine_create(ctx, ck, 1, 8, &e), SRF_INVALID);
+    struct srf_engine_config config = {.slots = 1, .prefill_rows = 8, .sampler = {.top_p = 1}};
+    assert_int_equal(srf_engine_create(ctx, ck, &config, &e), SRF_INVALID);
     srf_checkpoint_free(ck);
     srf_ctx_free(ctx);
 }

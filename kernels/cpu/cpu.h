@@ -16,18 +16,20 @@
  * srf_attn.c. */
 #ifdef SRF_REAL_F64
 typedef double real;
-#define SRF_CPU(name) cpu_f64_##name
-#define srf__gemm     srf__gemm_f64
-#define srf__exp2     srf__exp2_f64
-#define srf__exp_neg  srf__exp_neg_f64
-#define REAL_MIN_DEN  1e-150
+#define SRF_CPU(name)  cpu_f64_##name
+#define srf__gemm      srf__gemm_f64
+#define srf__gemm_rows srf__gemm_rows_f64
+#define srf__exp2      srf__exp2_f64
+#define srf__exp_neg   srf__exp_neg_f64
+#define REAL_MIN_DEN   1e-150
 #else
 typedef float real;
-#define SRF_CPU(name) cpu_f32_##name
-#define srf__gemm     srf__gemm_f32
-#define srf__exp2     srf__exp2_f32
-#define srf__exp_neg  srf__exp_neg_f32
-#define REAL_MIN_DEN  1e-20f
+#define SRF_CPU(name)  cpu_f32_##name
+#define srf__gemm      srf__gemm_f32
+#define srf__gemm_rows srf__gemm_rows_f32
+#define srf__exp2      srf__exp2_f32
+#define srf__exp_neg   srf__exp_neg_f32
+#define REAL_MIN_DEN   1e-20f
 #endif
 
 /* C (m, n) = alpha op(A) op(B) + beta C, row-major, op = transpose where asked. Inside an OpenMP
@@ -35,6 +37,13 @@ typedef float real;
 void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int64_t k, real alpha,
                const real *a, int64_t lda, const real *b, int64_t ldb, real beta, real *c,
                int64_t ldc);
+
+/* The same, a row of C bit for bit what it is alone, with any number of threads; not for both A and
+ * B transposed, nor for alpha other than 1 with B as it is. srf__gemm calls it where
+ * ctx->exact_rows asks for it. */
+void srf__gemm_rows(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int64_t k,
+                    real alpha, const real *a, int64_t lda, const real *b, int64_t ldb, real beta,
+                    real *c, int64_t ldc);
 
 /* Parallel regions of our own that call srf__gemm inside go between these two: an OpenBLAS with
  * threads of its own (not the OpenMP build) must be told to stay on the caller's. */

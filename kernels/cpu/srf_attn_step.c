@@ -196,6 +196,7 @@ srf_status SRF_CPU(srf_attn_step)(struct srf_ctx *ctx, const struct srf_srf_attn
     struct step_rows rows = carve_rows(&shared, s);
     size_t bytes = thread_bytes(s);
     int64_t count = srf_attn_state_count(s->m, s->d, s->window);
+    const int32_t *pos = a->pos;
     all_features(ctx, a, &rows);
     /* Waking the other threads costs more than a small step. */
     bool wide = s->b * s->h * (s->m + s->window) * s->d > 1 << 17;
@@ -212,9 +213,10 @@ srf_status SRF_CPU(srf_attn_step)(struct srf_ctx *ctx, const struct srf_srf_attn
         const real *k = (const real *)a->k + in, *v = (const real *)a->v + in;
         real *o = (real *)a->o + seq * a->ld_o + head * s->d;
         memset(o, 0, (size_t)s->d * sizeof(real));
+        if (pos[seq] < 0) continue;
         if (s->window)
-            hybrid_step(&h, &f, &st, st.top + s->m, s->window, ((const int32_t *)a->pos)[seq],
-                        rows.x + row * s->d, rows.a + row * s->m, k, v, o);
+            hybrid_step(&h, &f, &st, st.top + s->m, s->window, pos[seq], rows.x + row * s->d,
+                        rows.a + row * s->m, k, v, o);
         else
             pure_step(&h, &f, &st, rows.a + row * s->m, rows.a + (row + s->b) * s->m, v, o);
     }

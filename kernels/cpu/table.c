@@ -133,8 +133,11 @@ void srf__gemm(struct srf_ctx *ctx, bool ta, bool tb, int64_t m, int64_t n, int6
                int64_t ldc)
 {
     double t0 = ctx->profile ? srf__now() : 0;
-    product(ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb,
-            beta, c, (blasint)ldc);
+    if (ctx->exact_rows && !(ta && tb) && (tb || alpha == 1))
+        srf__gemm_rows(ctx, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    else
+        product(ta, tb, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb,
+                beta, c, (blasint)ldc);
     if (!ctx->profile) return;
     /* A call inside a parallel region keeps one of n_threads busy. */
     double share = omp_in_parallel() ? 1.0 / ctx->n_threads : 1.0, dt = (srf__now() - t0) * share;
