@@ -25,20 +25,14 @@
  */
 #pragma once
 #include "kernels/status.h"
+#include "kernels/types.h"
 #include <stdbool.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum srf_dtype { SRF_F32, SRF_F64, SRF_BF16, SRF_F16, SRF_I32 };
-size_t srf_dtype_bytes(enum srf_dtype dtype);
-const char *srf_dtype_name(enum srf_dtype dtype); /* "f32", ... */
-
 /* ---- random features ---------------------------------------------------------------------- */
-
-enum srf_feature_kind { SRF_IID, SRF_ORTHOGONAL, SRF_SIMPLEX, SRF_SIMPLEX_PLUS };
-enum srf_rotation { SRF_ROT_HAAR, SRF_ROT_HD };
 
 /* Draw W and its bias for n_layers x n_sets feature sets. See features.h for the mathematics. */
 struct srf_features_draw_args {

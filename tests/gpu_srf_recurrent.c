@@ -75,8 +75,8 @@ static void test_forms(void **state)
     attn_case_free(&c);
 }
 
-/* The state of each form is what its definition says; sequences packed with different lengths, their
- * states in another order. */
+/* The state of each form is what its definition says; sequences packed with different lengths,
+ * their states in another order. */
 static void test_packed(void **state)
 {
     const struct recurrent_case *k = *state;

@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""SRF attention on PyTorch tensors: libsrf's public attention op (srf/attention.h) through ctypes.
+
+    attention = Attention(n_heads=12, head_size=64, device="cuda", dtype=torch.bfloat16)
+    o = attention(q, k, v)             # (b, t, heads, head size); o.backward() gives dq, dk, dv
+    attention.redraw()                 # other features: once an optimizer step
+    state = attention.new_state(b)     # inference: a state in, a state out
+    o = attention.prefill(q, k, v, state)
+    o = attention.step(q1, k1, v1, state, pos)
+
+q, k, v may be slices of one packed tensor (anything whose last two dimensions are dense). CUDA calls
+go to PyTorch's current stream and return at once. Trained features: attention(q, k, v, w=w) with w
+(sets, m, head size) gives w.grad too.
+
+Run as a program it checks itself or measures:
+    srf_attention.py --library build/libsrf.so --check tests/attention_reference.json [--device cuda]
+    srf_attention.py --library build/libsrf.so --bench [--json]
+"""
+import argparse
+import ctypes
+import json
+import math
+import os
+import sys
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+KINDS = {"iid": 0, "orthogonal": 1, "simplex": 2, "simplex+": 3}
+MODES = {"parallel": 0, "chunkwise": 1, "recurrent": 2}
+
+
+class Options(ctypes.Structure):
+    _fields_ = [("device", ctypes.c_char_p), ("dtype", ctypes.c_int), ("threads", ctypes.c_int),
+                ("n_heads", ctypes.c_int64), ("head_size", ctypes.c_int64), ("m", ctypes.c_int64),
+                ("window", ctypes.c_int64), ("causal", ctypes.c_bool),
+                ("share_heads", ctypes.c_bool), ("features", ctypes.c_int),
+                ("rotation", ctypes.c_int), ("normalize_rows", ctypes.c_bool),
+                ("oprf_a", ctypes.c_double), ("seed", ctypes.c_uint64), ("draw", ctypes.c_uint64)]
+
+
+class Tensors(ctypes.Structure):
+    _fields_ = [("b", ctypes.c_int64), ("t", ctypes.c_int64), ("q", ctypes.c_void_p),
+                ("k", ctypes.c_void_p), ("v", ctypes.c_void_p), ("ld", ctypes.c_int64),
+                ("o", ctypes.c_void_p), ("ld_o", ctypes.c_int64)]
+
+
+class PrefillArgs(ctypes.Structure):
+    _fields_ = [("mode", ctypes.c_int), ("chunk", ctypes.c_int64), ("state", ctypes.c_void_p),
+                ("pos", ctypes.c_void_p), ("lens", ctypes.c_void_p), ("slots", ctypes.c_void_p)]
+
+
+def load_library(path=None):
+    """libsrf.so at `path`, $SRF_LIBRARY, or where the loader finds it."""
+    lib = ctypes.CDLL(path or os.environ.get("SRF_LIBRARY") or "libsrf.so")
+    p, i64, u64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
+    signatures = {
+        "srf_attn_defaults": (None, [ctypes.POINTER(Options), i64, i64]),
+        "srf_attn_create": (ctypes.c_int, [ctypes.POINTER(Options), ctypes.POINTER(p)]),
+        "srf_attn_free": (None, [p]),
+        "srf_attn_draw": (ctypes.c_int, [p, p, u64]),
+        "srf_attn_redraw": (ctypes.c_int, [p, p]),
+        "srf_attn_set_features": (ctypes.c_int, [p, p, p, p]),
+        "srf_attn_forward": (ctypes.c_int, [p, p, ctypes.POINTER(Tensors), p]),
+        "srf_attn_backward": (ctypes.c_int, [p, p, ctypes.POINTER(Tensors), p, p, p, p, p, p]),
+        "srf_attn_state_values": (i64, [p]),
+        "srf_attn_prefill": (ctypes.c_int, [p, p, ctypes.POINTER(Tensors),
+                                            ctypes.POINTER(PrefillArgs)]),
+        "srf_attn_step": (ctypes.c_int, [p, p, ctypes.POINTER(Tensors), p, p]),
+        "srf_attn_reserve": (ctypes.c_int, [p, i64, i64, ctypes.c_bool]),
+        "srf_error_message": (ctypes.c_char_p, []),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+class Attention:
+    """A handle: features, a workspace, and the settings of one layer's attention."""
+
+    def __init__(self, n_heads, head_size, m=64, window=0, causal=True, share_heads=False,
+                 features="simplex", seed=0, draw=0, device="cpu", dtype=torch.float32,
+                 library=None):
+        self.lib = library if library is not None else load_library()
+        self.handle = ctypes.c_void_p()
+        self.n_heads, self.head_size, self.m, self.dtype = n_heads, head_size, m, dtype
+        self.n_sets, self.window = 1 if share_heads else n_heads, window
+        self.device = torch.device(device)
+        self.acc = torch.float64 if dtype == torch.float64 else torch.float32
+        options = Options()
+        self.lib.srf_attn_defaults(ctypes.byref(options), n_heads, head_size)
+        options.device, options.dtype = self.device.type.encode(), DTYPES[dtype]
+        options.m, options.window, options.causal = m, window, causal
+        options.share_heads, options.features = share_heads, KINDS[features]
+        options.seed, options.draw = seed, draw
+        self._ok(self.lib.srf_attn_create(ctypes.byref(options), ctypes.byref(self.handle)))
+
+    def __del__(self):
+        if getattr(self, "handle", None):
+            self.lib.srf_attn_free(self.handle)
+
+    def _ok(self, status):
+        if status != 0:
+            raise RuntimeError(self.lib.srf_error_message().decode())
+
+    def _stream(self):
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _rows(self, *tensors):
+        """The tensors with dense heads and one distance between all their tokens, and that."""
+        b, t = tensors[0].shape[:2]
+        shape = (b, t, self.n_heads, self.head_size)
+        ld = tensors[0].stride(1) if t > 1 or b > 1 else self.n_heads * self.head_size
+        if t == 1 and b > 1:
+            ld = tensors[0].stride(0)
+        want = (t * ld, ld, self.head_size, 1)
+        for x in tensors:
+            if x.shape != shape or x.dtype != self.dtype or x.device.type != self.device.type:
+                raise ValueError(f"expected {shape} of {self.dtype} on {self.device}, found "
+                                 f"{tuple(x.shape)} of {x.dtype} on {x.device}")
+        if ld < want[2] * self.n_heads or any(
+                size > 1 and have != need for x in tensors
+                for size, have, need in zip(shape, x.stride(), want)):
+            tensors = [x.contiguous() for x in tensors]
+            ld = self.n_heads * self.head_size
+        return tensors, ld
+
+    def _tensors(self, q, k, v, o, ld):
+        b, t = q.shape[:2]
+        return Tensors(b, t, q.data_ptr(), k.data_ptr(), v.data_ptr(), ld, o.data_ptr(), 0)
+
+    def draw(self, number):
+        self._ok(self.lib.srf_attn_draw(self.handle, self._stream(), number))
+
+    def redraw(self):
+        self._ok(self.lib.srf_attn_redraw(self.handle, self._stream()))
+
+    def set_features(self, w, bias=None):
+        """w (sets, m, head size), bias (sets, m) or None: zeros."""
+        w = w.detach().to(self.dtype).contiguous()
+        bias = None if bias is None else bias.detach().to(self.acc).contiguous()
+        self._ok(self.lib.srf_attn_set_features(self.handle, self._stream(), w.data_ptr(),
+                                                None if bias is None else bias.data_ptr()))
+
+    def reserve(self, b, t, backward=True):
+        self._ok(self.lib.srf_attn_reserve(self.handle, b, t, backward))
+
+    def __call__(self, q, k, v, w=None):
+        return _Function.apply(self, q, k, v, w)
+
+    def new_state(self, b):
+        count = self.lib.srf_attn_state_values(self.handle) // self.n_heads
+        return torch.zeros(b, self.n_heads, count, dtype=self.acc, device=self.device)
+
+    def prefill(self, q, k, v, state, pos=None, mode="parallel", chunk=256):
+        """o of more tokens of every sequence; state goes on. pos: tokens seen before, a list."""
+        (q, k, v), ld = self._rows(q, k, v)
+        o = torch.empty(q.shape, dtype=self.dtype, device=q.device)
+        seen = None if pos is None else (ctypes.c_int32 * len(pos))(*pos)
+        args = PrefillArgs(MODES[mode], chunk, state.data_ptr(), None if seen is None else
+                           ctypes.cast(seen, ctypes.c_void_p), None, None)
+        x = self._tensors(q, k, v, o, ld)
+        self._ok(self.lib.srf_attn_prefill(self.handle, self._stream(), ctypes.byref(x),
+                                           ctypes.byref(args)))
+        return o
+
+    def step(self, q, k, v, state, pos=None):
+        """o of one more token of every sequence: (b, 1, heads, head size)."""
+        (q, k, v), ld = self._rows(q, k, v)
+        o = torch.empty(q.shape, dtype=self.dtype, device=q.device)
+        seen = None if pos is None else (ctypes.c_int32 * len(pos))(*pos)
+        x = self._tensors(q, k, v, o, ld)
+        self._ok(self.lib.srf_attn_step(self.handle, self._stream(), ctypes.byref(x),
+                                        state.data_ptr(), seen))
+        return o
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attention, q, k, v, w):
+        a = attention
+        if w is not None:
+            a.set_features(w)
+        (q, k, v), ld = a._rows(q, k, v)
+        b, t = q.shape[:2]
+        o = torch.empty(q.shape, dtype=a.dtype, device=q.device)
+        stat = torch.empty(b, a.n_heads, t, dtype=a.acc, device=q.device)
+        x = a._tensors(q, k, v, o, ld)
+        a._ok(a.lib.srf_attn_forward(a.handle, a._stream(), ctypes.byref(x), stat.data_ptr()))
+        ctx.save_for_backward(q, k, v, o, stat)
+        ctx.attention, ctx.w = a, w
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o):
+        """With the features that are in force now: draw anew after it, not before."""
+        a = ctx.attention
+        q, k, v, o, stat = ctx.saved_tensors
+        (q, k, v), ld = a._rows(q, k, v)
+        d_o = d_o.contiguous()
+        # laid out as q, k, v: rows of ld
+        b, t = q.shape[:2]
+        size, heads = a.head_size, a.n_heads
+        if ld == heads * size:
+            dq, dk, dv = (torch.empty_like(o) for _ in range(3))
+        else:
+            parts = -(-ld // (heads * size))
+            room = torch.empty(parts * b * t * ld if parts < 3 else b * t * ld, dtype=a.dtype,
+                               device=q.device)
+            if parts >= 3:  # packed, as q, k, v most likely are
+                dq, dk, dv = (room.as_strided(q.shape, (t * ld, ld, size, 1), i * heads * size)
+                              for i in range(3))
+            else:
+                dq, dk, dv = (torch.empty(b * t * ld, dtype=a.dtype, device=q.device)
+                              .as_strided(q.shape, (t * ld, ld, size, 1)) for _ in range(3))
+        dw = None
+        if ctx.w is not None and ctx.needs_input_grad[4]:
+            dw = torch.zeros(a.n_sets, a.m, size, dtype=a.acc, device=q.device)
+        x = a._tensors(q, k, v, o, ld)
+        a._ok(a.lib.srf_attn_backward(a.handle, a._stream(), ctypes.byref(x), d_o.data_ptr(),
+                                      stat.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+                                      dv.data_ptr(), None if dw is None else dw.data_ptr()))
+        return None, dq, dk, dv, None if dw is None else dw.to(ctx.w.dtype)
+
+
+# ---- checks and measurements ---------------------------------------------------------------------
+
+
+def close(what, got, want, tolerance):
+    error = ((got.double().cpu() - want.double().cpu()).norm() / want.double().norm().cpu()).item()
+    print(f"{what:<44} relative error {error:.1e} of {tolerance:.0e}")
+    if not error <= tolerance:
+        sys.exit(f"FAILED: {what}")
+
+
+def check_recorded(library, path, device):
+    """The results that tests/ref computed in double, for inputs that are formulas."""
+    with open(path) as f:
+        cases = json.load(f)
+    for case in cases:
+        b, t, heads, d, m = (case[name] for name in ("b", "t", "heads", "d", "m"))
+        shape = (b, t, heads, d)
+        i = torch.arange(math.prod(shape), dtype=torch.float64)
+        inputs = [1.5 * torch.sin(0.7 * i), 1.2 * torch.cos(1.3 * i + 0.2), torch.sin(2.1 * i + 1)]
+        d_o = torch.cos(0.9 * i)
+        types = [(torch.float32, 1e-5)]
+        types += [(torch.float64, 2e-7)] if device == "cpu" else [(torch.bfloat16, 2e-2)]
+        for dtype, tolerance in types:
+            name = f"{device} {str(dtype)[6:]} window {case['window']}: "
+            a = Attention(heads, d, m, case["window"], seed=case["seed"], device=device,
+                          dtype=dtype, library=library)
+            packed = torch.stack([x.view(b, t, heads * d) for x in inputs], 2)
+            packed = packed.to(device, dtype).requires_grad_()
+            q, k, v = packed.view(b, t, 3, heads, d).unbind(2)
+            o = a(q, k, v)
+            o.backward(d_o.view(shape).to(device, dtype))
+            want = {x: torch.tensor(case[x], dtype=torch.float64).view(shape)
+                    for x in ("o", "dq", "dk", "dv")}
+            close(name + "o", o.detach(), want["o"], tolerance)
+            for part, x in enumerate(("dq", "dk", "dv")):
+                close(name + x, packed.grad.view(b, t, 3, heads, d)[:, :, part], want[x],
+                      tolerance)
+            for mode in MODES:
+                state = a.new_state(b)
+                with torch.no_grad():
+                    first = a.prefill(q[:, :9], k[:, :9], v[:, :9], state, None, mode, 4)
+                    rest = [a.step(q[:, s:s + 1], k[:, s:s + 1], v[:, s:s + 1], state, [s] * b)
+                            for s in range(9, t)]
+                close(name + mode + " prefill, steps", torch.cat([first] + rest, 1), want["o"],
+                      tolerance)
+
+
+def check_features(library, device):
+    """Trained features: the gradient against a difference."""
+    torch.manual_seed(1)
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    a = Attention(2, 8, 16, device=device, dtype=dtype, library=library)
+    q, k, v = (torch.randn(2, 30, 2, 8, dtype=dtype, device=device) for _ in range(3))
+    w = torch.randn(2, 16, 8, dtype=dtype, device=device, requires_grad=True)
+    d_o, dw = torch.randn_like(q), torch.randn_like(w)
+    (a(q, k, v, w) * d_o).sum().backward()
+    h = 1e-5 if device == "cpu" else 1e-2
+    with torch.no_grad():
+        up, down = ((a(q, k, v, w + s * h * dw) * d_o).sum().double() for s in (1, -1))
+    close(f"{device} dw along a direction", (w.grad * dw).sum(), (up - down) / (2 * h),
+          1e-7 if device == "cpu" else 1e-2)
+    if device == "cpu":
+        q, k, v = (x[:1, :5].clone().requires_grad_() for x in (q, k, v))
+        torch.autograd.gradcheck(lambda *x: a(*x), (q, k, v), eps=1e-5, atol=1e-7)
+        print("gradcheck of q, k, v                         passed")
+
+
+def check_large(library):
+    """The tensor-core kernels on a stream of their own, against double on the CPU."""
+    torch.manual_seed(2)
+    b, t, heads, d, m = 2, 700, 3, 64, 64
+    for window in (0, 64):
+        qkv = torch.randn(b, t, 3, heads, d).bfloat16()
+        d_o = torch.randn(b, t, heads, d).bfloat16()
+        results = []
+        for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+            a = Attention(heads, d, m, window, seed=5, device=device, dtype=dtype,
+                          library=library)
+            w = torch.randn(heads, m, d, generator=torch.Generator().manual_seed(3)).bfloat16()
+            a.set_features(w.to(device, dtype))
+            stream = torch.cuda.Stream() if device == "cuda" else None
+            with torch.cuda.stream(stream):
+                x = qkv.to(device, dtype).requires_grad_()
+                o = a(*x.unbind(2))
+                o.backward(d_o.to(device, dtype))
+                state = a.new_state(b)
+                with torch.no_grad():
+                    q, k, v = x.unbind(2)
+                    cut = 300
+                    first = a.prefill(q[:, :cut].contiguous(), k[:, :cut].contiguous(),
+                                      v[:, :cut].contiguous(), state)
+                    second = a.prefill(q[:, cut:].contiguous(), k[:, cut:].contiguous(),
+                                       v[:, cut:].contiguous(), state, [cut] * b)
+                results.append((o.detach(), x.grad, torch.cat([first, second], 1)))
+            if stream:
+                stream.synchronize()
+        for what, want, got in zip(("o", "gradients", "prefill"), *results):
+            close(f"cuda bf16 b=2 t=700 d=64 m=64 window {window}: {what}", got, want, 1e-2)
+
+
+def median_ms(run, reps=30, inner=4):
+    times = []
+    for _ in range(3):
+        run()
+    for _ in range(reps):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(inner):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / inner)
+    return sorted(times)[len(times) // 2]
+
+
+def bench(library, as_json):
+    """Forward, and forward and backward, of `srf bench op`'s shape; inputs past the L2 cache."""
+    b, t, heads, d, m = 32, 1024, 12, 64, 64
+    a = Attention(heads, d, m, device="cuda", dtype=torch.bfloat16, library=library)
+    a.reserve(b, t)
+    inputs = [torch.randn(b, t, 3, heads, d, device="cuda").bfloat16() for _ in range(3)]
+    d_o = torch.randn(b, t, heads, d, device="cuda").bfloat16()
+    turn = [0]
+
+    def forward():
+        turn[0] += 1
+        with torch.no_grad():
+            a(*inputs[turn[0] % 3].unbind(2))
+
+    def both():
+        turn[0] += 1
+        x = inputs[turn[0] % 3].unbind(2)
+        x = [part.detach().requires_grad_() for part in x]
+        a(*x).backward(d_o)
+
+    result = {"device": torch.cuda.get_device_name(), "shape": [b, t, heads, d, m],
+              "forward_ms": median_ms(forward), "forward_backward_ms": median_ms(both)}
+    print(json.dumps(result) if as_json else
+          f"{result['device']}, b={b} t={t} h={heads} d={d} m={m} bf16: forward "
+          f"{result['forward_ms']:.4f} ms, forward and backward "
+          f"{result['forward_backward_ms']:.4f} ms")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--library", help="libsrf.so")
+    parser.add_argument("--check", metavar="FILE.json", help="compare with recorded results")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--bench", action="store_true", help="measure on the GPU")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    library = load_library(args.library)
+    if args.check:
+        check_recorded(library, args.check, args.device)
+        check_features(library, args.device)
+        if args.device == "cuda":
+            check_large(library)
+    if args.bench:
+        bench(library, args.json)
+
+
+if __name__ == "__main__":
+    main()
