@@ -14,6 +14,7 @@ struct inputs {
     struct srf_sampler_config sampler;
     struct cli_device device;
     struct cli_attention attention;
+    struct cli_positions positions;
 };
 
 struct run {
@@ -63,6 +64,8 @@ static srf_status open_run(struct inputs *in, struct run *r)
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
                               &r->ck->attention));
+    enum srf_positions positions;
+    SRF_TRY(cli_set_positions(&in->positions, r->ck, &positions));
     SRF_TRY(cli_tokenizer(r->ck, "srf generate", &r->bpe));
     if (in->prompt_file) SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
     const char *text = prompt_text(in, r);
@@ -75,13 +78,16 @@ static srf_status open_run(struct inputs *in, struct run *r)
         r->prompt.n = 1;
     }
     /* The last token is never fed. */
-    int64_t room = r->ck->config.n_pos + 1 - r->prompt.n;
+    int64_t n_pos = positions == SRF_POS_ERROR ? r->ck->config.n_pos : INT32_MAX;
+    int64_t room = n_pos + 1 - r->prompt.n;
     if (in->n == CLI_NONE) in->n = room < 1 ? 1 : room < 100 ? room : 100;
     SRF_FAIL_IF(in->n > room, SRF_INVALID,
-                "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld",
-                (long long)r->prompt.n, (long long)in->n, (long long)r->ck->config.n_pos);
+                "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld "
+                "(see --positions)",
+                (long long)r->prompt.n, (long long)in->n, (long long)n_pos);
     struct srf_engine_config config = {.slots = in->batch,
                                        .prefill_rows = in->chunk,
+                                       .positions = positions,
                                        .sampler = in->sampler,
                                        .stop = in->ignore_eos ? -1 : (int32_t)r->ck->config.eos};
     SRF_TRY(srf_engine_create(r->ctx, r->ck, &config, &r->engine));
@@ -250,7 +256,8 @@ int cmd_generate(int argc, char **argv)
                         .chunk = 256,
                         .sampler = {.temperature = 1, .top_p = 1},
                         .device = CLI_DEVICE_DEFAULT,
-                        .attention = CLI_ATTENTION_DEFAULT};
+                        .attention = CLI_ATTENTION_DEFAULT,
+                        .positions = CLI_POSITIONS_DEFAULT};
     const struct cli_option options[] = {
         {"model", 0, CLI_STRING, &in.model, "PATH", "a retrofitted model or a recurrent export", 0,
          0},
@@ -269,6 +276,7 @@ int cmd_generate(int argc, char **argv)
         {"chunk", 0, CLI_INT, &in.chunk, "N", "tokens of a prefill piece: sets the memory (256)", 1,
          1 << 20},
         CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_POSITIONS_OPTIONS(in.positions),
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "only the text", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print texts and figures as JSON", 0, 0},
@@ -279,8 +287,7 @@ int cmd_generate(int argc, char **argv)
             "Generate text in the recurrent form: the state of a sequence has a fixed size.\n"
             "The text goes to stdout as it is made (several texts, and JSON, at the end); "
             "figures,\n"
-            "state beside KV cache, to stderr. A model with learned positions (GPT-2) ends there:\n"
-            "prompt and new tokens together are its number of positions and one at most.",
+            "state beside KV cache, to stderr.\n" CLI_POSITIONS_HELP,
             options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model) return cli_usage_error("generate needs --model");

@@ -77,6 +77,21 @@ refuse 1 'positions end at 64' --prompt-file text.txt
 ok --prompt '<|endoftext|>' --ignore-eos --json # without -n: as many as there is room for
 grep -q '"tokens": 64,' stdout || fail "without -n: $(cat stdout)"
 
+# Past the positions by a policy; up to their end wrap and clamp change nothing.
+ok --prompt 'the king' -n 40 --seed 3 --quiet
+cp stdout within
+for policy in wrap clamp; do
+    ok --prompt 'the king' -n 40 --seed 3 --quiet --positions $policy
+    cmp -s within stdout || fail "$policy changes what is before the end"
+    ok --prompt 'the king' -n 200 --seed 3 --ignore-eos --json --positions $policy
+    grep -q '"tokens": 200,' stdout || fail "$policy: $(cat stdout)"
+    ok --prompt-file text.txt -n 3 --quiet --positions $policy
+done
+ok --prompt 'the king' -n 200 --ignore-eos --json --positions interpolate --max-positions 256
+grep -q '"tokens": 200,' stdout || fail "interpolate: $(cat stdout)"
+refuse 1 'positions end at 256' --prompt 'x' -n 257 --positions interpolate --max-positions 256
+refuse 1 'expected error, wrap, clamp or interpolate' --prompt x --positions ring
+
 # Ctrl-C: what there is stays, one line says why.
 cat >long.json <<'END'
 {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 1000000,
