@@ -55,15 +55,11 @@ static const char *srf_setting(const struct cli_attention *a)
     const struct {
         const char *name;
         bool given;
-    } options[] = {{"m", a->m != CLI_NONE},
-                   {"window", a->window != CLI_NONE},
-                   {"features", a->features != NULL},
-                   {"rotation", a->rotation != NULL},
-                   {"share-heads", a->share_heads},
-                   {"normalize-rows", a->normalize_rows},
-                   {"oprf-a", !isnan(a->oprf_a)},
-                   {"draw", a->draw != UINT64_MAX},
-                   {"features-seed", a->seed != UINT64_MAX}};
+    } options[] = {{"m", a->m != CLI_NONE},           {"window", a->window != CLI_NONE},
+                   {"features", a->features != NULL}, {"rotation", a->rotation != NULL},
+                   {"share-heads", a->share_heads},   {"normalize-rows", a->normalize_rows},
+                   {"oprf-a", !isnan(a->oprf_a)},     {"far", a->far != NULL},
+                   {"draw", a->draw != UINT64_MAX},   {"features-seed", a->seed != UINT64_MAX}};
     for (size_t i = 0; i < sizeof options / sizeof *options; i++)
         if (options[i].given) return options[i].name;
     return NULL;
@@ -87,6 +83,11 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
     if (!isnan(a->oprf_a)) attention->oprf_a = a->oprf_a;
     if (a->share_heads) attention->per_head = false;
     if (a->normalize_rows) attention->normalize_rows = true;
+    if (a->far) {
+        attention->far_none = strcmp(a->far, "none") == 0;
+        SRF_FAIL_IF(!attention->far_none && strcmp(a->far, "srf") != 0, SRF_INVALID,
+                    "--far %s: expected srf or none", a->far);
+    }
     if (a->seed != UINT64_MAX) attention->seed = a->seed;
     if (a->draw != UINT64_MAX) attention->draw = a->draw;
     return srf_attention_check(attention, head_size);

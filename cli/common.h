@@ -32,6 +32,7 @@ struct cli_attention {
     int64_t m, window;
     double oprf_a;
     bool share_heads, normalize_rows;
+    const char *far;
     uint64_t seed, draw;
 };
 #define CLI_NONE INT64_MIN
@@ -68,6 +69,9 @@ struct cli_attention {
          0,                                                                                        \
          0},                                                                                       \
         {"oprf-a", 0, CLI_DOUBLE, &(a).oprf_a, "A", "OPRF parameter, <= 0 (0)", -1e6, 0},          \
+        {"far",    0,      CLI_STRING,                                                             \
+         &(a).far, "WHAT", "beyond the window: srf, or none, for comparisons (srf)",               \
+         0,        0},                                                                             \
         {"draw", 0, CLI_U64, &(a).draw, "N", "index of the draw (the model's own)", 0, 0},         \
     {                                                                                              \
         "features-seed", 0, CLI_U64, &(a).seed, "N", "seed of the draws (the model's own)", 0, 0   \

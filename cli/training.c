@@ -1,4 +1,5 @@
 #include "cli/training.h"
+#include "train/calibrate.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -6,7 +7,8 @@
 
 struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute;
-    bool resume, quiet, json;
+    bool resume, quiet, json, fit;
+    int64_t calibrate, best_of;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
     struct cli_device device;
@@ -82,6 +84,37 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     return SRF_OK;
 }
 
+/* What is made of the model before training, from windows of the training text spread over it. */
+static srf_status calibrate(const struct inputs *in, struct run *r)
+{
+    struct srf_calibrate_config c = {.windows = in->calibrate / in->config.seq_len,
+                                     .seq_len = in->config.seq_len,
+                                     .balance = true,
+                                     .fit = in->fit,
+                                     .best_of = in->best_of};
+    struct srf_calibrate_result result;
+    int64_t total = srf_tokenset_count(r->data);
+    int32_t *tokens;
+    if (c.windows < 1) c.windows = 1;
+    if (c.windows > total / c.seq_len) c.windows = total / c.seq_len;
+    SRF_FAIL_IF(c.windows < 1, SRF_INVALID, "%s: too short to calibrate on", in->data);
+    SRF_TRY(SRF_ALLOC(tokens, c.windows * c.seq_len));
+    srf_status st = SRF_OK;
+    for (int64_t i = 0; i < c.windows; i++)
+        SRF_TRY_GO(
+            srf_tokenset_read(r->data, i * (total / c.windows), c.seq_len, tokens + i * c.seq_len));
+    SRF_TRY_GO(srf_calibrate(r->ctx, r->ck, tokens, &c, &result));
+    if (!in->quiet)
+        fprintf(stderr, "calibrated on %lld tokens: mean |q+k|^2/sqrt(d) from %.1f to %.1f\n",
+                (long long)(c.windows * c.seq_len), result.v_before, result.v_after);
+    if (!in->quiet && in->best_of > 1)
+        fprintf(stderr, "best of %lld draws a head: error of attention from %.3f to %.3f\n",
+                (long long)in->best_of, result.error_first, result.error_chosen);
+cleanup:
+    srf__free(tokens);
+    return st;
+}
+
 /* The largest one below `above`, at least 1, that divides the batch. */
 static int64_t smaller_micro_batch(const struct srf_train_config *c, int64_t above)
 {
@@ -124,6 +157,7 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
         c->seq_len = in->seq_len;
     else
         c->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;
+    if (in->calibrate) SRF_TRY(calibrate(in, r));
     if (in->micro_batch != CLI_NONE) {
         c->micro_batch = in->micro_batch;
     } else {
@@ -408,6 +442,9 @@ static int check_usage(const struct cli_training *defaults, const struct inputs 
     if (in->tokenizer && !in->init) return cli_usage_error("--tokenizer belongs to --init");
     if (in->recompute && recompute_of(in->recompute) < 0)
         return cli_usage_error("--recompute %s: expected none, cheap or block", in->recompute);
+    if ((in->fit || in->best_of > 1) && (!in->calibrate || in->config.redraw_every))
+        return cli_usage_error("--fit-features and --best-of need --calibrate N, and keep their "
+                               "features: --redraw-every 0");
     if (in->teacher && !srf_policy_needs_teacher(&in->config))
         return cli_usage_error("--teacher teaches nothing without --kl or --mse above 0");
     return EXIT_OK;
@@ -419,6 +456,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
                         .attention = CLI_ATTENTION_DEFAULT,
                         .config = defaults->config,
                         .min_lr = NAN,
+                        .best_of = 1,
                         .seq_len = CLI_NONE,
                         .micro_batch = CLI_NONE,
                         .warmup = CLI_NONE};
@@ -456,6 +494,13 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          "part of the run after which the draw stays", 0, 1},
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
+        {"calibrate", 0, CLI_INT, &in.calibrate, "N",
+         "re-centre and balance q and k on N tokens first, exactly for softmax; 0 = off (0)", 0,
+         1 << 24},
+        {"fit-features", 0, CLI_FLAG, &in.fit, NULL,
+         "with --calibrate: draw features with each direction's own variance", 0, 0},
+        {"best-of", 0, CLI_INT, &in.best_of, "N",
+         "with --calibrate: for each head the best of N draws (1)", 1, 100000},
         {"ce", 0, CLI_DOUBLE, &c->ce_weight, "X", "weight of the cross entropy", 0, 1e9},
         {"kl", 0, CLI_DOUBLE, &c->kl_weight, "X", "weight of KL(teacher || student) of the logits",
          0, 1e9},

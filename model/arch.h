@@ -31,6 +31,8 @@ struct srf_arch {
     int64_t (*head_row)(const struct srf_model_config *cfg);
     /* Row of the learned positions (n_pos, c) in the tensor table. */
     int64_t (*position_row)(const struct srf_model_config *cfg);
+    /* Row of a layer's weight (c, 3c) that makes the packed q, k, v; its bias (3c) is the next. */
+    int64_t (*qkv_row)(const struct srf_model_config *cfg, int64_t layer);
 };
 
 #define X(name, symbol) extern const struct srf_arch srf_arch_##symbol;

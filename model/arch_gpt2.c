@@ -84,6 +84,12 @@ static int64_t position_row(const struct srf_model_config *cfg)
     return WPE;
 }
 
+static int64_t qkv_row(const struct srf_model_config *cfg, int64_t layer)
+{
+    (void)cfg;
+    return row(layer, QKV_W);
+}
+
 /* Causal masks that old checkpoints carry, and the tied head written out. */
 static bool ignores(const char *name)
 {
@@ -406,6 +412,7 @@ const struct srf_arch srf_arch_gpt2 = {
     .backward = backward,
     .head_row = head_row,
     .position_row = position_row,
+    .qkv_row = qkv_row,
     .qkv = qkv_of,
     .attention_out = attention_of,
 };

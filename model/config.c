@@ -24,6 +24,8 @@ srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
     SRF_FAIL_IF(a->rotation == SRF_ROT_HD && (d & (d - 1)) != 0, SRF_INVALID,
                 "attention: rotation hd needs a head size that is a power of two, found %lld",
                 (long long)d);
+    SRF_FAIL_IF(a->far_none && a->window == 0, SRF_INVALID,
+                "attention: without a far part there must be a window");
     SRF_FAIL_IF(!(a->oprf_a <= 0 && a->oprf_a > -1e6), SRF_INVALID,
                 "attention: OPRF parameter A = %g: expected <= 0", a->oprf_a);
     return SRF_OK;
@@ -34,7 +36,8 @@ bool srf_attention_same_features(const struct srf_attention_config *a,
 {
     return a->m == b->m && a->features == b->features && a->rotation == b->rotation &&
            a->per_head == b->per_head && a->normalize_rows == b->normalize_rows &&
-           a->oprf_a == b->oprf_a && a->seed == b->seed && a->draw == b->draw;
+           a->oprf_a == b->oprf_a && a->far_none == b->far_none && a->seed == b->seed &&
+           a->draw == b->draw;
 }
 
 void srf_attention_describe(const struct srf_attention_config *a, char *buf, size_t size)
@@ -50,7 +53,9 @@ void srf_attention_describe(const struct srf_attention_config *a, char *buf, siz
     if (a->window && n > 0 && (size_t)n < size)
         n += snprintf(buf + n, size - (size_t)n, ", window %lld exact", (long long)a->window);
     if (a->oprf_a < 0 && n > 0 && (size_t)n < size)
-        snprintf(buf + n, size - (size_t)n, ", oprf A=%g", a->oprf_a);
+        n += snprintf(buf + n, size - (size_t)n, ", oprf A=%g", a->oprf_a);
+    if (a->far_none && n > 0 && (size_t)n < size)
+        snprintf(buf + n, size - (size_t)n, ", nothing older");
 }
 
 srf_status srf__json_int(const json_t *root, const char *key, int64_t fallback, int64_t min,
@@ -90,12 +95,12 @@ srf_status srf_attention_to_json(const struct srf_attention_config *a, char **te
 {
     *text = NULL;
     json_t *root =
-        json_pack("{s:s, s:I, s:I, s:s, s:s, s:b, s:b, s:f, s:I, s:I}", "kind",
+        json_pack("{s:s, s:I, s:I, s:s, s:s, s:b, s:b, s:f, s:b, s:I, s:I}", "kind",
                   a->kind == SRF_ATTN_SRF ? "srf" : "softmax", "m", (json_int_t)a->m, "window",
                   (json_int_t)a->window, "features", srf_feature_kind_name(a->features), "rotation",
                   srf_rotation_name(a->rotation), "per_head", (int)a->per_head, "normalize_rows",
-                  (int)a->normalize_rows, "oprf_a", a->oprf_a, "seed", (json_int_t)a->seed, "draw",
-                  (json_int_t)a->draw);
+                  (int)a->normalize_rows, "oprf_a", a->oprf_a, "far_none", (int)a->far_none, "seed",
+                  (json_int_t)a->seed, "draw", (json_int_t)a->draw);
     char *s = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     if (s) *text = srf__strdup(s);
@@ -106,9 +111,9 @@ srf_status srf_attention_to_json(const struct srf_attention_config *a, char **te
 
 static srf_status parse_attention(const json_t *root, struct srf_attention_config *a)
 {
-    static const char *const known[] = {"kind",     "m",        "window",         "features",
-                                        "rotation", "per_head", "normalize_rows", "oprf_a",
-                                        "seed",     "draw"};
+    static const char *const known[] = {
+        "kind",           "m",      "window",   "features", "rotation", "per_head",
+        "normalize_rows", "oprf_a", "far_none", "seed",     "draw"};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)root, key, value)
@@ -127,6 +132,7 @@ static srf_status parse_attention(const json_t *root, struct srf_attention_confi
     SRF_TRY(srf__json_bool(root, "per_head", a->per_head, &a->per_head));
     SRF_TRY(srf__json_bool(root, "normalize_rows", a->normalize_rows, &a->normalize_rows));
     SRF_TRY(srf__json_double(root, "oprf_a", a->oprf_a, &a->oprf_a));
+    SRF_TRY(srf__json_bool(root, "far_none", a->far_none, &a->far_none));
     int64_t seed, draw;
     SRF_TRY(srf__json_int(root, "seed", 0, INT64_MIN, INT64_MAX, &seed));
     SRF_TRY(srf__json_int(root, "draw", 0, INT64_MIN, INT64_MAX, &draw));

@@ -26,6 +26,7 @@ struct srf_attention_config {
     bool per_head; /* one draw per head; false: one per layer */
     bool normalize_rows;
     double oprf_a; /* <= 0; 0 = plain positive features */
+    bool far_none; /* nothing beyond the window: a rival, for comparisons */
     uint64_t seed;
     uint64_t draw; /* index of the draw in use */
 };

@@ -264,6 +264,18 @@ srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *
     return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), acc, count / head_size(m));
 }
 
+/* Without a far part: features as they are, of a weight that is 0 beside any exact one. */
+static srf_status silence_features(struct srf_model *m)
+{
+    int64_t n = features_count(m) / head_size(m);
+    float *bias;
+    SRF_TRY(SRF_ALLOC(bias, n));
+    for (int64_t i = 0; i < n; i++) bias[i] = -1e4f;
+    srf_status st = srf_upload_f32(m->ctx, PTR(m->slot_bias), srf_ctx_acc(m->ctx), bias, n);
+    srf__free(bias);
+    return st;
+}
+
 srf_status srf_model_draw(struct srf_model *m)
 {
     const struct srf_attention_config *a = &m->attention;
@@ -280,6 +292,7 @@ srf_status srf_model_draw(struct srf_model *m)
                 .oprf_a = oprf, .w = PTR(m->slot_w), .bias = PTR(m->slot_bias));
     srf__free(oprf);
     m->w_stale = true;
+    if (st == SRF_OK && a->far_none && !m->ctx->plan) st = silence_features(m);
     return st;
 }
 
