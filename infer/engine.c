@@ -23,8 +23,7 @@ struct srf_engine {
     /* Host, of a launch: (rows) tokens; (slots) lengths, slots, positions, who wants a sample. */
     int32_t *piece, *lens, *where, *pos;
     bool *wanted;
-    float *logits;    /* (slots, vocab) */
-    int32_t *scratch; /* (vocab) */
+    float *logits; /* (slots, vocab) */
 };
 
 /* The arena of an engine, planned. */
@@ -76,7 +75,6 @@ srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *c
     SRF_TRY_GO(SRF_ALLOC(e->pos, slots));
     SRF_TRY_GO(SRF_ALLOC(e->wanted, slots));
     SRF_TRY_GO(SRF_ALLOC(e->logits, slots * ck->config.vocab));
-    SRF_TRY_GO(SRF_ALLOC(e->scratch, ck->config.vocab));
     *out = e;
 cleanup:
     if (st != SRF_OK) srf_engine_free(e);
@@ -95,7 +93,6 @@ void srf_engine_free(struct srf_engine *e)
     srf__free(e->pos);
     srf__free(e->wanted);
     srf__free(e->logits);
-    srf__free(e->scratch);
     srf__free(e);
 }
 
@@ -189,7 +186,7 @@ static srf_status sample(struct srf_engine *e, int64_t n)
         struct slot *s = &e->slots[e->where[i]];
         if (!e->wanted[i]) continue;
         st = srf_sample(&e->config.sampler, s->seed, s->sequence, s->sample++,
-                        e->logits + i * vocab, vocab, e->scratch, &s->next);
+                        e->logits + i * vocab, vocab, &s->next);
     }
     return st;
 }

@@ -12,7 +12,6 @@ struct srf_sampler_config {
 srf_status srf_sampler_check(const struct srf_sampler_config *c);
 /* Token `n` of sequence `sequence` under seed: a function of these and the logits alone, whatever
  * else runs beside it. Filters apply in the order temperature, top_k, top_p; ties go to the lower
- * id. scratch: (vocab) ids. SRF_NONFINITE where logits are not finite. */
+ * id. SRF_NONFINITE for a NaN or +inf, or where all logits are -inf. */
 srf_status srf_sample(const struct srf_sampler_config *c, uint64_t seed, uint64_t sequence,
-                      int64_t n, const float *logits, int64_t vocab, int32_t *scratch,
-                      int32_t *out);
+                      int64_t n, const float *logits, int64_t vocab, int32_t *out);

@@ -127,3 +127,16 @@ struct srf_cost srf_adamw_cost(const struct srf_ctx *ctx, const struct srf_adamw
     bytes += a->master ? a_bytes(ctx, 2 * n) : t_bytes(ctx, n);
     return (struct srf_cost){bytes, 14 * n};
 }
+
+/* Greedy reads a row once; what draws reads it again, from a cache. */
+struct srf_cost srf_sample_cost(const struct srf_ctx *ctx, const struct srf_sample_args *a)
+{
+    double count = (double)a->n * (double)a->v, draws = a->temperature > 0 && a->top_k != 1;
+    return (struct srf_cost){t_bytes(ctx, count) + 28 * (double)a->n, (1 + 14 * draws) * count};
+}
+
+struct srf_cost srf_slots_next_cost(const struct srf_ctx *ctx, const struct srf_slots_next_args *a)
+{
+    (void)ctx;
+    return (struct srf_cost){48 * (double)a->n, 0};
+}

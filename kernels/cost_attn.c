@@ -100,10 +100,13 @@ struct srf_cost srf_srf_attn_bwd_cost(const struct srf_ctx *ctx,
             rows * (18 * m * d + 8 * m + dw * 4 * m * d) + heads * window_pairs(s) * (10 * d + 1)};
 }
 
-static double state_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+/* States read and written once. */
+static double state_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool bf16)
 {
-    return 2 * b_a(ctx) * (double)s->b * (double)s->h *
-           (double)srf_attn_state_count(s->m, s->d, s->window);
+    int64_t bytes = bf16 ? srf_attn_state_bf16_bytes(s->m, s->d, s->window)
+                         : srf_attn_state_count(s->m, s->d, s->window) *
+                               (int64_t)srf_dtype_bytes(srf_ctx_acc(ctx));
+    return 2 * (double)s->b * (double)s->h * (double)bytes;
 }
 
 struct srf_cost srf_srf_attn_prefill_cost(const struct srf_ctx *ctx,
@@ -112,17 +115,19 @@ struct srf_cost srf_srf_attn_prefill_cost(const struct srf_ctx *ctx,
     struct srf_attn_shape rows = a->s;
     if (a->offsets) rows.b = 1, rows.t = a->rows;
     struct srf_cost c = fwd_cost(ctx, &rows);
-    c.bytes += state_bytes(ctx, &a->s);
+    c.bytes += state_bytes(ctx, &a->s, a->state_bf16);
     return c;
 }
 
-/* The position is on the device: a full window is assumed. */
+/* The position is on the device: a full window is assumed, and that its state is only read, as in
+ * all steps of a block but the last. */
 struct srf_cost srf_srf_attn_step_cost(const struct srf_ctx *ctx,
                                        const struct srf_srf_attn_step_args *a)
 {
     const struct srf_attn_shape *s = &a->s;
     double heads = (double)s->b * (double)s->h;
-    return (struct srf_cost){.bytes = fwd_bytes(ctx, s) + state_bytes(ctx, s),
-                             .flops = far_flops(s) +
-                                      heads * 1.5 * (double)s->window * (4 * (double)s->d + 1)};
+    double passes = s->window ? 0.5 : 1; /* read only */
+    return (struct srf_cost){
+        .bytes = fwd_bytes(ctx, s) + passes * state_bytes(ctx, s, a->state_bf16),
+        .flops = far_flops(s) + heads * 1.5 * (double)s->window * (4 * (double)s->d + 1)};
 }

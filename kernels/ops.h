@@ -197,6 +197,11 @@ struct srf_srf_attn_bwd_args {
  * p / window - 2. */
 int64_t srf_attn_state_count(int64_t m, int64_t d, int64_t window);
 
+/* The same stored in bf16 (CUDA, BF16): S and the ring are bf16, z and M stay fp32; the bytes of it,
+ * in the order above. S is rounded at random (by a hash of place and position), so that small terms
+ * are not lost in large sums; the ring holds what it was given. */
+int64_t srf_attn_state_bf16_bytes(int64_t m, int64_t d, int64_t window);
+
 /* More tokens of every sequence at once, chunked. Any split of a sequence into prefills and steps
  * gives the same state and outputs to rounding. s.causal must be set. Sequences of one length have
  * s.t rows each; of several lengths they lie one after another, as `offsets` says, and no work is
@@ -215,9 +220,10 @@ struct srf_srf_attn_prefill_args {
     const void *offsets;
     int64_t rows;
     const void *slots; /* i32 (b), no two alike: sequence i's state is number slots[i]; NULL: i */
+    bool state_bf16;   /* state is stored in bf16 */
 };
 /* One more token of every sequence: s.t is 1. Same arguments, no chunk overhead. A sequence with
- * pos < 0 is idle: its state is not touched, its output is 0 (not on CUDA yet). */
+ * pos < 0 is idle: its state is not touched, its output is 0. */
 struct srf_srf_attn_step_args {
     struct srf_attn_shape s;
     const void *q, *k, *v;
@@ -227,6 +233,7 @@ struct srf_srf_attn_step_args {
     int64_t ld_o;
     void *state;
     const void *pos;
+    bool state_bf16;
 };
 
 /* ---- losses ------------------------------------------------------------------------------- */
@@ -256,6 +263,41 @@ struct srf_mse_args {
     double scale;
     void *dx;  /* += T (n), or NULL */
     void *sum; /* += A (1) */
+};
+
+/* ---- sampling ----------------------------------------------------------------------------- */
+
+/* The next token of each row of logits. Likeliest first, ties by lower id: top_k keeps so many
+ * (0: all), then top_p the fewest whose probability reaches it (arXiv 1904.09751; 1: all); one of
+ * them is drawn with probability ~ e^(l / temperature), temperature 0: the likeliest is taken. The
+ * number drawn is that of the streams of features.h under (seed, sample; a = index, b, c =
+ * sequence): a row's token is a function of its logits and its stream alone, the same on every
+ * backend (kernels/sample.h). A NaN or +inf among the logits, or nothing but -inf, gives -1. */
+struct srf_sample_args {
+    int64_t n, v;
+    int64_t ld;         /* leading dimension of logits; 0 = v */
+    const void *logits; /* T (n, v), taken as fp32 */
+    double temperature;
+    int64_t top_k;
+    double top_p;
+    const void *streams; /* u64 (n, 3): seed, sequence, index */
+    const void *pos;     /* i32 (n), or NULL: where it is < 0 the row is idle, its token is kept */
+    void *tokens;        /* out i32 (n) */
+};
+
+/* Bookkeeping of n slots before a step of decoding, so that many steps need no host. A slot with
+ * left > 0 gives out next: left -= 1, and 0 if next is stop (or -1: its logits were not finite);
+ * then, if left is still > 0, next is fed. */
+struct srf_slots_next_args {
+    int64_t n;
+    int32_t stop;     /* -1: none */
+    const void *next; /* i32 (n) tokens sampled last */
+    void *left, *at;  /* in/out i32 (n): tokens to give out; tokens fed before */
+    void *streams;    /* in/out u64 (n, 3): the index of what feeds goes up by 1 */
+    void *feed, *pos; /* out i32 (n): next and at of what feeds, else 0 and -1 */
+    void *step;       /* in/out i32 (1): the row of `out`, += 1 */
+    int64_t n_steps;  /* rows of out; there is none for later steps */
+    void *out;        /* i32 (n_steps, n): what was given out; -1 nothing, -2 was not finite */
 };
 
 /* ---- optimizer ---------------------------------------------------------------------------- */
@@ -309,6 +351,15 @@ struct srf_backend {
     /* Bytes of device memory that are free, and in all; both 0: not known. */
     srf_status (*memory)(struct srf_ctx *ctx, size_t *free_bytes, size_t *total);
     void (*close)(struct srf_ctx *ctx); /* frees ctx->impl and the stream; may be NULL */
+    /* Ops that are run again and again with the same arguments, in one launch: what goes to the
+     * device between begin and end is recorded instead (ops and copies between device pointers; no
+     * upload, no download, nothing that waits), pointers, workspace among them, as they are. A graph
+     * is freed before the context. NULL where there are no graphs. */
+    srf_status (*graph_begin)(struct srf_ctx *ctx);
+    srf_status (*graph_end)(struct srf_ctx *ctx,
+                            void **graph); /* also after a failure: NULL then */
+    srf_status (*graph_launch)(struct srf_ctx *ctx, void *graph);
+    void (*graph_free)(struct srf_ctx *ctx, void *graph); /* NULL is fine */
 #define X(name)                                                                                    \
     srf_status (*name)(struct srf_ctx * ctx, const struct srf_##name##_args *args);                \
     size_t (*name##_workspace)(const struct srf_ctx *ctx, const struct srf_##name##_args *args);

@@ -283,6 +283,7 @@ srf_status SRF_CPU(srf_attn_prefill)(struct srf_ctx *ctx, const struct srf_srf_a
     const struct srf_attn_shape *s = &a->s;
     SRF_TRY(srf__attn_check(s, a->ld, a->ld_o));
     SRF_FAIL_IF(!s->causal, SRF_INVALID, "prefill of srf attention that is not causal");
+    SRF_FAIL_IF(a->state_bf16, SRF_UNSUPPORTED, "the CPU keeps no states in bf16");
     size_t bytes = thread_bytes(s);
     int64_t count = srf_attn_state_count(s->m, s->d, s->window);
     const int32_t *offsets = a->offsets, *slots = a->slots;

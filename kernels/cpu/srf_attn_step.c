@@ -192,6 +192,7 @@ srf_status SRF_CPU(srf_attn_step)(struct srf_ctx *ctx, const struct srf_srf_attn
     SRF_FAIL_IF(!s->causal || s->t != 1, SRF_INVALID,
                 "a step of srf attention: expected causal and 1 token, found %s and %lld",
                 s->causal ? "causal" : "not causal", (long long)s->t);
+    SRF_FAIL_IF(a->state_bf16, SRF_UNSUPPORTED, "the CPU keeps no states in bf16");
     struct attn_bump shared = {ctx->workspace, 0};
     struct step_rows rows = carve_rows(&shared, s);
     size_t bytes = thread_bytes(s);

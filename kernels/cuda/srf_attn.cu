@@ -2,6 +2,7 @@
  * both dtypes; the tensor-core paths, bf16 only, say themselves what they take. */
 #include "kernels/cuda/srf_attn.h"
 #include "kernels/cuda/srf_attn_scan.h"
+#include "kernels/cuda/srf_attn_state.h"
 
 /* Pointers are not known while planning, and decide which path runs: room for either. */
 static size_t larger(size_t a, size_t b)
@@ -43,9 +44,36 @@ extern "C" srf_status cuda_srf_attn_bwd(struct srf_ctx *ctx, const struct srf_sr
     return srf__scan_bwd(ctx, a);
 }
 
+/* The same prefill, of fp32 copies of the states behind the workspace that it wants itself. */
+static struct srf_srf_attn_prefill_args on_copies(const struct srf_srf_attn_prefill_args *a)
+{
+    struct srf_srf_attn_prefill_args copy = *a;
+    copy.state_bf16 = false;
+    copy.slots = NULL;
+    return copy;
+}
+
+static size_t bf16_prefill_workspace(const struct srf_ctx *ctx,
+                                     const struct srf_srf_attn_prefill_args *a)
+{
+    struct srf_srf_attn_prefill_args copy = on_copies(a);
+    return (cuda_srf_attn_prefill_workspace(ctx, &copy) + 255) / 256 * 256;
+}
+
+static srf_status bf16_prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a)
+{
+    struct srf_srf_attn_prefill_args copy = on_copies(a);
+    float *state = (float *)((char *)ctx->workspace + bf16_prefill_workspace(ctx, a));
+    copy.state = state;
+    SRF_TRY(srf__state_convert(ctx, a, state, true));
+    SRF_TRY(cuda_srf_attn_prefill(ctx, &copy));
+    return srf__state_convert(ctx, a, state, false);
+}
+
 extern "C" size_t cuda_srf_attn_prefill_workspace(const struct srf_ctx *ctx,
                                                   const struct srf_srf_attn_prefill_args *a)
 {
+    if (a->state_bf16) return bf16_prefill_workspace(ctx, a) + srf__state_bytes(&a->s);
     return srf__scan_fwd_workspace(ctx, &a->s, false);
 }
 
@@ -55,6 +83,7 @@ extern "C" srf_status cuda_srf_attn_prefill(struct srf_ctx *ctx,
     SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
     SRF_FAIL_IF(!a->s.causal, SRF_INVALID, "prefill of srf attention that is not causal");
     if (a->s.b * a->s.t == 0) return SRF_OK;
+    if (a->state_bf16) return bf16_prefill(ctx, a);
     return srf__scan_prefill(ctx, a);
 }
 

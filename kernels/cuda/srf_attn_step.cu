@@ -10,7 +10,7 @@
  * Floor: the bytes of the state, m (d + 2) fp32 numbers read and written (hybrid: read, and up to
  * 4 window d of the ring), at the card's memory bandwidth. W comes from L2.
  */
-#include "kernels/cuda/srf_attn_scan.h"
+#include "kernels/cuda/srf_attn_step.h"
 
 #define STEP_THREADS  256
 #define LANES         8 /* that share a row of W, or of the ring */
@@ -18,18 +18,6 @@
 #define FOLD_FEATURES 256
 #define AHEAD         4    /* rows of the state that a thread has on their way */
 #define EARLY         8192 /* floats of the state that are asked for before W is read */
-
-struct step_params {
-    struct srf_attn_shape s;
-    float scale;
-    const void *q, *k, *v, *w;
-    int64_t ld, ld_o;
-    const float *bias;
-    void *o;
-    float *state;
-    int64_t state_stride;
-    const int32_t *pos;
-};
 
 /* Shared memory, in floats from its start. */
 struct step_layout {
@@ -70,22 +58,6 @@ static SCAN_BOTH struct step_layout step_layout_of(const struct srf_attn_shape &
     }
     l.floats = used;
     return l;
-}
-
-/* vec neighbours, as floats */
-template <int vec> __device__ __forceinline__ void load_row(float to[vec], const float *from)
-{
-    load_vec<vec>(to, from);
-}
-template <int vec> __device__ __forceinline__ void load_row(float to[vec], const bf16 *from)
-{
-    if constexpr (vec == 4) {
-        uint2 u = *(const uint2 *)from;
-        to[0] = __uint_as_float(u.x << 16), to[1] = __uint_as_float(u.x & 0xffff0000u);
-        to[2] = __uint_as_float(u.y << 16), to[3] = __uint_as_float(u.y & 0xffff0000u);
-    } else {
-        to[0] = to_float(from[0]);
-    }
 }
 
 /* out (count, ld) = products of rows [0, n) of a (n, d) array with the `count` vectors x (count, d)
@@ -152,10 +124,10 @@ __device__ __forceinline__ float window_exponent(float dot)
 
 /* acc += sum_i weight_i rows_i over (n, d) rows, in columns [c, c + vec) and this thread's group of
  * rows; where `write`, they become step_i row_i + in_i v first. */
-template <int vec, bool write>
-__device__ __forceinline__ void stream_rows(float *rows, int64_t n, int d, int c, int group,
-                                            int groups, const float *weight, const float *step,
-                                            const float *in, const float *v, float acc[vec])
+template <int vec, bool write, typename E>
+__device__ __forceinline__ void stream_rows(E *rows, int64_t n, int d, int c, int group, int groups,
+                                            const float *weight, const float *step, const float *in,
+                                            const float *v, uint32_t seed, float acc[vec])
 {
     float vc[vec];
     if (write) load_vec<vec>(vc, v + c);
@@ -163,7 +135,7 @@ __device__ __forceinline__ void stream_rows(float *rows, int64_t n, int d, int c
         float row[AHEAD][vec];
 #pragma unroll
         for (int a = 0; a < AHEAD; a++)
-            if (i0 + a * groups < n) load_vec<vec>(row[a], rows + (i0 + a * groups) * d + c);
+            if (i0 + a * groups < n) load_row<vec>(row[a], rows + (i0 + a * groups) * d + c);
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             int64_t i = i0 + a * groups;
@@ -174,17 +146,17 @@ __device__ __forceinline__ void stream_rows(float *rows, int64_t n, int d, int c
                 if (write) row[a][l] = by * row[a][l] + add * vc[l];
                 acc[l] += w * row[a][l];
             }
-            if (write) store_vec<vec>(rows + i * d + c, row[a]);
+            if (write) store_state<vec>(rows, i * d + c, row[a], seed);
         }
     }
 }
 
 /* The window keys of the ring's half that starts at k (v: window rows and more behind) go into the
  * state. */
-template <typename T, int vec>
+template <typename T, int vec, typename E>
 __device__ void fold(const struct step_params &a, const struct step_layout &l, float *smem,
-                     const T *w, const float *bias, float *s, float *z, float *top, const float *k,
-                     const float *v)
+                     const T *w, const float *bias, E *s, float *z, float *top, const E *k,
+                     const E *v, uint32_t seed)
 {
     int m = (int)a.s.m, d = (int)a.s.d, nv = d / vec, cols = min(nv, STEP_THREADS);
     int groups = STEP_THREADS / cols, group = threadIdx.x / cols, col = threadIdx.x % cols;
@@ -195,8 +167,8 @@ __device__ void fold(const struct step_params &a, const struct step_layout &l, f
         __syncthreads();
         for (int i = threadIdx.x; i < FOLD * d; i += STEP_THREADS) {
             bool valid = i < n * d;
-            y[i] = valid ? scan_clamp(k[s0 * d + i] * a.scale) : 0.0f;
-            vs[i] = valid ? v[s0 * d + i] : 0.0f;
+            y[i] = valid ? scan_clamp(to_float(k[s0 * d + i]) * a.scale) : 0.0f;
+            vs[i] = valid ? to_float(v[s0 * d + i]) : 0.0f;
         }
         __syncthreads();
         int t = threadIdx.x >> 5;
@@ -230,8 +202,9 @@ __device__ void fold(const struct step_params &a, const struct step_layout &l, f
             __syncthreads();
             for (int c = col * vec; group < groups && c < d; c += cols * vec)
                 for (int i = group; i < n_features; i += groups) {
-                    float *at = s + (int64_t)(i0 + i) * d + c, row[vec];
-                    load_vec<vec>(row, at);
+                    int64_t at = (int64_t)(i0 + i) * d + c;
+                    float row[vec];
+                    load_row<vec>(row, s + at);
 #pragma unroll
                     for (int e = 0; e < vec; e++) row[e] *= by[i];
 #pragma unroll
@@ -241,14 +214,15 @@ __device__ void fold(const struct step_params &a, const struct step_layout &l, f
 #pragma unroll
                         for (int e = 0; e < vec; e++) row[e] += weight * vq[e];
                     }
-                    store_vec<vec>(at, row);
+                    store_state<vec>(s, at, row, seed + (uint32_t)s0);
                 }
             __syncthreads();
         }
     }
 }
 
-template <typename T, int vec, bool hybrid>
+/* E: the type that states are stored in. */
+template <typename T, typename E, int vec, bool hybrid>
 __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
     step_kernel(const struct step_params a)
 {
@@ -261,9 +235,17 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
     int64_t set = sh.n_sets == 1 ? 0 : head, in_row = seq * a.ld + head * d;
     const T *w = (const T *)a.w + set * m * d;
     const float *bias = a.bias + set * m;
-    float *s = a.state + block * a.state_stride, *z = s + (int64_t)m * d, *top = z + m;
+    E *s = (E *)(a.state + block * a.state_bytes);
+    float *z = (float *)(s + (int64_t)m * d), *top = z + m;
     float *x = smem + l.x, *v = smem + l.v, *out = smem + l.dot, *in = out + m;
     float *step = smem + l.step, *red = smem + l.red, *scratch = smem + l.scratch;
+    int32_t at_pos = a.pos ? a.pos[seq] : 0;
+    T *o = (T *)a.o + seq * a.ld_o + head * d;
+    if (at_pos < 0) { /* idle */
+        for (int j = tid; j < d; j += STEP_THREADS) o[j] = from_float<T>(0.0f);
+        return;
+    }
+    uint32_t seed = step_seed(block, at_pos);
     bool far = !hybrid || z[0] != 0.0f;
 
     if (far) /* wanted soon; more than its start would drive that of other blocks out of L2 */
@@ -284,15 +266,16 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
     float r = SCAN_UNSET, den = 0;
 
     /* The exact part: token p of the sequence is in row p % (2 window) of the ring. */
-    int64_t pos = hybrid ? a.pos[seq] : 0, own = 0, seen = 0;
-    float *ring_k[2] = {nullptr, nullptr}, *p = smem + l.p; /* own block, the one before */
+    int64_t pos = hybrid ? at_pos : 0, own = 0, seen = 0;
+    E *ring_k[2] = {nullptr, nullptr}; /* own block, the one before */
+    float *p = smem + l.p;
     if (hybrid) {
         int64_t odd = pos / window & 1, row = pos % window;
-        ring_k[0] = top + m + odd * window * d;
-        ring_k[1] = top + m + (1 - odd) * window * d;
+        ring_k[0] = (E *)(top + m) + odd * window * d;
+        ring_k[1] = (E *)(top + m) + (1 - odd) * window * d;
         for (int j = tid; j < d; j += STEP_THREADS) {
-            ring_k[0][row * d + j] = to_float(((const T *)a.k)[in_row + j]);
-            ring_k[0][(2 * window + row) * d + j] = v[j];
+            ring_k[0][row * d + j] = from_float<E>(to_float(((const T *)a.k)[in_row + j]));
+            ring_k[0][(2 * window + row) * d + j] = from_float<E>(v[j]);
         }
         own = row + 1;
         seen = pos >= window ? own + window : own;
@@ -346,48 +329,59 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
         if (hybrid) {
             int64_t v_rows = 2 * window * d;
             stream_rows<vec, false>(ring_k[0] + v_rows, own, d, c, group, groups, p, nullptr,
-                                    nullptr, nullptr, acc);
+                                    nullptr, nullptr, 0, acc);
             stream_rows<vec, false>(ring_k[1] + v_rows, seen - own, d, c, group, groups, p + own,
-                                    nullptr, nullptr, nullptr, acc);
+                                    nullptr, nullptr, nullptr, 0, acc);
         }
-        if (far) stream_rows<vec, !hybrid>(s, m, d, c, group, groups, out, step, in, v, acc);
+        if (far) stream_rows<vec, !hybrid>(s, m, d, c, group, groups, out, step, in, v, seed, acc);
         store_vec<vec>(red + group * d + c, acc);
     }
     __syncthreads();
     for (int j = tid; j < d; j += STEP_THREADS) {
         float sum = 0;
         for (int g = 0; g < groups; g++) sum += red[g * d + j];
-        ((T *)a.o)[seq * a.ld_o + head * d + j] = from_float<T>(sum / den);
+        o[j] = from_float<T>(sum / den);
     }
     if (hybrid && own == window && pos >= window)
-        fold<T, vec>(a, l, smem, w, bias, s, z, top, ring_k[1], ring_k[1] + 2 * window * d);
+        fold<T, vec>(a, l, smem, w, bias, s, z, top, ring_k[1], ring_k[1] + 2 * window * d, seed);
 }
 
-template <typename T> static void (*kernel_of(int vec, bool hybrid))(const struct step_params)
+template <typename T, typename E>
+static void (*kernel_of(int vec, bool hybrid))(const struct step_params)
 {
-    if (vec == 4) return hybrid ? step_kernel<T, 4, true> : step_kernel<T, 4, false>;
-    return hybrid ? step_kernel<T, 1, true> : step_kernel<T, 1, false>;
+    if (vec == 4) return hybrid ? step_kernel<T, E, 4, true> : step_kernel<T, E, 4, false>;
+    return hybrid ? step_kernel<T, E, 1, true> : step_kernel<T, E, 1, false>;
 }
 
 srf_status srf__scan_step(struct srf_ctx *ctx, const struct srf_srf_attn_step_args *a)
 {
     const struct srf_attn_shape *s = &a->s;
+    bool hybrid = s->window > 0;
+    SRF_FAIL_IF(a->state_bf16 && (ctx->dtype != SRF_BF16 || s->m * s->d % 2), SRF_UNSUPPORTED,
+                "states in bf16: for bf16 and an even number of features times head size, not %s "
+                "and %lld x %lld",
+                srf_dtype_name(ctx->dtype), (long long)s->m, (long long)s->d);
     struct step_params p = {};
     p.s = *s;
     p.scale = (float)pow((double)s->d, -0.25);
     p.q = a->q, p.k = a->k, p.v = a->v, p.w = a->w, p.o = a->o;
     p.ld = a->ld, p.ld_o = a->ld_o;
     p.bias = (const float *)a->bias;
-    p.state = (float *)a->state;
-    p.state_stride = srf_attn_state_count(s->m, s->d, s->window);
+    p.state = (char *)a->state;
+    p.state_bytes = a->state_bf16
+                        ? srf_attn_state_bf16_bytes(s->m, s->d, s->window)
+                        : srf_attn_state_count(s->m, s->d, s->window) * (int64_t)sizeof(float);
     p.pos = (const int32_t *)a->pos;
-    bool aligned = s->d % 4 == 0 && p.state_stride % 4 == 0 && (s->m * 2) % 4 == 0 &&
+    srf_status status;
+    if (srf__step_bulk(ctx, &p, a->state_bf16, &status)) return status;
+    bool aligned = s->d % 4 == 0 && p.state_bytes % 16 == 0 && (s->m * 2) % 4 == 0 &&
                    (((uintptr_t)a->state | (uintptr_t)a->w) & 15) == 0;
     int vec = aligned ? 4 : 1;
     size_t bytes = (size_t)step_layout_of(*s, vec).floats * sizeof(float);
     SRF_TRY(srf__scan_check(ctx, s, bytes));
-    auto kernel = ctx->dtype == SRF_BF16 ? kernel_of<bf16>(vec, s->window > 0)
-                                         : kernel_of<float>(vec, s->window > 0);
+    auto kernel = a->state_bf16            ? kernel_of<bf16, bf16>(vec, hybrid)
+                  : ctx->dtype == SRF_BF16 ? kernel_of<bf16, float>(vec, hybrid)
+                                           : kernel_of<float, float>(vec, hybrid);
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     kernel<<<(unsigned)(s->b * s->h), STEP_THREADS, bytes, stream_of(ctx)>>>(p);
     return srf__cuda_launched("srf_attn_step");

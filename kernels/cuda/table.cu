@@ -98,10 +98,47 @@ static void cuda_close(struct srf_ctx *ctx)
     srf__free(cuda);
 }
 
+/* ---- graphs --------------------------------------------------------------------------------- */
+
+/* Relaxed: other threads may allocate meanwhile, and so may cuBLASLt. */
+static srf_status cuda_graph_begin(struct srf_ctx *ctx)
+{
+    CUDA_TRY(cudaStreamBeginCapture(stream_of(ctx), cudaStreamCaptureModeRelaxed));
+    return SRF_OK;
+}
+
+static srf_status cuda_graph_end(struct srf_ctx *ctx, void **graph)
+{
+    *graph = NULL;
+    cudaGraph_t recorded = NULL;
+    cudaGraphExec_t exec = NULL;
+    cudaError_t err = cudaStreamEndCapture(stream_of(ctx), &recorded);
+    if (err == cudaSuccess) err = cudaGraphInstantiate(&exec, recorded, 0);
+    if (recorded) cudaGraphDestroy(recorded);
+    SRF_FAIL_IF(err != cudaSuccess, SRF_DEVICE, "CUDA: a graph of ops: %s",
+                cudaGetErrorString(err));
+    *graph = exec;
+    return SRF_OK;
+}
+
+static srf_status cuda_graph_launch(struct srf_ctx *ctx, void *graph)
+{
+    CUDA_TRY(cudaGraphLaunch((cudaGraphExec_t)graph, stream_of(ctx)));
+    return SRF_OK;
+}
+
+static void cuda_graph_free(struct srf_ctx *ctx, void *graph)
+{
+    if (!graph) return;
+    cudaStreamSynchronize(stream_of(ctx)); /* it may still run */
+    cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
 /* X(name) has two members of the table to fill, in their order. */
 static const struct srf_backend table = {
-    "cuda",    cuda_alloc, cuda_free, cuda_upload, cuda_download,
-    cuda_copy, cuda_zero,  cuda_sync, cuda_memory, cuda_close,
+    "cuda",           cuda_alloc,     cuda_free,         cuda_upload,     cuda_download,
+    cuda_copy,        cuda_zero,      cuda_sync,         cuda_memory,     cuda_close,
+    cuda_graph_begin, cuda_graph_end, cuda_graph_launch, cuda_graph_free,
 #define X(name) cuda_##name, cuda_##name##_workspace,
 #include "kernels/ops.def"
 #undef X

@@ -15,5 +15,7 @@ void ref_xent(const struct srf_xent_args *a);
 void ref_mse(const struct srf_mse_args *a);
 void ref_sumsq(const struct srf_sumsq_args *a);
 void ref_adamw(const struct srf_adamw_args *a);
+/* close[i] says that rounding could give row i another token. */
+void ref_sample(const struct srf_sample_args *a, bool *close);
 
 double ref_gelu(double u);
