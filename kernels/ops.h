@@ -197,8 +197,8 @@ struct srf_srf_attn_bwd_args {
  * p / window - 2. */
 int64_t srf_attn_state_count(int64_t m, int64_t d, int64_t window);
 
-/* The same stored in bf16 (CUDA, BF16): S and the ring are bf16, z and M stay fp32; the bytes of it,
- * in the order above. S is rounded at random (by a hash of place and position), so that small terms
+/* The same stored in bf16 (CUDA, BF16): S and the ring are bf16, z and M stay fp32, in the order
+ * above; its bytes. S is rounded at random (by a hash of place and position), so that small terms
  * are not lost in large sums; the ring holds what it was given. */
 int64_t srf_attn_state_bf16_bytes(int64_t m, int64_t d, int64_t window);
 
@@ -353,8 +353,8 @@ struct srf_backend {
     void (*close)(struct srf_ctx *ctx); /* frees ctx->impl and the stream; may be NULL */
     /* Ops that are run again and again with the same arguments, in one launch: what goes to the
      * device between begin and end is recorded instead (ops and copies between device pointers; no
-     * upload, no download, nothing that waits), pointers, workspace among them, as they are. A graph
-     * is freed before the context. NULL where there are no graphs. */
+     * upload, no download, nothing that waits) with its pointers, the workspace among them, as they
+     * are. A graph is freed before the context. NULL where there are no graphs. */
     srf_status (*graph_begin)(struct srf_ctx *ctx);
     srf_status (*graph_end)(struct srf_ctx *ctx,
                             void **graph); /* also after a failure: NULL then */

@@ -72,8 +72,7 @@ static void test_refusals(void **state)
     twins_free(&s);
 }
 
-/* Slots: 0 goes on, 1 has its last token, 2 meets the stop token, 3 is idle, 4 had no finite logits.
- */
+/* Slot 0 goes on, 1 has its last token, 2 meets the stop token, 3 is idle, 4 had no finite logits. */
 static void test_slots(void **state)
 {
     (void)state;

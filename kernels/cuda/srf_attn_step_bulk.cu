@@ -1,12 +1,12 @@
-/* SRF attention, one token of every sequence, pure form: states through shared memory by bulk copies
- * (sm_90), for head sizes 64 and 128 and up to 256 features.
+/* SRF attention, one token of every sequence, pure form: states through shared memory by bulk
+ * copies (sm_90), for head sizes 64 and 128 and up to 256 features.
  *
  * A block of threads has one sequence and head. Its state, which nothing else decides about, is on
  * its way from the start: z and M on one barrier, S on another. Meanwhile the products with W are
  * made, d / 8 lanes a row, a lane's pieces of x and y in registers, and each thread keeps the two
  * exponents of one feature. With M it finds the coefficients (the state becomes step * state +
- * in * v and is read with the weight out) and the block its stabiliser; then S goes through registers
- * once, 16 bytes at a time, and back to memory. Blocks that are resident together keep more bytes
+ * in * v and is read with the weight out) and the block its stabiliser; then S goes through
+ * registers once, 16 bytes at a time, and back to memory. Blocks that are resident together keep more bytes
  * under way than the memory needs, so no block has a pipeline of its own.
  *
  * Floor: memory, m (d + 2) numbers read and written a head, in bf16 m d bf16 and 2 m fp32: for B =
@@ -38,11 +38,11 @@ static SCAN_BOTH struct bulk_layout bulk_layout_of(int m, int d, int threads, in
 }
 
 /* 8 neighbours */
-static __device__ __forceinline__ void load_8(float to[8], const float *from)
+__device__ __forceinline__ void load_8(float to[8], const float *from)
 {
     load_vec<8>(to, from);
 }
-static __device__ __forceinline__ void unpack_8(float to[8], const uint4 &u)
+__device__ __forceinline__ void unpack_8(float to[8], const uint4 &u)
 {
     const uint32_t x[4] = {u.x, u.y, u.z, u.w};
 #pragma unroll
@@ -51,25 +51,25 @@ static __device__ __forceinline__ void unpack_8(float to[8], const uint4 &u)
         to[2 * k + 1] = __uint_as_float(x[k] & 0xffff0000u);
     }
 }
-static __device__ __forceinline__ void load_8(float to[8], const bf16 *from)
+__device__ __forceinline__ void load_8(float to[8], const bf16 *from)
 {
     unpack_8(to, *(const uint4 *)from);
 }
 
 /* 16 bytes of a state */
-static __device__ __forceinline__ void load_16(float to[4], const float *from)
+__device__ __forceinline__ void load_16(float to[4], const float *from)
 {
     load_vec<4>(to, from);
 }
-static __device__ __forceinline__ void load_16(float to[8], const bf16 *from)
+__device__ __forceinline__ void load_16(float to[8], const bf16 *from)
 {
     load_8(to, from);
 }
-static __device__ __forceinline__ void store_16(float *s, int at, const float row[4], uint32_t)
+__device__ __forceinline__ void store_16(float *s, int at, const float row[4], uint32_t)
 {
     __stcs((float4 *)(s + at), make_float4(row[0], row[1], row[2], row[3]));
 }
-static __device__ __forceinline__ void store_16(bf16 *s, int at, const float row[8], uint32_t seed)
+__device__ __forceinline__ void store_16(bf16 *s, int at, const float row[8], uint32_t seed)
 {
     uint32_t n = (uint32_t)at >> 1;
     __stcs((uint4 *)(s + at), make_uint4(step_round_pair(row[0], row[1], seed, n),
