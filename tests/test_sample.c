@@ -72,7 +72,7 @@ static void test_refusals(void **state)
     twins_free(&s);
 }
 
-/* Slot 0 goes on, 1 has its last token, 2 meets the stop token, 3 is idle, 4 had no finite logits. */
+/* Slot 0 goes on, 1 has its last token, 2 meets the stop token, 3 is idle, 4 was not finite. */
 static void test_slots(void **state)
 {
     (void)state;
