@@ -6,8 +6,8 @@
  * made, d / 8 lanes a row, a lane's pieces of x and y in registers, and each thread keeps the two
  * exponents of one feature. With M it finds the coefficients (the state becomes step * state +
  * in * v and is read with the weight out) and the block its stabiliser; then S goes through
- * registers once, 16 bytes at a time, and back to memory. Blocks that are resident together keep more
- * bytes under way than the memory needs, so no block has a pipeline of its own.
+ * registers once, 16 bytes at a time, and back to memory. Blocks that are resident together keep
+ * more bytes under way than the memory needs, so no block has a pipeline of its own.
  *
  * Floor: memory, m (d + 2) numbers read and written a head, in bf16 m d bf16 and 2 m fp32: for B =
  * 256, H = 12, D = 64, m = 64 on an H100 104 MB, 33 us, and 53 MB, 17 us. W comes from L2. */
