@@ -1,6 +1,7 @@
 /* The public attention op: its calls against the references, what it refuses, and that it allocates
  * nothing where room was made.
- *     test_attention --record FILE.json    writes what scripts/srf_attention.py is checked against */
+ *     test_attention --record FILE.json    writes what scripts/srf_attention.py is checked
+ *                                          against */
 #include "tests/ref/attn.h"
 #include "tests/support.h"
 #include "kernels/attention.h"

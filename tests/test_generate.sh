@@ -104,7 +104,7 @@ for form in stream json; do
     "$SRF" generate --model long/model.h5 --attention srf --m 4 --window 0 --threads 1 \
         --ignore-eos --prompt 'the king' -n 900000 "${options[@]}" >stdout 2>stderr &
     pid=$!
-    for ((i = 0; i < 500; i++)); do
+    for ((i = 0; i < 3000; i++)); do # a busy machine starts slowly
         # Generation has begun when SIGINT is caught: the second bit of the mask.
         ! grep -q 'SigCgt:.*[2367abef]$' /proc/$pid/status || break
         sleep 0.02

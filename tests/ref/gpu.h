@@ -1,8 +1,9 @@
 /* What the programs tests/gpu_<group>.c share. Their cases are data, and each is a test of its own,
  * so that one that fails hides no other.
  *
- * Environment: SRF_GPU_SMALL=1 takes light cases only (for slow checkers of memory and races): those
- * added as GPU_LIGHT where a suite has any, else some of little work; SRF_TEST_DEVICE=cpu runs the F32 cases on the CPU, to test the tests where there is no GPU. */
+ * Environment: SRF_GPU_SMALL=1 takes light cases only (for slow checkers of memory and races):
+ * those added as GPU_LIGHT where a suite has any, else some of little work; SRF_TEST_DEVICE=cpu
+ * runs the F32 cases on the CPU, to test the tests where there is no GPU. */
 #pragma once
 #include "tests/ref/twin.h"
 
