@@ -1,5 +1,6 @@
 /* An example of srf/attention.h on the CPU: train, draw anew, prefill a prompt in pieces, go on
- * token by token, fork a state. Each result is checked against attention written out from its formula. */
+ * token by token, fork a state. Each result is checked against attention written out from its
+ * formula. */
 #include "kernels/attention.h"
 
 #include <math.h>
