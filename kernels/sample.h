@@ -6,14 +6,9 @@
  * less than what is known of the logits. Sums of 2^23 weights fit. */
 #pragma once
 #include "kernels/ops.h"
+#include "kernels/philox.h"
 
 #include <math.h>
-
-#ifdef __CUDACC__
-#define SRF__BOTH static __host__ __device__ __forceinline__
-#else
-#define SRF__BOTH static inline
-#endif
 
 /* Whole numbers in the order of the logits; -0 is 0. And back. */
 SRF__BOTH uint32_t srf__sample_key(float x)

@@ -229,33 +229,14 @@ static __device__ void take(const row_of<T> &r, const struct shared *s, struct c
     }
 }
 
-static __device__ void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
-{
-    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-    uint32_t k0 = key[0], k1 = key[1];
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-        c1 = (uint32_t)p1;
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-        c3 = (uint32_t)p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
-}
-
 /* The first uniform number of the stream: the table in features.h. */
 static __device__ double uniform(uint64_t seed, uint64_t sequence, uint64_t index)
 {
-    const uint32_t seed_key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-    const uint32_t what[4] = {(uint32_t)index, (uint32_t)(index >> 32), SRF_RNG_SAMPLE,
-                              0x53524631u};
     const uint32_t call[4] = {0, 0, (uint32_t)sequence, (uint32_t)(sequence >> 32)};
     uint32_t key[4], word[4];
-    philox(what, seed_key, key);
-    philox(call, key, word);
-    return ((double)(((uint64_t)word[1] << 32 | word[0]) >> 12) + 0.5) * 0x1p-52;
+    srf__stream_key(seed, SRF_RNG_SAMPLE, index, key);
+    srf__philox(call, key, word);
+    return srf__uniform_of(word[0], word[1]);
 }
 
 template <typename T, int P>
