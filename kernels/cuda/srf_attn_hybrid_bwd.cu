@@ -355,20 +355,12 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
     int lo = seg * p.seg_slots, hi = min(lo + p.seg_slots, p.n_slots);
     int n_tiles = (hi - lo) * (p.window / C), slot;
 
-    for (int i = 0; i < WALK_STAGES - 1; i++) {
-        int token = walk_token<C, QUERIES>(&p, lo, hi, i, &slot);
-        if (i < n_tiles) load_walk<D, C, QUERIES>(sm, i, &p, bh, token);
-        cp_async_commit();
-    }
+    begin_tiles<D, C, QUERIES>(sm, &p, bh, lo, hi, n_tiles);
     uint32_t w[D / 16][4] = {}, state[D / 16][4] = {};
     float bias[2] = {0, 0}, top[2] = {0, 0}, weight[2] = {0, 0}, acc[D / 8][4];
     zero(acc);
     if (active) {
-        int64_t set = bh % p.heads;
-        load_a_global<D>(w, p.w + set * p.w_step + (int64_t)feature * D);
-        for (int j = 0; j < 2; j++)
-            bias[j] = SRF__LOG2E * p.bias[set * p.bias_step + feature + g + 8 * j] -
-                      (QUERIES ? p.log2_m : 0);
+        load_features<D, QUERIES>(w, bias, &p, bh, feature);
     }
     for (int i = 0; i < n_tiles; i++) {
         int stage = i % WALK_STAGES, ahead = i + WALK_STAGES - 1;

@@ -76,6 +76,32 @@ __device__ __forceinline__ void load_walk(struct walk_smem<D, C> *sm, int stage,
     }
 }
 
+/* W and biases of a warp's features. */
+template <int D, bool QUERIES>
+__device__ __forceinline__ void load_features(uint32_t (&w)[D / 16][4], float (&bias)[2],
+                                              const struct hybrid *p, int64_t bh, int feature)
+{
+    int g = (threadIdx.x & 31) >> 2;
+    int64_t set = bh % p->heads;
+    load_a_global<D>(w, p->w + set * p->w_step + (int64_t)feature * D);
+    for (int j = 0; j < 2; j++)
+        bias[j] = SRF__LOG2E * p->bias[set * p->bias_step + feature + g + 8 * j] -
+                  (QUERIES ? p->log2_m : 0);
+}
+
+/* The first tiles of a walk are sent for. */
+template <int D, int C, bool QUERIES>
+__device__ __forceinline__ void begin_tiles(struct walk_smem<D, C> *sm, const struct hybrid *p,
+                                            int64_t bh, int lo, int hi, int n_tiles)
+{
+    int slot;
+    for (int i = 0; i < WALK_STAGES - 1; i++) {
+        int token = walk_token<C, QUERIES>(p, lo, hi, i, &slot);
+        if (i < n_tiles) load_walk<D, C, QUERIES>(sm, i, p, bh, token);
+        cp_async_commit();
+    }
+}
+
 /* 16 features of a state in a warp: S; z of rows g, g + 8 in 0, 2, shares of a sum over the quad;
  * R, u of queries likewise. */
 template <int D> struct state_sums {
