@@ -113,7 +113,7 @@ static void test_moved_state(void **state)
     const struct recurrent_case *k = *state;
     for (int first = 0; first < 2; first++) {
         struct attn_case gpu = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
-        struct attn_case cpu = attn_case_new(SRF_F32, 1, k->shape, 1);
+        struct attn_case cpu = attn_case_new_like(&gpu, SRF_F32, 1);
         struct attn_case *sides[2] = {first ? &cpu : &gpu, first ? &gpu : &cpu};
         twin_set(&cpu.s, &cpu.qkv, gpu.qkv.ref);
         twin_set(&cpu.s, &cpu.w, gpu.w.ref);

@@ -1,15 +1,21 @@
 #include "tests/ref/attn_case.h"
 
-enum { PAD = 5 };
+/* Values between rows. Kernels for tensor cores want rows of bf16 at multiples of 16 bytes, and
+ * leave others to the kernels that take every shape. */
+static int64_t padding(enum srf_dtype dtype)
+{
+    return dtype == SRF_BF16 ? 8 : 5;
+}
 
-static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, double scale)
+static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, double scale,
+                                 int64_t pad)
 {
     struct attn_case c = {.s = s, .shape = shape};
     int64_t rows = shape.b * shape.t, width = shape.h * shape.d, sets = shape.n_sets;
     int32_t *pos = srf__calloc((size_t)shape.b + 1, sizeof *pos);
     assert_non_null(pos);
-    c.ld = 3 * width + PAD;
-    c.ld_o = width + PAD;
+    c.ld = 3 * width + pad;
+    c.ld_o = width + pad;
     c.qkv = twin_normal(&c.s, rows * c.ld, 1);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < 2 * width; j++)
@@ -36,13 +42,20 @@ static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, do
 struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_attn_shape shape,
                                double scale)
 {
-    return new_case(twins_new(dtype, threads), shape, scale);
+    return new_case(twins_new(dtype, threads), shape, scale, padding(dtype));
+}
+
+struct attn_case attn_case_new_like(const struct attn_case *other, enum srf_dtype dtype,
+                                    int threads)
+{
+    return new_case(twins_new(dtype, threads), other->shape, 1,
+                    other->ld_o - other->shape.h * other->shape.d);
 }
 
 struct attn_case attn_case_new_on(const char *device, enum srf_dtype dtype,
                                   struct srf_attn_shape shape, double scale)
 {
-    return new_case(twins_new_on(device, dtype), shape, scale);
+    return new_case(twins_new_on(device, dtype), shape, scale, padding(dtype));
 }
 
 void attn_case_free(struct attn_case *c)
@@ -196,11 +209,11 @@ int64_t attn_case_go_on(struct attn_case *c, int64_t from, const int64_t *lens, 
         if (s.t == 1)
             twin_run(&c->s, srf_attn_step, .s = s, .q = q, .k = k, .v = v, .ld = c->ld,
                      .w = c->w.dev, .bias = c->bias.dev, .o = c->piece_o.dev, .ld_o = c->ld_o,
-                     .state = c->state.dev, .pos = c->pos.dev);
+                     .state = c->state.dev, .pos = c->pos.dev, .state_bf16 = c->state_bf16);
         else
             twin_run(&c->s, srf_attn_prefill, .s = s, .q = q, .k = k, .v = v, .ld = c->ld,
                      .w = c->w.dev, .bias = c->bias.dev, .o = c->piece_o.dev, .ld_o = c->ld_o,
-                     .state = c->state.dev, .pos = c->pos.dev);
+                     .state = c->state.dev, .pos = c->pos.dev, .state_bf16 = c->state_bf16);
         copy_rows(c, c->o, c->piece_o, c->ld_o, from, s.t, true);
         from += s.t;
     }

@@ -19,6 +19,7 @@ struct attn_case {
     struct twin_raw offsets, slots; /* of a packed piece: first rows (b + 1), states (b) */
     int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
     bool no_dw;        /* features are not trained */
+    bool state_bf16;   /* how `state` is stored; its twin then holds no values */
 };
 
 /* q, k ~ N(0, scale^2), v, d_o, w ~ N(0, 1), bias ~ N(0, 0.3^2). */
@@ -26,6 +27,9 @@ struct attn_case attn_case_new(enum srf_dtype dtype, int threads, struct srf_att
                                double scale);
 struct attn_case attn_case_new_on(const char *device, enum srf_dtype dtype,
                                   struct srf_attn_shape shape, double scale);
+/* On the CPU, of the same shape and leading dimensions. */
+struct attn_case attn_case_new_like(const struct attn_case *other, enum srf_dtype dtype,
+                                    int threads);
 void attn_case_free(struct attn_case *c);
 /* Element (b, t, h, j) of q (part 0), k (1) or v (2) inside qkv. */
 int64_t attn_case_at(const struct attn_case *c, int part, int64_t b, int64_t t, int64_t h,

@@ -40,7 +40,8 @@ void attn_packed_go_on(struct attn_case *c, const int64_t *from, const int64_t *
     twin_run(&c->s, srf_attn_prefill, .s = s, .q = q, .k = q + (size_t)width * size,
              .v = q + (size_t)(2 * width) * size, .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev,
              .o = c->piece_o.dev, .ld_o = c->ld_o, .state = c->state.dev, .pos = c->pos.dev,
-             .offsets = c->offsets.dev, .rows = rows, .slots = c->slots.dev);
+             .offsets = c->offsets.dev, .rows = rows, .slots = c->slots.dev,
+             .state_bf16 = c->state_bf16);
     rows = 0;
     for (int64_t b = 0; b < s.b; rows += lens[b++])
         copy_rows(c, c->o, b * c->shape.t + from[b], c->piece_o, rows, c->ld_o, lens[b]);
