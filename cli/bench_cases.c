@@ -402,62 +402,81 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
     return SRF_OK;
 }
 
+/* t tokens of seqs sequences into states that have seen `first` tokens. */
+static srf_status prefill_call(struct bench_buffers *b, int64_t seqs, int64_t t, int64_t first,
+                               int64_t window, int64_t heads, struct op_call *c)
+{
+    int64_t ld_o = heads * HEAD, ld = 3 * ld_o;
+    int64_t count = srf_attn_state_count(FEATURES, HEAD, window), size = 4;
+    struct attn a;
+    void *w, *bias, *state, *pos;
+    SRF_TRY(attn_buffers(b, seqs * t, heads, &a));
+    SRF_TRY(drawn_features(b, heads, &w, &bias));
+    SRF_TRY(bench_accs(b, seqs * heads * count, 0, &state));
+    SRF_TRY(bench_ids(b, seqs, 1, &pos));
+    for (int64_t i = 0; i < seqs; i++) {
+        int32_t at = (int32_t)first;
+        SRF_TRY(b->ctx->be->upload(b->ctx, (char *)pos + i * size, &at, (size_t)size));
+    }
+    struct srf_attn_shape s = {.b = seqs,
+                               .t = t,
+                               .h = heads,
+                               .d = HEAD,
+                               .m = FEATURES,
+                               .n_sets = heads,
+                               .window = window,
+                               .causal = true};
+    c->tokens = seqs * t;
+    c->op = SRF_OP_srf_attn_prefill;
+    c->args.srf_attn_prefill = (struct srf_srf_attn_prefill_args){.s = s,
+                                                                  .q = a.qkv,
+                                                                  .k = part(b, heads, a.qkv, 1),
+                                                                  .v = part(b, heads, a.qkv, 2),
+                                                                  .ld = ld,
+                                                                  .w = w,
+                                                                  .bias = bias,
+                                                                  .o = a.o,
+                                                                  .ld_o = ld_o,
+                                                                  .state = state,
+                                                                  .pos = pos};
+    return SRF_OK;
+}
+
+/* b, t, window */
+static srf_status srf_attn_prefill(struct bench_buffers *b, const int64_t *p, struct op_call *c)
+{
+    return prefill_call(b, p[0], p[1], 0, p[2], p[4], c);
+}
+
 /* b, position, window: the state holds the tokens before (their last 4 windows, where it does not
  * matter how many more there were). */
 static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
-    int64_t seqs = p[0], position = p[1], window = p[2], ld_o = p[4] * HEAD, ld = 3 * ld_o;
-    int64_t count = srf_attn_state_count(FEATURES, HEAD, window), size = 4;
+    int64_t seqs = p[0], position = p[1], window = p[2], size = 4;
     int64_t before = position < 256 ? position : 256, first = position - before;
-    struct attn a;
-    void *w, *bias, *state, *pos;
-    SRF_TRY(attn_buffers(b, seqs * before, p[4], &a));
-    SRF_TRY(drawn_features(b, p[4], &w, &bias));
-    SRF_TRY(bench_accs(b, seqs * p[4] * count, 0, &state));
-    SRF_TRY(bench_ids(b, seqs, 1, &pos));
-    struct srf_attn_shape s = {.b = seqs,
-                               .t = before,
-                               .h = p[4],
-                               .d = HEAD,
-                               .m = FEATURES,
-                               .n_sets = p[4],
-                               .window = window,
-                               .causal = true};
-    for (int64_t i = 0; i < seqs; i++) {
-        int32_t at = (int32_t)(first - (window ? first % window : 0));
-        SRF_TRY(b->ctx->be->upload(b->ctx, (char *)pos + i * size, &at, (size_t)size));
-    }
-    struct op_call prefill = {.op = SRF_OP_srf_attn_prefill};
-    prefill.args.srf_attn_prefill = (struct srf_srf_attn_prefill_args){.s = s,
-                                                                       .q = a.qkv,
-                                                                       .k = part(b, p[4], a.qkv, 1),
-                                                                       .v = part(b, p[4], a.qkv, 2),
-                                                                       .ld = ld,
-                                                                       .w = w,
-                                                                       .bias = bias,
-                                                                       .o = a.o,
-                                                                       .ld_o = ld_o,
-                                                                       .state = state,
-                                                                       .pos = pos};
+    struct op_call prefill;
+    SRF_TRY(prefill_call(b, seqs, before, first - (window ? first % window : 0), window, p[4],
+                         &prefill));
     SRF_TRY(run_now(b->ctx, &prefill));
+    const struct srf_srf_attn_prefill_args *a = &prefill.args.srf_attn_prefill;
     for (int64_t i = 0; i < seqs; i++) {
         int32_t at = (int32_t)position;
-        SRF_TRY(b->ctx->be->upload(b->ctx, (char *)pos + i * size, &at, (size_t)size));
+        SRF_TRY(b->ctx->be->upload(b->ctx, (char *)a->pos + i * size, &at, (size_t)size));
     }
-    s.t = 1;
     c->tokens = seqs;
     c->op = SRF_OP_srf_attn_step;
-    c->args.srf_attn_step = (struct srf_srf_attn_step_args){.s = s,
-                                                            .q = a.qkv,
-                                                            .k = part(b, p[4], a.qkv, 1),
-                                                            .v = part(b, p[4], a.qkv, 2),
-                                                            .ld = ld,
-                                                            .w = w,
-                                                            .bias = bias,
-                                                            .o = a.o,
-                                                            .ld_o = ld_o,
-                                                            .state = state,
-                                                            .pos = pos};
+    c->args.srf_attn_step = (struct srf_srf_attn_step_args){.s = a->s,
+                                                            .q = a->q,
+                                                            .k = a->k,
+                                                            .v = a->v,
+                                                            .ld = a->ld,
+                                                            .w = a->w,
+                                                            .bias = a->bias,
+                                                            .o = a->o,
+                                                            .ld_o = a->ld_o,
+                                                            .state = a->state,
+                                                            .pos = a->pos};
+    c->args.srf_attn_step.s.t = 1;
     return SRF_OK;
 }
 
@@ -502,6 +521,8 @@ static const struct bench_case small[] = {
     {"srf_attn_fwd W=64 T=8192", srf_attn, {1, 8192, 64, 0, 6}},
     {"srf_attn_bwd W=64 T=512", srf_attn, {16, 512, 64, 1, 6}},
     {"srf_attn_bwd W=64 T=8192", srf_attn, {1, 8192, 64, 1, 6}},
+    {"srf_attn_prefill T=1024", srf_attn_prefill, {4, 1024, 0, 0, 6}},
+    {"srf_attn_prefill W=64 T=1024", srf_attn_prefill, {4, 1024, 64, 0, 6}},
     {"srf_attn_step at 10", srf_attn_step, {8, 10, 0, 0, 6}},
     {"srf_attn_step at 100000", srf_attn_step, {8, 100000, 0, 0, 6}},
     {"srf_attn_step W=64 at 200", srf_attn_step, {8, 200, 64, 0, 6}},
@@ -549,6 +570,11 @@ static const struct bench_case large[] = {
     {"srf_attn_bwd W=64 T=512", srf_attn, {64, 512, 64, 1, 12}},
     {"srf_attn_bwd W=64 T=1024", srf_attn, {32, 1024, 64, 1, 12}},
     {"srf_attn_bwd W=64 T=8192", srf_attn, {4, 8192, 64, 1, 12}},
+    {"srf_attn_prefill T=1024", srf_attn_prefill, {16, 1024, 0, 0, 12}},
+    {"srf_attn_prefill T=8192", srf_attn_prefill, {16, 8192, 0, 0, 12}},
+    {"srf_attn_prefill B=1 T=65536", srf_attn_prefill, {1, 65536, 0, 0, 12}},
+    {"srf_attn_prefill W=64 T=1024", srf_attn_prefill, {16, 1024, 64, 0, 12}},
+    {"srf_attn_prefill W=64 T=8192", srf_attn_prefill, {16, 8192, 64, 0, 12}},
     {"srf_attn_step at 10", srf_attn_step, {256, 10, 0, 0, 12}},
     {"srf_attn_step at 100000", srf_attn_step, {256, 100000, 0, 0, 12}},
     {"srf_attn_step W=64 at 200", srf_attn_step, {256, 200, 64, 0, 12}},

@@ -1,13 +1,17 @@
 /* The recurrent form of SRF attention on the GPU: any split into prefills and steps gives what the
  * chunked form gives, and a state moves between the CPU and the GPU. */
+#include "tests/ref/attn_kinds.h"
 #include "tests/ref/attn_packed.h"
 #include "tests/ref/gpu.h"
 
 enum { MAX_T = 400 };
 
+#include <stdio.h>
+
 struct recurrent_case {
     enum srf_dtype dtype;
     struct srf_attn_shape shape;
+    int kind; /* of attn_kinds */
 };
 
 static const struct srf_attn_shape shapes[] = {
@@ -19,6 +23,7 @@ static const struct srf_attn_shape shapes[] = {
     {.b = 1, .t = 290, .h = 2, .d = 64, .m = 256, .n_sets = 1, .causal = true},
     {.b = 1, .t = 90, .h = 1, .d = 128, .m = 512, .n_sets = 1, .causal = true},
     {.b = 5, .t = 40, .h = 2, .d = 16, .m = 8, .n_sets = 1, .causal = true},
+    {.b = 2, .t = 200, .h = 1, .d = 64, .m = 20, .n_sets = 1, .causal = true},
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
 static const int64_t windows[] = {0, 64, 32, 128, 7, 1, 250};
@@ -98,6 +103,51 @@ static void test_packed(void **state)
     attn_case_free(&c);
 }
 
+/* States stored in bf16: what they hold is rounded once a call. */
+static void test_bf16_state(void **state)
+{
+    const struct recurrent_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 79, (uint32_t)k->shape.window);
+    int64_t lens[MAX_T + 2];
+    int32_t order[8];
+    for (int64_t i = 0; i < k->shape.b; i++) order[i] = (int32_t)(k->shape.b - 1 - i);
+    c.state_bf16 = true;
+    attn_case_ref_fwd(&c);
+    for (int64_t most = 20; most <= 320; most *= 4) {
+        attn_case_recurrent(&c, lens, split(&rng, k->shape.t, most, lens));
+        attn_case_close(&c, "prefills and steps", c.o, c.ld_o, 0, 1, 2 * tol_of(k->dtype));
+        attn_packed_run(&c, &rng, most, order);
+        attn_case_close(&c, "packed", c.o, c.ld_o, 0, 1, 2 * tol_of(k->dtype));
+    }
+    attn_case_free(&c);
+}
+
+/* Inputs of any size, in pieces of several lengths. */
+static void test_range(void **state)
+{
+    const struct recurrent_case *k = *state;
+    const struct attn_kind *kind = &attn_kinds[k->kind];
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 80, (uint32_t)k->kind);
+    int32_t order[8] = {0};
+    double tol = kind->eps * sqrt((double)k->shape.d / 16) * 0x1p-24 * 4 + 1e-2;
+    if (k->dtype == SRF_F32) tol = kind->eps * sqrt((double)k->shape.d / 16) * 0x1p-24;
+    kind->fill(&c);
+    attn_case_ref_fwd(&c);
+    for (int64_t most = 20; most <= 1000; most *= 7) {
+        char name[40];
+        snprintf(name, sizeof name, "pieces up to %lld", (long long)most);
+        attn_packed_run(&c, &rng, most, order);
+        double *o = twin_values(&c.s, c.o);
+        for (int64_t i = 0; i < c.o.n; i++)
+            if (!isfinite(o[i])) fail_msg("%s: element %lld is %g", name, (long long)i, o[i]);
+        srf__free(o);
+        if (kind->eps > 0) attn_case_close(&c, name, c.o, c.ld_o, 0, 1, tol);
+    }
+    attn_case_free(&c);
+}
+
 /* Give `to` the state of `from`. */
 static void move_state(struct attn_case *from, struct attn_case *to)
 {
@@ -172,6 +222,11 @@ static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_s
 
 int main(int argc, char **argv)
 {
+    /* Of several segments. */
+    static const struct srf_attn_shape longer = {
+        .b = 1, .t = 520, .h = 1, .d = 64, .m = 48, .n_sets = 1, .causal = true};
+    static const struct srf_attn_shape ranges = {
+        .b = 1, .t = 150, .h = 1, .d = 64, .m = 64, .n_sets = 1, .causal = true};
     /* For slow checkers. */
     static const struct srf_attn_shape light[] = {
         {.b = 2, .t = 20, .h = 1, .d = 64, .m = 64, .n_sets = 1, .causal = true},
@@ -183,6 +238,17 @@ int main(int argc, char **argv)
             add(&suite, gpu_dtype(type), light[i / 2], i % 2 ? i / 2 ? 32 : 7 : 0, "light",
                 test_forms, GPU_LIGHT);
     for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int w = 0; w < 2; w++) {
+            add(&suite, gpu_dtype(type), longer, windows[w], "packed", test_packed,
+                gpu_dtype(type) == SRF_BF16 ? GPU_LIGHT : 1e8);
+            for (int kind = 0; kind < ATTN_N_KINDS; kind++) {
+                struct recurrent_case k = {gpu_dtype(type), ranges, kind};
+                k.shape.window = windows[w];
+                gpu_add(&suite, test_range, &k, sizeof k, 1e7, "srf_attn %s window=%d: range, %s",
+                        srf_dtype_name(k.dtype), (int)windows[w], attn_kinds[kind].name);
+            }
+        }
+    for (int type = 0; type < gpu_n_dtypes(); type++)
         for (int i = 0; i < N_SHAPES; i++)
             for (int w = 0; w < N_WINDOWS; w++) {
                 enum srf_dtype dtype = gpu_dtype(type);
@@ -193,6 +259,8 @@ int main(int argc, char **argv)
                 if (w > 1 && (i + w) % 4 != 0) continue;
                 add(&suite, dtype, s, windows[w], "forms", test_forms, work);
                 add(&suite, dtype, s, windows[w], "packed", test_packed, work);
+                if (dtype == SRF_BF16)
+                    add(&suite, dtype, s, windows[w], "bf16 state", test_bf16_state, work);
                 if (s.t > 3)
                     add(&suite, dtype, s, windows[w], "state moved", test_moved_state, work);
                 /* the first piece must fill the block that is the one before, later */

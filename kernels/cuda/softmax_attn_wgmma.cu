@@ -11,6 +11,7 @@
  * Floors as in softmax_attn_mma.cu, with the tensor cores at their full rate.
  */
 #include "kernels/cuda/softmax_attn.h"
+#include "kernels/cuda/tile.h"
 #include "kernels/cuda/wgmma.h"
 
 #define D       64

@@ -1,6 +1,7 @@
 /* SRF attention: which kernels serve which shape. The scan (srf_attn_scan.h) takes every shape in
  * both dtypes; the tensor-core paths, bf16 only, say themselves what they take. */
 #include "kernels/cuda/srf_attn.h"
+#include "kernels/cuda/srf_attn_prefill.h"
 #include "kernels/cuda/srf_attn_scan.h"
 #include "kernels/cuda/srf_attn_state.h"
 
@@ -73,8 +74,10 @@ static srf_status bf16_prefill(struct srf_ctx *ctx, const struct srf_srf_attn_pr
 extern "C" size_t cuda_srf_attn_prefill_workspace(const struct srf_ctx *ctx,
                                                   const struct srf_srf_attn_prefill_args *a)
 {
-    if (a->state_bf16) return bf16_prefill_workspace(ctx, a) + srf__state_bytes(&a->s);
-    return srf__scan_fwd_workspace(ctx, &a->s, false);
+    size_t fast = srf__prefill_takes(ctx, a) ? srf__prefill_workspace(ctx, a) : 0;
+    size_t any = a->state_bf16 ? bf16_prefill_workspace(ctx, a) + srf__state_bytes(&a->s)
+                               : srf__scan_fwd_workspace(ctx, &a->s, false);
+    return larger(fast, any);
 }
 
 extern "C" srf_status cuda_srf_attn_prefill(struct srf_ctx *ctx,
@@ -83,6 +86,7 @@ extern "C" srf_status cuda_srf_attn_prefill(struct srf_ctx *ctx,
     SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
     SRF_FAIL_IF(!a->s.causal, SRF_INVALID, "prefill of srf attention that is not causal");
     if (a->s.b * a->s.t == 0) return SRF_OK;
+    if (srf__prefill_takes(ctx, a)) return srf__prefill(ctx, a);
     if (a->state_bf16) return bf16_prefill(ctx, a);
     return srf__scan_prefill(ctx, a);
 }

@@ -9,7 +9,7 @@
  * registers were written) and warpgroup_commit nothing may touch c.
  */
 #pragma once
-#include "kernels/cuda/tile.h"
+#include "kernels/cuda/mma.h"
 
 #include <cuda.h>
 
@@ -82,6 +82,13 @@ __device__ __forceinline__ void wgmma_mix(float c[32], const uint32_t p[4][4], u
 #pragma unroll
     for (int kk = 0; kk < 4; kk++)
         wgmma_64<true>(c, p[kk], wgmma_tile(tile + 2048 * kk), add || kk > 0);
+}
+
+/* What this thread wrote to shared memory (or read there) comes before what products and the copy
+ * engine do with it after the next block barrier. */
+__device__ __forceinline__ void async_fence()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /* ---- barriers in shared memory: 8 bytes each ------------------------------------------------- */
