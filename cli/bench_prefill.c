@@ -55,7 +55,8 @@ static srf_status prefill(struct srf_ctx *ctx, struct job *j, int64_t total, flo
                               .tokens = j->tokens,
                               .mode = SRF_MODE_PREFILL,
                               .state = srf_arena_ptr(j->arena, j->slot_state),
-                              .pos = j->pos};
+                              .pos = j->pos,
+                              .last_only = true};
     size_t bytes =
         (size_t)(j->batch * srf_model_state_count(j->model)) * srf_dtype_bytes(srf_ctx_acc(ctx));
     SRF_TRY(ctx->be->zero(ctx, batch.state, bytes));
@@ -94,9 +95,10 @@ srf_status bench_prefill(const struct bench_options *o, struct srf_ctx *ctx, jso
     SRF_TRY_GO(prefill(ctx, &j, j.t, logits, &profiled));
     ctx->profile = NULL;
     const struct srf_model_config *cfg = &ck->config;
-    /* The blocks' products: 4 c^2 + 2 c d_ff weights a layer, a multiplication and an addition. */
-    double flops =
-        2.0 * (double)cfg->n_layers * (double)cfg->c * (4 * (double)cfg->c + 2 * (double)cfg->d_ff);
+    /* The blocks' products: 4 c^2 + 2 c d_ff weights a layer, of the last only the 3 c^2 that make
+     * q, k, v; a multiplication and an addition. */
+    double c = (double)cfg->c, layer = c * (4 * c + 2 * (double)cfg->d_ff);
+    double flops = 2 * ((double)(cfg->n_layers - 1) * layer + 3 * c * c);
     double tokens = (double)(o->batch * o->n), median = bench_summarize(&samples).median;
     double floor = tokens * flops / machine.sgemm_flops;
     char attention[200];

@@ -231,7 +231,8 @@ static srf_status prefill_launch(struct srf_engine *e, int64_t n)
                               .pos = e->pos,
                               .n_slots = e->config.slots,
                               .lens = e->lens,
-                              .slots = e->where};
+                              .slots = e->where,
+                              .last_only = true};
     SRF_TRY(launch(e, &batch, any ? e->logits : NULL));
     for (int64_t i = 0; i < n; i++) e->slots[e->where[i]].at += e->lens[i];
     return any ? sample(e, n) : SRF_OK;
@@ -366,7 +367,8 @@ srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t 
                                   .tokens = e->piece,
                                   .mode = n == 1 ? SRF_MODE_STEP : SRF_MODE_PREFILL,
                                   .state = srf_arena_ptr(e->arena, e->slot_state),
-                                  .pos = e->pos};
+                                  .pos = e->pos,
+                                  .last_only = true};
         done += n;
         SRF_TRY(launch(e, &batch, done == t ? logits : NULL));
         for (int64_t i = 0; i < b; i++) e->slots[i].at += n;

@@ -39,6 +39,9 @@ struct srf_arch {
 SRF_ARCH_LIST(X)
 #undef X
 
+/* The last row of each sequence of a batch to the front of an activation T (rows, c). */
+srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch, void *rows);
+
 /* Readers for config keys; they name the key and what was expected. Absent keys: `fallback`
  * (required where fallback is < 0). */
 srf_status srf__json_int(const json_t *root, const char *key, int64_t fallback, int64_t min,

@@ -276,6 +276,12 @@ static srf_status activate(struct srf_model *m, int64_t n, const struct block *k
                    .x = PTR(k->pre), .y = PTR(k->fc));
 }
 
+/* Rows of block l behind its attention. */
+static int64_t rows_behind(const struct srf_model *m, const struct srf_batch *batch, int64_t l)
+{
+    return l + 1 < m->config.n_layers ? srf_batch_rows(batch) : srf_batch_hidden_rows(batch);
+}
+
 /* Block l up to the MLP's activation. */
 static srf_status block_inside(struct srf_model *m, const struct srf_batch *batch, int64_t l)
 {
@@ -291,6 +297,11 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
                     .b = PARAM(l, QKV_B), .y = qkv));
     SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
                              PTR(k->stat)));
+    if (rows_behind(m, batch, l) < n) {
+        n = rows_behind(m, batch, l);
+        SRF_TRY(srf__model_gather_last(m, batch, att));
+        SRF_TRY(srf__model_gather_last(m, batch, res1));
+    }
     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                     .b = PARAM(l, O_B), .residual = res1, .y = res2));
     SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), ln, PTR(k->mean2), PTR(k->rstd2)));
@@ -314,6 +325,7 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
     for (int64_t l = 0; l < cfg->n_layers; l++) {
         const struct block *k = &a->blocks[l];
         SRF_TRY(block_inside(m, batch, l));
+        n = rows_behind(m, batch, l);
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = cfg->d_ff, .out = c, .x = PTR(k->fc),
                         .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .residual = PTR(k->res2),
                         .y = PTR(l + 1 < cfg->n_layers ? a->blocks[l + 1].res1 : a->res)));

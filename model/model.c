@@ -49,6 +49,15 @@ int64_t srf_batch_rows(const struct srf_batch *batch)
     return n;
 }
 
+/* Gathering takes a copy a sequence. */
+int64_t srf_batch_hidden_rows(const struct srf_batch *batch)
+{
+    enum { FEW = 256 };
+    int64_t n = srf_batch_rows(batch);
+    bool last = batch->last_only && batch->mode == SRF_MODE_PREFILL && n >= FEW * batch->b;
+    return last ? batch->b : n;
+}
+
 /* The calls of a training step or an evaluation on such a batch, planned: nothing is behind the
  * pointers. */
 static srf_status plan_batch(struct srf_model *m, const struct srf_batch *batch)
@@ -99,8 +108,9 @@ cleanup:
 static srf_status plan_shape(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
-    struct srf_model_shape shape = {batch->b, batch->t, srf_batch_rows(batch), batch->mode,
-                                    m->attention.kind};
+    struct srf_model_shape shape = {
+        batch->b,    batch->t,         srf_batch_rows(batch), srf_batch_hidden_rows(batch),
+        batch->mode, m->attention.kind};
     if (memcmp(&shape, &m->shape, sizeof shape) == 0) return SRF_OK;
     ctx->plan = true;
     ctx->plan_workspace = 0;
@@ -625,16 +635,24 @@ srf_status srf_model_attention_mse(const struct srf_model *m, double *sum)
     return SRF_OK;
 }
 
+srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch, void *rows)
+{
+    size_t size = (size_t)m->config.c * srf_dtype_bytes(m->ctx->dtype);
+    char *first = rows;
+    /* Row i comes from at or behind i, in order. */
+    for (int64_t i = 0, end = 0; i < batch->b && batch->t > 1 && !m->ctx->plan; i++) {
+        end += sequence_rows(batch, i);
+        SRF_TRY(m->ctx->be->copy(m->ctx, first + (size_t)i * size, first + (size_t)(end - 1) * size,
+                                 size));
+    }
+    return SRF_OK;
+}
+
 srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *batch, float *logits)
 {
     const struct srf_model_config *cfg = &m->config;
-    size_t size = (size_t)cfg->c * srf_dtype_bytes(m->ctx->dtype);
-    /* Gather the last rows to the front: row i comes from at or behind i, in order. */
-    for (int64_t i = 0, end = 0; i < batch->b && batch->t > 1; i++) {
-        end += sequence_rows(batch, i);
-        SRF_TRY(m->ctx->be->copy(m->ctx, element(m, m->slot_hidden, i * cfg->c),
-                                 element(m, m->slot_hidden, (end - 1) * cfg->c), size));
-    }
+    if (srf_batch_hidden_rows(batch) == srf_batch_rows(batch))
+        SRF_TRY(srf__model_gather_last(m, batch, PTR(m->slot_hidden)));
     for (int64_t at = 0; at < batch->b; at += m->logit_rows) {
         int64_t n = batch->b - at < m->logit_rows ? batch->b - at : m->logit_rows;
         SRF_TRY(head(m, at, n, PTR(m->slot_logits)));

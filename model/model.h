@@ -29,9 +29,14 @@ struct srf_batch {
      * packed one sequence after another; t is the longest. Host (b); NULL: t each. */
     const int32_t *lens;
     const int32_t *slots; /* PREFILL: host (b), sequence i's state is number slots[i]; NULL: i */
+    /* PREFILL: nothing but the states and srf_model_last_logits is wanted of this call, and what
+     * only other rows' logits need may be left out. */
+    bool last_only;
 };
 /* Rows of the batch: tokens of all its sequences. */
 int64_t srf_batch_rows(const struct srf_batch *batch);
+/* Rows of hidden: all, or where last_only pays the last of each sequence. */
+int64_t srf_batch_hidden_rows(const struct srf_batch *batch);
 
 /* What backward makes again instead of finding it kept. Outputs of layer norms are never kept:
  * layernorm_bwd writes them once more at the price of a store. Gradients are the same bit for bit,
@@ -56,7 +61,7 @@ struct srf_model_plan {
 
 /* What the workspace was last made for. */
 struct srf_model_shape {
-    int64_t b, t, rows;
+    int64_t b, t, rows, hidden_rows;
     int32_t mode, kind;
 };
 

@@ -459,6 +459,45 @@ static void packed_prefill(void **state)
     }
 }
 
+/* A prefill of which only states and last logits are wanted gives the same of both. */
+static void last_only(void **state)
+{
+    (void)state;
+    enum { T = 400, SHORT = 200, V = 29 };
+    float want[2 * V], got[2 * V];
+    int32_t tokens[T + SHORT];
+    const int32_t lens[2] = {T, SHORT}, pos[2] = {0, 0};
+    struct fixture f;
+    open_fixture(&f, SRF_F32, attention(SRF_ATTN_SRF, 5), 2, T, false);
+    f.model->positions = SRF_POS_WRAP;
+    for (int i = 0; i < T + SHORT; i++) tokens[i] = f.tokens[i % 61];
+    int64_t count = 2 * srf_model_state_count(f.model);
+    float *all = srf__calloc((size_t)count, sizeof *all), *last = srf__calloc((size_t)count, 4);
+    assert_true(all && last);
+    struct srf_batch batch = {.b = 2,
+                              .t = T,
+                              .tokens = tokens,
+                              .mode = SRF_MODE_PREFILL,
+                              .state = all,
+                              .pos = pos,
+                              .lens = lens};
+    test_ok(srf_model_forward(f.model, &batch));
+    assert_int_equal(srf_batch_hidden_rows(&batch), T + SHORT);
+    test_ok(srf_model_last_logits(f.model, &batch, want));
+    batch.state = last;
+    batch.last_only = true;
+    assert_int_equal(srf_batch_hidden_rows(&batch), 2);
+    test_ok(srf_model_forward(f.model, &batch));
+    test_ok(srf_model_last_logits(f.model, &batch, got));
+    for (int i = 0; i < 2 * V; i++)
+        if (!(fabsf(got[i] - want[i]) <= 1e-5f * (1 + fabsf(want[i]))))
+            fail_msg("logit %d is %g, expected %g", i, (double)got[i], (double)want[i]);
+    assert_memory_equal(all, last, (size_t)count * sizeof *all);
+    srf__free(all);
+    srf__free(last);
+    close_fixture(&f);
+}
+
 /* More positions from the same table: ends stay ends, what lies between is on the line between
  * neighbours, and nothing else changes. */
 static void stretched_positions(void **state)
@@ -494,11 +533,12 @@ static void stretched_positions(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(gradients_softmax), cmocka_unit_test(gradients_srf),
-        cmocka_unit_test(gradients_hybrid),  cmocka_unit_test(gradients_distillation),
-        cmocka_unit_test(recomputation),     cmocka_unit_test(memory_of_gpt2),
-        cmocka_unit_test(micro_batches),     cmocka_unit_test(forms_agree),
-        cmocka_unit_test(packed_prefill),    cmocka_unit_test(stretched_positions),
+        cmocka_unit_test(gradients_softmax),   cmocka_unit_test(gradients_srf),
+        cmocka_unit_test(gradients_hybrid),    cmocka_unit_test(gradients_distillation),
+        cmocka_unit_test(recomputation),       cmocka_unit_test(memory_of_gpt2),
+        cmocka_unit_test(micro_batches),       cmocka_unit_test(forms_agree),
+        cmocka_unit_test(packed_prefill),      cmocka_unit_test(last_only),
+        cmocka_unit_test(stretched_positions),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
