@@ -4,6 +4,7 @@
     bench_peers.py --model DIR --srf build/srf         both, and the ratio of tokens/s
     bench_peers.py --model DIR --device cuda ...       on the GPU: bf16 autocast, torch.compile
     bench_peers.py --attention-ops --device cuda       softmax attention, causal: flash and cuDNN
+    bench_peers.py --prefill --model DIR --device cuda --batch 16 --seq-len 16384
 
 The model is transformers' GPT2LMHeadModel made from DIR/config.json (weights do not matter for
 time) without dropout, which srf has not; AdamW with weight decay, gradients clipped to norm 1,
@@ -12,6 +13,10 @@ the two alternate, so that both see the same machine; each side's best round cou
 
 --attention-ops times scaled_dot_product_attention on slices of one packed (B, T, 3C) activation in
 bf16, forward and forward + backward, by events, with inputs rotated past the L2 cache; medians.
+
+--prefill times what `srf bench prefill` does, with softmax: prompts into keys and values that are
+kept, positions wrapped, the last position's logits; scaled_dot_product_attention, on the GPU bf16
+and each block compiled; as many sequences at once as 32768 tokens hold.
 
 Needs torch and, for the step, transformers.
 """
@@ -35,6 +40,7 @@ def parse():
     )
     p.add_argument("--model", help="a transformers directory, or a config.json")
     p.add_argument("--attention-ops", action="store_true", help="time attention alone")
+    p.add_argument("--prefill", action="store_true", help="time prefill in PyTorch")
     p.add_argument("--heads", type=int, default=12, help="of --attention-ops")
     p.add_argument("--head-size", type=int, default=64, help="of --attention-ops")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -141,6 +147,61 @@ def attention_ops(args):
     return rows
 
 
+def prefill(args):
+    """Median seconds of a prefill of batch x seq_len tokens."""
+    functional = torch.nn.functional
+    config = json.loads(config_path(args.model).read_text())
+    width, heads, layers = config["n_embd"], config["n_head"], config["n_layer"]
+    cuda = args.device == "cuda"
+    kind = {"device": args.device, "dtype": torch.bfloat16 if cuda else torch.float32}
+    torch.manual_seed(0)
+
+    def weight(*shape):
+        return torch.randn(*shape, **kind) * 0.02
+
+    def make_block():
+        sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        return [(weight(o, i), weight(o)) for i, o in sizes] + [
+            (torch.ones(width, **kind), weight(width)) for _ in range(2)
+        ]
+
+    def block(x, qkv, out, fc, proj, norm_1, norm_2):
+        parts = functional.linear(functional.layer_norm(x, (width,), *norm_1), *qkv)
+        q, k, v = (
+            t.view(*x.shape[:2], heads, -1).transpose(1, 2) for t in parts.split(width, dim=-1)
+        )
+        o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + functional.linear(o.transpose(1, 2).reshape(x.shape), *out)
+        u = functional.linear(functional.layer_norm(x, (width,), *norm_2), *fc)
+        return x + functional.linear(functional.gelu(u, approximate="tanh"), *proj), k, v
+
+    blocks = [make_block() for _ in range(layers)]
+    wte, wpe = weight(config["vocab_size"], width), weight(config["n_positions"], width)
+    at_once = max(1, min(args.batch, 32768 // args.seq_len))
+    ids = torch.randint(len(wte), (args.batch, args.seq_len), device=args.device)
+    positions = torch.arange(args.seq_len, device=args.device) % len(wpe)
+    run = torch.compile(block) if cuda else block
+
+    def once():
+        kept, logits = [], []
+        for piece in ids.split(at_once):
+            x = wte[piece] + wpe[positions]
+            for weights in blocks:
+                x, k, v = run(x, *weights)
+                kept.append((k, v))
+            logits.append(functional.layer_norm(x[:, -1], (width,)) @ wte.T)
+        return torch.cat(logits).sum().item()
+
+    times = []
+    with torch.no_grad():
+        once()
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            once()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def event_median(call, repeats=20):
     for i in range(3):
         call(i)
@@ -185,6 +246,17 @@ def main():
             )
         return
     tokens = args.batch * args.seq_len
+    if args.prefill:
+        seconds = prefill(args)
+        result = {"torch": torch.__version__, "batch": args.batch, "seq_len": args.seq_len}
+        result |= {"prefill_ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}
+        print(
+            json.dumps(result)
+            if args.json
+            else "PyTorch, prefill of {batch} x {seq_len}: {prefill_ms:.1f} ms, "
+            "{tokens_per_s:.0f} tokens/s".format(**result)
+        )
+        return
     peer = Peer(args)
     theirs, ours, reports = [], [], []
     for _ in range(args.rounds):
