@@ -383,6 +383,11 @@ const struct srf_model *srf_engine_model(const struct srf_engine *e)
     return e->model;
 }
 
+const struct srf_engine_config *srf_engine_config(const struct srf_engine *e)
+{
+    return &e->config;
+}
+
 int64_t srf_engine_state_bytes(const struct srf_engine *e)
 {
     return srf_model_state_count(e->model) * (int64_t)srf_dtype_bytes(srf_ctx_acc(e->ctx));

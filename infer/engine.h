@@ -66,6 +66,7 @@ srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t 
 srf_status srf_engine_reset(struct srf_engine *e);
 
 const struct srf_model *srf_engine_model(const struct srf_engine *e);
+const struct srf_engine_config *srf_engine_config(const struct srf_engine *e);
 /* Bytes of recurrent state a sequence, and of a KV cache of t tokens in the same element type. */
 int64_t srf_engine_state_bytes(const struct srf_engine *e);
 int64_t srf_engine_kv_bytes(const struct srf_engine *e, int64_t t);

@@ -1,0 +1,102 @@
+#include "infer/serve.h"
+
+struct serving {
+    const struct srf_server *s;
+    int64_t width;                     /* slots of the engine */
+    struct srf_request *requests;      /* (slots) */
+    bool *busy;                        /* (slots) */
+    struct srf_engine_prompt *prompts; /* (slots) of an admission */
+    int32_t *tokens;                   /* (steps, width) */
+};
+
+/* Requests into all free slots, the lowest first: steps run up to the last busy slot. */
+static srf_status fill(struct serving *v, bool *any)
+{
+    const struct srf_server *s = v->s;
+    bool more = true;
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->slots && more; i++) {
+        if (v->busy[i]) continue;
+        struct srf_request *r = &v->requests[i];
+        *r = (struct srf_request){0};
+        SRF_TRY(s->next(s->user, r, &more));
+        if (!more) break;
+        if (s->shared >= 0) SRF_TRY(srf_engine_fork(s->engine, s->shared, i));
+        v->busy[i] = true;
+        v->prompts[n++] = (struct srf_engine_prompt){.slot = i,
+                                                     .tokens = r->tokens,
+                                                     .n_tokens = r->n_tokens,
+                                                     .resume = s->shared >= 0,
+                                                     .max_new = r->max_new,
+                                                     .seed = r->seed,
+                                                     .sequence = r->sequence,
+                                                     .first = r->first};
+    }
+    if (n) SRF_TRY(srf_engine_admit(s->engine, n, v->prompts));
+    *any = false;
+    for (int64_t i = 0; i < s->slots; i++) *any |= v->busy[i];
+    return SRF_OK;
+}
+
+/* What the last steps made in a slot. */
+static srf_status collect(struct serving *v, int64_t slot, int32_t stop_token)
+{
+    const struct srf_server *s = v->s;
+    const struct srf_request *r = &v->requests[slot];
+    enum srf_finish how = SRF_FINISH_LENGTH;
+    bool ended = false;
+    for (int64_t t = 0; t < s->steps && !ended; t++) {
+        int32_t token = v->tokens[t * v->width + slot];
+        if (token < 0) break;
+        if (token == stop_token) {
+            how = SRF_FINISH_STOP;
+            break;
+        }
+        SRF_TRY(s->token(s->user, r, token, &ended));
+        if (ended) how = SRF_FINISH_CALLER;
+    }
+    if (!ended && srf_engine_running(s->engine, slot)) return SRF_OK;
+    srf_engine_release(s->engine, slot);
+    v->busy[slot] = false;
+    return s->done(s->user, r, how);
+}
+
+static srf_status serve(struct serving *v)
+{
+    const struct srf_server *s = v->s;
+    int32_t stop_token = srf_engine_config(s->engine)->stop;
+    bool stop = false;
+    for (;;) {
+        bool any;
+        SRF_TRY(fill(v, &any));
+        if (!any) return SRF_OK;
+        SRF_TRY(srf_engine_decode(s->engine, s->steps, v->tokens));
+        for (int64_t i = 0; i < s->slots; i++)
+            if (v->busy[i]) SRF_TRY(collect(v, i, stop_token));
+        if (s->round) SRF_TRY(s->round(s->user, &stop));
+        if (stop) break;
+    }
+    for (int64_t i = 0; i < s->slots; i++) srf_engine_release(s->engine, i);
+    return SRF_OK;
+}
+
+srf_status srf_serve(const struct srf_server *s)
+{
+    struct serving v = {.s = s, .width = srf_engine_config(s->engine)->slots};
+    srf_status st = SRF_OK;
+    SRF_FAIL_IF(s->slots < 1 || s->slots > v.width || s->steps < 1 || s->shared >= v.width ||
+                    (s->shared >= 0 && s->shared < s->slots),
+                SRF_INVALID, "%lld slots of %lld, shared %lld, %lld steps", (long long)s->slots,
+                (long long)v.width, (long long)s->shared, (long long)s->steps);
+    SRF_TRY_GO(SRF_CALLOC(v.requests, s->slots));
+    SRF_TRY_GO(SRF_CALLOC(v.busy, s->slots));
+    SRF_TRY_GO(SRF_CALLOC(v.prompts, s->slots));
+    SRF_TRY_GO(SRF_ALLOC(v.tokens, s->steps * v.width));
+    st = serve(&v);
+cleanup:
+    srf__free(v.requests);
+    srf__free(v.busy);
+    srf__free(v.prompts);
+    srf__free(v.tokens);
+    return st;
+}
