@@ -61,6 +61,14 @@ static int store(const struct cli_option *o, const char *text)
     case CLI_STRING:
         *(const char **)o->dest = text;
         return EXIT_OK;
+    case CLI_STRINGS: {
+        struct cli_strings *list = o->dest;
+        int most = sizeof list->text / sizeof *list->text;
+        if (list->n == most)
+            return cli_usage_error("--%s: given more than %d times", o->name, most);
+        list->text[list->n++] = text;
+        return EXIT_OK;
+    }
     case CLI_INT: {
         long long v = strtoll(text, &end, 10);
         if (end == text || *end || errno)
@@ -165,12 +173,14 @@ void cli_progress_start(struct cli_progress *p, const char *what, bool quiet)
 void cli_progress_update(struct cli_progress *p, double done, double total, const char *note)
 {
     double t = cli_now();
-    if (p->quiet || t - p->last < p->every_s || total <= 0) return;
+    if (p->quiet || t - p->last < p->every_s) return;
     p->last = t;
     double elapsed = t - p->start, left = done > 0 ? elapsed * (total - done) / done : 0;
-    fprintf(stderr, "%s%s %5.1f%%  %d:%02d left  %s%s", p->terminal ? "\r\033[K" : "", p->what,
-            100 * done / total, (int)left / 60, (int)left % 60, note ? note : "",
-            p->terminal ? "" : "\n");
+    fprintf(stderr, "%s%s ", p->terminal ? "\r\033[K" : "", p->what);
+    if (total > 0)
+        fprintf(stderr, "%5.1f%%  %d:%02d left  ", 100 * done / total, (int)left / 60,
+                (int)left % 60);
+    fprintf(stderr, "%s%s", note ? note : "", p->terminal ? "" : "\n");
     fflush(stderr);
 }
 

@@ -24,13 +24,19 @@ enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 SRF_COMMAND_LIST(X)
 #undef X
 
-enum cli_type { CLI_FLAG, CLI_INT, CLI_DOUBLE, CLI_STRING, CLI_U64 };
+enum cli_type { CLI_FLAG, CLI_INT, CLI_DOUBLE, CLI_STRING, CLI_U64, CLI_STRINGS };
+
+/* An option that may be given several times. */
+struct cli_strings {
+    const char *text[16];
+    int n;
+};
 
 struct cli_option {
     const char *name; /* without the dashes */
     char short_name;  /* or 0 */
     enum cli_type type;
-    void *dest;          /* bool *, int64_t *, double *, const char **, uint64_t * */
+    void *dest;          /* bool *, int64_t *, double *, const char **, uint64_t *, cli_strings * */
     const char *metavar; /* "N"; NULL for flags */
     const char *help;    /* one line; say the default */
     double min, max;     /* range of numbers, where min < max */
@@ -59,7 +65,7 @@ struct cli_progress {
     bool terminal, quiet;
 };
 void cli_progress_start(struct cli_progress *p, const char *what, bool quiet);
-/* done of total (same unit); note: what else to show, or NULL. */
+/* done of total (same unit; total 0: not known); note: what else to show, or NULL. */
 void cli_progress_update(struct cli_progress *p, double done, double total, const char *note);
 void cli_progress_end(struct cli_progress *p);
 

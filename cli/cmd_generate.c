@@ -1,26 +1,12 @@
 /* srf generate: text at constant memory. */
-#include "cli/common.h"
-#include "infer/engine.h"
+#include "cli/generate.h"
 
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
 
-struct inputs {
-    const char *model, *prompt, *prompt_file;
-    int64_t n, batch, chunk;
-    uint64_t seed;
-    bool json, quiet, ignore_eos;
-    struct srf_sampler_config sampler;
-    struct cli_device device;
-    struct cli_attention attention;
-    struct cli_positions positions;
-};
-
 struct run {
-    struct srf_ctx *ctx;
-    struct srf_checkpoint *ck;
-    struct srf_bpe *bpe;
+    struct generate_model m;
     struct srf_engine *engine;
     struct srf_ids prompt;
     char *prompt_text;      /* of --prompt-file */
@@ -34,9 +20,7 @@ struct run {
 static void free_run(struct run *r)
 {
     srf_engine_free(r->engine);
-    srf_bpe_free(r->bpe);
-    srf_checkpoint_free(r->ck);
-    srf_ctx_free(r->ctx);
+    generate_close(&r->m);
     srf_ids_free(&r->prompt);
     srf__free(r->prompt_text);
     srf__free(r->tokens);
@@ -44,59 +28,31 @@ static void free_run(struct run *r)
     srf__free(r->made);
 }
 
-static const char *prompt_text(const struct inputs *in, const struct run *r)
+static const char *prompt_text(const struct generate_options *in, const struct run *r)
 {
     return r->prompt_text ? r->prompt_text : in->prompt ? in->prompt : "";
 }
 
-/* What an empty prompt starts from, the document separator; -1 if there is none. */
-static int64_t start_token(const struct run *r)
+static srf_status open_run(struct generate_options *in, struct run *r)
 {
-    const struct srf_model_config *cfg = &r->ck->config;
-    if (cfg->bos >= 0) return cfg->bos;
-    return cfg->eos >= 0 ? cfg->eos : srf_bpe_token_id(r->bpe, SRF_END_OF_TEXT);
-}
-
-static srf_status open_run(struct inputs *in, struct run *r)
-{
-    SRF_TRY(srf_sampler_check(&in->sampler));
-    SRF_TRY(cli_open_device(&in->device, &r->ctx));
-    SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
-    SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
-                              &r->ck->attention));
-    enum srf_positions positions;
-    SRF_TRY(cli_set_positions(&in->positions, r->ck, &positions));
-    SRF_TRY(cli_tokenizer(r->ck, "srf generate", &r->bpe));
+    SRF_TRY(generate_open(in, &r->m));
+    SRF_FAIL_IF(!r->m.bpe, SRF_INVALID,
+                "the model holds no tokenizer: attach one by 'srf import MODEL OUT.h5 --tokenizer "
+                "T', or give ids by --input");
     if (in->prompt_file) SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
     const char *text = prompt_text(in, r);
-    SRF_TRY(srf_bpe_encode(r->bpe, text, strlen(text), true, &r->prompt));
-    if (r->prompt.n == 0) {
-        int64_t start = start_token(r);
-        SRF_FAIL_IF(start < 0, SRF_INVALID, "an empty prompt, and the model has no start token");
-        SRF_TRY(srf_bpe_encode(r->bpe, "\n", 1, false, &r->prompt));
-        r->prompt.ids[0] = (int32_t)start;
-        r->prompt.n = 1;
-    }
-    /* The last token is never fed. */
-    int64_t n_pos = positions == SRF_POS_ERROR ? r->ck->config.n_pos : INT32_MAX;
-    int64_t room = n_pos + 1 - r->prompt.n;
-    if (in->n == CLI_NONE) in->n = room < 1 ? 1 : room < 100 ? room : 100;
-    SRF_FAIL_IF(in->n > room, SRF_INVALID,
-                "a prompt of %lld tokens and %lld more: the model's learned positions end at %lld "
-                "(see --positions)",
-                (long long)r->prompt.n, (long long)in->n, (long long)n_pos);
-    struct srf_engine_config config = {.slots = in->batch,
-                                       .prefill_rows = in->chunk,
-                                       .positions = positions,
-                                       .sampler = in->sampler,
-                                       .stop = in->ignore_eos ? -1 : (int32_t)r->ck->config.eos};
-    SRF_TRY(srf_engine_create(r->ctx, r->ck, &config, &r->engine));
+    SRF_TRY(srf_bpe_encode(r->m.bpe, text, strlen(text), true, &r->prompt));
+    if (r->prompt.n == 0) SRF_TRY(generate_start(&r->m, &r->prompt));
+    SRF_TRY(generate_room(&r->m, r->prompt.n, &in->n));
+    struct srf_engine_config config = generate_config(in, &r->m);
+    config.slots = in->batch;
+    SRF_TRY(srf_engine_create(r->m.ctx, r->m.ck, &config, &r->engine));
     SRF_TRY(SRF_ALLOC(r->tokens, in->batch * (in->n + 1)));
     SRF_TRY(SRF_ALLOC(r->next, in->batch));
     return SRF_CALLOC(r->made, in->batch);
 }
 
-static srf_status prefill(const struct inputs *in, struct run *r)
+static srf_status prefill(const struct generate_options *in, struct run *r)
 {
     struct srf_engine_prompt *prompts;
     double start = cli_now();
@@ -115,7 +71,7 @@ static srf_status prefill(const struct inputs *in, struct run *r)
 }
 
 /* One text is printed as it comes, a few wait for each other. */
-static bool streams(const struct inputs *in)
+static bool streams(const struct generate_options *in)
 {
     return in->batch == 1 && !in->json;
 }
@@ -137,7 +93,7 @@ static srf_status stream_token(struct run *r, int32_t token)
 {
     char *text, *joined = NULL;
     size_t n;
-    SRF_TRY(srf_bpe_decode(r->bpe, &token, 1, &text, &n));
+    SRF_TRY(srf_bpe_decode(r->m.bpe, &token, 1, &text, &n));
     srf_status st = SRF_OK;
     SRF_TRY_GO(SRF_ALLOC(joined, r->n_held + n));
     memcpy(joined, r->held, r->n_held);
@@ -155,7 +111,7 @@ cleanup:
     return st;
 }
 
-static srf_status generate(const struct inputs *in, struct run *r)
+static srf_status generate(const struct generate_options *in, struct run *r)
 {
     struct cli_progress progress;
     SRF_TRY(prefill(in, r));
@@ -170,7 +126,7 @@ static srf_status generate(const struct inputs *in, struct run *r)
         any = false;
         for (int64_t i = 0; i < in->batch; i++) {
             any |= srf_engine_running(r->engine, i);
-            if (r->next[i] < 0 || (!in->ignore_eos && r->next[i] == r->ck->config.eos)) continue;
+            if (r->next[i] < 0 || (!in->ignore_eos && r->next[i] == r->m.ck->config.eos)) continue;
             r->tokens[i * in->n + r->made[i]++] = r->next[i];
             if (streams(in)) SRF_TRY_GO(stream_token(r, r->next[i]));
         }
@@ -182,13 +138,13 @@ cleanup:
     return st;
 }
 
-static srf_status print_texts(const struct inputs *in, const struct run *r)
+static srf_status print_texts(const struct generate_options *in, const struct run *r)
 {
     if (in->json) printf("{\"texts\": [");
     for (int64_t i = 0; i < in->batch; i++) {
         char *text;
         size_t n;
-        SRF_TRY(srf_bpe_decode(r->bpe, r->tokens + i * in->n, r->made[i], &text, &n));
+        SRF_TRY(srf_bpe_decode(r->m.bpe, r->tokens + i * in->n, r->made[i], &text, &n));
         if (in->json) {
             if (i) printf(", ");
             cli_json_string(stdout, text, n);
@@ -202,7 +158,7 @@ static srf_status print_texts(const struct inputs *in, const struct run *r)
     return SRF_OK;
 }
 
-static srf_status print_results(const struct inputs *in, const struct run *r)
+static srf_status print_results(const struct generate_options *in, const struct run *r)
 {
     int64_t total = 0, state = srf_engine_state_bytes(r->engine);
     /* A KV cache would hold what was fed. */
@@ -231,12 +187,12 @@ static srf_status print_results(const struct inputs *in, const struct run *r)
                 "%.1f KiB at %lld tokens, %.1f KiB at %lld)\n",
                 (long long)total, rate, (double)state / 1024, (double)kv / 1024,
                 (long long)positions,
-                (double)srf_engine_kv_bytes(r->engine, r->ck->config.n_pos) / 1024,
-                (long long)r->ck->config.n_pos);
+                (double)srf_engine_kv_bytes(r->engine, r->m.ck->config.n_pos) / 1024,
+                (long long)r->m.ck->config.n_pos);
     return SRF_OK;
 }
 
-static int run(struct inputs *in)
+static int run(struct generate_options *in)
 {
     struct run r = {0};
     srf_status st = open_run(in, &r);
@@ -249,22 +205,58 @@ static int run(struct inputs *in)
     return code;
 }
 
+static int file_form(const struct generate_options *in)
+{
+    if (in->prompt || in->prompt_file)
+        return cli_usage_error("--input brings the prompts: no --prompt beside it");
+    if (!in->output) return cli_usage_error("--input needs --output");
+    if (strcmp(in->order, "input") != 0 && strcmp(in->order, "done") != 0)
+        return cli_usage_error("--order %s: expected input or done", in->order);
+    if (strcmp(in->on_error, "stop") != 0 && strcmp(in->on_error, "record") != 0)
+        return cli_usage_error("--on-error %s: expected stop or record", in->on_error);
+    if (in->json && strcmp(in->output, "-") == 0)
+        return cli_usage_error("--json and --output - would share the standard output");
+    for (int i = 0; i < in->stop.n; i++)
+        if (!in->stop.text[i][0]) return cli_usage_error("--stop: the text is empty");
+    return generate_file(in);
+}
+
+static int text_form(struct generate_options *in)
+{
+    if (in->output || in->resume || in->ids || in->stop.n)
+        return cli_usage_error("--output, --resume, --ids and --stop belong to --input");
+    return run(in);
+}
+
 int cmd_generate(int argc, char **argv)
 {
-    struct inputs in = {.n = CLI_NONE,
-                        .batch = 1,
-                        .chunk = 256,
-                        .sampler = {.temperature = 1, .top_p = 1},
-                        .device = CLI_DEVICE_DEFAULT,
-                        .attention = CLI_ATTENTION_DEFAULT,
-                        .positions = CLI_POSITIONS_DEFAULT};
+    struct generate_options in = {.n = CLI_NONE,
+                                  .batch = 1,
+                                  .order = "input",
+                                  .on_error = "stop",
+                                  .chunk = 256,
+                                  .sampler = {.temperature = 1, .top_p = 1},
+                                  .device = CLI_DEVICE_DEFAULT,
+                                  .attention = CLI_ATTENTION_DEFAULT,
+                                  .positions = CLI_POSITIONS_DEFAULT};
     const struct cli_option options[] = {
         {"model", 0, CLI_STRING, &in.model, "PATH", "a retrofitted model or a recurrent export", 0,
          0},
         {"prompt", 'p', CLI_STRING, &in.prompt, "TEXT", "text to go on from (none)", 0, 0},
         {"prompt-file", 0, CLI_STRING, &in.prompt_file, "PATH", "the same, from a file", 0, 0},
+        {"input", 0, CLI_STRING, &in.input, "PATH", "a file of prompts; - is standard input", 0, 0},
+        {"output", 0, CLI_STRING, &in.output, "PATH",
+         "where their results go; - is standard output", 0, 0},
+        {"resume", 0, CLI_FLAG, &in.resume, NULL, "go on with an --output that was interrupted", 0,
+         0},
+        {"order", 0, CLI_STRING, &in.order, "WHICH", "of the results: input or done (input)", 0, 0},
+        {"on-error", 0, CLI_STRING, &in.on_error, "WHAT",
+         "at a line that is no prompt: stop, or record the error and go on (stop)", 0, 0},
+        {"ids", 0, CLI_FLAG, &in.ids, NULL, "results hold the token ids, too", 0, 0},
+        {"stop", 0, CLI_STRINGS, &in.stop, "TEXT",
+         "prompts of --input end before this text; may be given again", 0, 0},
         {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (up to 100)", 1, 1 << 24},
-        {"batch", 0, CLI_INT, &in.batch, "N", "continuations of the prompt at once (1)", 1, 1e6},
+        {"batch", 0, CLI_INT, &in.batch, "N", "sequences at once (1)", 1, 1e6},
         {"temperature", 0, CLI_DOUBLE, &in.sampler.temperature, "X",
          "0 = always the most likely token (1)", 0, 100},
         {"top-k", 0, CLI_INT, &in.sampler.top_k, "N", "only the N most likely tokens; 0 = all (0)",
@@ -283,15 +275,18 @@ int cmd_generate(int argc, char **argv)
         {0}};
     int code;
     if (!cli_parse(
-            argc, argv, "srf generate --model R.h5 --prompt TEXT [-n N] [options]",
+            argc, argv,
+            "srf generate --model R.h5 --prompt TEXT [-n N] [options]\n"
+            "       srf generate --model R.h5 --input P.jsonl --output O.jsonl [--batch N] "
+            "[options]",
             "Generate text in the recurrent form: the state of a sequence has a fixed size.\n"
             "The text goes to stdout as it is made (several texts, and JSON, at the end); "
             "figures,\n"
-            "state beside KV cache, to stderr.\n" CLI_POSITIONS_HELP,
+            "state beside KV cache, to stderr.\n" GENERATE_FILE_HELP CLI_POSITIONS_HELP,
             options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model) return cli_usage_error("generate needs --model");
     if (in.prompt && in.prompt_file)
         return cli_usage_error("--prompt and --prompt-file are two prompts: give one");
-    return run(&in);
+    return in.input ? file_form(&in) : text_form(&in);
 }

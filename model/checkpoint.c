@@ -189,6 +189,35 @@ cleanup:
     return st;
 }
 
+/* FNV-1a over words of 8 bytes, with a rotation that takes high bits down. */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n)
+{
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, n - i < 8 ? n - i : 8);
+        h = (h ^ word) * 0x100000001b3u;
+        h = h << 29 | h >> 35;
+    }
+    return (h ^ n) * 0x100000001b3u;
+}
+
+srf_status srf_checkpoint_hash(const struct srf_checkpoint *ck, char hex[17])
+{
+    char *config;
+    SRF_TRY(srf_model_config_to_json(&ck->config, &config));
+    uint64_t h = hash_bytes(0xcbf29ce484222325u, config, strlen(config));
+    srf__free(config);
+    h = hash_bytes(h, ck->params, (size_t)ck->table.total * sizeof *ck->params);
+    if (ck->features_w) {
+        h = hash_bytes(h, ck->features_w,
+                       (size_t)srf_checkpoint_features_count(ck) * sizeof *ck->features_w);
+        h = hash_bytes(h, ck->features_bias,
+                       (size_t)srf_checkpoint_bias_count(ck) * sizeof *ck->features_bias);
+    }
+    snprintf(hex, 17, "%016llx", (unsigned long long)h);
+    return SRF_OK;
+}
+
 /* to (n, c) = from (old, c), row i taken at i (old - 1) / (n - 1). */
 static void stretch(const float *from, int64_t old, float *to, int64_t n, int64_t c)
 {

@@ -30,6 +30,9 @@ void srf_checkpoint_free(struct srf_checkpoint *ck);
 /* The learned positions stretched linearly to n_pos of them, more than there are: the first and the
  * last stay the first and the last. */
 srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n_pos);
+/* Same architecture, weights and stored features <=> same 16 hex digits + NUL, whatever file they
+ * came from. Attention settings and tokenizer do not count. */
+srf_status srf_checkpoint_hash(const struct srf_checkpoint *ck, char hex[17]);
 /* Elements of features_w and features_bias. */
 int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck);
 int64_t srf_checkpoint_bias_count(const struct srf_checkpoint *ck);
