@@ -34,6 +34,15 @@ bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bw
 size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 
+/* ---- srf_attn_wide.cu, srf_attn_wide_bwd.cu: of the same d = 64 and m > 128, on Hopper ------- */
+
+bool srf__wide_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+size_t srf__wide_fwd_workspace(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
+bool srf__wide_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+size_t srf__wide_bwd_workspace(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+srf_status srf__wide_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+
 /* ---- srf_attn_hybrid.cu: window 32, 64 or 128, bf16; as above -------------------------------- */
 
 bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);

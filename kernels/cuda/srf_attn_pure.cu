@@ -371,6 +371,7 @@ static struct fwd_plan plan_fwd(const struct srf_ctx *ctx, const struct srf_attn
 
 size_t srf__pure_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
 {
+    if (srf__wide_takes(ctx, &a->s)) return srf__wide_fwd_workspace(ctx, &a->s);
     return plan_fwd(ctx, &a->s).bytes;
 }
 
@@ -468,6 +469,7 @@ srf_status srf__pure_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
 {
     const struct srf_attn_shape *s = &a->s;
     if (s->b * s->t == 0) return SRF_OK;
+    if (srf__wide_takes(ctx, s)) return srf__wide_fwd(ctx, a);
     struct fwd_plan f = plan_fwd(ctx, s);
     struct fwd_params p = params_of(s, a->k, a->v, a->ld, a->w, a->bias, &f.plan);
     p.q = (const bf16 *)a->q;

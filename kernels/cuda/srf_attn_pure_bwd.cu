@@ -615,9 +615,10 @@ __global__
                 float2 shift = *(const float2 *)(top + fg * 64 + 8 * j + 2 * pair);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
+                    /* |y|^2 / 2 first: where it is huge, a has no bits left beside it. */
                     kf[j >> 1][(j & 1) * 2 + i] =
-                        pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, shift.x - norm[i])),
-                                  exp2_fast(fmaf(a[j][2 * i + 1], to_log2, shift.y - norm[i])));
+                        pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, -norm[i]) + shift.x),
+                                  exp2_fast(fmaf(a[j][2 * i + 1], to_log2, -norm[i]) + shift.y));
             }
             float dkf[8][4];
             clear(dv);
@@ -837,6 +838,7 @@ size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_a
 {
     struct pure_plan plan;
     struct bwd_params p = {};
+    if (srf__wide_takes_bwd(ctx, a)) return srf__wide_bwd_workspace(ctx, &a->s);
     return plan_bwd(ctx, &a->s, a->dw != NULL, &plan, &p);
 }
 
@@ -893,6 +895,7 @@ srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
 {
     const struct srf_attn_shape *s = &a->s;
     if (s->b * s->t == 0) return SRF_OK;
+    if (srf__wide_takes_bwd(ctx, a)) return srf__wide_bwd(ctx, a);
     struct pure_plan plan;
     struct bwd_params p = {};
     plan_bwd(ctx, s, a->dw != NULL, &plan, &p);
