@@ -4,6 +4,7 @@
  * numbers. */
 #pragma once
 #include "cli/common.h"
+#include "infer/sampler.h"
 
 #include <jansson.h>
 
@@ -67,7 +68,8 @@ void bench_ops_print(const struct srf_profile *p, int n, double seconds);
 struct bench_options {
     const char *model, *init, *filter;
     int64_t batch, micro_batch, seq_len, steps, n, rows;
-    bool json;
+    bool json, state_bf16, fit;
+    struct srf_sampler_config sampler;
     struct cli_device device;
     struct cli_attention attention;
 };

@@ -1,137 +1,206 @@
-/* srf bench decode: the recurrent engine, one token at a time, early and late in the sequences. */
+/* srf bench decode: the batch engine, whole steps with sampling, early and late in the sequences;
+ * positions are wrapped. Beside what this machine needs for a step's bytes and products. */
 #include "cli/bench.h"
 #include "infer/engine.h"
 
-struct stretch {
-    int64_t from, n;
-    double seconds;
+#include <string.h>
+
+enum { PROMPT = 16, EARLY = 100, LATE = 100000, PROFILED = 4 };
+
+struct job {
+    struct srf_ctx *ctx;
+    struct srf_engine *e;
+    int64_t batch, n, rounds;
+    int64_t bytes;                     /* of the engine on the device; 0: not asked for */
+    int32_t *tokens;                   /* (n, batch) */
+    struct srf_engine_prompt *prompts; /* (batch) */
+    int32_t prompt[EARLY];
 };
-static double rate(const struct stretch *s, int64_t batch)
-{
-    return s->seconds > 0 ? (double)(batch * s->n) / s->seconds : 0;
-}
 
 struct result {
-    struct stretch early, profiled, prefill, late;
-    struct srf_profile profile; /* waits after every op: a stretch of its own, but on the CPU */
+    struct bench_samples early, late; /* seconds of a step */
+    struct srf_profile profile;       /* waits after every op */
+    double profiled;
 };
 
-/* n more steps from where the engine stands. */
-static srf_status decode(struct srf_engine *e, int64_t batch, int64_t n, float *logits,
-                         int32_t *tokens, struct stretch *out)
+static void free_job(struct job *j)
 {
-    int64_t vocab = srf_engine_model(e)->config.vocab;
-    *out = (struct stretch){.from = srf_engine_position(e, 0), .n = n};
-    double start = cli_now();
-    for (int64_t t = 0; t < n; t++) {
-        for (int64_t i = 0; i < batch; i++) tokens[i] = (int32_t)((i * 7919 + t * 104729) % vocab);
-        SRF_TRY(srf_engine_feed(e, tokens, 1, logits));
-    }
-    out->seconds = cli_now() - start;
+    srf_engine_free(j->e);
+    srf__free(j->tokens);
+    srf__free(j->prompts);
+}
+
+/* --fit: the largest batch that the device has memory for. */
+static srf_status fit(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                      struct srf_engine_config *config, struct job *j)
+{
+    size_t free_bytes, total;
+    SRF_TRY(ctx->be->memory(ctx, &free_bytes, &total));
+    SRF_FAIL_IF(total == 0, SRF_UNSUPPORTED, "this device does not say what memory it has");
+    SRF_TRY(srf_engine_fits(ctx, ck, config, (int64_t)free_bytes - ((int64_t)1 << 30), 1 << 20,
+                            &j->batch, &j->bytes));
+    SRF_FAIL_IF(j->batch < 1, SRF_NOMEM, "not even one sequence fits into %.1f GB",
+                (double)free_bytes * 1e-9);
     return SRF_OK;
 }
 
-/* Feed the sequences up to position `to` by prefill. */
-static srf_status skip_to(struct srf_engine *e, int64_t batch, int64_t to, struct stretch *out)
+static srf_status open_job(const struct bench_options *o, struct srf_ctx *ctx,
+                           const struct srf_checkpoint *ck, struct job *j)
 {
-    int64_t from = srf_engine_position(e, 0), n = to - from;
-    int64_t vocab = srf_engine_model(e)->config.vocab;
-    *out = (struct stretch){.from = from, .n = n};
-    int32_t *tokens;
-    SRF_TRY(SRF_ALLOC(tokens, batch * n));
-    for (int64_t i = 0; i < batch * n; i++) tokens[i] = (int32_t)(i * 7919 % vocab);
+    struct srf_engine_config config = {
+        .slots = o->batch,
+        .prefill_rows = o->rows != CLI_NONE ? o->rows : cli_tokens_at_once(ctx, 4096),
+        .state_bf16 = o->state_bf16,
+        .positions = SRF_POS_WRAP,
+        .sampler = o->sampler,
+        .stop = -1};
+    j->ctx = ctx;
+    j->batch = o->batch, j->n = o->n, j->rounds = o->steps;
+    if (o->fit) SRF_TRY(fit(ctx, ck, &config, j));
+    config.slots = j->batch;
+    SRF_TRY(srf_engine_create(ctx, ck, &config, &j->e));
+    SRF_TRY(SRF_ALLOC(j->tokens, j->n * j->batch));
+    for (int64_t i = 0; i < EARLY; i++) j->prompt[i] = (int32_t)(i * 7919 % ck->config.vocab);
+    return SRF_CALLOC(j->prompts, j->batch);
+}
+
+/* All slots go on, `length` tokens first. */
+static srf_status admit(struct job *j, int64_t length, bool resume)
+{
+    for (int64_t i = 0; i < j->batch; i++)
+        j->prompts[i] = (struct srf_engine_prompt){.slot = i,
+                                                   .tokens = j->prompt,
+                                                   .n_tokens = length,
+                                                   .resume = resume,
+                                                   .max_new = 1 << 30,
+                                                   .sequence = (uint64_t)i};
+    return srf_engine_admit(j->e, j->batch, j->prompts);
+}
+
+static srf_status decode(struct job *j, int64_t n, double *seconds)
+{
     double start = cli_now();
-    srf_status st = srf_engine_feed(e, tokens, n, NULL);
-    out->seconds = cli_now() - start;
-    srf__free(tokens);
-    return st;
+    SRF_TRY(srf_engine_decode(j->e, n, j->tokens));
+    *seconds = (cli_now() - start) / (double)n;
+    return SRF_OK;
 }
 
-static srf_status measure(struct srf_ctx *ctx, struct srf_engine *e, int64_t batch, int64_t n,
-                          struct result *out)
+static srf_status rounds(struct job *j, struct bench_samples *out)
 {
-    const struct srf_model_config *cfg = &srf_engine_model(e)->config;
-    bool cpu = bench_on_cpu(ctx);
-    int64_t profiled = cpu ? 0 : 8;
-    SRF_FAIL_IF(2 * n + 2 + profiled > cfg->n_pos, SRF_INVALID,
-                "-n %lld: two stretches of it do not fit into the model's %lld positions",
-                (long long)n, (long long)cfg->n_pos);
-    float *logits;
-    int32_t *tokens = NULL;
+    double seconds;
+    SRF_TRY(decode(j, j->n, &seconds)); /* first touch of all memory */
+    for (int64_t i = 0; i < j->rounds; i++) {
+        SRF_TRY(decode(j, j->n, &seconds));
+        bench_add(out, seconds);
+    }
+    return SRF_OK;
+}
+
+/* All slots at position LATE, with the state that slot 0 has now. */
+static srf_status go_late(struct job *j)
+{
+    double *values; /* room for values of any type */
+    SRF_TRY(SRF_ALLOC(values, srf_engine_state_values(j->e)));
+    for (int64_t i = 0; i < j->batch; i++) srf_engine_release(j->e, i);
     srf_status st = SRF_OK;
-    SRF_TRY(SRF_ALLOC(logits, batch * cfg->vocab));
-    SRF_TRY_GO(SRF_ALLOC(tokens, batch));
-    SRF_TRY_GO(srf_engine_reset(e));
-    SRF_TRY_GO(decode(e, batch, 2, logits, tokens, &out->early)); /* first touch of all memory */
-    if (cpu) ctx->profile = &out->profile;
-    SRF_TRY_GO(decode(e, batch, n, logits, tokens, &out->early));
-    out->profiled = out->early;
-    ctx->profile = &out->profile;
-    if (!cpu) SRF_TRY_GO(decode(e, batch, profiled, logits, tokens, &out->profiled));
-    ctx->profile = NULL;
-    SRF_TRY_GO(skip_to(e, batch, cfg->n_pos - n, &out->prefill));
-    SRF_TRY_GO(decode(e, batch, n, logits, tokens, &out->late));
+    SRF_TRY_GO(srf_engine_state_get(j->e, 0, values));
+    SRF_TRY_GO(srf_engine_state_set(j->e, 0, values, LATE));
+    for (int64_t i = 1; i < j->batch; i++) SRF_TRY_GO(srf_engine_fork(j->e, 0, i));
+    SRF_TRY_GO(admit(j, 1, true));
 cleanup:
-    ctx->profile = NULL;
-    srf__free(logits);
-    srf__free(tokens);
+    srf__free(values);
     return st;
 }
 
-static void report(const struct bench_options *o, const struct srf_ctx *ctx, struct srf_engine *e,
-                   const struct result *r, json_t **out)
+static srf_status measure(struct job *j, struct result *r)
 {
-    char machine[128], attention[200];
-    bench_machine_name(ctx, machine, sizeof machine);
-    const struct srf_model *m = srf_engine_model(e);
+    int64_t n = j->n < PROFILED ? j->n : PROFILED;
+    SRF_TRY(admit(j, bench_on_cpu(j->ctx) ? PROMPT : EARLY, false));
+    SRF_TRY(rounds(j, &r->early));
+    j->ctx->profile = &r->profile;
+    srf_status st = decode(j, n, &r->profiled);
+    j->ctx->profile = NULL;
+    SRF_TRY(st);
+    for (int op = 0; op < SRF_OP_COUNT; op++) { /* of one step */
+        r->profile.op_seconds[op] /= (double)n;
+        r->profile.op_calls[op] /= n;
+    }
+    SRF_TRY(go_late(j));
+    return rounds(j, &r->late);
+}
+
+/* Seconds of a step on a machine that does what it can: each sequence's state read and written once
+ * (a window's: read), then the products, or the weights read if that takes longer. */
+static double floor_of(const struct job *j, const struct bench_machine *machine)
+{
+    const struct srf_model *m = srf_engine_model(j->e);
+    double state = (double)(j->batch * srf_engine_state_bytes(j->e));
+    double weights = (double)m->table.total - (double)(m->config.n_pos * m->config.c);
+    double bytes = weights * (double)srf_dtype_bytes(j->ctx->dtype) / machine->copy_bytes;
+    double products = 2 * weights * (double)j->batch / machine->sgemm_flops;
+    return state * (m->attention.window ? 1 : 2) / machine->copy_bytes +
+           (bytes > products ? bytes : products);
+}
+
+static void report(const struct bench_options *o, const struct job *j,
+                   const struct bench_machine *machine, const struct result *r, json_t **out)
+{
+    const struct srf_model *m = srf_engine_model(j->e);
+    struct bench_summary early = bench_summarize(&r->early), late = bench_summarize(&r->late);
+    double least = floor_of(j, machine), batch = (double)j->batch;
+    int64_t state = srf_engine_state_bytes(j->e), kv = srf_engine_kv_bytes(j->e, m->config.n_pos);
+    int64_t from = bench_on_cpu(j->ctx) ? PROMPT : EARLY;
+    char attention[200];
     srf_attention_describe(&m->attention, attention, sizeof attention);
-    double one = r->early.seconds / (double)r->early.n;
-    int n_profiled = (int)r->profiled.n;
-    double profiled = r->profiled.seconds / n_profiled;
-    int64_t state = srf_engine_state_bytes(e), kv = srf_engine_kv_bytes(e, m->config.n_pos);
     if (!o->json) {
-        printf("%s, %s, %d threads, %s\n", machine, ctx->be->name, ctx->n_threads,
-               srf_dtype_name(ctx->dtype));
-        printf("decoding, batch %lld, attention %s\n", (long long)o->batch, attention);
-        printf("  from position %5lld: %.0f tokens/s, %.3f ms a step\n", (long long)r->early.from,
-               rate(&r->early, o->batch), one * 1e3);
-        printf("  from position %5lld: %.0f tokens/s, %.3f ms a step\n", (long long)r->late.from,
-               rate(&r->late, o->batch), r->late.seconds / (double)r->late.n * 1e3);
-        printf("  prefill: %.0f tokens/s\n", rate(&r->prefill, o->batch));
+        bench_machine_print(j->ctx, machine);
+        printf("decoding, batch %lld, attention %s%s\n", (long long)j->batch, attention,
+               o->state_bf16 ? ", states in bf16" : "");
+        printf("  from position %6lld: %.0f tokens/s, %.4f ms a step (%.4f to %.4f), %.0f %% of "
+               "the floor\n",
+               (long long)from, batch / early.median, early.median * 1e3, early.best * 1e3,
+               early.worst * 1e3, 100 * least / early.median);
+        printf("  from position %6d: %.0f tokens/s, %.4f ms a step (%.4f to %.4f)\n", LATE,
+               batch / late.median, late.median * 1e3, late.best * 1e3, late.worst * 1e3);
         printf("  state %.1f KiB a sequence; a KV cache at %lld tokens: %.1f KiB\n",
                (double)state / 1024, (long long)m->config.n_pos, (double)kv / 1024);
-        bench_ops_print(&r->profile, n_profiled, profiled);
+        if (j->bytes) printf("  %.2f GB on the device\n", (double)j->bytes * 1e-9);
+        printf("  one step, each op waited for:\n");
+        bench_ops_print(&r->profile, 1, r->profiled);
         return;
     }
-    *out = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:I}", "bench", "decode", "machine", machine,
-                     "device", ctx->be->name, "dtype", srf_dtype_name(ctx->dtype), "threads",
-                     ctx->n_threads, "attention", attention, "batch", (json_int_t)o->batch);
+    *out = json_pack("{s:s, s:o, s:s, s:b, s:I, s:f, s:I, s:f}", "bench", "decode", "machine",
+                     bench_machine_json(j->ctx, machine), "attention", attention, "state_bf16",
+                     o->state_bf16, "batch", (json_int_t)j->batch, "temperature",
+                     o->sampler.temperature, "top_k", (json_int_t)o->sampler.top_k, "top_p",
+                     o->sampler.top_p);
     json_object_update_new(
-        *out,
-        json_pack("{s:I, s:f, s:I, s:f, s:f, s:f, s:I, s:I}", "from", (json_int_t)r->early.from,
-                  "tokens_per_s", rate(&r->early, o->batch), "late_from", (json_int_t)r->late.from,
-                  "late_tokens_per_s", rate(&r->late, o->batch), "step_ms", one * 1e3,
-                  "prefill_tokens_per_s", rate(&r->prefill, o->batch), "state_bytes",
-                  (json_int_t)state, "kv_bytes", (json_int_t)kv));
-    json_object_set_new(*out, "ops", bench_ops_json(&r->profile, n_profiled, profiled));
+        *out, json_pack("{s:I, s:f, s:f, s:f, s:I, s:f, s:f, s:f, s:f, s:I, s:I, s:I}", "from",
+                        (json_int_t)from, "step_ms", early.median * 1e3, "best_ms",
+                        early.best * 1e3, "tokens_per_s", batch / early.median, "late_from",
+                        (json_int_t)LATE, "late_step_ms", late.median * 1e3, "late_tokens_per_s",
+                        batch / late.median, "floor_ms", least * 1e3, "share_of_floor",
+                        least / early.median, "state_bytes", (json_int_t)state, "kv_bytes",
+                        (json_int_t)kv, "device_bytes", (json_int_t)j->bytes));
+    json_object_set_new(*out, "ops", bench_ops_json(&r->profile, 1, r->profiled));
 }
 
 srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)
 {
     struct srf_checkpoint *ck = NULL;
-    struct srf_engine *e = NULL;
+    struct job j = {0};
+    struct bench_machine machine;
     struct result r = {.early = {.n = 0}};
     srf_status st = SRF_OK;
     SRF_TRY_GO(bench_load(o, &ck));
+    SRF_TRY_GO(bench_measure_machine(ctx, &machine));
     /* only its speed is asked for: a softmax model is decoded as if it were retrofitted */
     if (!o->attention.kind) ck->attention.kind = SRF_ATTN_SRF;
-    struct srf_engine_config config = {
-        .slots = o->batch, .prefill_rows = 256 * o->batch, .sampler = {.top_p = 1}, .stop = -1};
-    SRF_TRY_GO(srf_engine_create(ctx, ck, &config, &e));
-    SRF_TRY_GO(measure(ctx, e, o->batch, o->n, &r));
-    report(o, ctx, e, &r, out);
+    SRF_TRY_GO(open_job(o, ctx, ck, &j));
+    SRF_TRY_GO(measure(&j, &r));
+    report(o, &j, &machine, &r, out);
 cleanup:
-    srf_engine_free(e);
+    free_job(&j);
     srf_checkpoint_free(ck);
     return st;
 }

@@ -1,16 +1,32 @@
+/* Decoding: what the slots are up to lies in one piece of the device's memory, the book. It goes
+ * there before some steps and comes back after them; the steps themselves (bookkeeping, the model,
+ * sampling) need no host. Where the backend records graphs of ops, a step is one launch. */
 #include "infer/engine.h"
+#include "kernels/numeric.h"
 
+#include <stdint.h>
 #include <string.h>
+
+#define STEPS 64 /* decoded at once, where the device goes on alone */
 
 enum phase { IDLE, RUNNING, ENDED };
 
 struct slot {
     enum phase phase;
-    int32_t next; /* running: the token made last, neither given out nor fed yet */
-    int64_t at;   /* tokens fed */
-    int64_t left; /* running: tokens to give out, next among them */
-    int64_t sample;
+    int32_t next;   /* running: the token made last, neither given out nor fed yet */
+    int64_t at;     /* tokens fed */
+    int64_t left;   /* running: tokens to give out, next among them */
+    int64_t sample; /* number of the next */
     uint64_t seed, sequence;
+};
+
+/* Arrays of n slots, or of n sequences of a prefill, as in the ops sample and slots_next. All but
+ * `out` goes to the device, `left` and what follows comes back. */
+struct book {
+    uint64_t *streams;         /* (n, 3) */
+    int32_t *left, *next, *at; /* (n) */
+    int32_t *step;             /* (2): one, and what keeps a row of `out` from lying askew */
+    int32_t *out;              /* (STEPS, n) */
 };
 
 struct srf_engine {
@@ -19,27 +35,49 @@ struct srf_engine {
     struct srf_model *model;
     struct srf_engine_config config;
     struct slot *slots;
-    int slot_state;
+    int slot_state, slot_book;
     /* Host, of a launch: (rows) tokens; (slots) lengths, slots, positions, who wants a sample. */
     int32_t *piece, *lens, *where, *pos;
     bool *wanted;
-    float *logits; /* (slots, vocab) */
+    uint64_t *book; /* the host's */
+    /* A recorded step of all slots; right as long as the workspace is the one it was made with. */
+    void *graph, *graph_workspace;
 };
+
+/* Numbers of 32 bits in a book, and where its arrays are. */
+static int64_t book_words(int64_t n)
+{
+    return (9 + STEPS) * n + 2;
+}
+
+static struct book book_at(void *p, int64_t n)
+{
+    struct book b = {.streams = p, .left = (int32_t *)p + 6 * n};
+    b.next = b.left + n;
+    b.at = b.next + n;
+    b.step = b.at + n;
+    b.out = b.step + 2;
+    return b;
+}
 
 /* The arena of an engine, planned. */
 static srf_status plan(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
                        const struct srf_engine_config *c, struct srf_arena *arena,
-                       struct srf_model **model, int *slot_state)
+                       struct srf_model **model, int *slot_state, int *slot_book)
 {
     SRF_TRY(srf_model_create(ctx, &ck->config, &ck->attention, model));
     int64_t rows = c->prefill_rows > c->slots ? c->prefill_rows : c->slots;
     struct srf_model_plan p = {.b = c->slots, .t = (rows + c->slots - 1) / c->slots};
     SRF_TRY(srf_model_plan(*model, arena, &p));
-    return srf_arena_add(arena, "state", "recurrent state",
-                         c->slots * srf_model_state_count(*model), srf_ctx_acc(ctx), slot_state);
+    enum srf_dtype type = c->state_bf16 ? SRF_BF16 : srf_ctx_acc(ctx);
+    int64_t bytes = srf_model_state_bytes(*model, c->state_bf16);
+    SRF_TRY(srf_arena_add(arena, "state", "recurrent state",
+                          c->slots * (bytes / (int64_t)srf_dtype_bytes(type)), type, slot_state));
+    return srf_arena_add(arena, "activations", "slots", book_words(c->slots), SRF_I32, slot_book);
 }
 
-static srf_status check(const struct srf_checkpoint *ck, const struct srf_engine_config *c)
+static srf_status check(const struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                        const struct srf_engine_config *c)
 {
     SRF_FAIL_IF(ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
                 "the model has softmax attention, which has no recurrent form: run srf retrofit "
@@ -47,7 +85,8 @@ static srf_status check(const struct srf_checkpoint *ck, const struct srf_engine
     SRF_FAIL_IF(c->slots < 1 || c->prefill_rows < 1, SRF_INVALID,
                 "%lld slots, %lld rows of prefill: expected >= 1", (long long)c->slots,
                 (long long)c->prefill_rows);
-    SRF_FAIL_IF(c->state_bf16, SRF_UNSUPPORTED, "states in bf16 are not supported here");
+    SRF_FAIL_IF(c->state_bf16 && ctx->dtype != SRF_BF16, SRF_UNSUPPORTED,
+                "states in bf16 go with a model in bf16, not %s", srf_dtype_name(ctx->dtype));
     return srf_sampler_check(&c->sampler);
 }
 
@@ -55,7 +94,7 @@ srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *c
                              const struct srf_engine_config *config, struct srf_engine **out)
 {
     *out = NULL;
-    SRF_TRY(check(ck, config));
+    SRF_TRY(check(ctx, ck, config));
     struct srf_engine *e;
     srf_status st = SRF_OK;
     int64_t slots = config->slots;
@@ -63,7 +102,7 @@ srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *c
     e->ctx = ctx;
     e->config = *config;
     SRF_TRY_GO(srf_arena_create(ctx, &e->arena));
-    SRF_TRY_GO(plan(ctx, ck, config, e->arena, &e->model, &e->slot_state));
+    SRF_TRY_GO(plan(ctx, ck, config, e->arena, &e->model, &e->slot_state, &e->slot_book));
     SRF_TRY_GO(srf_arena_commit(e->arena));
     SRF_TRY_GO(srf_model_upload(e->model, ck));
     e->model->positions = config->positions;
@@ -74,7 +113,7 @@ srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *c
     SRF_TRY_GO(SRF_ALLOC(e->where, slots));
     SRF_TRY_GO(SRF_ALLOC(e->pos, slots));
     SRF_TRY_GO(SRF_ALLOC(e->wanted, slots));
-    SRF_TRY_GO(SRF_ALLOC(e->logits, slots * ck->config.vocab));
+    SRF_TRY_GO(SRF_ALLOC(e->book, (book_words(slots) + 1) / 2));
     *out = e;
 cleanup:
     if (st != SRF_OK) srf_engine_free(e);
@@ -84,6 +123,7 @@ cleanup:
 void srf_engine_free(struct srf_engine *e)
 {
     if (!e) return;
+    if (e->graph) e->ctx->be->graph_free(e->ctx, e->graph);
     srf_model_free(e->model);
     srf_arena_free(e->arena);
     srf__free(e->slots);
@@ -92,16 +132,39 @@ void srf_engine_free(struct srf_engine *e)
     srf__free(e->where);
     srf__free(e->pos);
     srf__free(e->wanted);
-    srf__free(e->logits);
+    srf__free(e->book);
     srf__free(e);
 }
 
 /* ---- states --------------------------------------------------------------------------------- */
 
-/* Bytes of a slot's state in one layer, which lie together. */
+/* Bytes of a slot's state in one layer, which lie together: on the device, and on the host. */
 static size_t layer_bytes(const struct srf_engine *e)
 {
     return (size_t)(srf_engine_state_bytes(e) / e->model->config.n_layers);
+}
+
+static size_t host_layer_bytes(const struct srf_engine *e)
+{
+    return (size_t)(srf_engine_state_values(e) / e->model->config.n_layers) *
+           srf_dtype_bytes(srf_ctx_acc(e->ctx));
+}
+
+/* A layer's state between the host's values and `stored`, as the device has it, if in bf16. */
+static void convert_layer(const struct srf_engine *e, void *stored, void *values, bool to_host)
+{
+    const struct srf_model_config *cfg = &e->model->config;
+    const struct srf_attention_config *a = &e->model->attention;
+    int64_t d = cfg->c / cfg->n_heads, count = srf_attn_state_count(a->m, d, a->window);
+    int64_t bytes = srf_attn_state_bf16_bytes(a->m, d, a->window);
+    for (int64_t h = 0; h < cfg->n_heads; h++) {
+        char *s = (char *)stored + h * bytes;
+        float *v = (float *)values + h * count;
+        if (to_host)
+            srf_attn_state_from_bf16(a->m, d, a->window, s, v);
+        else
+            srf_attn_state_to_bf16(a->m, d, a->window, v, s);
+    }
 }
 
 static char *state_at(const struct srf_engine *e, int64_t layer, int64_t slot)
@@ -129,26 +192,42 @@ static srf_status clear_slot(struct srf_engine *e, int64_t slot)
 
 srf_status srf_engine_state_get(const struct srf_engine *e, int64_t slot, void *values)
 {
-    size_t n = layer_bytes(e);
+    size_t n = layer_bytes(e), to = host_layer_bytes(e);
+    bool convert = e->config.state_bf16;
+    char *stored = NULL;
+    srf_status st = SRF_OK;
     SRF_TRY(check_slot(e, slot, false));
-    for (int64_t l = 0; l < e->model->config.n_layers; l++)
-        SRF_TRY(
-            e->ctx->be->download(e->ctx, (char *)values + (size_t)l * n, state_at(e, l, slot), n));
-    return SRF_OK;
+    if (convert) SRF_TRY(SRF_ALLOC(stored, n));
+    for (int64_t l = 0; l < e->model->config.n_layers; l++) {
+        char *host = (char *)values + (size_t)l * to;
+        SRF_TRY_GO(e->ctx->be->download(e->ctx, convert ? stored : host, state_at(e, l, slot), n));
+        if (convert) convert_layer(e, stored, host, true);
+    }
+cleanup:
+    srf__free(stored);
+    return st;
 }
 
 srf_status srf_engine_state_set(struct srf_engine *e, int64_t slot, const void *values,
                                 int64_t position)
 {
-    size_t n = layer_bytes(e);
+    size_t n = layer_bytes(e), from = host_layer_bytes(e);
+    bool convert = e->config.state_bf16;
+    char *stored = NULL;
+    srf_status st = SRF_OK;
     SRF_TRY(check_slot(e, slot, true));
     SRF_FAIL_IF(position < 0 || position > INT32_MAX, SRF_INVALID, "position %lld of a state",
                 (long long)position);
+    if (convert) SRF_TRY(SRF_ALLOC(stored, n));
     e->slots[slot] = (struct slot){.phase = IDLE, .at = position};
-    for (int64_t l = 0; l < e->model->config.n_layers; l++)
-        SRF_TRY(e->ctx->be->upload(e->ctx, state_at(e, l, slot),
-                                   (const char *)values + (size_t)l * n, n));
-    return SRF_OK;
+    for (int64_t l = 0; l < e->model->config.n_layers; l++) {
+        char *host = (char *)values + (size_t)l * from; /* which convert_layer only reads */
+        if (convert) convert_layer(e, stored, host, false);
+        SRF_TRY_GO(e->ctx->be->upload(e->ctx, state_at(e, l, slot), convert ? stored : host, n));
+    }
+cleanup:
+    srf__free(stored);
+    return st;
 }
 
 srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to)
@@ -164,31 +243,58 @@ srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to)
 
 /* ---- launches ------------------------------------------------------------------------------- */
 
-/* The model on a batch; logits of the last tokens if wanted. Rows must not notice each other. */
-static srf_status launch(struct srf_engine *e, const struct srf_batch *batch, float *logits)
+/* The model on a batch: of each sequence the next token into `next` of the device's book, where
+ * pos, on the device, is not negative; or logits to the host; or neither. Rows must not notice each
+ * other. */
+static srf_status launch(struct srf_engine *e, const struct srf_batch *batch, const void *pos,
+                         float *logits)
 {
     struct srf_ctx *ctx = e->ctx;
+    const struct srf_sampler_config *c = &e->config.sampler;
+    const struct book b = book_at(srf_arena_ptr(e->arena, e->slot_book), batch->b);
+    const struct srf_sample_args args = {.temperature = c->temperature,
+                                         .top_k = c->top_k,
+                                         .top_p = c->top_p,
+                                         .streams = b.streams,
+                                         .pos = pos,
+                                         .tokens = b.next};
     bool before = ctx->exact_rows;
     ctx->exact_rows = true;
     srf_status st = srf_model_forward(e->model, batch);
+    if (st == SRF_OK && pos) st = srf_model_sample(e->model, batch, &args);
     if (st == SRF_OK && logits) st = srf_model_last_logits(e->model, batch, logits);
     ctx->exact_rows = before;
     if (st != SRF_OK) srf__trace(__FILE__, __LINE__);
     return st;
 }
 
-/* The next token of each slot where[i] that wants one, i < n, from row i of the logits. */
-static srf_status sample(struct srf_engine *e, int64_t n)
+/* The book of n slots or sequences to the device, and back with so many rows of `out`. */
+static srf_status book_upload(struct srf_engine *e, int64_t n)
 {
-    int64_t vocab = e->model->config.vocab;
-    srf_status st = SRF_OK;
-    for (int64_t i = 0; i < n && st == SRF_OK; i++) {
-        struct slot *s = &e->slots[e->where[i]];
-        if (!e->wanted[i]) continue;
-        st = srf_sample(&e->config.sampler, s->seed, s->sequence, s->sample++,
-                        e->logits + i * vocab, vocab, &s->next);
-    }
-    return st;
+    return e->ctx->be->upload(e->ctx, srf_arena_ptr(e->arena, e->slot_book), e->book,
+                              (size_t)(9 * n + 2) * sizeof(int32_t));
+}
+
+static srf_status book_download(struct srf_engine *e, int64_t n, int64_t steps)
+{
+    struct book device = book_at(srf_arena_ptr(e->arena, e->slot_book), n);
+    return e->ctx->be->download(e->ctx, book_at(e->book, n).left, device.left,
+                                (size_t)((3 + steps) * n + 2) * sizeof(int32_t));
+}
+
+/* `sample`: the number that the book has of a slot; a step adds 1 before it samples. */
+static void note_stream(const struct slot *s, int64_t sample, uint64_t stream[3])
+{
+    stream[0] = s->seed;
+    stream[1] = s->sequence;
+    stream[2] = (uint64_t)sample;
+}
+
+static srf_status check_token(int64_t slot, int32_t token)
+{
+    SRF_FAIL_IF(token < 0, SRF_NONFINITE, "slot %lld: the logits of its next token are not finite",
+                (long long)slot);
+    return SRF_OK;
 }
 
 /* ---- prompts -------------------------------------------------------------------------------- */
@@ -214,6 +320,30 @@ static srf_status check_prompt(const struct srf_engine *e, const struct srf_engi
     return SRF_OK;
 }
 
+/* The prefill of a batch, some of whose sequences want their first token. */
+static srf_status prefill_sample(struct srf_engine *e, const struct srf_batch *batch)
+{
+    int64_t n = batch->b;
+    struct book b = book_at(e->book, n);
+    memset(b.streams, 0, (size_t)(9 * n + 2) * sizeof(int32_t));
+    for (int64_t i = 0; i < n; i++) {
+        const struct slot *s = &e->slots[e->where[i]];
+        b.at[i] = e->wanted[i] ? 0 : -1;
+        note_stream(s, s->sample, b.streams + 3 * i);
+    }
+    SRF_TRY(book_upload(e, n));
+    SRF_TRY(launch(e, batch, book_at(srf_arena_ptr(e->arena, e->slot_book), n).at, NULL));
+    SRF_TRY(book_download(e, n, 0));
+    for (int64_t i = 0; i < n; i++) {
+        if (!e->wanted[i]) continue;
+        struct slot *s = &e->slots[e->where[i]];
+        SRF_TRY(check_token(e->where[i], b.next[i]));
+        s->next = b.next[i];
+        s->sample++;
+    }
+    return SRF_OK;
+}
+
 /* n pieces of prompts, collected in the engine's arrays. */
 static srf_status prefill_launch(struct srf_engine *e, int64_t n)
 {
@@ -228,14 +358,15 @@ static srf_status prefill_launch(struct srf_engine *e, int64_t n)
                               .tokens = e->piece,
                               .mode = SRF_MODE_PREFILL,
                               .state = srf_arena_ptr(e->arena, e->slot_state),
+                              .state_bf16 = e->config.state_bf16,
                               .pos = e->pos,
                               .n_slots = e->config.slots,
                               .lens = e->lens,
                               .slots = e->where,
                               .last_only = true};
-    SRF_TRY(launch(e, &batch, any ? e->logits : NULL));
+    SRF_TRY(any ? prefill_sample(e, &batch) : launch(e, &batch, NULL, NULL));
     for (int64_t i = 0; i < n; i++) e->slots[e->where[i]].at += e->lens[i];
-    return any ? sample(e, n) : SRF_OK;
+    return SRF_OK;
 }
 
 /* Long prompts are cut at multiples of prefill_rows, whatever goes beside them; whole pieces are
@@ -292,39 +423,130 @@ srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
 
 /* ---- decoding ------------------------------------------------------------------------------- */
 
-/* Gives out what every running slot has, and feeds what does not end it. */
-static srf_status decode_step(struct srf_engine *e, int32_t *tokens)
+/* Whether steps are recorded. Not while ops are timed one by one. */
+static bool records(const struct srf_engine *e)
 {
-    int64_t n = 0; /* slots up to the last one that still runs */
-    for (int64_t i = 0; i < e->config.slots; i++) {
-        struct slot *s = &e->slots[i];
-        tokens[i] = s->phase == RUNNING ? s->next : -1;
-        if (s->phase == RUNNING && (--s->left == 0 || s->next == e->config.stop)) s->phase = ENDED;
-        if (s->phase == RUNNING) n = i + 1;
-    }
-    if (n == 0) return SRF_OK;
-    for (int64_t i = 0; i < n; i++) {
-        const struct slot *s = &e->slots[i];
-        e->wanted[i] = s->phase == RUNNING;
-        e->where[i] = (int32_t)i;
-        e->piece[i] = e->wanted[i] ? s->next : 0;
-        e->pos[i] = e->wanted[i] ? (int32_t)s->at : -1;
-    }
+#ifdef SRF_SYNC_CHECK
+    (void)e; /* every op waits for the device */
+    return false;
+#else
+    return e->ctx->be->graph_begin && !e->ctx->profile;
+#endif
+}
+
+/* A step of slots 0 to n - 1, which only the device knows about: each gives out what it has, and
+ * what does not end it is fed. */
+static srf_status give_out(struct srf_engine *e, int64_t n)
+{
+    struct book b = book_at(srf_arena_ptr(e->arena, e->slot_book), n);
+    void *feed, *pos;
+    srf_model_inputs(e->model, &feed, &pos);
+    return SRF_RUN(e->ctx, slots_next, .n = n, .stop = e->config.stop, .next = b.next,
+                   .left = b.left, .at = b.at, .streams = b.streams, .feed = feed, .pos = pos,
+                   .step = b.step, .n_steps = STEPS, .out = b.out);
+}
+
+static srf_status step(struct srf_engine *e, int64_t n)
+{
+    void *feed, *pos;
+    srf_model_inputs(e->model, &feed, &pos);
     struct srf_batch batch = {.b = n,
                               .t = 1,
-                              .tokens = e->piece,
                               .mode = SRF_MODE_STEP,
                               .state = srf_arena_ptr(e->arena, e->slot_state),
-                              .pos = e->pos,
-                              .n_slots = e->config.slots};
-    SRF_TRY(launch(e, &batch, e->logits));
-    for (int64_t i = 0; i < n; i++) e->slots[i].at += e->wanted[i];
-    return sample(e, n);
+                              .state_bf16 = e->config.state_bf16,
+                              .n_slots = e->config.slots,
+                              .on_device = true};
+    SRF_TRY(give_out(e, n));
+    return launch(e, &batch, pos, NULL);
+}
+
+static srf_status record_step(struct srf_engine *e)
+{
+    const struct srf_backend *be = e->ctx->be;
+    SRF_TRY(be->graph_begin(e->ctx));
+    srf_status st = step(e, e->config.slots), end = be->graph_end(e->ctx, &e->graph);
+    SRF_TRY(st);
+    SRF_TRY(end);
+    e->graph_workspace = e->ctx->workspace;
+    return SRF_OK;
+}
+
+/* Before a step is recorded it runs once, so that all it needs (workspace, algorithms, code on the
+ * device) is there. */
+static srf_status run_steps(struct srf_engine *e, int64_t n, int64_t steps)
+{
+    const struct srf_backend *be = e->ctx->be;
+    if (!records(e)) {
+        for (int64_t t = 0; t < steps; t++) SRF_TRY(step(e, n));
+        return SRF_OK;
+    }
+    if (e->graph && e->graph_workspace != e->ctx->workspace) {
+        be->graph_free(e->ctx, e->graph);
+        e->graph = NULL;
+    }
+    if (!e->graph && steps > 0) {
+        SRF_TRY(step(e, n));
+        SRF_TRY(record_step(e));
+        steps--;
+    }
+    for (int64_t t = 0; t < steps; t++) SRF_TRY(be->graph_launch(e->ctx, e->graph));
+    return SRF_OK;
+}
+
+/* Up to `steps` <= STEPS rows of tokens of slots 0 to n - 1. */
+static srf_status decode_some(struct srf_engine *e, int64_t n, int64_t steps, int32_t *tokens)
+{
+    struct book b = book_at(e->book, n);
+    int64_t feeds = 0; /* steps after which all have ended, at the latest */
+    for (int64_t i = 0; i < n; i++) {
+        const struct slot *s = &e->slots[i];
+        bool runs = s->phase == RUNNING;
+        b.left[i] = runs ? (int32_t)s->left : 0;
+        b.next[i] = runs ? s->next : 0;
+        b.at[i] = runs ? (int32_t)s->at : 0;
+        note_stream(s, s->sample - 1, b.streams + 3 * i);
+        if (runs && s->next != e->config.stop && s->left - 1 > feeds) feeds = s->left - 1;
+    }
+    b.step[0] = b.step[1] = 0;
+    SRF_TRY(book_upload(e, n));
+    int64_t fed = steps < feeds ? steps : feeds, rows = fed < steps ? fed + 1 : fed;
+    SRF_TRY(run_steps(e, n, fed));
+    if (rows > fed) SRF_TRY(give_out(e, n));
+    SRF_TRY(book_download(e, n, rows));
+    for (int64_t t = 0; t < steps; t++)
+        for (int64_t i = 0; i < e->config.slots; i++)
+            tokens[t * e->config.slots + i] = t < rows && i < n ? b.out[t * n + i] : -1;
+    for (int64_t i = 0; i < n; i++) {
+        struct slot *s = &e->slots[i];
+        if (s->phase != RUNNING) continue;
+        s->sample += b.at[i] - s->at;
+        s->at = b.at[i];
+        s->left = b.left[i];
+        s->next = b.next[i];
+        if (s->left == 0) s->phase = ENDED;
+    }
+    for (int64_t k = 0; k < rows * n; k++) SRF_TRY(check_token(k % n, b.out[k] == -2 ? -1 : 0));
+    return SRF_OK;
 }
 
 srf_status srf_engine_decode(struct srf_engine *e, int64_t steps, int32_t *tokens)
 {
-    for (int64_t t = 0; t < steps; t++) SRF_TRY(decode_step(e, tokens + t * e->config.slots));
+    int64_t slots = e->config.slots;
+    for (int64_t t = 0; t < steps;) {
+        /* Slots up to the last one that runs. Where steps can be recorded always all, so that what
+         * a sequence gets does not depend on who runs behind it. */
+        int64_t n = slots, most = records(e) ? STEPS : 1;
+        while (n > 0 && e->slots[n - 1].phase != RUNNING) n--;
+        int64_t some = steps - t < most ? steps - t : most;
+        if (n == 0) {
+            for (int64_t i = t * slots; i < steps * slots; i++) tokens[i] = -1;
+            return SRF_OK;
+        }
+        if (e->ctx->be->graph_begin) n = slots;
+        SRF_TRY(decode_some(e, n, some, tokens + t * slots));
+        t += some;
+    }
     return SRF_OK;
 }
 
@@ -367,10 +589,11 @@ srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t 
                                   .tokens = e->piece,
                                   .mode = n == 1 ? SRF_MODE_STEP : SRF_MODE_PREFILL,
                                   .state = srf_arena_ptr(e->arena, e->slot_state),
+                                  .state_bf16 = e->config.state_bf16,
                                   .pos = e->pos,
                                   .last_only = true};
         done += n;
-        SRF_TRY(launch(e, &batch, done == t ? logits : NULL));
+        SRF_TRY(launch(e, &batch, NULL, done == t ? logits : NULL));
         for (int64_t i = 0; i < b; i++) e->slots[i].at += n;
     }
     return SRF_OK;
@@ -390,7 +613,12 @@ const struct srf_engine_config *srf_engine_config(const struct srf_engine *e)
 
 int64_t srf_engine_state_bytes(const struct srf_engine *e)
 {
-    return srf_model_state_count(e->model) * (int64_t)srf_dtype_bytes(srf_ctx_acc(e->ctx));
+    return srf_model_state_bytes(e->model, e->config.state_bf16);
+}
+
+int64_t srf_engine_state_values(const struct srf_engine *e)
+{
+    return srf_model_state_count(e->model);
 }
 
 int64_t srf_engine_kv_bytes(const struct srf_engine *e, int64_t t)
@@ -406,10 +634,10 @@ static srf_status engine_bytes(struct srf_ctx *ctx, const struct srf_checkpoint 
     struct srf_arena *arena = NULL;
     struct srf_model *model = NULL;
     srf_status st = SRF_OK;
-    int slot_state;
+    int slot_state, slot_book;
     config.slots = slots;
     SRF_TRY_GO(srf_arena_create(ctx, &arena));
-    SRF_TRY_GO(plan(ctx, ck, &config, arena, &model, &slot_state));
+    SRF_TRY_GO(plan(ctx, ck, &config, arena, &model, &slot_state, &slot_book));
     *bytes = (int64_t)srf_arena_bytes(arena, NULL);
 cleanup:
     srf_model_free(model);
@@ -423,7 +651,7 @@ srf_status srf_engine_fits(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
 {
     struct srf_engine_config c = *config;
     c.slots = 1;
-    SRF_TRY(check(ck, &c));
+    SRF_TRY(check(ctx, ck, &c));
     *slots = *taken = 0;
     /* Bisection: what is larger than `low` and at most `high` is not known yet. */
     for (int64_t low = 0, high = limit, need; low < high;) {

@@ -17,7 +17,7 @@ struct srf_engine; /* opaque; owns its device memory */
 struct srf_engine_config {
     int64_t slots;        /* sequences at once */
     int64_t prefill_rows; /* tokens of a prefill launch: sets the memory of activations */
-    bool state_bf16;      /* CUDA: states are stored in bf16 */
+    bool state_bf16;      /* CUDA, model in bf16: so are the states that the device keeps */
     enum srf_positions positions;
     struct srf_sampler_config sampler;
     int32_t stop; /* a sequence ends with this token; -1: none */
@@ -44,15 +44,17 @@ srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
                             const struct srf_engine_prompt *prompts);
 /* Up to `steps` more tokens of every running sequence: host (steps, slots), -1 where there is none.
  * A sequence ends with the stop token (which counts) or its max_new-th one; the last token is not
- * fed: it is in no state. */
+ * fed: it is in no state. A GPU needs the host only every 64 steps: ask for many at once.
+ * SRF_NONFINITE: the logits of a sequence were; it has ended. */
 srf_status srf_engine_decode(struct srf_engine *e, int64_t steps, int32_t *tokens);
 void srf_engine_release(struct srf_engine *e, int64_t slot);
 bool srf_engine_running(const struct srf_engine *e, int64_t slot);
 /* Tokens fed to a slot. */
 int64_t srf_engine_position(const struct srf_engine *e, int64_t slot);
 
-/* A slot's state as host values, A (n_layers, h, state_count), all of it that the future of a
- * sequence needs beside the position. Set: the slot must not run; then admit with resume. */
+/* A slot's state as host values, A (n_layers, h, state_count) also where the device keeps it in
+ * bf16, all of it that the future of a sequence needs beside the position. Set: the slot must not
+ * run; then admit with resume. */
 srf_status srf_engine_state_get(const struct srf_engine *e, int64_t slot, void *values);
 srf_status srf_engine_state_set(struct srf_engine *e, int64_t slot, const void *values,
                                 int64_t position);
@@ -67,7 +69,9 @@ srf_status srf_engine_reset(struct srf_engine *e);
 
 const struct srf_model *srf_engine_model(const struct srf_engine *e);
 const struct srf_engine_config *srf_engine_config(const struct srf_engine *e);
-/* Bytes of recurrent state a sequence, and of a KV cache of t tokens in the same element type. */
+/* Values of recurrent state a sequence, the bytes they take on the device, and those of a KV cache
+ * of t tokens in the model's element type. */
+int64_t srf_engine_state_values(const struct srf_engine *e);
 int64_t srf_engine_state_bytes(const struct srf_engine *e);
 int64_t srf_engine_kv_bytes(const struct srf_engine *e, int64_t t);
 /* The most slots (0: none, at most `limit`) whose engine takes no more than `bytes` on the device,

@@ -51,9 +51,8 @@ SRF__BOTH uint64_t srf__sample_weight(float l, float max, float factor)
     p = fmaf(p, f, 2.402264791363012e-1f);
     p = fmaf(p, f, 6.931472028550421e-1f);
     p = fmaf(p, f, 1.0f);
-    uint64_t whole = (uint64_t)(p * 16777216.0f); /* exact: p has 24 bits, from 1/2 up */
-    int shift = 16 + (int)n;
-    return shift >= 0 ? whole << shift : whole >> -shift;
+    uint64_t whole = (uint32_t)(p * 16777216.0f); /* exact: p has 24 bits, from 1/2 up */
+    return whole << 16 >> (int)-n;                /* n <= 0 */
 }
 
 /* The place in [0, sum) that a uniform number of (0, 1) stands for; sum > 0. */

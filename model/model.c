@@ -68,6 +68,10 @@ static srf_status plan_batch(struct srf_model *m, const struct srf_batch *batch)
         .n = srf_batch_rows(batch), .teacher = m->plan.teacher ? m : NULL, .backward = train};
     SRF_TRY(m->config.arch->forward(m, batch));
     SRF_TRY(srf_model_loss(m, &loss));
+    if (batch->mode != SRF_MODE_PARALLEL) {
+        const struct srf_sample_args sample = {.temperature = 1, .top_p = 1};
+        SRF_TRY(srf_model_sample(m, batch, &sample));
+    }
     return train ? m->config.arch->backward(m, batch) : SRF_OK;
 }
 
@@ -371,14 +375,21 @@ static const void *features_bias(const struct srf_model *m, int64_t layer)
     return acc_element(m, m->slot_bias, layer * m->n_sets * m->attention.m);
 }
 
+/* Of a sequence in one layer. */
+static int64_t layer_state_bytes(const struct srf_model *m, bool bf16)
+{
+    int64_t d = head_size(m), n = m->attention.m, window = m->attention.window;
+    int64_t size = (int64_t)srf_dtype_bytes(srf_ctx_acc(m->ctx));
+    return m->config.n_heads * (bf16 ? srf_attn_state_bf16_bytes(n, d, window)
+                                     : srf_attn_state_count(n, d, window) * size);
+}
+
 /* Layer l's piece of a batch's recurrent state. */
 static void *layer_state(const struct srf_model *m, int64_t layer, const struct srf_batch *batch)
 {
     if (!batch->state) return NULL;
-    int64_t count = srf_attn_state_count(m->attention.m, head_size(m), m->attention.window);
-    size_t size = srf_dtype_bytes(srf_ctx_acc(m->ctx));
     int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
-    return (char *)batch->state + (size_t)(layer * slots * m->config.n_heads * count) * size;
+    return (char *)batch->state + layer * slots * layer_state_bytes(m, batch->state_bf16);
 }
 
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
@@ -401,10 +412,12 @@ srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf
         return SRF_RUN(m->ctx, srf_attn_prefill, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
                        .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos,
                        .slots = batch->slots ? slots : NULL,
-                       .offsets = batch->lens ? offsets : NULL, .rows = srf_batch_rows(batch));
+                       .offsets = batch->lens ? offsets : NULL, .rows = srf_batch_rows(batch),
+                       .state_bf16 = batch->state_bf16);
     case SRF_MODE_STEP:
         return SRF_RUN(m->ctx, srf_attn_step, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos);
+                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = PTR(m->slot_pos),
+                       .state_bf16 = batch->state_bf16);
     case SRF_MODE_PARALLEL:
         break;
     }
@@ -436,6 +449,11 @@ int64_t srf_model_state_count(const struct srf_model *m)
            srf_attn_state_count(m->attention.m, head_size(m), m->attention.window);
 }
 
+int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16)
+{
+    return m->config.n_layers * layer_state_bytes(m, bf16);
+}
+
 const void *srf_model_qkv(const struct srf_model *m, int64_t layer)
 {
     return m->config.arch->qkv(m, layer);
@@ -461,6 +479,8 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
     int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
     SRF_FAIL_IF((batch->lens || batch->slots) && !prefill, SRF_INVALID,
                 "only a prefill takes lengths and slots");
+    SRF_FAIL_IF(batch->on_device && batch->mode != SRF_MODE_STEP, SRF_INVALID,
+                "only a step finds its tokens on the device");
     for (int64_t i = 0; i < batch->b && batch->lens; i++)
         SRF_FAIL_IF(batch->lens[i] < 1 || batch->lens[i] > batch->t, SRF_INVALID,
                     "sequence %lld has %d tokens: expected 1 to %lld", (long long)i, batch->lens[i],
@@ -473,6 +493,7 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
     SRF_FAIL_IF(n > m->plan.b * m->plan.t || batch->b > m->plan.b * m->plan.t, SRF_INVALID,
                 "batch of %lld sequences, %lld tokens in all: %lld x %lld were planned",
                 (long long)batch->b, (long long)n, (long long)m->plan.b, (long long)m->plan.t);
+    if (batch->on_device) return SRF_OK;
     for (int64_t i = 0; i < n; i++)
         SRF_FAIL_IF(batch->tokens[i] < 0 || batch->tokens[i] >= cfg->vocab, SRF_MISMATCH,
                     "token id %d: the model's vocabulary has %lld", batch->tokens[i],
@@ -487,8 +508,8 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
     return SRF_OK;
 }
 
-/* What a recurrent batch's rows and sequences are, in one upload each: embedding wants a position
- * for each token; attention (b) positions, (b) slots, (b + 1) first rows. */
+/* What a recurrent batch's rows and sequences are, in one upload each: embedding and a step want a
+ * position for each token; a prefill's attention (b) positions, (b) slots, (b + 1) first rows. */
 static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
@@ -504,7 +525,7 @@ static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *
         seq[2 * b + i + 1] = (int32_t)row;
     }
     srf_status st = ctx->be->upload(ctx, PTR(m->slot_pos), pos, (size_t)n * sizeof *pos);
-    if (st == SRF_OK)
+    if (st == SRF_OK && batch->mode == SRF_MODE_PREFILL)
         st = ctx->be->upload(ctx, PTR(m->slot_seq), seq, (size_t)(3 * b + 1) * sizeof *seq);
     srf__free(pos);
     return st;
@@ -515,6 +536,7 @@ srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
     struct srf_ctx *ctx = m->ctx;
     SRF_TRY(check_batch(m, batch));
     SRF_TRY(plan_shape(m, batch));
+    if (batch->on_device) return m->config.arch->forward(m, batch);
     SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_tokens), batch->tokens,
                             (size_t)srf_batch_rows(batch) * sizeof *batch->tokens));
     if (batch->mode != SRF_MODE_PARALLEL) SRF_TRY(upload_sequences(m, batch));
@@ -648,11 +670,41 @@ srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *b
     return SRF_OK;
 }
 
+/* The last position of each sequence, in the first rows of hidden. */
+static srf_status last_rows(struct srf_model *m, const struct srf_batch *batch)
+{
+    if (srf_batch_hidden_rows(batch) == batch->b) return SRF_OK;
+    return srf__model_gather_last(m, batch, PTR(m->slot_hidden));
+}
+
+void srf_model_inputs(const struct srf_model *m, void **tokens, void **pos)
+{
+    *tokens = PTR(m->slot_tokens);
+    *pos = PTR(m->slot_pos);
+}
+
+srf_status srf_model_sample(struct srf_model *m, const struct srf_batch *batch,
+                            const struct srf_sample_args *args)
+{
+    struct srf_sample_args a = *args;
+    a.v = m->config.vocab, a.ld = srf_padded_vocab(&m->config);
+    a.logits = PTR(m->slot_logits);
+    SRF_TRY(last_rows(m, batch));
+    for (int64_t at = 0; at < batch->b; at += m->logit_rows) {
+        a.n = batch->b - at < m->logit_rows ? batch->b - at : m->logit_rows;
+        a.streams = args->streams ? (const uint64_t *)args->streams + 3 * at : NULL;
+        a.pos = args->pos ? (const int32_t *)args->pos + at : NULL;
+        a.tokens = args->tokens ? (int32_t *)args->tokens + at : NULL;
+        SRF_TRY(head(m, at, a.n, PTR(m->slot_logits)));
+        SRF_TRY(srf_run_sample(m->ctx, &a));
+    }
+    return SRF_OK;
+}
+
 srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *batch, float *logits)
 {
     const struct srf_model_config *cfg = &m->config;
-    if (srf_batch_hidden_rows(batch) == srf_batch_rows(batch))
-        SRF_TRY(srf__model_gather_last(m, batch, PTR(m->slot_hidden)));
+    SRF_TRY(last_rows(m, batch));
     for (int64_t at = 0; at < batch->b; at += m->logit_rows) {
         int64_t n = batch->b - at < m->logit_rows ? batch->b - at : m->logit_rows;
         SRF_TRY(head(m, at, n, PTR(m->slot_logits)));

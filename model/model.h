@@ -23,8 +23,12 @@ struct srf_batch {
     const int32_t *tokens; /* host (b, t) */
     enum srf_attn_mode mode;
     void *state;        /* PREFILL, STEP: device A (n_layers, slots, h, state_count), in/out */
-    const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before */
-    int64_t n_slots;    /* PREFILL, STEP: sequences that `state` has room for; 0 = b */
+    bool state_bf16;    /* the same stored in bf16 (ops.h) */
+    const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before; negative in a STEP: idle */
+    /* STEP: tokens and positions are where srf_model_inputs says, and the host has none. Who put
+     * them there has checked them. */
+    bool on_device;
+    int64_t n_slots; /* PREFILL, STEP: sequences that `state` has room for; 0 = b */
     /* PREFILL of sequences of several lengths: sequence i has lens[i] >= 1 tokens, and tokens are
      * packed one sequence after another; t is the longest. Host (b); NULL: t each. */
     const int32_t *lens;
@@ -141,6 +145,12 @@ srf_status srf_model_zero_grads(struct srf_model *m);
 /* Sum over layers of |o - o_teacher|^2 since the gradients were zeroed (distillation). */
 srf_status srf_model_attention_mse(const struct srf_model *m, double *sum);
 
+/* Where the model has the tokens and positions of a STEP: device i32 (b) each. */
+void srf_model_inputs(const struct srf_model *m, void **tokens, void **pos);
+/* Op sample on the logits of the last position of each sequence of the last forward: args says all
+ * but n, v, ld and logits. */
+srf_status srf_model_sample(struct srf_model *m, const struct srf_batch *batch,
+                            const struct srf_sample_args *args);
 /* Logits of the last position of each sequence of the last forward: host (b, vocab). */
 srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *batch, float *logits);
 
@@ -169,6 +179,6 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
                                 const void *q, const void *k, const void *v, int64_t ld,
                                 const void *o, const void *d_o, int64_t ld_o, const void *stat,
                                 void *dq, void *dk, void *dv);
-/* Values of recurrent state that one sequence needs in all layers; bytes of it, and of the KV cache
- * that softmax attention holds after `t` tokens in the same element type. */
+/* Values of recurrent state that one sequence needs in all layers; bytes of it on the device. */
 int64_t srf_model_state_count(const struct srf_model *m);
+int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16);

@@ -5,6 +5,7 @@
     bench_peers.py --model DIR --device cuda ...       on the GPU: bf16 autocast, torch.compile
     bench_peers.py --attention-ops --device cuda       softmax attention, causal: flash and cuDNN
     bench_peers.py --prefill --model DIR --device cuda --batch 16 --seq-len 16384
+    bench_peers.py --decode-cuda --model DIR           a decode step over a full KV cache
 
 The model is transformers' GPT2LMHeadModel made from DIR/config.json (weights do not matter for
 time) without dropout, which srf has not; AdamW with weight decay, gradients clipped to norm 1,
@@ -17,6 +18,10 @@ bf16, forward and forward + backward, by events, with inputs rotated past the L2
 --prefill times what `srf bench prefill` does, with softmax: prompts into keys and values that are
 kept, positions wrapped, the last position's logits; scaled_dot_product_attention, on the GPU bf16
 and each block compiled; as many sequences at once as 32768 tokens hold.
+
+--decode-cuda decodes with a static KV cache of --seq-len tokens in bf16, all of them attended to
+(scaled_dot_product_attention), the likeliest token fed back; the whole step is one CUDA graph, its
+blocks compiled with --compile. --batch takes several numbers: 1,1024.
 
 Needs torch and, for the step, transformers.
 """
@@ -41,13 +46,15 @@ def parse():
     p.add_argument("--model", help="a transformers directory, or a config.json")
     p.add_argument("--attention-ops", action="store_true", help="time attention alone")
     p.add_argument("--prefill", action="store_true", help="time prefill in PyTorch")
+    p.add_argument("--decode-cuda", action="store_true", help="time a decode step on the GPU")
+    p.add_argument("--compile", action="store_true", help="of --decode-cuda: torch.compile")
     p.add_argument("--heads", type=int, default=12, help="of --attention-ops")
     p.add_argument("--head-size", type=int, default=64, help="of --attention-ops")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--srf", help="the srf program: time `srf bench step` too")
     p.add_argument("--attention", default="softmax", help="srf's attention (softmax)")
     p.add_argument("--window", type=int, help="srf's window")
-    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--batch", default="8")
     p.add_argument("--seq-len", type=int, default=512)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--steps", type=int, default=5, help="timed steps of a round")
@@ -56,6 +63,8 @@ def parse():
     args = p.parse_args()
     if bool(args.model) == args.attention_ops:
         p.error("give --model, or --attention-ops")
+    args.batches = [int(b) for b in args.batch.split(",")]
+    args.batch = args.batches[0]
     return args
 
 
@@ -202,6 +211,68 @@ def prefill(args):
     return statistics.median(times)
 
 
+class Decoder(torch.nn.Module):
+    """A GPT-2 whose blocks attend to one more token and all of a static cache."""
+
+    def __init__(self, config, batch, length):
+        super().__init__()
+        width, self.heads = config["n_embd"], config["n_head"]
+        options = {"device": "cuda", "dtype": torch.bfloat16}
+        linear, norm = torch.nn.Linear, torch.nn.LayerNorm
+        self.wte = torch.nn.Embedding(config["vocab_size"], width, **options)
+        self.wpe = torch.nn.Embedding(length, width, **options)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleList([
+                norm(width, **options), linear(width, 3 * width, **options),
+                linear(width, width, **options), norm(width, **options),
+                linear(width, 4 * width, **options), linear(4 * width, width, **options)
+            ])
+            for _ in range(config["n_layer"])
+        )
+        self.norm = norm(width, **options)
+        shape = (config["n_layer"], 2, batch, self.heads, length, width // self.heads)
+        self.cache = torch.randn(shape, **options)
+        self.at = torch.tensor([length - 1], device="cuda")
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe(self.at)
+        for block, (keys, values) in zip(self.blocks, self.cache):
+            norm_1, qkv, out, norm_2, up, down = block
+            q, k, v = qkv(norm_1(x)).view(len(x), 3, self.heads, 1, -1).unbind(1)
+            keys.index_copy_(2, self.at, k)
+            values.index_copy_(2, self.at, v)
+            o = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+            x = x + out(o.reshape(x.shape))
+            x = x + down(torch.nn.functional.gelu(up(norm_2(x)), approximate="tanh"))
+        return (self.norm(x) @ self.wte.weight.T).argmax(-1)
+
+
+@torch.no_grad()
+def decode_cuda(args):
+    """Rows of (batch, length, ms a step)."""
+    config = json.loads(config_path(args.model).read_text())
+    rows = []
+    for batch in args.batches:
+        model = Decoder(config, batch, args.seq_len)
+        step = torch.compile(model) if args.compile else model
+        tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                tokens.copy_(step(tokens))
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            tokens.copy_(step(tokens))
+        ms = event_median(lambda _, graph=graph: [graph.replay() for _ in range(10)]) / 10
+        rows.append({"peer": "torch", "compiled": args.compile, "batch": batch,
+                     "cache": args.seq_len, "step_ms": ms, "tokens_per_s": 1e3 * batch / ms,
+                     "cache_bytes": model.cache.numel() * 2})
+        del graph, step, model
+        torch.cuda.empty_cache()
+    return rows
+
+
 def event_median(call, repeats=20):
     for i in range(3):
         call(i)
@@ -244,6 +315,12 @@ def main():
                 else "{backend:8} B={batch:<3} T={seq_len:<6} forward {fwd_ms:.3f} ms, "
                 "forward + backward {fwd_bwd_ms:.3f} ms".format(**row)
             )
+        return
+    if args.decode_cuda:
+        for row in decode_cuda(args):
+            print(json.dumps(row) if args.json else
+                  "PyTorch KV cache of {cache} tokens, batch {batch}: {step_ms:.4f} ms a step, "
+                  "{tokens_per_s:.0f} tokens/s".format(**row))
         return
     tokens = args.batch * args.seq_len
     if args.prefill:

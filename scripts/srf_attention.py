@@ -3,12 +3,14 @@
 
     attention = Attention(n_heads=12, head_size=64, device="cuda", dtype=torch.bfloat16)
     o = attention(q, k, v)             # (b, t, heads, head size); o.backward() gives dq, dk, dv
+    o = attention.packed(qkv)          # the same of one tensor (b, t, 3, heads, head size)
     attention.redraw()                 # other features: once an optimizer step
     state = attention.new_state(b)     # inference: a state in, a state out
     o = attention.prefill(q, k, v, state)
     o = attention.step(q1, k1, v1, state, pos)
 
-q, k, v may be slices of one packed tensor (anything whose last two dimensions are dense). CUDA calls
+q, k, v may be slices of one packed tensor (anything whose last two dimensions are dense). Where they
+are, packed() is faster: PyTorch puts three gradients of slices together by copies. CUDA calls
 go to PyTorch's current stream and return at once. Trained features: attention(q, k, v, w=w) with w
 (sets, m, head size) gives w.grad too.
 
@@ -148,8 +150,44 @@ class Attention:
     def reserve(self, b, t, backward=True):
         self._ok(self.lib.srf_attn_reserve(self.handle, b, t, backward))
 
+    def _forward(self, q, k, v, ld, with_stat):
+        """o, and what backward wants of each row."""
+        b, t = q.shape[:2]
+        o = torch.empty(q.shape, dtype=self.dtype, device=q.device)
+        stat = None
+        if with_stat:
+            stat = torch.empty(b, self.n_heads, t, dtype=self.acc, device=q.device)
+        x = self._tensors(q, k, v, o, ld)
+        self._ok(self.lib.srf_attn_forward(self.handle, self._stream(), ctypes.byref(x),
+                                           stat.data_ptr() if with_stat else None))
+        return o, stat
+
+    def _backward(self, q, k, v, o, ld, d_o, stat, grads, w):
+        """Into grads, three tensors laid out as q, k, v; returns dw if w is not None."""
+        dw = None
+        if w is not None:
+            dw = torch.zeros(self.n_sets, self.m, self.head_size, dtype=self.acc, device=q.device)
+        x = self._tensors(q, k, v, o, ld)
+        self._ok(self.lib.srf_attn_backward(
+            self.handle, self._stream(), ctypes.byref(x), d_o.data_ptr(), stat.data_ptr(),
+            *(g.data_ptr() for g in grads), None if dw is None else dw.data_ptr()))
+        return None if dw is None else dw.to(w.dtype)
+
     def __call__(self, q, k, v, w=None):
-        return _Function.apply(self, q, k, v, w)
+        if w is not None:
+            self.set_features(w)
+        if torch.is_grad_enabled():
+            return _Function.apply(self, q, k, v, w)
+        (q, k, v), ld = self._rows(q, k, v)
+        return self._forward(q, k, v, ld, False)[0]
+
+    def packed(self, qkv, w=None):
+        if w is not None:
+            self.set_features(w)
+        if torch.is_grad_enabled():
+            return _Packed.apply(self, qkv, w)
+        (q, k, v), ld = self._rows(*qkv.unbind(2))
+        return self._forward(q, k, v, ld, False)[0]
 
     def new_state(self, b):
         count = self.lib.srf_attn_state_values(self.handle) // self.n_heads
@@ -182,14 +220,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention, q, k, v, w):
         a = attention
-        if w is not None:
-            a.set_features(w)
         (q, k, v), ld = a._rows(q, k, v)
-        b, t = q.shape[:2]
-        o = torch.empty(q.shape, dtype=a.dtype, device=q.device)
-        stat = torch.empty(b, a.n_heads, t, dtype=a.acc, device=q.device)
-        x = a._tensors(q, k, v, o, ld)
-        a._ok(a.lib.srf_attn_forward(a.handle, a._stream(), ctypes.byref(x), stat.data_ptr()))
+        o, stat = a._forward(q, k, v, ld, True)
         ctx.save_for_backward(q, k, v, o, stat)
         ctx.attention, ctx.w = a, w
         return o
@@ -201,30 +233,44 @@ class _Function(torch.autograd.Function):
         a = ctx.attention
         q, k, v, o, stat = ctx.saved_tensors
         (q, k, v), ld = a._rows(q, k, v)
-        d_o = d_o.contiguous()
         # laid out as q, k, v: rows of ld
         b, t = q.shape[:2]
         size, heads = a.head_size, a.n_heads
         if ld == heads * size:
-            dq, dk, dv = (torch.empty_like(o) for _ in range(3))
+            grads = [torch.empty_like(o) for _ in range(3)]
+        elif ld >= 3 * heads * size:  # packed, as q, k, v most likely are
+            room = torch.empty(b * t * ld, dtype=a.dtype, device=q.device)
+            grads = [room.as_strided(q.shape, (t * ld, ld, size, 1), i * heads * size)
+                     for i in range(3)]
         else:
-            parts = -(-ld // (heads * size))
-            room = torch.empty(parts * b * t * ld if parts < 3 else b * t * ld, dtype=a.dtype,
-                               device=q.device)
-            if parts >= 3:  # packed, as q, k, v most likely are
-                dq, dk, dv = (room.as_strided(q.shape, (t * ld, ld, size, 1), i * heads * size)
-                              for i in range(3))
-            else:
-                dq, dk, dv = (torch.empty(b * t * ld, dtype=a.dtype, device=q.device)
-                              .as_strided(q.shape, (t * ld, ld, size, 1)) for _ in range(3))
-        dw = None
-        if ctx.w is not None and ctx.needs_input_grad[4]:
-            dw = torch.zeros(a.n_sets, a.m, size, dtype=a.acc, device=q.device)
-        x = a._tensors(q, k, v, o, ld)
-        a._ok(a.lib.srf_attn_backward(a.handle, a._stream(), ctypes.byref(x), d_o.data_ptr(),
-                                      stat.data_ptr(), dq.data_ptr(), dk.data_ptr(),
-                                      dv.data_ptr(), None if dw is None else dw.data_ptr()))
-        return None, dq, dk, dv, None if dw is None else dw.to(ctx.w.dtype)
+            grads = [torch.empty(b * t * ld, dtype=a.dtype, device=q.device)
+                     .as_strided(q.shape, (t * ld, ld, size, 1)) for _ in range(3)]
+        w = ctx.w if ctx.needs_input_grad[4] else None
+        dw = a._backward(q, k, v, o, ld, d_o.contiguous(), stat, grads, w)
+        return None, *grads, dw
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attention, qkv, w):
+        a = attention
+        qkv = qkv.contiguous()
+        (q, k, v), ld = a._rows(*qkv.unbind(2))
+        o, stat = a._forward(q, k, v, ld, True)
+        ctx.save_for_backward(qkv, o, stat)
+        ctx.attention, ctx.w = a, w
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o):
+        a = ctx.attention
+        qkv, o, stat = ctx.saved_tensors
+        (q, k, v), ld = a._rows(*qkv.unbind(2))
+        grad = torch.empty_like(qkv)
+        w = ctx.w if ctx.needs_input_grad[2] else None
+        dw = a._backward(q, k, v, o, ld, d_o.contiguous(), stat, grad.unbind(2), w)
+        return None, grad, dw
 
 
 # ---- checks and measurements ---------------------------------------------------------------------
@@ -261,9 +307,13 @@ def check_recorded(library, path, device):
             want = {x: torch.tensor(case[x], dtype=torch.float64).view(shape)
                     for x in ("o", "dq", "dk", "dv")}
             close(name + "o", o.detach(), want["o"], tolerance)
+            grad, packed.grad = packed.grad, None
             for part, x in enumerate(("dq", "dk", "dv")):
-                close(name + x, packed.grad.view(b, t, 3, heads, d)[:, :, part], want[x],
-                      tolerance)
+                close(name + x, grad.view(b, t, 3, heads, d)[:, :, part], want[x], tolerance)
+            whole = a.packed(packed.view(b, t, 3, heads, d))
+            whole.backward(d_o.view(shape).to(device, dtype))
+            if not torch.equal(whole, o) or not torch.equal(packed.grad, grad):
+                sys.exit(f"FAILED: {name}packed")
             for mode in MODES:
                 state = a.new_state(b)
                 with torch.no_grad():
@@ -328,11 +378,13 @@ def check_large(library):
 
 
 def median_ms(run, reps=30, inner=4):
+    """The GPU's time, with calls waiting for it: as in training, where Python runs ahead."""
     times = []
     for _ in range(3):
         run()
     for _ in range(reps):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(4_000_000)
         begin.record()
         for _ in range(inner):
             run()
@@ -354,13 +406,12 @@ def bench(library, as_json):
     def forward():
         turn[0] += 1
         with torch.no_grad():
-            a(*inputs[turn[0] % 3].unbind(2))
+            a.packed(inputs[turn[0] % 3])
 
     def both():
         turn[0] += 1
-        x = inputs[turn[0] % 3].unbind(2)
-        x = [part.detach().requires_grad_() for part in x]
-        a(*x).backward(d_o)
+        x = inputs[turn[0] % 3].detach().requires_grad_()
+        a.packed(x).backward(d_o)
 
     result = {"device": torch.cuda.get_device_name(), "shape": [b, t, heads, d, m],
               "forward_ms": median_ms(forward), "forward_backward_ms": median_ms(both)}

@@ -210,6 +210,79 @@ static void test_late_positions(void **state)
     attn_case_free(&c);
 }
 
+/* One step of sequences first .. first + n - 1 of b, rows of qkv and o being (t, b): o and state go
+ * on where pos >= 0. */
+struct steps {
+    struct attn_case *c;
+    char *o, *state;
+    const int32_t *pos; /* device (b) */
+    size_t state_bytes; /* of a sequence */
+    bool state_bf16;
+};
+static void one_step(const struct steps *r, int64_t t, int64_t first, int64_t n)
+{
+    struct attn_case *c = r->c;
+    struct srf_attn_shape s = c->shape;
+    int64_t size = (int64_t)srf_dtype_bytes(c->s.ctx->dtype), row = t * s.b + first;
+    const char *q = (const char *)c->qkv.dev + row * c->ld * size;
+    int64_t part = s.h * s.d * size;
+    s.b = n, s.t = 1;
+    twin_run(&c->s, srf_attn_step, .s = s, .q = q, .k = q + part, .v = q + 2 * part, .ld = c->ld,
+             .w = c->w.dev, .bias = c->bias.dev, .o = r->o + row * c->ld_o * size, .ld_o = c->ld_o,
+             .state = r->state + (size_t)first * r->state_bytes, .pos = r->pos + first,
+             .state_bf16 = r->state_bf16);
+}
+
+/* Sequences that are idle now and then: each is what it is without the others, bit for bit; and what
+ * it is with a state in bf16, to that. */
+static void test_idle(void **state)
+{
+    const struct recurrent_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 0.5);
+    const struct srf_attn_shape *s = &c.shape;
+    int64_t b = s->b, n = c.o.n, count = srf_attn_state_count(s->m, s->d, s->window);
+    c.s.ctx->exact_rows = true; /* as the engine asks for */
+    bool narrow = k->dtype == SRF_BF16;
+    double *zeros = srf__calloc((size_t)n, sizeof *zeros);
+    struct twin alone = twin_of(&c.s, zeros, n), low = twin_of(&c.s, zeros, n);
+    struct twin states[3];
+    int32_t *pos = srf__calloc((size_t)b, sizeof *pos), *now = srf__calloc((size_t)b, sizeof *now);
+    struct twin_raw at = twin_raw_of(&c.s, now, (size_t)b * sizeof *now);
+    for (int i = 0; i < 3; i++) states[i] = twin_acc_fill(&c.s, b * s->h * count, 0);
+    twin_set(&c.s, &c.o, zeros);
+    size_t wide = (size_t)(s->h * count) * sizeof(float);
+    struct steps runs[] = {{&c, c.o.dev, states[0].dev, at.dev, wide, false},
+                           {&c, alone.dev, states[1].dev, at.dev, wide, false},
+                           {&c, low.dev, states[2].dev, at.dev,
+                            (size_t)(s->h * srf_attn_state_bf16_bytes(s->m, s->d, s->window)),
+                            true}};
+    for (int64_t t = 0; t < s->t; t++) {
+        for (int64_t i = 0; i < b; i++) now[i] = (t + 2 * i) % 5 < 2 ? -1 : pos[i]++;
+        test_ok(c.s.ctx->be->upload(c.s.ctx, at.dev, now, at.bytes));
+        one_step(&runs[0], t, 0, b);
+        for (int64_t i = 0; i < b; i++)
+            if (now[i] >= 0) one_step(&runs[1], t, i, 1);
+        if (narrow) one_step(&runs[2], t, 0, b);
+    }
+    double *x = twin_values(&c.s, c.o), *y = twin_values(&c.s, alone);
+    assert_memory_equal(x, y, (size_t)n * sizeof *x); /* idle rows: zeros in both */
+    srf__free(y);
+    if (narrow) {
+        y = twin_values(&c.s, low);
+        twin_check(&c.s, "state in bf16", y, x, n, 2e-2);
+        srf__free(y);
+    }
+    srf__free(x);
+    x = twin_values(&c.s, states[0]), y = twin_values(&c.s, states[1]);
+    assert_memory_equal(x, y, (size_t)states[0].n * sizeof *x);
+    srf__free(x);
+    srf__free(y);
+    srf__free(zeros);
+    srf__free(pos);
+    srf__free(now);
+    attn_case_free(&c);
+}
+
 static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_shape s,
                 int64_t window, const char *what, void (*body)(void **state), double work)
 {
@@ -237,6 +310,15 @@ int main(int argc, char **argv)
         for (int i = 0; i < 4; i++)
             add(&suite, gpu_dtype(type), light[i / 2], i % 2 ? i / 2 ? 32 : 7 : 0, "light",
                 test_forms, GPU_LIGHT);
+    static const struct srf_attn_shape idle[] = {
+        {.b = 5, .t = 40, .h = 2, .d = 64, .m = 64, .n_sets = 2, .causal = true},
+        {.b = 3, .t = 40, .h = 1, .d = 128, .m = 256, .n_sets = 1, .causal = true},
+        {.b = 4, .t = 40, .h = 2, .d = 32, .m = 20, .n_sets = 1, .causal = true},
+    };
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int i = 0; i < 6; i++)
+            add(&suite, gpu_dtype(type), idle[i / 2], i % 2 ? 8 : 0, "idle", test_idle,
+                i < 2 ? GPU_LIGHT : 1e5);
     for (int type = 0; type < gpu_n_dtypes(); type++)
         for (int w = 0; w < 2; w++) {
             add(&suite, gpu_dtype(type), longer, windows[w], "packed", test_packed,

@@ -38,7 +38,7 @@ for attention in softmax srf; do
 done
 "$srf" bench decode --init "$dir/config.json" --batch 2 -n 8 --json >"$dir/decode" ||
     fail "bench decode"
-has "$dir/decode" tokens_per_s late_tokens_per_s prefill_tokens_per_s state_bytes kv_bytes
+has "$dir/decode" tokens_per_s late_tokens_per_s share_of_floor state_bytes kv_bytes ops
 
 "$srf" bench prefill --init "$dir/config.json" --batch 2 -n 50 --rows 40 --steps 2 --json \
     >"$dir/prefill" || fail "bench prefill"
@@ -56,6 +56,7 @@ expect 2 bench nothing
 expect 2 bench step
 expect 2 bench prefill
 expect 2 bench op --filter
-expect 1 bench decode --init "$dir/config.json" -n 30
+expect 1 bench decode --init "$dir/config.json" --device cpu --state-bf16
+expect 1 bench decode --init "$dir/config.json" --attention softmax
 expect 1 bench step --init "$dir/config.json" --seq-len 64
 expect 1 bench step --model "$dir/missing"

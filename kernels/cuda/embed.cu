@@ -13,6 +13,7 @@
  * Floor: memory. Forward reads two rows and writes one; backward reads dy once for each table and
  * updates the rows of the tables that occur. GPT-2 124M with 8192 rows: 12.6 MB of dy, twice the
  * 25 MB at most of dwte's rows, 6 MB of dwpe, 15 us; the sort is five small launches. */
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/pack.h"
 
 #include <cub/device/device_radix_sort.cuh>
@@ -27,6 +28,8 @@ template <typename T, int N>
 static __global__ void __launch_bounds__(32 * WARPS) embed_fwd_kernel(struct srf_embed_fwd_args a)
 {
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
+    chain_next();
+    chain_wait();
     if (row >= a.n) return;
     int64_t token = ((const int32_t *)a.tokens)[row];
     int64_t pos = a.pos ? max(((const int32_t *)a.pos)[row], 0) : row % a.t;
@@ -51,16 +54,10 @@ extern "C" srf_status cuda_embed_fwd(struct srf_ctx *ctx, const struct srf_embed
                 (long long)most);
     bool packs =
         a->c % 8 == 0 && aligned_to(a->wte, 16) && aligned_to(a->wpe, 16) && aligned_to(a->y, 16);
-    unsigned grid = (unsigned)div_up(a->n, WARPS);
-    cudaStream_t stream = stream_of(ctx);
-    if (ctx->dtype == SRF_BF16 && packs)
-        embed_fwd_kernel<bf16, 8><<<grid, 32 * WARPS, 0, stream>>>(*a);
-    else if (ctx->dtype == SRF_BF16)
-        embed_fwd_kernel<bf16, 1><<<grid, 32 * WARPS, 0, stream>>>(*a);
-    else if (packs)
-        embed_fwd_kernel<float, 4><<<grid, 32 * WARPS, 0, stream>>>(*a);
-    else
-        embed_fwd_kernel<float, 1><<<grid, 32 * WARPS, 0, stream>>>(*a);
+    auto kernel = ctx->dtype == SRF_BF16
+                      ? (packs ? embed_fwd_kernel<bf16, 8> : embed_fwd_kernel<bf16, 1>)
+                      : (packs ? embed_fwd_kernel<float, 4> : embed_fwd_kernel<float, 1>);
+    chain_launch(ctx, {dim3((unsigned)div_up(a->n, WARPS)), 32 * WARPS, 0, 1}, kernel, *a);
     return srf__cuda_launched("embed_fwd");
 }
 

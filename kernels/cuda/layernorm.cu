@@ -12,6 +12,7 @@
  * are longer, or not in 16-byte pieces, go through kernels that read a row several times.
  * Floor: memory; forward reads x and writes y, backward reads x and dy and updates dx, and writes y
  * where that is wanted. */
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/dense.h"
 
 #define THREADS  128
@@ -60,8 +61,10 @@ static __global__ __launch_bounds__(THREADS, fwd_blocks(NP)) void fwd_kernel(
     int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / LANES;
     int64_t step = (int64_t)gridDim.x * ROWS;
     pack<T, N> ga[NP], be[NP], next[NP];
+    chain_next();
     load_row<T, LANES, NP>(ga, gamma, lane, packs);
     load_row<T, LANES, NP>(be, beta, lane, packs);
+    chain_wait();
     if (row < n) load_row<T, LANES, NP>(next, x + row * c, lane, packs);
     for (; row < n; row += step) {
         pack<T, N> in[NP];
@@ -282,9 +285,9 @@ template <typename T, int LANES, int NP>
 static void launch_fwd(struct srf_ctx *ctx, const struct srf_layernorm_fwd_args *a)
 {
     unsigned grid = grid_for(ctx, a->n, THREADS / LANES, fwd_blocks(NP));
-    fwd_kernel<T, LANES, NP><<<grid, THREADS, 0, stream_of(ctx)>>>(
-        a->n, (int)a->c, (float)a->eps, (const T *)a->x, (const T *)a->gamma, (const T *)a->beta,
-        (T *)a->y, (float *)a->mean, (float *)a->rstd);
+    chain_launch(ctx, {dim3(grid), THREADS, 0, 1}, fwd_kernel<T, LANES, NP>, a->n, (int)a->c,
+                 (float)a->eps, (const T *)a->x, (const T *)a->gamma, (const T *)a->beta, (T *)a->y,
+                 (float *)a->mean, (float *)a->rstd);
 }
 
 template <typename T> static void fwd(struct srf_ctx *ctx, const struct srf_layernorm_fwd_args *a)

@@ -10,6 +10,7 @@
  * Floor: the bytes of the state, m (d + 2) fp32 numbers read and written (hybrid: read, and up to
  * 4 window d of the ring), at the card's memory bandwidth. W comes from L2.
  */
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/srf_attn_step.h"
 
 #define STEP_THREADS  256
@@ -239,6 +240,8 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
     float *z = (float *)(s + (int64_t)m * d), *top = z + m;
     float *x = smem + l.x, *v = smem + l.v, *out = smem + l.dot, *in = out + m;
     float *step = smem + l.step, *red = smem + l.red, *scratch = smem + l.scratch;
+    chain_next();
+    chain_wait();
     int32_t at_pos = a.pos ? a.pos[seq] : 0;
     T *o = (T *)a.o + seq * a.ld_o + head * d;
     if (at_pos < 0) { /* idle */
@@ -383,6 +386,7 @@ srf_status srf__scan_step(struct srf_ctx *ctx, const struct srf_srf_attn_step_ar
                   : ctx->dtype == SRF_BF16 ? kernel_of<bf16, float>(vec, hybrid)
                                            : kernel_of<float, float>(vec, hybrid);
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    kernel<<<(unsigned)(s->b * s->h), STEP_THREADS, bytes, stream_of(ctx)>>>(p);
+    const struct chain_shape shape = {dim3((unsigned)(s->b * s->h)), STEP_THREADS, bytes, 1};
+    chain_launch(ctx, shape, kernel, p);
     return srf__cuda_launched("srf_attn_step");
 }

@@ -11,6 +11,7 @@
  *
  * Floor: memory, m (d + 2) numbers read and written a head, in bf16 m d bf16 and 2 m fp32: for B =
  * 256, H = 12, D = 64, m = 64 on an H100 104 MB, 33 us, and 53 MB, 17 us. W comes from L2. */
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/pack.h"
 #include "kernels/cuda/srf_attn_step.h"
 #include "kernels/cuda/wgmma.h"
@@ -91,6 +92,8 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     const int m = (int)sh.m, tid = threadIdx.x;
     const struct bulk_layout l = bulk_layout_of(m, D, THREADS, sizeof(E));
     int64_t block = blockIdx.x, seq = block / sh.h, head = block - seq * sh.h;
+    chain_next();
+    chain_wait();
     int32_t pos = a.pos ? a.pos[seq] : 0;
     T *o = (T *)a.o + seq * a.ld_o + head * D;
     if (pos < 0) { /* idle */
@@ -249,7 +252,8 @@ bool srf__step_bulk(struct srf_ctx *ctx, const struct step_params *p, bool state
                              : kernel_of<bf16, float>(s->d, threads);
     cudaError_t err =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (err == cudaSuccess) kernel<<<(unsigned)(s->b * s->h), threads, bytes, stream_of(ctx)>>>(*p);
+    const struct chain_shape shape = {dim3((unsigned)(s->b * s->h)), threads, (size_t)bytes, 1};
+    if (err == cudaSuccess) chain_launch(ctx, shape, kernel, *p);
     *status = srf__cuda_launched("srf_attn_step");
     return true;
 }

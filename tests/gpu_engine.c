@@ -1,0 +1,280 @@
+/* The batch engine on the GPU: steps that it takes alone give what the host's sampler draws from
+ * the same logits, whoever runs beside a sequence; states in bf16; states as values. */
+#include "infer/engine.h"
+#include "tests/ref/gpu.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum { V = 509, N_POS = 256, SLOTS = 6, PROMPT = 21, NEW = 90, STOP = 7 };
+
+struct engine_case {
+    enum srf_dtype dtype;
+    int64_t d, m, window, slots;
+    bool state_bf16;
+    struct srf_sampler_config sampler;
+};
+
+struct engine_on {
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_engine *e;
+};
+
+static struct engine_on engine_new(const struct engine_case *c, bool state_bf16, int32_t stop)
+{
+    struct engine_on on;
+    char json[300];
+    snprintf(json, sizeof json,
+             "{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": %d, "
+             "\"n_positions\": %d, \"vocab_size\": %d, \"activation_function\": \"gelu_new\"}",
+             (int)(2 * c->d), N_POS, V);
+    test_ok(srf_checkpoint_init(json, 11, &on.ck));
+    for (int64_t i = 0; i < on.ck->table.total; i++) on.ck->params[i] *= 4;
+    on.ck->attention.kind = SRF_ATTN_SRF;
+    on.ck->attention.m = c->m;
+    on.ck->attention.window = c->window;
+    struct srf_engine_config config = {.slots = c->slots,
+                                       .prefill_rows = 64,
+                                       .state_bf16 = state_bf16,
+                                       .sampler = c->sampler,
+                                       .stop = stop};
+    test_ok(srf_ctx_create(gpu_device(), c->dtype, 2, &on.ctx));
+    test_ok(srf_engine_create(on.ctx, on.ck, &config, &on.e));
+    return on;
+}
+
+static void engine_done(struct engine_on *on)
+{
+    srf_engine_free(on->e);
+    srf_checkpoint_free(on->ck);
+    srf_ctx_free(on->ctx);
+}
+
+/* Prompt i, which sequence i begins with: PROMPT - i % 3 tokens. */
+static struct srf_engine_prompt prompt_of(int64_t i, int64_t slot, int64_t max_new, int32_t *tokens)
+{
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 42, (uint32_t)i, 0);
+    int64_t n = PROMPT - i % 3;
+    for (int64_t k = 0; k < n; k++) tokens[k] = (int32_t)srf_rng_below(&r, V);
+    return (struct srf_engine_prompt){.slot = slot,
+                                      .tokens = tokens,
+                                      .n_tokens = n,
+                                      .max_new = max_new,
+                                      .seed = 3,
+                                      .sequence = (uint64_t)i};
+}
+
+/* Each prompt is a launch of its own: how prompts are packed together is rounding. */
+static void admit(struct engine_on *on, int64_t i, int64_t slot, int64_t max_new)
+{
+    int32_t tokens[PROMPT];
+    struct srf_engine_prompt p = prompt_of(i, slot, max_new, tokens);
+    test_ok(srf_engine_admit(on->e, 1, &p));
+}
+
+/* What decode gives is what the host draws from the logits of the same tokens fed one by one. With
+ * a profile steps are not recorded. */
+static void test_decode(void **state)
+{
+    const struct engine_case *c = *state;
+    struct engine_on a = engine_new(c, c->state_bf16, -1), b = engine_new(c, c->state_bf16, -1);
+    struct engine_on plain = engine_new(c, c->state_bf16, -1);
+    struct srf_profile profile = {.gemm_seconds = 0};
+    int64_t n = c->slots;
+    int32_t *got = srf__alloc((size_t)(NEW * n), 4), *same = srf__alloc((size_t)(NEW * n), 4);
+    float *logits = srf__alloc((size_t)(n * V), 4);
+    for (int64_t i = 0; i < n; i++) {
+        admit(&a, i, i, NEW);
+        admit(&b, i, i, 0);
+        admit(&plain, i, i, NEW);
+    }
+    test_ok(srf_engine_decode(a.e, 3, got));
+    test_ok(srf_engine_decode(a.e, 1, got + 3 * n));
+    test_ok(srf_engine_decode(a.e, NEW - 4, got + 4 * n));
+    plain.ctx->profile = &profile;
+    test_ok(srf_engine_decode(plain.e, NEW, same));
+    plain.ctx->profile = NULL;
+    assert_memory_equal(got, same, (size_t)(NEW * n) * 4);
+    for (int64_t t = 0; t + 1 < NEW; t++) {
+        test_ok(srf_engine_feed(b.e, got + t * n, 1, logits));
+        for (int64_t i = 0; i < n; i++) {
+            int32_t want;
+            test_ok(srf_sample(&c->sampler, 3, (uint64_t)i, t + 1, logits + i * V, V, &want));
+            assert_int_equal(got[(t + 1) * n + i], want);
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        assert_false(srf_engine_running(a.e, i));
+        assert_int_equal(srf_engine_position(a.e, i), PROMPT - i % 3 + NEW - 1);
+    }
+    srf__free(got);
+    srf__free(same);
+    srf__free(logits);
+    engine_done(&a);
+    engine_done(&b);
+    engine_done(&plain);
+}
+
+/* Text i alone in slot 0; the number of its tokens. */
+static int64_t text_alone(struct engine_on *on, int64_t i, int64_t max_new, int32_t *text)
+{
+    int64_t n = srf_engine_model(on->e)->plan.b, count = 0;
+    int32_t *row = srf__alloc((size_t)(max_new * n), 4);
+    admit(on, i, 0, max_new);
+    test_ok(srf_engine_decode(on->e, max_new, row));
+    for (int64_t t = 0; t < max_new && row[t * n] >= 0; t++) text[count++] = row[t * n];
+    assert_false(srf_engine_running(on->e, 0));
+    srf_engine_release(on->e, 0);
+    srf__free(row);
+    return count;
+}
+
+/* Sequences that come and go, of many lengths, some ended by the stop token: each is what it is
+ * alone, and a slot that has ended keeps its state. */
+static void test_company(void **state)
+{
+    const struct engine_case *c = *state;
+    enum { JOBS = 20, STEPS = 5 };
+    struct engine_on on = engine_new(c, c->state_bf16, STOP);
+    int64_t n = c->slots, in_slot[SLOTS], next = 0, left = JOBS, lengths[JOBS], got[JOBS] = {0};
+    static int32_t alone[JOBS][NEW];
+    int32_t rows[STEPS * SLOTS];
+    assert_true(n <= SLOTS);
+    for (int64_t i = 0; i < JOBS; i++) lengths[i] = text_alone(&on, i, 1 + i * 4, alone[i]);
+    for (int64_t i = 0; i < n; i++) in_slot[i] = -1;
+    while (left > 0) {
+        for (int64_t i = n - 1; i >= 0 && next < JOBS; i--) /* the last slots first */
+            if (in_slot[i] < 0) admit(&on, next, i, 1 + next * 4), in_slot[i] = next++;
+        test_ok(srf_engine_decode(on.e, STEPS, rows));
+        for (int64_t i = 0; i < n; i++) {
+            int64_t job = in_slot[i];
+            for (int64_t t = 0; t < STEPS && rows[t * n + i] >= 0; t++) {
+                assert_true(job >= 0 && got[job] < lengths[job]);
+                assert_int_equal(rows[t * n + i], alone[job][got[job]]);
+                got[job]++;
+            }
+            if (job < 0 || srf_engine_running(on.e, i)) continue;
+            assert_int_equal(got[job], lengths[job]);
+            assert_int_equal(srf_engine_position(on.e, i), PROMPT - job % 3 + lengths[job] - 1);
+            srf_engine_release(on.e, i);
+            in_slot[i] = -1;
+            left--;
+        }
+    }
+    engine_done(&on);
+}
+
+/* A state that goes over the host, or to another slot, has the same future; one that does not run
+ * stays what it is. */
+static void test_states(void **state)
+{
+    const struct engine_case *c = *state;
+    struct engine_on on = engine_new(c, c->state_bf16, -1),
+                     other = engine_new(c, c->state_bf16, -1);
+    int64_t n = c->slots, count = srf_engine_state_values(on.e);
+    float *values = srf__alloc((size_t)count, 4), *after = srf__alloc((size_t)count, 4);
+    int32_t *a = srf__alloc((size_t)(NEW * n), 4), *b = srf__alloc((size_t)(NEW * n), 4);
+    assert_true(n >= 4);
+    admit(&on, 5, 2, 0);
+    test_ok(srf_engine_state_get(on.e, 2, values));
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += (double)(values[i] * values[i]);
+    assert_true(sum > 0 && sum < 1e30);
+    test_ok(srf_engine_fork(on.e, 2, 0));
+    test_ok(srf_engine_fork(on.e, 2, 3));
+    test_ok(srf_engine_state_set(other.e, 1, values, srf_engine_position(on.e, 2)));
+    test_ok(srf_engine_state_get(other.e, 1, after));
+    assert_memory_equal(values, after, (size_t)count * 4);
+    struct engine_on *to[] = {&on, &on, &other};
+    const int64_t slot[] = {0, 3, 1};
+    for (int i = 0; i < 3; i++) {
+        int32_t tokens[PROMPT];
+        struct srf_engine_prompt p = prompt_of(8, slot[i], NEW, tokens);
+        p.resume = true;
+        test_ok(srf_engine_admit(to[i]->e, 1, &p));
+    }
+    test_ok(srf_engine_decode(on.e, NEW, a));
+    test_ok(srf_engine_decode(other.e, NEW, b));
+    for (int64_t t = 0; t < NEW; t++) {
+        assert_true(a[t * n] >= 0);
+        /* states in bf16 are rounded by a hash of their place */
+        if (!c->state_bf16) assert_int_equal(a[t * n], a[t * n + 3]);
+        if (!c->state_bf16) assert_int_equal(a[t * n], b[t * n + 1]);
+        assert_int_equal(a[t * n + 2], -1);
+    }
+    test_ok(srf_engine_state_get(on.e, 2, after));
+    assert_memory_equal(values, after, (size_t)count * 4);
+    srf__free(values);
+    srf__free(after);
+    srf__free(a);
+    srf__free(b);
+    engine_done(&on);
+    engine_done(&other);
+}
+
+/* Logits of states in bf16 beside those of states in fp32, after the same tokens. */
+static void test_state_bf16(void **state)
+{
+    const struct engine_case *c = *state;
+    struct engine_on wide = engine_new(c, false, -1), narrow = engine_new(c, true, -1);
+    int64_t n = c->slots, count = n * V;
+    float *want = srf__alloc((size_t)count, 4), *got = srf__alloc((size_t)count, 4);
+    int32_t *tokens = srf__alloc((size_t)(n * NEW), 4);
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 43, 0, 0);
+    for (int64_t i = 0; i < n * NEW; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
+    assert_true(srf_engine_state_bytes(narrow.e) < 6 * srf_engine_state_bytes(wide.e) / 10);
+    for (int64_t t = 0; t < NEW; t++) {
+        test_ok(srf_engine_feed(wide.e, tokens + t * n, 1, want));
+        test_ok(srf_engine_feed(narrow.e, tokens + t * n, 1, got));
+        double error = 0, norm = 0;
+        for (int64_t i = 0; i < count; i++) {
+            double e = (double)got[i] - (double)want[i];
+            error += e * e, norm += (double)want[i] * (double)want[i];
+        }
+        if (!(sqrt(error / norm) <= 3e-2)) print_error("step %d: %g\n", (int)t, sqrt(error / norm));
+        assert_true(sqrt(error / norm) <= 3e-2);
+    }
+    srf__free(want);
+    srf__free(got);
+    srf__free(tokens);
+    engine_done(&wide);
+    engine_done(&narrow);
+}
+
+static void add(struct gpu_suite *suite, const struct engine_case *c, const char *what,
+                void (*body)(void **state), double work)
+{
+    gpu_add(suite, body, c, sizeof *c, work,
+            "engine %s d=%d m=%d window=%d slots=%d%s temperature=%g top_k=%d top_p=%g: %s",
+            srf_dtype_name(c->dtype), (int)c->d, (int)c->m, (int)c->window, (int)c->slots,
+            c->state_bf16 ? " bf16 states" : "", c->sampler.temperature, (int)c->sampler.top_k,
+            c->sampler.top_p, what);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct srf_sampler_config samplers[] = {{0, 0, 1}, {0.9, 20, 0.95}, {1, 0, 1}};
+    static struct gpu_suite suite;
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int shape = 0; shape < 4; shape++)
+            for (int bf16 = 0; bf16 < (gpu_dtype(type) == SRF_BF16 ? 2 : 1); bf16++) {
+                struct engine_case c = {.dtype = gpu_dtype(type),
+                                        .d = shape % 2 ? 32 : 64,
+                                        .m = shape % 2 ? 20 : 64,
+                                        .window = shape / 2 ? 16 : 0,
+                                        .slots = SLOTS,
+                                        .state_bf16 = bf16};
+                for (int s = 0; s < 3; s++) {
+                    c.sampler = samplers[s];
+                    c.slots = s == 2 ? 1 : SLOTS;
+                    add(&suite, &c, "decode", test_decode, 1e7);
+                }
+                c.sampler = samplers[1];
+                c.slots = SLOTS;
+                add(&suite, &c, "company", test_company, shape ? 1e7 : GPU_LIGHT);
+                add(&suite, &c, "states", test_states, 1e7);
+                if (bf16) add(&suite, &c, "against fp32", test_state_bf16, 1e7);
+            }
+    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+}
