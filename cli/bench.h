@@ -68,7 +68,7 @@ void bench_ops_print(const struct srf_profile *p, int n, double seconds);
 struct bench_options {
     const char *model, *init, *filter;
     int64_t batch, micro_batch, seq_len, steps, n, rows;
-    bool json, state_bf16, fit;
+    bool json, flat, state_bf16, fit;
     struct srf_sampler_config sampler;
     struct cli_device device;
     struct cli_attention attention;
@@ -78,6 +78,7 @@ srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck)
 /* Each measures and reports: with --json the object goes to *out (the caller drops it), else text
  * to stdout. */
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
+srf_status bench_flat(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_step(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_prefill(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);
 srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);

@@ -1,19 +1,25 @@
-/* On the CPU, shapes of a small GPT-2: width 384, 6 heads of 64, vocabulary 8192, 4096 tokens.
- * Elsewhere those of GPT-2 124M: width 768, 12 heads of 64, vocabulary 50257, 32768 tokens. */
 #include "cli/bench_cases.h"
 
-srf_status bench_call(struct srf_ctx *ctx, const struct op_call *c)
+#include <string.h>
+
+static srf_status run_op(struct srf_ctx *ctx, enum srf_op_id op, const union op_args *args)
 {
-    switch (c->op) {
+    switch (op) {
 #define X(name)                                                                                    \
     case SRF_OP_##name:                                                                            \
-        return srf_run_##name(ctx, &c->args.name);
+        return srf_run_##name(ctx, &args->name);
 #include "kernels/ops.def"
 #undef X
     case SRF_OP_COUNT:
         break;
     }
     return SRF_OK;
+}
+
+srf_status bench_call(struct srf_ctx *ctx, const struct op_call *c)
+{
+    if (c->forward_too) SRF_TRY(run_op(ctx, c->forward_op, &c->forward));
+    return run_op(ctx, c->op, &c->args);
 }
 
 srf_status bench_plan(struct srf_ctx *ctx, const struct op_call *c, struct srf_cost *cost)
@@ -88,12 +94,12 @@ static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct o
 
 static srf_status act_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
+    int64_t n = p[0] * p[1];
     void *x, *y;
-    SRF_TRY(bench_reals(b, p[0], 1, &x));
-    SRF_TRY(bench_reals(b, p[0], 0, &y));
+    SRF_TRY(bench_reals(b, n, 1, &x));
+    SRF_TRY(bench_reals(b, n, 0, &y));
     c->op = SRF_OP_act_fwd;
-    c->args.act_fwd =
-        (struct srf_act_fwd_args){.n = p[0], .act = SRF_ACT_GELU_TANH, .x = x, .y = y};
+    c->args.act_fwd = (struct srf_act_fwd_args){.n = n, .act = SRF_ACT_GELU_TANH, .x = x, .y = y};
     return SRF_OK;
 }
 
@@ -206,14 +212,15 @@ static srf_status xent(struct bench_buffers *b, const int64_t *p, struct op_call
 
 static srf_status mse(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
+    int64_t n = p[0] * p[1];
     void *x, *y, *dx, *sum;
-    SRF_TRY(bench_reals(b, p[0], 1, &x));
-    SRF_TRY(bench_reals(b, p[0], 1, &y));
-    SRF_TRY(bench_reals(b, p[0], 0, &dx));
+    SRF_TRY(bench_reals(b, n, 1, &x));
+    SRF_TRY(bench_reals(b, n, 1, &y));
+    SRF_TRY(bench_reals(b, n, 0, &dx));
     SRF_TRY(bench_accs(b, 1, 0, &sum));
     c->op = SRF_OP_mse;
     c->args.mse =
-        (struct srf_mse_args){.n = p[0], .x = x, .y = y, .scale = 1e-3, .dx = dx, .sum = sum};
+        (struct srf_mse_args){.n = n, .x = x, .y = y, .scale = 1e-3, .dx = dx, .sum = sum};
     return SRF_OK;
 }
 
@@ -271,8 +278,7 @@ static srf_status features_draw(struct bench_buffers *b, const int64_t *p, struc
     return SRF_OK;
 }
 
-/* p[4] of the attention cases: heads */
-enum { HEAD = 64, FEATURES = 64 };
+enum { HEAD = 64 };
 
 /* One packed activation (b, t, 3c) each for q, k, v and their gradients, and o, d_o. */
 struct attn {
@@ -303,92 +309,103 @@ static srf_status run_now(struct srf_ctx *ctx, const struct op_call *c)
     return bench_call(ctx, c);
 }
 
-/* b, t, backward */
+/* c holds a forward pass, which is run; the backward pass is to take its place. */
+static srf_status then_backward(struct srf_ctx *ctx, struct op_call *c, enum bench_pass pass)
+{
+    c->forward_op = c->op;
+    c->forward = c->args;
+    c->forward_too = pass == BENCH_BOTH;
+    return run_now(ctx, &(struct op_call){.op = c->op, .args = c->args});
+}
+
+/* The attention cases: b, t, heads, pass, window, m */
 static srf_status softmax_attn(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     struct attn a;
-    SRF_TRY(attn_buffers(b, p[0] * p[1], p[4], &a));
-    int64_t ld_o = p[4] * HEAD, ld = 3 * ld_o;
+    int64_t heads = p[2], ld_o = heads * HEAD, ld = 3 * ld_o;
+    SRF_TRY(attn_buffers(b, p[0] * p[1], heads, &a));
+    void *k = part(b, heads, a.qkv, 1), *v = part(b, heads, a.qkv, 2);
     c->tokens = p[0] * p[1];
     c->op = SRF_OP_softmax_attn_fwd;
     c->args.softmax_attn_fwd = (struct srf_softmax_attn_fwd_args){.b = p[0],
                                                                   .t = p[1],
-                                                                  .h = p[4],
+                                                                  .h = heads,
                                                                   .d = HEAD,
                                                                   .causal = true,
                                                                   .q = a.qkv,
-                                                                  .k = part(b, p[4], a.qkv, 1),
-                                                                  .v = part(b, p[4], a.qkv, 2),
+                                                                  .k = k,
+                                                                  .v = v,
                                                                   .ld = ld,
                                                                   .o = a.o,
                                                                   .ld_o = ld_o,
                                                                   .lse = a.lse};
-    if (!p[2]) return SRF_OK;
-    SRF_TRY(run_now(b->ctx, c));
+    if (p[3] == BENCH_FORWARD) return SRF_OK;
+    SRF_TRY(then_backward(b->ctx, c, (enum bench_pass)p[3]));
     c->op = SRF_OP_softmax_attn_bwd;
     c->args.softmax_attn_bwd = (struct srf_softmax_attn_bwd_args){.b = p[0],
                                                                   .t = p[1],
-                                                                  .h = p[4],
+                                                                  .h = heads,
                                                                   .d = HEAD,
                                                                   .causal = true,
                                                                   .q = a.qkv,
-                                                                  .k = part(b, p[4], a.qkv, 1),
-                                                                  .v = part(b, p[4], a.qkv, 2),
+                                                                  .k = k,
+                                                                  .v = v,
                                                                   .ld = ld,
                                                                   .o = a.o,
                                                                   .d_o = a.d_o,
                                                                   .ld_o = ld_o,
                                                                   .lse = a.lse,
                                                                   .dq = a.dqkv,
-                                                                  .dk = part(b, p[4], a.dqkv, 1),
-                                                                  .dv = part(b, p[4], a.dqkv, 2)};
+                                                                  .dk = part(b, heads, a.dqkv, 1),
+                                                                  .dv = part(b, heads, a.dqkv, 2)};
     return SRF_OK;
 }
 
-static srf_status drawn_features(struct bench_buffers *b, int64_t heads, void **w, void **bias)
+static srf_status drawn_features(struct bench_buffers *b, int64_t heads, int64_t m, void **w,
+                                 void **bias)
 {
     struct op_call draw = {0};
-    SRF_TRY(features_draw(b, (const int64_t[]){1, heads, FEATURES, HEAD, SRF_ROT_HAAR}, &draw));
+    SRF_TRY(features_draw(b, (const int64_t[]){1, heads, m, HEAD, SRF_ROT_HAAR}, &draw));
     *w = draw.args.features_draw.w;
     *bias = draw.args.features_draw.bias;
     return run_now(b->ctx, &draw);
 }
 
-/* b, t, window, backward */
 static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     struct attn a;
     void *w, *bias;
-    SRF_TRY(attn_buffers(b, p[0] * p[1], p[4], &a));
-    SRF_TRY(drawn_features(b, p[4], &w, &bias));
-    int64_t ld_o = p[4] * HEAD, ld = 3 * ld_o;
+    int64_t heads = p[2], ld_o = heads * HEAD, ld = 3 * ld_o;
+    SRF_TRY(attn_buffers(b, p[0] * p[1], heads, &a));
+    SRF_TRY(drawn_features(b, heads, p[5], &w, &bias));
+    void *k = part(b, heads, a.qkv, 1), *v = part(b, heads, a.qkv, 2);
     struct srf_attn_shape s = {.b = p[0],
                                .t = p[1],
-                               .h = p[4],
+                               .h = heads,
                                .d = HEAD,
-                               .m = FEATURES,
-                               .n_sets = p[4],
-                               .window = p[2],
+                               .m = p[5],
+                               .n_sets = heads,
+                               .window = p[4],
                                .causal = true};
     c->tokens = p[0] * p[1];
     c->op = SRF_OP_srf_attn_fwd;
     c->args.srf_attn_fwd = (struct srf_srf_attn_fwd_args){.s = s,
                                                           .q = a.qkv,
-                                                          .k = part(b, p[4], a.qkv, 1),
-                                                          .v = part(b, p[4], a.qkv, 2),
+                                                          .k = k,
+                                                          .v = v,
                                                           .ld = ld,
                                                           .w = w,
                                                           .bias = bias,
                                                           .o = a.o,
                                                           .ld_o = ld_o,
                                                           .stat = a.lse};
-    if (!p[3]) return SRF_OK;
-    SRF_TRY(run_now(b->ctx, c));
+    if (p[3] == BENCH_FORWARD) return SRF_OK;
+    SRF_TRY(then_backward(b->ctx, c, (enum bench_pass)p[3]));
     c->op = SRF_OP_srf_attn_bwd;
     c->args.srf_attn_bwd = (struct srf_srf_attn_bwd_args){.s = s,
                                                           .q = a.qkv,
-                                                          .k = part(b, p[4], a.qkv, 1),
-                                                          .v = part(b, p[4], a.qkv, 2),
+                                                          .k = k,
+                                                          .v = v,
                                                           .ld = ld,
                                                           .w = w,
                                                           .bias = bias,
@@ -397,21 +414,21 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
                                                           .ld_o = ld_o,
                                                           .stat = a.lse,
                                                           .dq = a.dqkv,
-                                                          .dk = part(b, p[4], a.dqkv, 1),
-                                                          .dv = part(b, p[4], a.dqkv, 2)};
+                                                          .dk = part(b, heads, a.dqkv, 1),
+                                                          .dv = part(b, heads, a.dqkv, 2)};
     return SRF_OK;
 }
 
 /* t tokens of seqs sequences into states that have seen `first` tokens. */
 static srf_status prefill_call(struct bench_buffers *b, int64_t seqs, int64_t t, int64_t first,
-                               int64_t window, int64_t heads, struct op_call *c)
+                               const int64_t *p, struct op_call *c)
 {
-    int64_t ld_o = heads * HEAD, ld = 3 * ld_o;
-    int64_t count = srf_attn_state_count(FEATURES, HEAD, window), size = 4;
+    int64_t heads = p[2], window = p[3], m = p[4], ld_o = heads * HEAD, size = 4;
+    int64_t count = srf_attn_state_count(m, HEAD, window);
     struct attn a;
     void *w, *bias, *state, *pos;
     SRF_TRY(attn_buffers(b, seqs * t, heads, &a));
-    SRF_TRY(drawn_features(b, heads, &w, &bias));
+    SRF_TRY(drawn_features(b, heads, m, &w, &bias));
     SRF_TRY(bench_accs(b, seqs * heads * count, 0, &state));
     SRF_TRY(bench_ids(b, seqs, 1, &pos));
     for (int64_t i = 0; i < seqs; i++) {
@@ -422,7 +439,7 @@ static srf_status prefill_call(struct bench_buffers *b, int64_t seqs, int64_t t,
                                .t = t,
                                .h = heads,
                                .d = HEAD,
-                               .m = FEATURES,
+                               .m = m,
                                .n_sets = heads,
                                .window = window,
                                .causal = true};
@@ -432,31 +449,31 @@ static srf_status prefill_call(struct bench_buffers *b, int64_t seqs, int64_t t,
                                                                   .q = a.qkv,
                                                                   .k = part(b, heads, a.qkv, 1),
                                                                   .v = part(b, heads, a.qkv, 2),
-                                                                  .ld = ld,
+                                                                  .ld = 3 * ld_o,
                                                                   .w = w,
                                                                   .bias = bias,
                                                                   .o = a.o,
                                                                   .ld_o = ld_o,
                                                                   .state = state,
-                                                                  .pos = pos};
+                                                                  .pos = pos,
+                                                                  .state_bf16 = p[5]};
     return SRF_OK;
 }
 
-/* b, t, window */
+/* b, t, heads, window, m, whether the state is stored in bf16 */
 static srf_status srf_attn_prefill(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
-    return prefill_call(b, p[0], p[1], 0, p[2], p[4], c);
+    return prefill_call(b, p[0], p[1], 0, p, c);
 }
 
-/* b, position, window: the state holds the tokens before (their last 4 windows, where it does not
- * matter how many more there were). */
+/* b, position, heads, window, m, whether the state is stored in bf16. It holds the tokens before
+ * (their last 4 windows, where it does not matter how many more there were). */
 static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
-    int64_t seqs = p[0], position = p[1], window = p[2], size = 4;
+    int64_t seqs = p[0], position = p[1], window = p[3], size = 4;
     int64_t before = position < 256 ? position : 256, first = position - before;
     struct op_call prefill;
-    SRF_TRY(prefill_call(b, seqs, before, first - (window ? first % window : 0), window, p[4],
-                         &prefill));
+    SRF_TRY(prefill_call(b, seqs, before, first - (window ? first % window : 0), p, &prefill));
     SRF_TRY(run_now(b->ctx, &prefill));
     const struct srf_srf_attn_prefill_args *a = &prefill.args.srf_attn_prefill;
     for (int64_t i = 0; i < seqs; i++) {
@@ -475,115 +492,154 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
                                                             .o = a->o,
                                                             .ld_o = a->ld_o,
                                                             .state = a->state,
-                                                            .pos = a->pos};
+                                                            .pos = a->pos,
+                                                            .state_bf16 = a->state_bf16};
     c->args.srf_attn_step.s.t = 1;
     return SRF_OK;
 }
 
-static const struct bench_case small[] = {
-    {"linear_fwd qkv", linear_fwd, {4096, 384, 1152, BIAS}},
-    {"linear_fwd out, residual", linear_fwd, {4096, 384, 384, BIAS | RESIDUAL}},
-    {"linear_fwd fc, gelu", linear_fwd, {4096, 384, 1536, BIAS | GELU}},
-    {"linear_fwd proj, residual", linear_fwd, {4096, 1536, 384, BIAS | RESIDUAL}},
-    {"linear_fwd head", linear_fwd, {4096, 384, 8192, TRANSPOSED}},
-    {"linear_fwd fc, 1 row", linear_fwd, {1, 384, 1536, BIAS | GELU}},
-    {"linear_fwd head, 1 row", linear_fwd, {1, 384, 8192, TRANSPOSED}},
-    {"linear_fwd fc, 8 rows", linear_fwd, {8, 384, 1536, BIAS | GELU}},
-    {"linear_bwd qkv", linear_bwd, {4096, 384, 1152, BIAS}},
-    {"linear_bwd out", linear_bwd, {4096, 384, 384, BIAS}},
-    {"linear_bwd fc", linear_bwd, {4096, 384, 1536, BIAS}},
-    {"linear_bwd proj, gelu", linear_bwd, {4096, 1536, 384, BIAS | GELU}},
-    {"linear_bwd head", linear_bwd, {4096, 384, 8192, TRANSPOSED}},
-    {"act_fwd", act_fwd, {4096 * 1536}},
-    {"layernorm_fwd", layernorm, {4096, 384, 0}},
-    {"layernorm_bwd", layernorm, {4096, 384, 1}},
-    {"embed_fwd", embed_fwd, {4096, 384, 8192, 512}},
-    {"embed_bwd", embed_bwd, {4096, 384, 8192, 512}},
-    {"xent", xent, {2048, 8192, 0, 0}},
-    {"xent, gradient", xent, {2048, 8192, 1, 0}},
-    {"xent, gradient, teacher", xent, {2048, 8192, 1, 1}},
-    {"mse", mse, {4096 * 384}},
-    {"sumsq", sumsq, {1 << 24}},
-    {"adamw", adamw, {1 << 24}},
-    {"features_draw haar", features_draw, {6, 6, 64, 64, SRF_ROT_HAAR}},
-    {"features_draw hd", features_draw, {6, 6, 64, 64, SRF_ROT_HD}},
-    {"softmax_attn_fwd T=512", softmax_attn, {8, 512, 0, 0, 6}},
-    {"softmax_attn_bwd T=512", softmax_attn, {8, 512, 1, 0, 6}},
-    {"softmax_attn_fwd T=2048", softmax_attn, {2, 2048, 0, 0, 6}},
-    {"srf_attn_fwd T=512", srf_attn, {16, 512, 0, 0, 6}},
-    {"srf_attn_fwd T=1024", srf_attn, {8, 1024, 0, 0, 6}},
-    {"srf_attn_fwd T=2048", srf_attn, {4, 2048, 0, 0, 6}},
-    {"srf_attn_fwd T=4096", srf_attn, {2, 4096, 0, 0, 6}},
-    {"srf_attn_fwd T=8192", srf_attn, {1, 8192, 0, 0, 6}},
-    {"srf_attn_bwd T=512", srf_attn, {16, 512, 0, 1, 6}},
-    {"srf_attn_bwd T=8192", srf_attn, {1, 8192, 0, 1, 6}},
-    {"srf_attn_fwd W=64 T=512", srf_attn, {16, 512, 64, 0, 6}},
-    {"srf_attn_fwd W=64 T=8192", srf_attn, {1, 8192, 64, 0, 6}},
-    {"srf_attn_bwd W=64 T=512", srf_attn, {16, 512, 64, 1, 6}},
-    {"srf_attn_bwd W=64 T=8192", srf_attn, {1, 8192, 64, 1, 6}},
-    {"srf_attn_prefill T=1024", srf_attn_prefill, {4, 1024, 0, 0, 6}},
-    {"srf_attn_prefill W=64 T=1024", srf_attn_prefill, {4, 1024, 64, 0, 6}},
-    {"srf_attn_step at 10", srf_attn_step, {8, 10, 0, 0, 6}},
-    {"srf_attn_step at 100000", srf_attn_step, {8, 100000, 0, 0, 6}},
-    {"srf_attn_step W=64 at 200", srf_attn_step, {8, 200, 64, 0, 6}},
-    {"srf_attn_step W=64 at 100000", srf_attn_step, {8, 100040, 64, 0, 6}},
-};
-static const struct bench_case large[] = {
-    {"linear_fwd qkv", linear_fwd, {32768, 768, 2304, BIAS}},
-    {"linear_fwd out, residual", linear_fwd, {32768, 768, 768, BIAS | RESIDUAL}},
-    {"linear_fwd fc, gelu", linear_fwd, {32768, 768, 3072, BIAS | GELU}},
-    {"linear_fwd proj, residual", linear_fwd, {32768, 3072, 768, BIAS | RESIDUAL}},
-    {"linear_fwd head", linear_fwd, {4736, 768, 50304, TRANSPOSED}},
-    {"linear_fwd fc, 1 row", linear_fwd, {1, 768, 3072, BIAS | GELU}},
-    {"linear_fwd head, 1 row", linear_fwd, {1, 768, 50304, TRANSPOSED}},
-    {"linear_fwd fc, 64 rows", linear_fwd, {64, 768, 3072, BIAS | GELU}},
-    {"linear_bwd qkv", linear_bwd, {32768, 768, 2304, BIAS}},
-    {"linear_bwd out", linear_bwd, {32768, 768, 768, BIAS}},
-    {"linear_bwd fc", linear_bwd, {32768, 768, 3072, BIAS}},
-    {"linear_bwd proj, gelu", linear_bwd, {32768, 3072, 768, BIAS | GELU}},
-    {"linear_bwd head", linear_bwd, {4736, 768, 50304, TRANSPOSED}},
-    {"act_fwd", act_fwd, {32768 * 3072}},
-    {"layernorm_fwd", layernorm, {32768, 768, 0}},
-    {"layernorm_bwd", layernorm, {32768, 768, 1}},
-    {"embed_fwd", embed_fwd, {32768, 768, 50257, 1024}},
-    {"embed_bwd", embed_bwd, {32768, 768, 50257, 1024}},
-    {"xent", xent, {4736, 50257, 0, 0}},
-    {"xent, gradient", xent, {4736, 50257, 1, 0}},
-    {"xent, gradient, teacher", xent, {4736, 50257, 1, 1}},
-    {"mse", mse, {32768 * 768}},
-    {"sumsq", sumsq, {124475904}},
-    {"adamw", adamw, {124475904}},
-    {"features_draw haar", features_draw, {12, 12, 64, 64, SRF_ROT_HAAR}},
-    {"features_draw hd", features_draw, {12, 12, 64, 64, SRF_ROT_HD}},
-    {"softmax_attn_fwd T=1024", softmax_attn, {32, 1024, 0, 0, 12}},
-    {"softmax_attn_bwd T=1024", softmax_attn, {32, 1024, 1, 0, 12}},
-    {"softmax_attn_fwd T=8192", softmax_attn, {4, 8192, 0, 0, 12}},
-    {"srf_attn_fwd T=512", srf_attn, {64, 512, 0, 0, 12}},
-    {"srf_attn_fwd T=1024", srf_attn, {32, 1024, 0, 0, 12}},
-    {"srf_attn_fwd T=8192", srf_attn, {4, 8192, 0, 0, 12}},
-    {"srf_attn_bwd T=512", srf_attn, {64, 512, 0, 1, 12}},
-    {"srf_attn_bwd T=1024", srf_attn, {32, 1024, 0, 1, 12}},
-    {"srf_attn_bwd T=8192", srf_attn, {4, 8192, 0, 1, 12}},
-    {"srf_attn_fwd W=64 T=512", srf_attn, {64, 512, 64, 0, 12}},
-    {"srf_attn_fwd W=64 T=1024", srf_attn, {32, 1024, 64, 0, 12}},
-    {"srf_attn_fwd W=64 T=8192", srf_attn, {4, 8192, 64, 0, 12}},
-    {"srf_attn_bwd W=64 T=512", srf_attn, {64, 512, 64, 1, 12}},
-    {"srf_attn_bwd W=64 T=1024", srf_attn, {32, 1024, 64, 1, 12}},
-    {"srf_attn_bwd W=64 T=8192", srf_attn, {4, 8192, 64, 1, 12}},
-    {"srf_attn_prefill T=1024", srf_attn_prefill, {16, 1024, 0, 0, 12}},
-    {"srf_attn_prefill T=8192", srf_attn_prefill, {16, 8192, 0, 0, 12}},
-    {"srf_attn_prefill B=1 T=65536", srf_attn_prefill, {1, 65536, 0, 0, 12}},
-    {"srf_attn_prefill W=64 T=1024", srf_attn_prefill, {16, 1024, 64, 0, 12}},
-    {"srf_attn_prefill W=64 T=8192", srf_attn_prefill, {16, 8192, 64, 0, 12}},
-    {"srf_attn_step at 10", srf_attn_step, {256, 10, 0, 0, 12}},
-    {"srf_attn_step at 100000", srf_attn_step, {256, 100000, 0, 0, 12}},
-    {"srf_attn_step W=64 at 200", srf_attn_step, {256, 200, 64, 0, 12}},
-    {"srf_attn_step W=64 at 100000", srf_attn_step, {256, 100040, 64, 0, 12}},
+/* ---- the list ------------------------------------------------------------------------------- */
+
+/* Sizes that the cases name: on the CPU a small GPT-2's, elsewhere GPT-2 124M's. */
+enum size { ROWS = -11, WIDTH, QKV, FF, VOCAB, PADDED, HEAD_ROWS, FEW, HEADS, LAYERS, PARAMS };
+static const int64_t sizes[2][11] = {
+    {32768, 768, 2304, 3072, 50257, 50304, 4736, 64, 12, 12, 124475904},
+    {4096, 384, 1152, 1536, 8192, 8192, 2048, 8, 6, 6, 1 << 24},
 };
 
-const struct bench_case *bench_cases(const struct srf_ctx *ctx, int *n)
+static const struct bench_case dense[] = {
+    {"linear_fwd qkv", linear_fwd, {ROWS, WIDTH, QKV, BIAS}},
+    {"linear_fwd out, residual", linear_fwd, {ROWS, WIDTH, WIDTH, BIAS | RESIDUAL}},
+    {"linear_fwd fc, gelu", linear_fwd, {ROWS, WIDTH, FF, BIAS | GELU}},
+    {"linear_fwd proj, residual", linear_fwd, {ROWS, FF, WIDTH, BIAS | RESIDUAL}},
+    {"linear_fwd head", linear_fwd, {HEAD_ROWS, WIDTH, PADDED, TRANSPOSED}},
+    {"linear_fwd fc, 1 row", linear_fwd, {1, WIDTH, FF, BIAS | GELU}},
+    {"linear_fwd head, 1 row", linear_fwd, {1, WIDTH, PADDED, TRANSPOSED}},
+    {"linear_fwd fc, few rows", linear_fwd, {FEW, WIDTH, FF, BIAS | GELU}},
+    {"linear_bwd qkv", linear_bwd, {ROWS, WIDTH, QKV, BIAS}},
+    {"linear_bwd out", linear_bwd, {ROWS, WIDTH, WIDTH, BIAS}},
+    {"linear_bwd fc", linear_bwd, {ROWS, WIDTH, FF, BIAS}},
+    {"linear_bwd proj, gelu", linear_bwd, {ROWS, FF, WIDTH, BIAS | GELU}},
+    {"linear_bwd head", linear_bwd, {HEAD_ROWS, WIDTH, PADDED, TRANSPOSED}},
+    {"act_fwd", act_fwd, {ROWS, FF}},
+    {"layernorm_fwd", layernorm, {ROWS, WIDTH, 0}},
+    {"layernorm_bwd", layernorm, {ROWS, WIDTH, 1}},
+    {"embed_fwd", embed_fwd, {ROWS, WIDTH, VOCAB, 512}},
+    {"embed_bwd", embed_bwd, {ROWS, WIDTH, VOCAB, 512}},
+    {"xent", xent, {HEAD_ROWS, VOCAB, 0, 0}},
+    {"xent, gradient", xent, {HEAD_ROWS, VOCAB, 1, 0}},
+    {"xent, gradient, teacher", xent, {HEAD_ROWS, VOCAB, 1, 1}},
+    {"mse", mse, {ROWS, WIDTH}},
+    {"sumsq", sumsq, {PARAMS}},
+    {"adamw", adamw, {PARAMS}},
+    {"features_draw haar", features_draw, {LAYERS, HEADS, 64, 64, SRF_ROT_HAAR}},
+    {"features_draw hd", features_draw, {LAYERS, HEADS, 64, 64, SRF_ROT_HD}},
+};
+
+/* 8192 tokens on the CPU, 32768 elsewhere; m 0: softmax */
+static const struct {
+    bool cpu, gpu;
+    int64_t t, window, m;
+} attention[] = {
+    {true, false, 512, 0, 0},     {true, true, 1024, 0, 0},     {true, false, 2048, 0, 0},
+    {false, true, 4096, 0, 0},    {false, true, 16384, 0, 0},   {true, true, 512, 0, 64},
+    {true, true, 1024, 0, 64},    {true, false, 2048, 0, 64},   {true, true, 4096, 0, 64},
+    {true, true, 8192, 0, 64},    {false, true, 16384, 0, 64},  {false, true, 1024, 0, 256},
+    {false, true, 16384, 0, 256}, {true, true, 512, 64, 64},    {false, true, 1024, 64, 64},
+    {true, true, 8192, 64, 64},   {false, true, 16384, 64, 64},
+};
+
+/* b 0: 8 sequences on the CPU, 256 elsewhere */
+static const struct {
+    bool cpu, gpu;
+    int64_t b, position, window, m;
+    bool bf16;
+} steps[] = {
+    {true, true, 0, 10, 0, 64, false},    {true, true, 0, 100000, 0, 64, false},
+    {true, true, 0, 200, 64, 64, false},  {true, true, 0, 100040, 64, 64, false},
+    {false, true, 64, 100, 0, 64, false}, {false, true, 0, 100, 0, 256, false},
+    {false, true, 0, 100, 0, 64, true},
+};
+
+static const struct {
+    bool cpu, gpu;
+    int64_t b, t, window;
+} prefills[] = {
+    {true, false, 4, 1024, 0},   {true, false, 4, 1024, 64}, {false, true, 16, 1024, 0},
+    {false, true, 16, 8192, 0},  {false, true, 1, 65536, 0}, {false, true, 16, 1024, 64},
+    {false, true, 16, 8192, 64},
+};
+
+static int64_t size_of(const struct srf_ctx *ctx, int64_t p)
 {
+    return p < 0 ? sizes[bench_on_cpu(ctx)][p - ROWS] : p;
+}
+
+struct bench_case bench_attention(const struct srf_ctx *ctx, int64_t b, int64_t t, int64_t window,
+                                  int64_t m, enum bench_pass pass)
+{
+    static const char *const passes[] = {"fwd", "bwd", "fwd_bwd"};
+    struct bench_case c = {.prepare = m ? srf_attn : softmax_attn,
+                           .p = {b, t, size_of(ctx, HEADS), pass, window, m}};
+    char w[16] = "", features[16] = "";
+    if (window) snprintf(w, sizeof w, " W=%d", (int)window);
+    if (m && m != 64) snprintf(features, sizeof features, " m=%d", (int)m);
+    snprintf(c.name, sizeof c.name, "%s_attn_%s%s%s T=%lld", m ? "srf" : "softmax", passes[pass], w,
+             features, (long long)t);
+    return c;
+}
+
+static struct bench_case prefill_case(const struct srf_ctx *ctx, size_t i)
+{
+    int64_t b = prefills[i].b, t = prefills[i].t, window = prefills[i].window;
+    struct bench_case c = {.prepare = srf_attn_prefill,
+                           .p = {b, t, size_of(ctx, HEADS), window, 64, 0}};
+    char w[16] = "";
+    if (window) snprintf(w, sizeof w, " W=%d", (int)window);
+    snprintf(c.name, sizeof c.name, "srf_attn_prefill%s B=%d T=%lld", w, (int)b, (long long)t);
+    return c;
+}
+
+static struct bench_case step_case(const struct srf_ctx *ctx, size_t i)
+{
+    int64_t b = steps[i].b, window = steps[i].window, m = steps[i].m;
+    struct bench_case c = {.prepare = srf_attn_step,
+                           .p = {b                   ? b
+                                 : bench_on_cpu(ctx) ? 8
+                                                     : 256,
+                                 steps[i].position, size_of(ctx, HEADS), window, m, steps[i].bf16}};
+    char sequences[16] = "", w[16] = "", features[16] = "";
+    if (b) snprintf(sequences, sizeof sequences, " B=%d", (int)b);
+    if (window) snprintf(w, sizeof w, " W=%d", (int)window);
+    if (m != 64) snprintf(features, sizeof features, " m=%d", (int)m);
+    /* the hybrid's position is one where its oldest block is as full as at 200 */
+    snprintf(c.name, sizeof c.name, "srf_attn_step%s%s%s%s at %lld", sequences, w, features,
+             steps[i].bf16 ? " bf16" : "",
+             (long long)(steps[i].position / 100000 ? 100000 : steps[i].position));
+    return c;
+}
+
+srf_status bench_cases(const struct srf_ctx *ctx, struct bench_case **out, int *n)
+{
+    size_t n_dense = sizeof dense / sizeof *dense, n_steps = sizeof steps / sizeof *steps;
+    size_t n_prefills = sizeof prefills / sizeof *prefills;
+    size_t n_attention = sizeof attention / sizeof *attention;
     bool cpu = bench_on_cpu(ctx);
-    *n = (int)(cpu ? sizeof small / sizeof *small : sizeof large / sizeof *large);
-    return cpu ? small : large;
+    struct bench_case *c;
+    SRF_TRY(SRF_ALLOC(c, n_dense + 3 * n_attention + n_prefills + n_steps));
+    *out = c;
+    for (size_t i = 0; i < n_dense; i++, c++) {
+        *c = dense[i];
+        for (int k = 0; k < BENCH_SIZES; k++) c->p[k] = size_of(ctx, c->p[k]);
+    }
+    for (size_t i = 0; i < n_attention; i++)
+        for (int pass = 0; pass < 3 && (cpu ? attention[i].cpu : attention[i].gpu); pass++)
+            *c++ = bench_attention(ctx, (cpu ? 8192 : 32768) / attention[i].t, attention[i].t,
+                                   attention[i].window, attention[i].m, (enum bench_pass)pass);
+    for (size_t i = 0; i < n_prefills; i++)
+        if (cpu ? prefills[i].cpu : prefills[i].gpu) *c++ = prefill_case(ctx, i);
+    for (size_t i = 0; i < n_steps; i++)
+        if (cpu ? steps[i].cpu : steps[i].gpu) *c++ = step_case(ctx, i);
+    *n = (int)(c - *out);
+    return SRF_OK;
 }

@@ -4,14 +4,8 @@
 #include <math.h>
 #include <string.h>
 
-struct row {
-    struct bench_summary time; /* of one call */
-    struct srf_cost cost;
-    int64_t tokens;
-};
-
 #define SAMPLE_S 0.002 /* a sample lasts at least this */
-#define CASE_S   0.3   /* and a case about this, with 5 to 30 samples */
+#define CASE_S   0.3   /* and a case about this */
 
 #define MAX_SETS     64
 #define BEYOND_CACHE 2e8 /* bytes */
@@ -24,7 +18,7 @@ static srf_status call_all(struct srf_ctx *ctx, const struct op_call *c, int n_s
 }
 
 static srf_status time_calls(struct srf_ctx *ctx, const struct op_call *c, int n_sets,
-                             struct row *out)
+                             double seconds, struct bench_row *out)
 {
     SRF_TRY(bench_plan(ctx, c, &out->cost));
     double one = INFINITY;
@@ -34,7 +28,7 @@ static srf_status time_calls(struct srf_ctx *ctx, const struct op_call *c, int n
         one = fmin(one, (cli_now() - start) / n_sets);
     }
     int calls = one < SAMPLE_S ? (int)ceil(SAMPLE_S / fmax(one, 1e-7)) : 1;
-    double wanted = CASE_S / (one * calls);
+    double wanted = seconds / (one * calls);
     int n = wanted < 5 ? 5 : wanted > 30 ? 30 : (int)wanted;
     struct bench_samples samples = {.n = 0};
     for (int i = 0; i < n; i++) {
@@ -47,7 +41,8 @@ static srf_status time_calls(struct srf_ctx *ctx, const struct op_call *c, int n
     return SRF_OK;
 }
 
-static srf_status run_case(struct srf_ctx *ctx, const struct bench_case *which, struct row *out)
+srf_status bench_run_case(struct srf_ctx *ctx, const struct bench_case *which, double seconds,
+                          struct bench_row *out)
 {
     struct bench_buffers sets[MAX_SETS] = {{.ctx = ctx}};
     struct op_call calls[MAX_SETS] = {{.tokens = 0}};
@@ -60,34 +55,34 @@ static srf_status run_case(struct srf_ctx *ctx, const struct bench_case *which, 
             sets[n].ctx = ctx;
             st = which->prepare(&sets[n], which->p, &calls[n]);
         }
-    if (st == SRF_OK) st = time_calls(ctx, calls, n, out);
+    if (st == SRF_OK) st = time_calls(ctx, calls, n, seconds, out);
     for (int i = 0; i < n; i++) bench_buffers_free(&sets[i]);
     return st;
 }
 
-static double floor_of(const struct row *r, const struct bench_machine *m)
+double bench_of_floor(const struct bench_row *r, const struct bench_machine *m)
 {
-    return fmax(r->cost.bytes / m->copy_bytes, r->cost.flops / m->sgemm_flops);
+    return fmax(r->cost.bytes / m->copy_bytes, r->cost.flops / m->sgemm_flops) / r->time.median;
 }
 
-static void print_row(const char *name, const struct row *r, const struct bench_machine *m)
+static void print_row(const char *name, const struct bench_row *r, const struct bench_machine *m)
 {
     double t = r->time.median;
     char per_token[32] = "";
     if (r->tokens) snprintf(per_token, sizeof per_token, "%8.0f", t / (double)r->tokens * 1e9);
     printf("%-30s %10.1f %9.1f %9.1f %8.1f %8.1f %6.1f%% %8s\n", name, t * 1e6, r->time.best * 1e6,
            r->time.worst * 1e6, r->cost.flops / t * 1e-9, r->cost.bytes / t * 1e-9,
-           100 * floor_of(r, m) / t, per_token);
+           100 * bench_of_floor(r, m), per_token);
     fflush(stdout);
 }
 
-static json_t *row_json(const char *name, const struct row *r, const struct bench_machine *m)
+static json_t *row_json(const char *name, const struct bench_row *r, const struct bench_machine *m)
 {
     double t = r->time.median;
     json_t *o = json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f}", "case", name, "us", t * 1e6,
                           "us_best", r->time.best * 1e6, "us_worst", r->time.worst * 1e6, "gflops",
                           r->cost.flops / t * 1e-9, "gb_s", r->cost.bytes / t * 1e-9, "of_floor",
-                          floor_of(r, m) / t);
+                          bench_of_floor(r, m));
     if (r->tokens) json_object_set_new(o, "ns_per_token", json_real(t / (double)r->tokens * 1e9));
     return o;
 }
@@ -111,7 +106,7 @@ static const struct {
 };
 
 /* Best time a token of a case that ran, or NaN. */
-static double per_token(const struct bench_case *cases, const struct row *rows, int n,
+static double per_token(const struct bench_case *cases, const struct bench_row *rows, int n,
                         const char *name)
 {
     for (int i = 0; i < n; i++)
@@ -120,7 +115,7 @@ static double per_token(const struct bench_case *cases, const struct row *rows, 
     return NAN;
 }
 
-static void report_ratios(const struct bench_case *cases, const struct row *rows, int n,
+static void report_ratios(const struct bench_case *cases, const struct bench_row *rows, int n,
                           json_t *out, bool print)
 {
     for (size_t i = 0; i < sizeof ratios / sizeof *ratios; i++) {
@@ -134,7 +129,7 @@ static void report_ratios(const struct bench_case *cases, const struct row *rows
 
 static srf_status run_cases(const struct bench_options *o, struct srf_ctx *ctx,
                             const struct bench_machine *m, const struct bench_case *cases, int n,
-                            struct row *rows, json_t *list)
+                            struct bench_row *rows, json_t *list)
 {
     if (!o->json) {
         bench_machine_print(ctx, m);
@@ -144,7 +139,7 @@ static srf_status run_cases(const struct bench_options *o, struct srf_ctx *ctx,
     for (int i = 0; i < n; i++) {
         const char *name = cases[i].name;
         if (o->filter && !strstr(name, o->filter)) continue;
-        srf_status st = run_case(ctx, &cases[i], &rows[i]);
+        srf_status st = bench_run_case(ctx, &cases[i], CASE_S, &rows[i]);
         if (st != SRF_OK) srf__error_prefix("%s", name);
         SRF_TRY(st);
         json_array_append_new(list, row_json(name, &rows[i], m));
@@ -155,17 +150,20 @@ static srf_status run_cases(const struct bench_options *o, struct srf_ctx *ctx,
 
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)
 {
+    if (o->flat) return bench_flat(o, ctx, out);
     struct bench_machine m;
-    struct row *rows;
-    SRF_TRY(bench_measure_machine(ctx, &m));
+    struct bench_case *cases;
+    struct bench_row *rows = NULL;
     int n;
-    const struct bench_case *cases = bench_cases(ctx, &n);
-    SRF_TRY(SRF_CALLOC(rows, n));
+    SRF_TRY(bench_measure_machine(ctx, &m));
+    SRF_TRY(bench_cases(ctx, &cases, &n));
+    srf_status st = SRF_CALLOC(rows, n);
     json_t *list = json_array(), *quotients = json_object();
-    srf_status st = run_cases(o, ctx, &m, cases, n, rows, list);
+    if (st == SRF_OK) st = run_cases(o, ctx, &m, cases, n, rows, list);
     if (st == SRF_OK) report_ratios(cases, rows, n, quotients, !o->json);
     *out = json_pack("{s:s, s:o, s:o, s:o}", "bench", "op", "machine", bench_machine_json(ctx, &m),
                      "cases", list, "ratios", quotients);
     srf__free(rows);
+    srf__free(cases);
     return st;
 }

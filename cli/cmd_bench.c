@@ -54,6 +54,8 @@ int cmd_bench(int argc, char **argv)
         {"fit", 0, CLI_FLAG, &o.fit, NULL, "decode: the batch that fills the device's memory", 0,
          0},
         {"filter", 0, CLI_STRING, &o.filter, "TEXT", "op: only cases whose name holds TEXT", 0, 0},
+        {"flat", 0, CLI_FLAG, &o.flat, NULL,
+         "op: attention as sequences get longer, of as many tokens in all", 0, 0},
         CLI_ATTENTION_OPTIONS(o.attention),
         CLI_DEVICE_OPTIONS(o.device),
         {"json", 0, CLI_FLAG, &o.json, NULL, "print one JSON object", 0, 0},
