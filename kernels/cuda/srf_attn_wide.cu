@@ -213,7 +213,7 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
             const struct wide_thread at = wide_here();
             float w[32];
             warpgroup_fence();
-            wgmma_mix(w, qf, base + AT_KF + at.wg * TILE, false);
+            packed_product<true>(w, qf, base + AT_KF + at.wg * TILE, false);
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(w);
@@ -225,16 +225,19 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         for (int left = 0; left < D; left += 32) {
             const struct wide_thread at = wide_here();
             float num[16];
+            const uint32_t s_word = tile_word(base + AT_S + at.wg * TILE + 2 * left);
+            const uint32_t v_word = tile_word(v_tile + 2 * left);
+            const uint32_t z_word = tile_word(base + AT_Z + 16 * at.wg);
             warpgroup_fence();
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
-                wgmma_32(num, qf[kk], base + AT_S + at.wg * TILE + 2 * left + 2048 * kk, kk > 0);
-                if (left == 0) wgmma_8(sums, qf[kk], base + AT_Z + 16 * at.wg + 2048 * kk, kk > 0);
+                wgmma_32(num, qf[kk], s_word + 128 * kk, kk > 0);
+                if (left == 0) wgmma_8(sums, qf[kk], z_word + 128 * kk, kk > 0);
             }
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
-                wgmma_32(num, weight[kk], v_tile + 2 * left + 2048 * kk, true);
-                if (left == 0) wgmma_8(sums, weight[kk], base + AT_Z + 64, true);
+                wgmma_32(num, weight[kk], v_word + 128 * kk, true);
+                if (left == 0) wgmma_8(sums, weight[kk], tile_word(base + AT_Z + 64), true);
             }
             warpgroup_commit();
             warpgroup_wait<0>();
@@ -279,10 +282,7 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         top[0] = top_now[0];
         top[1] = top_now[1];
         warpgroup_fence();
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++)
-            wgmma_72(s, wgmma_tile(base + AT_KF + at.wg * TILE + 32 * kk), v_tile + 2048 * kk,
-                     base + AT_Z + 64);
+        product_72(s, base + AT_KF + at.wg * TILE, v_tile, base + AT_Z + 64);
         warpgroup_commit();
 
         const int64_t token = load_i64(base + AT_PLACE + 16) + c * CHUNK + at.row;

@@ -68,6 +68,16 @@ __device__ __forceinline__ void store_i64(uint32_t addr, int64_t x)
     WIDE_IO4(c, 0), WIDE_IO4(c, 4), WIDE_IO4(c, 8), WIDE_IO4(c, 12), WIDE_IO4(c, 16),              \
         WIDE_IO4(c, 20), WIDE_IO4(c, 24), WIDE_IO4(c, 28)
 
+/* The low word of where a tile is for products (wgmma_tile): its parts are 16-byte units further on,
+ * 2 for the next 16 columns, 128 for the next 16 rows, which takes one addition each. */
+__device__ __forceinline__ uint32_t tile_word(uint32_t addr)
+{
+    return addr >> 4 | 64u << 16;
+}
+__device__ __forceinline__ uint64_t tile_of(uint32_t word)
+{
+    return (uint64_t)(64u | 1u << 30) << 32 | word;
+}
 /* c (64, 64) = A B (!add) or c += A B, A (64, 16) and B (16, 64) from tiles. A_COLS: A's rows are
  * the tile's columns; B_COLS: k runs along the tile's rows. */
 template <bool A_COLS, bool B_COLS>
@@ -87,25 +97,42 @@ __device__ __forceinline__ void wgmma_tiles(float (&c)[32], uint64_t a, uint64_t
 template <bool A_COLS, bool B_COLS>
 __device__ __forceinline__ void tiles_product(float (&c)[32], uint32_t a, uint32_t b, bool add)
 {
+    a = tile_word(a);
+    b = tile_word(b);
 #pragma unroll
     for (int kk = 0; kk < 4; kk++)
-        wgmma_tiles<A_COLS, B_COLS>(c, wgmma_tile(a + (A_COLS ? 2048 : 32) * kk),
-                                    wgmma_tile(b + (B_COLS ? 2048 : 32) * kk), add || kk > 0);
+        wgmma_tiles<A_COLS, B_COLS>(c, tile_of(a + (A_COLS ? 128 : 2) * kk),
+                                    tile_of(b + (B_COLS ? 128 : 2) * kk), add || kk > 0);
 }
 
-/* c (64, 72) += A B: A (64, 16) rows of a tile; 64 columns of B (16, 72) in the tile at `tile`, its
- * rows being k, then 8 columns at `more`, a piece of rows of the same kind. */
-__device__ __forceinline__ void wgmma_72(float (&c)[36], uint64_t a, uint32_t tile, uint32_t more)
+/* The same with A from registers. */
+template <bool B_COLS>
+__device__ __forceinline__ void packed_product(float (&c)[32], const uint32_t (&a)[4][4],
+                                               uint32_t b, bool add)
+{
+    b = tile_word(b);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64<B_COLS>(c, a[kk], tile_of(b + (B_COLS ? 128 : 2) * kk), add || kk > 0);
+}
+/* c (64, 72) += A B, A rows of a tile, B's 64 columns those of a tile and 8 more those at `more`, a
+ * piece of rows of the same kind, of which the first 16 serve for all. */
+__device__ __forceinline__ void product_72(float (&c)[36], uint32_t a, uint32_t b, uint32_t more)
 {
     float(&left)[32] = *(float(*)[32]) & c[0];
-    wgmma_tiles<false, true>(left, a, wgmma_tile(tile), true);
-    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
-                 "%4, %5, 1, 1, 1, 0, 1;\n"
-                 : WIDE_IO4(c, 32)
-                 : "l"(a), "l"(wgmma_tile(more)));
+    a = tile_word(a);
+    b = tile_word(b);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        wgmma_tiles<false, true>(left, tile_of(a + 2 * kk), tile_of(b + 128 * kk), true);
+        asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
+                     "%4, %5, 1, 1, 1, 0, 1;\n"
+                     : WIDE_IO4(c, 32)
+                     : "l"(tile_of(a + 2 * kk)), "l"(tile_of(tile_word(more))));
+    }
 }
-/* 32 columns, or 8. */
-__device__ __forceinline__ void wgmma_32(float (&c)[16], const uint32_t a[4], uint32_t tile,
+/* c (64, 32) or (64, 8) = A B or += A B: B at `word`, its rows being k. */
+__device__ __forceinline__ void wgmma_32(float (&c)[16], const uint32_t a[4], uint32_t word,
                                          bool add)
 {
     asm volatile("{\n"
@@ -116,10 +143,9 @@ __device__ __forceinline__ void wgmma_32(float (&c)[16], const uint32_t a[4], ui
                  "{%16, %17, %18, %19}, %20, p, 1, 1, 1;\n"
                  "}\n"
                  : WIDE_IO4(c, 0), WIDE_IO4(c, 4), WIDE_IO4(c, 8), WIDE_IO4(c, 12)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_tile(tile)),
-                   "r"((int)add));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_of(word)), "r"((int)add));
 }
-__device__ __forceinline__ void wgmma_8(float (&c)[4], const uint32_t a[4], uint32_t tile, bool add)
+__device__ __forceinline__ void wgmma_8(float (&c)[4], const uint32_t a[4], uint32_t word, bool add)
 {
     asm volatile("{\n"
                  ".reg .pred p;\n"
@@ -128,8 +154,7 @@ __device__ __forceinline__ void wgmma_8(float (&c)[4], const uint32_t a[4], uint
                  "{%4, %5, %6, %7}, %8, p, 1, 1, 1;\n"
                  "}\n"
                  : WIDE_IO4(c, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_tile(tile)),
-                   "r"((int)add));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_of(word)), "r"((int)add));
 }
 template <int n> __device__ __forceinline__ void wide_hold(float (&c)[n])
 {

@@ -164,10 +164,7 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
             float dphi[32];
             warpgroup_fence();
             tiles_product<false, false>(dphi, stage + Q_DO, base + Q_S + at.wg * TILE, false);
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-                wgmma_64<false>(dphi, a[kk], wgmma_tile(base + Q_KF + at.wg * TILE + 32 * kk),
-                                true);
+            packed_product<false>(dphi, a, base + Q_KF + at.wg * TILE, true);
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(dphi);
@@ -203,10 +200,10 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
         for (int left = 0; left < D; left += 32) {
             const struct wide_thread at = wide_here();
             float dq[16];
+            const uint32_t w_word = tile_word(base + Q_W + at.wg * TILE + 2 * left);
             warpgroup_fence();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-                wgmma_32(dq, a[kk], base + Q_W + at.wg * TILE + 2 * left + 2048 * kk, kk > 0);
+            for (int kk = 0; kk < 4; kk++) wgmma_32(dq, a[kk], w_word + 128 * kk, kk > 0);
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(dq);
@@ -230,10 +227,7 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
             for (int i = 0; i < 36; i++) s[i] *= step[i >> 1 & 1];
         }
         warpgroup_fence();
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++)
-            wgmma_72(s, wgmma_tile(base + Q_KF + at.wg * TILE + 32 * kk), stage + Q_V + 2048 * kk,
-                     base + Q_ONES);
+        product_72(s, base + Q_KF + at.wg * TILE, stage + Q_V, base + Q_ONES);
         warpgroup_commit();
         sum_columns(own, base + Q_SENT + 16 * (at.tid & 127), (NW - 1) * 4096, at.wg);
 #pragma unroll

@@ -204,10 +204,7 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
             warpgroup_fence();
             tiles_product<false, false>(dkf, stage + K_V, base + K_PSI + at.wg * 2 * TILE + TILE,
                                         false);
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-                wgmma_64<false>(dkf, x[kk], wgmma_tile(base + K_PSI + at.wg * 2 * TILE + 32 * kk),
-                                true);
+            packed_product<false>(dkf, x, base + K_PSI + at.wg * 2 * TILE, true);
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(dkf);
@@ -237,10 +234,10 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
         for (int left = 0; left < D; left += 32) {
             const struct wide_thread at = wide_here();
             float dk[16];
+            const uint32_t w_word = tile_word(base + K_W + at.wg * TILE + 2 * left);
             warpgroup_fence();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-                wgmma_32(dk, x[kk], base + K_W + at.wg * TILE + 2 * left + 2048 * kk, kk > 0);
+            for (int kk = 0; kk < 4; kk++) wgmma_32(dk, x[kk], w_word + 128 * kk, kk > 0);
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(dk);
@@ -251,7 +248,7 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
             const struct wide_thread at = wide_here();
             float w[32];
             warpgroup_fence();
-            wgmma_mix(w, kf, base + K_PSI + at.wg * 2 * TILE, false);
+            packed_product<true>(w, kf, base + K_PSI + at.wg * 2 * TILE, false);
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(w);
@@ -261,22 +258,19 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
         {
             const struct wide_thread at = wide_here();
             /* The piece's queries go into R, which then steps back. */
-            warpgroup_fence();
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-                wgmma_tiles<false, true>(r, wgmma_tile(base + K_PSI + at.wg * 2 * TILE + 32 * kk),
-                                         wgmma_tile(stage + K_DO + 2048 * kk), true);
+            const uint32_t r_word = tile_word(base + K_PSI + at.wg * 2 * TILE + TILE);
+            const uint32_t do_word = tile_word(stage + K_DO);
             float dv[2][16];
+            warpgroup_fence();
+            tiles_product<false, true>(r, base + K_PSI + at.wg * 2 * TILE, stage + K_DO, true);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
 #pragma unroll
                 for (int kk = 0; kk < 4; kk++)
-                    wgmma_32(dv[half], kf[kk],
-                             base + K_PSI + at.wg * 2 * TILE + TILE + 64 * half + 2048 * kk,
-                             kk > 0);
+                    wgmma_32(dv[half], kf[kk], r_word + 4 * half + 128 * kk, kk > 0);
 #pragma unroll
                 for (int kk = 0; kk < 4; kk++)
-                    wgmma_32(dv[half], x[kk], stage + K_DO + 64 * half + 2048 * kk, true);
+                    wgmma_32(dv[half], x[kk], do_word + 4 * half + 128 * kk, true);
             }
             warpgroup_commit();
             warpgroup_wait<0>();
