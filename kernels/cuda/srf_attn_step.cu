@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
         for (int j = tid; j < d; j += STEP_THREADS) o[j] = from_float<T>(0.0f);
         return;
     }
-    uint32_t seed = step_seed(block, at_pos);
+    uint32_t seed = step_seed(head, at_pos);
     bool far = !hybrid || z[0] != 0.0f;
 
     if (far) /* wanted soon; more than its start would drive that of other blocks out of L2 */

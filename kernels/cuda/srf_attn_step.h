@@ -27,9 +27,10 @@ __device__ __forceinline__ uint32_t step_hash(uint32_t seed, uint32_t n)
     h = (h ^ (h >> 13)) * 0xC2B2AE35u;
     return h ^ (h >> 16);
 }
-__device__ __forceinline__ uint32_t step_seed(int64_t block, int32_t pos)
+/* Not of the sequence's place: what it gets does not depend on its slot. */
+__device__ __forceinline__ uint32_t step_seed(int64_t head, int32_t pos)
 {
-    return step_hash((uint32_t)block * 0x632BE5ABu, (uint32_t)pos);
+    return step_hash((uint32_t)head * 0x632BE5ABu, (uint32_t)pos);
 }
 /* bf16 bits of x, up with the probability of what is cut off; random: 16 bits. */
 __device__ __forceinline__ uint32_t step_round(float x, uint32_t random)

@@ -191,7 +191,7 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     __syncthreads();
     if (4 * tid < 2 * m) __stcs((float4 *)(state + m * D) + tid, ((float4 *)z)[tid]);
 
-    const uint32_t seed = step_seed(block, pos);
+    const uint32_t seed = step_seed(head, pos);
     const E *s = (const E *)smem;
     float acc[VEC] = {};
     barrier_wait(bars + 8, 0);
