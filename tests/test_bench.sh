@@ -26,6 +26,9 @@ grep -q "\"threads\": 3\b" "$dir/op" || fail "OMP_NUM_THREADS is not heard: $(ca
 sed -n 's/.*recurrent step at position 100000 over 10: //p' "$dir/step-ops" |
     awk '$1 > 0 && $1 <= 2 { good = 1 } END { exit !good }' || fail "ratio: $(cat "$dir/step-ops")"
 
+"$srf" bench op --flat --filter srf --json >"$dir/flat" || fail "bench op --flat"
+has "$dir/flat" series points seq_len fwd_ms fwd_bwd_ms most_over_least
+
 cat >"$dir/config.json" <<'JSON'
 {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32,
  "vocab_size": 97, "layer_norm_epsilon": 1e-5}
