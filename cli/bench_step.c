@@ -1,5 +1,6 @@
-/* srf bench step: the trainer's own step on random tokens, with large products timed between the
- * steps, so that both see the same state of the machine. */
+/* srf bench step: the trainer's own step on random tokens, and large products. On the CPU they take
+ * turns, so that both see the same state of the machine. Elsewhere products come after the steps:
+ * they draw the most power a card can, and the clock of what follows would be theirs. */
 #include "cli/bench.h"
 #include "train/trainer.h"
 
@@ -96,6 +97,16 @@ static srf_status timed_step(struct srf_ctx *ctx, struct run *r, double *seconds
     return SRF_OK;
 }
 
+static srf_status time_products(struct run *r, struct bench_samples *products)
+{
+    for (int k = 0; k < 3; k++) {
+        double seconds;
+        SRF_TRY(bench_product_time(&r->product, &seconds));
+        bench_add(products, seconds);
+    }
+    return SRF_OK;
+}
+
 static srf_status measure(const struct bench_options *o, struct srf_ctx *ctx, struct run *r,
                           struct result *out)
 {
@@ -103,18 +114,16 @@ static srf_status measure(const struct bench_options *o, struct srf_ctx *ctx, st
     bool cpu = bench_on_cpu(ctx);
     double seconds;
     for (int i = 0; i < 2; i++) SRF_TRY(timed_step(ctx, r, &seconds)); /* first touch of memory */
-    SRF_TRY(bench_product_time(&r->product, &seconds));
+    if (cpu) SRF_TRY(bench_product_time(&r->product, &seconds));
     if (cpu) ctx->profile = &out->profile;
     srf_status st = SRF_OK;
     for (int i = 0; i < o->steps && st == SRF_OK; i++) {
         st = timed_step(ctx, r, &seconds);
         bench_add(&steps, seconds);
         out->seconds += seconds;
-        for (int k = 0; k < 3 && st == SRF_OK; k++) {
-            st = bench_product_time(&r->product, &seconds);
-            bench_add(&products, seconds);
-        }
+        if (st == SRF_OK && cpu) st = time_products(r, &products);
     }
+    if (st == SRF_OK && !cpu) st = time_products(r, &products);
     out->n = out->n_profiled = (int)o->steps;
     if (!cpu) {
         out->seconds = 0;
