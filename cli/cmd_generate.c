@@ -9,10 +9,12 @@ struct run {
     struct generate_model m;
     struct srf_engine *engine;
     struct srf_ids prompt;
-    char *prompt_text;      /* of --prompt-file */
-    int32_t *tokens, *next; /* (batch, n), (batch) */
-    int64_t *made;          /* (batch): tokens before the end of the sequence */
-    char held[4];           /* streaming: bytes of a character that is not whole yet */
+    char *prompt_text;            /* of --prompt-file */
+    int32_t *tokens, *next;       /* (batch, n), (batch) */
+    int64_t *made;                /* (batch): tokens before the end of the sequence */
+    struct srf_states *states;    /* of --state-in, or NULL */
+    struct srf_state_info *infos; /* (batch): where each text starts, and then ends */
+    char held[4];                 /* streaming: bytes of a character that is not whole yet */
     size_t n_held;
     double prefill_s, decode_s;
 };
@@ -26,6 +28,8 @@ static void free_run(struct run *r)
     srf__free(r->tokens);
     srf__free(r->next);
     srf__free(r->made);
+    srf_states_close(r->states);
+    srf__free(r->infos);
 }
 
 static const char *prompt_text(const struct generate_options *in, const struct run *r)
@@ -39,35 +43,72 @@ static srf_status open_run(struct generate_options *in, struct run *r)
     SRF_FAIL_IF(!r->m.bpe, SRF_INVALID,
                 "the model holds no tokenizer: attach one by 'srf import MODEL OUT.h5 --tokenizer "
                 "T', or give ids by --input");
+    if (in->state_out) SRF_TRY(cli_check_output(in->state_out));
+    if (in->state_out) SRF_TRY(cli_check_apart(in->model, in->state_out));
     if (in->prompt_file) SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
     const char *text = prompt_text(in, r);
     SRF_TRY(srf_bpe_encode(r->m.bpe, text, strlen(text), true, &r->prompt));
-    if (r->prompt.n == 0) SRF_TRY(generate_start(&r->m, &r->prompt));
-    SRF_TRY(generate_room(&r->m, r->prompt.n, &in->n));
+    if (in->state_in) SRF_TRY(srf_states_open(in->state_in, r->m.ck, &r->states));
+    if (in->batch == CLI_NONE) in->batch = r->states ? srf_states_count(r->states) : 1;
+    if (r->prompt.n == 0 && !r->states) SRF_TRY(generate_start(&r->m, &r->prompt));
     struct srf_engine_config config = generate_config(in, &r->m);
     config.slots = in->batch;
     SRF_TRY(srf_engine_create(r->m.ctx, r->m.ck, &config, &r->engine));
+    SRF_TRY(srf_engine_reset(r->engine)); /* states that are gone on from without a prompt */
+    SRF_TRY(SRF_CALLOC(r->infos, in->batch));
+    for (int64_t i = 0; i < in->batch; i++) r->infos[i].pending = -1;
+    if (r->states) SRF_TRY(generate_read_states(r->states, r->engine, in->batch, r->infos));
+    int64_t longest = r->prompt.n;
+    for (int64_t i = 0; i < in->batch; i++) {
+        int64_t n = r->infos[i].position + (r->infos[i].pending >= 0) + r->prompt.n;
+        longest = n > longest ? n : longest;
+    }
+    SRF_TRY(generate_room(&r->m, longest, &in->n));
     SRF_TRY(SRF_ALLOC(r->tokens, in->batch * (in->n + 1)));
     SRF_TRY(SRF_ALLOC(r->next, in->batch));
     return SRF_CALLOC(r->made, in->batch);
 }
 
-static srf_status prefill(const struct generate_options *in, struct run *r)
+/* Every slot's prompt, what is pending there before it. */
+static srf_status admit(const struct generate_options *in, struct run *r)
 {
-    struct srf_engine_prompt *prompts;
-    double start = cli_now();
-    SRF_TRY(SRF_CALLOC(prompts, in->batch));
-    for (int64_t i = 0; i < in->batch; i++)
+    int64_t width = r->prompt.n + 1;
+    struct srf_engine_prompt *prompts = NULL;
+    int32_t *tokens = NULL;
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(SRF_CALLOC(prompts, in->batch));
+    SRF_TRY_GO(SRF_ALLOC(tokens, r->states ? in->batch * width : width));
+    for (int64_t i = 0; i < in->batch; i++) {
+        int32_t *own = r->states ? tokens + i * width : tokens;
+        int64_t n = 0;
+        if (r->infos[i].pending >= 0) own[n++] = r->infos[i].pending;
+        if (r->prompt.n) memcpy(own + n, r->prompt.ids, (size_t)r->prompt.n * sizeof *own);
+        n += r->prompt.n;
+        SRF_FAIL_GO_IF(n == 0, SRF_INVALID, "%s: nothing is pending: give a prompt", in->state_in);
         prompts[i] = (struct srf_engine_prompt){.slot = i,
-                                                .tokens = r->prompt.ids,
-                                                .n_tokens = r->prompt.n,
+                                                .tokens = own,
+                                                .n_tokens = n,
+                                                .resume = r->states != NULL,
                                                 .max_new = in->n,
                                                 .seed = in->seed,
-                                                .sequence = (uint64_t)i};
-    srf_status st = srf_engine_admit(r->engine, in->batch, prompts);
+                                                .sequence = (uint64_t)i,
+                                                .first = r->infos[i].made};
+    }
+    st = srf_engine_admit(r->engine, in->batch, prompts);
+cleanup:
     srf__free(prompts);
-    r->prefill_s = cli_now() - start;
+    srf__free(tokens);
     return st;
+}
+
+static srf_status prefill(const struct generate_options *in, struct run *r)
+{
+    double start = cli_now();
+    if (in->n > 0) SRF_TRY(admit(in, r));
+    for (int64_t i = 0; in->n == 0 && i < in->batch; i++)
+        SRF_TRY(generate_feed(r->engine, i, &r->prompt, &r->infos[i]));
+    r->prefill_s = cli_now() - start;
+    return SRF_OK;
 }
 
 /* One text is printed as it comes, a few wait for each other. */
@@ -120,12 +161,16 @@ static srf_status generate(const struct generate_options *in, struct run *r)
     if (streams(in)) SRF_TRY(print_now(prompt_text(in, r), strlen(prompt_text(in, r))));
     double start = cli_now();
     srf_status st = SRF_OK;
-    bool any = true;
+    bool any = in->n > 0;
     for (int64_t t = 0; any && !cli_interrupted(); t++) {
         SRF_TRY_GO(srf_engine_decode(r->engine, 1, r->next));
         any = false;
         for (int64_t i = 0; i < in->batch; i++) {
             any |= srf_engine_running(r->engine, i);
+            if (r->next[i] >= 0) {
+                r->infos[i].pending = r->next[i];
+                r->infos[i].made++;
+            }
             if (r->next[i] < 0 || (!in->ignore_eos && r->next[i] == r->m.ck->config.eos)) continue;
             r->tokens[i * in->n + r->made[i]++] = r->next[i];
             if (streams(in)) SRF_TRY_GO(stream_token(r, r->next[i]));
@@ -198,6 +243,9 @@ static int run(struct generate_options *in)
     srf_status st = open_run(in, &r);
     if (st == SRF_OK) st = generate(in, &r);
     if (st == SRF_OK) st = print_results(in, &r);
+    /* What Ctrl-C leaves running has fed its last token: it is in no state to be kept. */
+    if (st == SRF_OK && in->state_out && !cli_interrupted())
+        st = srf_states_save(in->state_out, r.m.ck, r.engine, in->batch, r.infos);
     if (st == SRF_OK && cli_interrupted())
         st = srf__fail(__FILE__, __LINE__, SRF_INTERRUPTED, "interrupted");
     int code = st == SRF_OK ? EXIT_OK : cli_fail();
@@ -205,8 +253,11 @@ static int run(struct generate_options *in)
     return code;
 }
 
-static int file_form(const struct generate_options *in)
+static int file_form(struct generate_options *in)
 {
+    if (in->batch == CLI_NONE) in->batch = 1;
+    if (in->state_out) return cli_usage_error("--state-out belongs to --prompt");
+    if (in->n == 0) return cli_usage_error("-n 0 belongs to --state-out");
     if (in->prompt || in->prompt_file)
         return cli_usage_error("--input brings the prompts: no --prompt beside it");
     if (!in->output) return cli_usage_error("--input needs --output");
@@ -223,15 +274,16 @@ static int file_form(const struct generate_options *in)
 
 static int text_form(struct generate_options *in)
 {
-    if (in->output || in->resume || in->ids || in->stop.n)
-        return cli_usage_error("--output, --resume, --ids and --stop belong to --input");
+    if (in->output || in->resume || in->ids || in->stop.n || in->prefix)
+        return cli_usage_error("--output, --resume, --ids, --stop and --prefix belong to --input");
+    if (in->n == 0 && !in->state_out) return cli_usage_error("-n 0 belongs to --state-out");
     return run(in);
 }
 
 int cmd_generate(int argc, char **argv)
 {
     struct generate_options in = {.n = CLI_NONE,
-                                  .batch = 1,
+                                  .batch = CLI_NONE,
                                   .order = "input",
                                   .on_error = "stop",
                                   .chunk = 256,
@@ -255,8 +307,13 @@ int cmd_generate(int argc, char **argv)
         {"ids", 0, CLI_FLAG, &in.ids, NULL, "results hold the token ids, too", 0, 0},
         {"stop", 0, CLI_STRINGS, &in.stop, "TEXT",
          "prompts of --input end before this text; may be given again", 0, 0},
-        {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (up to 100)", 1, 1 << 24},
-        {"batch", 0, CLI_INT, &in.batch, "N", "sequences at once (1)", 1, 1e6},
+        {"prefix", 0, CLI_STRING, &in.prefix, "TEXT",
+         "goes before every prompt of --input; @PATH: a file's text", 0, 0},
+        {"state-in", 0, CLI_STRING, &in.state_in, "PATH", "go on from the states of a file", 0, 0},
+        {"state-out", 0, CLI_STRING, &in.state_out, "PATH", "where the states go at the end", 0, 0},
+        {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (up to 100)", 0, 1 << 24},
+        {"batch", 0, CLI_INT, &in.batch, "N", "sequences at once (1, or as many as --state-in)", 1,
+         1e6},
         {"temperature", 0, CLI_DOUBLE, &in.sampler.temperature, "X",
          "0 = always the most likely token (1)", 0, 100},
         {"top-k", 0, CLI_INT, &in.sampler.top_k, "N", "only the N most likely tokens; 0 = all (0)",
@@ -282,7 +339,8 @@ int cmd_generate(int argc, char **argv)
             "Generate text in the recurrent form: the state of a sequence has a fixed size.\n"
             "The text goes to stdout as it is made (several texts, and JSON, at the end); "
             "figures,\n"
-            "state beside KV cache, to stderr.\n" GENERATE_FILE_HELP CLI_POSITIONS_HELP,
+            "state beside KV cache, to stderr.\n" GENERATE_FILE_HELP GENERATE_STATE_HELP
+                CLI_POSITIONS_HELP,
             options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model) return cli_usage_error("generate needs --model");

@@ -182,6 +182,35 @@ cleanup:
     return st;
 }
 
+/* What srf generate --state-out writes. */
+static srf_status states(json_t *facts, const char *path)
+{
+    static const char *const texts[] = {"creator", "model", "positions"};
+    struct srf_h5 *f;
+    struct srf_attention_config a;
+    char *text = NULL, words[200];
+    int64_t count;
+    SRF_TRY(srf_h5_open(path, &f));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(put_str(facts, "format", "states of sequences"));
+    for (int i = 0; i < 3; i++) {
+        SRF_TRY_GO(srf_h5_get_str(f, "/", texts[i], &text));
+        SRF_TRY_GO(put_str(facts, texts[i], text));
+        srf__free(text);
+        text = NULL;
+    }
+    SRF_TRY_GO(srf_h5_get_str(f, "/", "attention", &text));
+    SRF_TRY_GO(srf_attention_from_json(text, &a));
+    srf_attention_describe(&a, words, sizeof words);
+    SRF_TRY_GO(put_str(facts, "attention", words));
+    SRF_TRY_GO(srf_h5_get_i64(f, "/", "count", &count));
+    st = put_int(facts, "states", count);
+cleanup:
+    srf__free(text);
+    srf_h5_close(f);
+    return st;
+}
+
 /* An HDF5 file: its attribute kind says which. */
 static srf_status hdf5(json_t *facts, const char *path)
 {
@@ -191,9 +220,10 @@ static srf_status hdf5(json_t *facts, const char *path)
     srf_status st = SRF_OK;
     if (srf_h5_has_attr(f, "/", "kind")) st = srf_h5_get_str(f, "/", "kind", &kind);
     srf_h5_close(f);
-    bool tokens = kind && strcmp(kind, "tokens") == 0;
+    bool tokens = kind && strcmp(kind, "tokens") == 0, saved = kind && strcmp(kind, "states") == 0;
     srf__free(kind);
     SRF_TRY(st);
+    if (saved) return states(facts, path);
     return tokens ? token_set(facts, path) : checkpoint(facts, path);
 }
 

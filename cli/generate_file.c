@@ -12,7 +12,7 @@ struct job {
     struct job *before, *behind; /* all that run, a ring around run.jobs */
     struct cli_prompt prompt;
     int64_t number; /* among the records of this run */
-    int64_t max_new;
+    int64_t n_prompt, max_new;
     struct srf_ids made;
     char *text; /* (cap_text): what was made, only where stop strings are looked for */
     size_t n_text, cap_text;
@@ -25,9 +25,10 @@ struct run {
     struct cli_prompts prompts;
     struct cli_results results;
     struct cli_progress progress;
-    struct job jobs;    /* only its links count */
-    char bad_line[512]; /* the error that ends the run; what runs is finished first */
-    json_t *stop;       /* of --stop: array, or NULL */
+    struct job jobs;              /* only its links count */
+    char bad_line[512];           /* the error that ends the run; what runs is finished first */
+    struct srf_state_info shared; /* what every prompt goes on from, in the last slot */
+    json_t *stop;                 /* of --stop: array, or NULL */
     int64_t n_records, n_done, n_bad, n_tokens;
     int64_t bytes_done, bytes_skipped; /* of the input */
     double start;
@@ -101,7 +102,7 @@ static srf_status put_job(struct run *r, struct job *j, const char *finish)
     FILE *f = begin_record(&j->prompt, &record, &n);
     SRF_FAIL_GO_IF(!f, SRF_NOMEM, "out of memory: a record");
     fprintf(f, ", \"prompt_tokens\": %lld, \"tokens\": %lld, \"finish\": \"%s\"",
-            (long long)j->prompt.tokens.n, (long long)j->made.n, finish);
+            (long long)j->n_prompt, (long long)j->made.n, finish);
     if (r->m.bpe) {
         fputs(", \"text\": ", f);
         cli_json_string(f, text, n_text);
@@ -121,13 +122,31 @@ cleanup:
 
 /* ---- what the server asks ------------------------------------------------------------------- */
 
+static srf_status put_first(struct srf_ids *ids, int32_t id)
+{
+    struct srf_ids all = {.n = ids->n + 1, .cap = ids->n + 1};
+    SRF_TRY(SRF_ALLOC(all.ids, all.n));
+    all.ids[0] = id;
+    if (ids->n) memcpy(all.ids + 1, ids->ids, (size_t)ids->n * sizeof id);
+    srf_ids_free(ids);
+    *ids = all;
+    return SRF_OK;
+}
+
 /* The job of a line, checked against the model. */
 static srf_status fill_job(struct run *r, const char *text, size_t n, struct job *j)
 {
     SRF_TRY(cli_prompt_parse(&r->prompts, text, n, r->m.bpe, r->m.ck->config.vocab, &j->prompt));
-    if (j->prompt.tokens.n == 0) SRF_TRY(generate_start(&r->m, &j->prompt.tokens));
+    j->n_prompt = j->prompt.tokens.n;
+    if (r->shared.pending >= 0) SRF_TRY(put_first(&j->prompt.tokens, r->shared.pending));
+    if (j->prompt.tokens.n == 0) {
+        SRF_FAIL_IF(r->shared.position > 0, SRF_INVALID,
+                    "an empty prompt, and nothing is pending in the state");
+        SRF_TRY(generate_start(&r->m, &j->prompt.tokens));
+        j->n_prompt = 1;
+    }
     j->max_new = j->prompt.n != CLI_NONE ? j->prompt.n : r->in->n;
-    SRF_TRY(generate_room(&r->m, j->prompt.tokens.n, &j->max_new));
+    SRF_TRY(generate_room(&r->m, r->shared.position + j->prompt.tokens.n, &j->max_new));
     SRF_FAIL_IF(j->prompt.stop && !r->m.bpe, SRF_MISMATCH,
                 "\"stop\": the model holds no tokenizer");
     return SRF_OK;
@@ -194,6 +213,7 @@ static srf_status next(void *user, struct srf_request *request, bool *got)
                              .max_new = j->max_new,
                              .seed = j->prompt.has_seed ? j->prompt.seed : r->in->seed,
                              .sequence = j->prompt.has_seed ? 0 : (uint64_t)(j->prompt.line - 1),
+                             .first = r->shared.made,
                              .user = j};
     *got = true;
     return SRF_OK;
@@ -281,6 +301,12 @@ static srf_status each_round(void *user, bool *stop)
 
 /* ---- the run -------------------------------------------------------------------------------- */
 
+/* Whether prompts go on from something. */
+static bool shares(const struct generate_options *in)
+{
+    return in->state_in || in->prefix;
+}
+
 static srf_status settings(const struct run *r, json_t **out)
 {
     const struct generate_options *in = r->in;
@@ -301,6 +327,10 @@ static srf_status settings(const struct run *r, json_t **out)
     bool failed = !*out || !sampling || json_object_update(*out, sampling) != 0;
     json_decref(sampling);
     SRF_FAIL_IF(failed, SRF_NOMEM, "out of memory");
+    char shared[17] = "";
+    if (shares(in)) SRF_TRY(generate_shared_hash(r->engine, in->batch, &r->shared, shared));
+    SRF_FAIL_IF(json_object_set_new(*out, "goes_on_from", json_string(shared)) != 0, SRF_NOMEM,
+                "out of memory");
     return SRF_OK;
 }
 
@@ -355,8 +385,10 @@ static srf_status open_run(struct run *r)
     SRF_TRY(check_memory(r));
     SRF_TRY(cli_prompts_open(in->input, &r->prompts));
     struct srf_engine_config config = generate_config(in, &r->m);
-    config.slots = in->batch;
+    config.slots = in->batch + shares(in);
     SRF_TRY(srf_engine_create(r->m.ctx, r->m.ck, &config, &r->engine));
+    SRF_TRY(srf_engine_reset(r->engine)); /* states that are gone on from without a prompt */
+    if (shares(in)) SRF_TRY(generate_fill_shared(in, &r->m, r->engine, in->batch, &r->shared));
     /* The output last: nothing is left behind by what is refused before it. */
     json_t *made_with;
     SRF_TRY(settings(r, &made_with));
@@ -380,7 +412,7 @@ static srf_status serve(struct run *r)
 {
     struct srf_server server = {.engine = r->engine,
                                 .slots = r->in->batch,
-                                .shared = -1,
+                                .shared = shares(r->in) ? r->in->batch : -1,
                                 .steps = 1,
                                 .next = next,
                                 .token = token,
@@ -418,7 +450,7 @@ static void report(const struct run *r)
 
 int generate_file(const struct generate_options *in)
 {
-    struct run r = {.in = in};
+    struct run r = {.in = in, .shared = {.pending = -1}};
     r.jobs.before = r.jobs.behind = &r.jobs;
     srf_status st = open_run(&r);
     if (st == SRF_OK) st = serve(&r);
