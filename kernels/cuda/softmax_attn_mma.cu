@@ -107,6 +107,7 @@ static __global__ __launch_bounds__(THREADS, 2) void fwd_kernel(const struct att
             if (a.lse && (lane & 3) == 0 && query < a.t)
                 a.lse[(int64_t)head * a.t + query] = top[mt][half] * a.scale + logf(total);
         }
+    __syncwarp(); /* the rows held queries that all lanes read */
     tile_put<D, FWD_MT>(smem, w0 - t0, out, by);
     __syncwarp();
     tile_store<D>(smem, w0 - t0, 16 * FWD_MT,
@@ -232,6 +233,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
             tile_mix<D, MT, STEP>(dq, packed, ks + stage * TILE, u);
         }
     }
+    __syncwarp();
     tile_put<D, MT>(smem, w0 - t0, dq, by);
     __syncwarp();
     tile_store<D>(smem, w0 - t0, 16 * MT, (bf16 *)a.dq + in + w0 * a.ld, a.ld, a.t - w0, lane, 32);
@@ -324,6 +326,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
             tile_mix<D, MT, STEP>(dk, packed, qs + stage * TILE, u);
         }
     }
+    __syncwarp();
     tile_put<D, MT>(smem, w0 - s0, dk, by_k);
     tile_put<D, MT>(smem + OWN, w0 - s0, dv, by_v);
     __syncwarp();

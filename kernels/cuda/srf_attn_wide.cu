@@ -98,7 +98,7 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         const struct wide_thread at = wide_here();
         const int seq = head_i / p.h, head = head_i % p.h, set = p.n_sets == 1 ? 0 : head;
         if (at.tid == 0) {
-            barrier_init(taken, 4 * NW);
+            barrier_init(taken, WIDE_THREADS);
             barrier_init_done();
             store_i64(base + AT_PLACE, (int64_t)seq * p.t * p.ld + head * D);
             store_i64(base + AT_PLACE + 8, (int64_t)seq * p.t * p.ld_o + head * D);
@@ -265,7 +265,7 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         cp_async_wait<0>();
         if (c + 1 < c_end) prepare(c + 1, 0, min(CHUNK, p.t - (c + 1) * CHUNK));
         if (__syncthreads_or(bad && size > 1)) {
-            if (wide_here().lane == 0) barrier_arrive(taken);
+            barrier_arrive(taken);
             size >>= 1;
             prepare(c, lo, min(lo + size, n));
             __syncthreads();
@@ -336,7 +336,7 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         warpgroup_wait<0>();
         wide_hold(s);
         __syncwarp();
-        if (at.lane == 0) barrier_arrive(taken);
+        barrier_arrive(taken);
         lo += size;
         size = lo & -lo;
         if (lo >= n) {

@@ -94,7 +94,7 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
         const struct wide_thread at = wide_here();
         const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
         if (at.tid == 0) {
-            barrier_init(taken, 4 * NW);
+            barrier_init(taken, WIDE_THREADS);
             barrier_init_done();
             put_place(p, place);
         }
@@ -213,7 +213,7 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
         cp_async_wait<0>();
         if (c + 1 < n_chunks) prepare(c + 1, 0, min(CHUNK, p.t - (c + 1) * CHUNK), true);
         if (__syncthreads_or(most > -SRF__MIN_DEN_LOG2 && size > 1)) {
-            if (wide_here().lane == 0) barrier_arrive(taken);
+            barrier_arrive(taken);
             size >>= 1;
             prepare(c, lo, min(lo + size, n), false);
             __syncthreads();
@@ -243,7 +243,7 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
         warpgroup_wait<0>();
         wide_hold(s);
         __syncwarp();
-        if (wide_here().lane == 0) barrier_arrive(taken);
+        barrier_arrive(taken);
         cuts |= (uint64_t)1 << lo;
         lo += size;
         size = lo & -lo;

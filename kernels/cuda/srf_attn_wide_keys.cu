@@ -74,7 +74,7 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
         const struct wide_thread at = wide_here();
         const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
         if (at.tid == 0) {
-            barrier_init(taken, 4 * NW);
+            barrier_init(taken, WIDE_THREADS);
             barrier_init_done();
             put_place(p, place);
         }
@@ -317,7 +317,7 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
         finish_columns(p, place, own_k, p.sum[1], p.dk, c, lo, hi);
         finish_columns(p, place, own_v, p.sum[2], p.dv, c, lo, hi);
         __syncwarp();
-        if (wide_here().lane == 0) barrier_arrive(taken);
+        barrier_arrive(taken);
         hi = lo;
         m_hi[0] = m_lo[0];
         m_hi[1] = m_lo[1];
