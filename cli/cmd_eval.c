@@ -2,14 +2,15 @@
 #include "checkpoints/h5.h"
 #include "cli/common.h"
 #include "infer/evaluate.h"
+#include "infer/recall.h"
 
 #include <math.h>
 #include <string.h>
 
 struct inputs {
     const char *model, *data, *mode, *per_token;
-    int64_t seq_len, batch, max_tokens;
-    bool json, quiet, logits;
+    int64_t seq_len, batch, max_tokens, recall_from;
+    bool json, quiet, logits, recall;
     struct cli_device device;
     struct cli_attention attention;
     struct cli_positions positions;
@@ -29,6 +30,8 @@ struct run {
     /* predictions at the positions that the model has learned, and past them */
     int64_t learned, n[2];
     double sum[2];
+    bool recall;
+    struct srf_recall recalled;
 };
 
 static void free_run(struct run *r)
@@ -50,8 +53,8 @@ static void on_progress(void *user, int64_t done, int64_t total)
 }
 
 /* Per token, whole windows only: a file of a fixed shape has no place for the shorter last one. */
-static srf_status on_rows(void *user, int64_t first, int64_t n, int64_t len, const float *nll,
-                          const float *logits)
+static srf_status on_rows(void *user, int64_t first, int64_t n, int64_t len, const int32_t *tokens,
+                          const float *nll, const float *logits)
 {
     struct run *r = user;
     for (int64_t i = 0; i < n * (len - 1); i++) {
@@ -59,6 +62,8 @@ static srf_status on_rows(void *user, int64_t first, int64_t n, int64_t len, con
         r->sum[past] += (double)nll[i];
         r->n[past]++;
     }
+    for (int64_t i = 0; i < n && r->recall; i++)
+        srf_recall_add(&r->recalled, tokens + i * len, len, nll + i * (len - 1));
     if (!r->nll || len != r->len) return SRF_OK;
     int64_t vocab = r->model->config.vocab;
     memcpy(r->nll + first * (len - 1), nll, (size_t)(n * (len - 1)) * sizeof *nll);
@@ -129,9 +134,27 @@ static srf_status open_run(struct inputs *in, struct run *r)
     return SRF_OK;
 }
 
+/* By how far back a token stood behind the same one. */
+static void print_recall(const struct srf_recall *r, bool json)
+{
+    const char *between = "";
+    printf(json ? ", \"recall\": [" : "tokens that stood behind the same one before:\n");
+    for (int i = 0; i < SRF_RECALL_PLACES; i++) {
+        if (!r->n[i]) continue;
+        double n = (double)r->n[i], ppl = exp(r->nll[i] / n), known = (double)r->known[i] / n;
+        long long low = 1ll << i, high = (2ll << i) - 1;
+        const char *form = "%s  %lld to %lld back: %lld, perplexity %.4g, known %.4f\n";
+        if (json)
+            form = "%s{\"from\": %lld, \"to\": %lld, \"n\": %lld, \"ppl\": %.6g, \"known\": %.4f}";
+        printf(form, between, low, high, (long long)r->n[i], ppl, known);
+        if (json) between = ", ";
+    }
+    if (json) printf("]");
+}
+
 static int run(struct inputs *in)
 {
-    struct run r = {0};
+    struct run r = {.recall = in->recall, .recalled.from = in->recall_from};
     struct srf_eval_result result;
     srf_status st = open_run(in, &r);
     if (st == SRF_OK) {
@@ -165,6 +188,7 @@ static int run(struct inputs *in)
             printf(", \"%s\": ", past ? "ppl_past_learned" : "ppl_learned");
             cli_json_number(stdout, exp(r.sum[past] / (double)r.n[past]));
         }
+        if (r.recall) print_recall(&r.recalled, true);
         printf(", \"mode\": \"%s\", \"seconds\": %.3f, \"tokens_per_s\": %.1f}\n", in->mode,
                result.seconds, rate);
     } else {
@@ -176,6 +200,7 @@ static int run(struct inputs *in)
                    "--positions %s\n",
                    exp(r.sum[0] / (double)r.n[0]), (long long)r.learned,
                    exp(r.sum[1] / (double)r.n[1]), in->positions.policy);
+        if (r.recall) print_recall(&r.recalled, false);
     }
     free_run(&r);
     return code;
@@ -204,6 +229,11 @@ int cmd_eval(int argc, char **argv)
         {"per-token", 0, CLI_STRING, &in.per_token, "F.h5",
          "write nll (windows, T-1) of the whole windows", 0, 0},
         {"logits", 0, CLI_FLAG, &in.logits, NULL, "... and logits (windows, T, V)", 0, 0},
+        {"recall", 0, CLI_FLAG, &in.recall, NULL,
+         "also: tokens that stood behind the same one before, by how far back; known: p > 1/2", 0,
+         0},
+        {"recall-from", 0, CLI_INT, &in.recall_from, "ID", "... of tokens from ID on (0)", 0,
+         1 << 24},
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
@@ -218,5 +248,6 @@ int cmd_eval(int argc, char **argv)
     if (strcmp(in.mode, "parallel") != 0 && strcmp(in.mode, "recurrent") != 0)
         return cli_usage_error("--mode %s: expected parallel or recurrent", in.mode);
     if (in.logits && !in.per_token) return cli_usage_error("--logits belongs to --per-token");
+    if (in.recall_from && !in.recall) return cli_usage_error("--recall-from belongs to --recall");
     return run(&in);
 }

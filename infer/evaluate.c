@@ -93,7 +93,7 @@ static srf_status windows(struct srf_model *m, struct srf_tokenset *data,
     SRF_FAIL_IF(!isfinite(*sum), SRF_NONFINITE,
                 "the model's loss is not finite in windows %lld to %lld", (long long)first,
                 (long long)(first + w - 1));
-    if (c->rows) SRF_TRY(c->rows(c->user, first, w, len, b->nll, b->logits));
+    if (c->rows) SRF_TRY(c->rows(c->user, first, w, len, b->tokens, b->nll, b->logits));
     return SRF_OK;
 }
 

@@ -9,10 +9,10 @@ struct srf_eval_config {
     int64_t batch;      /* windows at once; b * t as planned for the model */
     int64_t max_tokens; /* 0 = the whole set */
     bool recurrent;     /* one token at a time from a recurrent state, instead of in parallel */
-    /* Called for every batch of windows in order, if not NULL: nll (n_windows, len - 1) and logits
-     * (n_windows, len, vocab) or NULL. */
+    /* Called for every batch of windows in order, if not NULL: tokens (n_windows, len), nll
+     * (n_windows, len - 1) and logits (n_windows, len, vocab) or NULL. */
     srf_status (*rows)(void *user, int64_t first_window, int64_t n_windows, int64_t len,
-                       const float *nll, const float *logits);
+                       const int32_t *tokens, const float *nll, const float *logits);
     bool want_logits;
     void (*progress)(void *user, int64_t done, int64_t total); /* tokens; may be NULL */
     void *user;

@@ -2,6 +2,7 @@
 #include "tests/scratch.h"
 #include "infer/engine.h"
 #include "infer/evaluate.h"
+#include "infer/recall.h"
 #include "infer/sampler.h"
 
 #include <math.h>
@@ -100,11 +101,13 @@ struct rows {
     int64_t windows;
 };
 
-static srf_status take(void *user, int64_t first, int64_t n, int64_t len, const float *nll,
-                       const float *logits)
+static srf_status take(void *user, int64_t first, int64_t n, int64_t len, const int32_t *tokens,
+                       const float *nll, const float *logits)
 {
     struct rows *r = user;
     assert_null(logits);
+    int64_t t = first * 20; /* of the set below; the short window is the last */
+    for (int64_t i = 0; i < n * len; i++, t++) assert_int_equal(tokens[i], (t * t + 3 * t) % 23);
     if (len == 20) memcpy(r->nll + first * 19, nll, (size_t)(n * 19) * sizeof *nll);
     r->windows += n;
     return SRF_OK;
@@ -156,6 +159,33 @@ static void evaluation(void **state)
     srf_checkpoint_free(ck);
     srf_ctx_free(ctx);
     unlink(path);
+}
+
+/* Distances of what was said before, by hand. */
+static void recall(void **state)
+{
+    (void)state;
+    /*                       2 5 again after 4; 5 9 after 3; 7 7 after 1 (overlapping) */
+    const int32_t tokens[] = {2, 5, 9, 1, 2, 5, 9, 7, 7, 7, 2, 5};
+    enum { T = sizeof tokens / sizeof *tokens };
+    float nll[T - 1];
+    for (int i = 0; i < T - 1; i++) nll[i] = i % 2 ? 0.5f : 0.75f;
+    struct srf_recall r = {0};
+    srf_recall_add(&r, tokens, T, nll);
+    /* token 5 and 6: 4 back; 9: 1 back; 11: 6 back */
+    const int64_t n[4] = {1, 0, 3, 0}, known[4] = {0, 0, 1, 0};
+    const double sum[4] = {0.75, 0, 0.75 + 0.5 + 0.75, 0};
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(r.n[i], n[i]);
+        assert_int_equal(r.known[i], known[i]);
+        assert_true(fabs(r.nll[i] - sum[i]) < 1e-6);
+    }
+    r = (struct srf_recall){.from = 7};
+    srf_recall_add(&r, tokens, T, nll);
+    assert_int_equal(r.n[0] + r.n[2], 2); /* of 9 and of 7 */
+    r = (struct srf_recall){0};
+    srf_recall_add(&r, tokens, 1, nll);
+    for (int i = 0; i < SRF_RECALL_PLACES; i++) assert_int_equal(r.n[i], 0);
 }
 
 static void sampler(void **state)
@@ -222,6 +252,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(engine_is_the_model),
         cmocka_unit_test(evaluation),
+        cmocka_unit_test(recall),
         cmocka_unit_test(sampler),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
