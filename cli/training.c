@@ -6,8 +6,9 @@
 #include <string.h>
 
 struct inputs {
-    const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute;
+    const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute, *recipe;
     bool resume, quiet, json, fit;
+    bool calibrate_given; /* on the command line, not by the recipe */
     int64_t calibrate, best_of;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
@@ -64,12 +65,17 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     else
         SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     struct srf_attention_config before = r->ck->attention;
-    if (defaults->swap && before.kind == SRF_ATTN_SOFTMAX) {
+    if (defaults->recipe && before.kind == SRF_ATTN_SOFTMAX) {
         r->ck->attention = defaults->attention;
         r->ck->attention.seed = in->config.seed;
     }
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
                               &r->ck->attention));
+    /* A recipe's calibration is for what softmax attention was trained with, and one draw a head. */
+    const struct srf_attention_config *a = &r->ck->attention;
+    if (!in->calibrate_given &&
+        (before.kind == SRF_ATTN_SRF || a->kind != SRF_ATTN_SRF || !a->per_head))
+        in->calibrate = 0;
     if (!srf_policy_needs_teacher(&in->config)) return SRF_OK;
     /* The teacher: named, or the model itself as it came, with softmax. Weights that were fitted to
      * SRF attention are no good under softmax. */
@@ -385,17 +391,25 @@ static void say_defaults(struct cli_option *options, const struct inputs *in,
     }
 }
 
-/* The attention that a swap puts in, where the options speak of it. */
-static void say_swap(struct cli_option *options, const struct srf_attention_config *a,
-                     char help[MAX_OPTIONS][HELP_SIZE])
+/* What a recipe puts in, where the options speak of it. */
+static void say_recipe(struct cli_option *options, const struct srf_recipe *r,
+                       char help[MAX_OPTIONS][HELP_SIZE])
 {
     for (struct cli_option *o = options; o->name; o++, help++) {
         if (strcmp(o->name, "attention") == 0)
             snprintf(*help, HELP_SIZE, "softmax or srf (srf)");
         else if (strcmp(o->name, "m") == 0)
-            snprintf(*help, HELP_SIZE, "random features a head (%lld)", (long long)a->m);
+            snprintf(*help, HELP_SIZE, "random features a head (%lld)", (long long)r->m);
         else if (strcmp(o->name, "window") == 0)
-            snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)a->window);
+            snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->window);
+        else if (strcmp(o->name, "far") == 0 && r->far_none)
+            snprintf(*help, HELP_SIZE, "beyond the window: srf, or none, for comparisons (none)");
+        else if (strcmp(o->name, "calibrate") == 0)
+            snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->calibrate);
+        else if (strcmp(o->name, "fit-features") == 0 && r->fit)
+            snprintf(*help, HELP_SIZE, "%s (on)", o->help);
+        else if (strcmp(o->name, "best-of") == 0)
+            snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->best_of);
         else
             continue;
         o->help = *help;
@@ -424,6 +438,22 @@ static int recompute_of(const char *name)
     for (int i = 0; i < 3; i++)
         if (strcmp(name, names[i]) == 0) return i;
     return -1;
+}
+
+static bool was_given(const struct cli_option *options, const bool *set, const char *name)
+{
+    for (const struct cli_option *o = options; o->name; o++)
+        if (strcmp(o->name, name) == 0) return set[o - options];
+    return false;
+}
+
+/* A recipe's features of its own give way to redraws, and to no calibration, if asked for. */
+static void settle_calibration(struct inputs *in, const struct cli_option *options, const bool *set)
+{
+    in->calibrate_given = was_given(options, set, "calibrate");
+    if (in->calibrate && !in->config.redraw_every) return;
+    in->fit &= was_given(options, set, "fit-features");
+    if (!was_given(options, set, "best-of")) in->best_of = 1;
 }
 
 /* 0, or the exit code of a usage error. */
@@ -495,12 +525,12 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
         {"calibrate", 0, CLI_INT, &in.calibrate, "N",
-         "re-centre and balance q and k on N tokens first, exactly for softmax; 0 = off (0)", 0,
+         "re-centre and balance q and k on N tokens first, exactly for softmax; 0 = off", 0,
          1 << 24},
         {"fit-features", 0, CLI_FLAG, &in.fit, NULL,
          "with --calibrate: draw features with each direction's own variance", 0, 0},
         {"best-of", 0, CLI_INT, &in.best_of, "N",
-         "with --calibrate: for each head the best of N draws (1)", 1, 100000},
+         "with --calibrate: for each head the best of N draws", 1, 100000},
         {"ce", 0, CLI_DOUBLE, &c->ce_weight, "X", "weight of the cross entropy", 0, 1e9},
         {"kl", 0, CLI_DOUBLE, &c->kl_weight, "X", "weight of KL(teacher || student) of the logits",
          0, 1e9},
@@ -524,16 +554,26 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
+         "what the other options begin with: hybrid, pure, faithful or window (hybrid)", 0, 0},
         {0}};
+    enum { RECIPE = sizeof options / sizeof *options - 2 };
+    if (!defaults->recipe) options[RECIPE] = (struct cli_option){0}; /* train has none */
     _Static_assert(sizeof options / sizeof *options <= MAX_OPTIONS, "raise MAX_OPTIONS");
     char help[MAX_OPTIONS][HELP_SIZE];
     bool set[MAX_OPTIONS] = {false};
     int code;
     say_defaults(options, &in, help);
-    if (defaults->swap) say_swap(options, &defaults->attention, help);
+    if (defaults->recipe) {
+        in.calibrate = defaults->recipe->calibrate;
+        in.fit = defaults->recipe->fit;
+        in.best_of = defaults->recipe->best_of;
+        say_recipe(options, defaults->recipe, help);
+    }
     if (!cli_parse(argc, argv, defaults->usage, defaults->about, options, NULL, 0, 0, NULL, set,
                    &code))
         return code;
+    settle_calibration(&in, options, set);
     code = check_usage(defaults, &in, options, set);
     if (code != EXIT_OK) return code;
     if (in.recompute) c->recompute = recompute_of(in.recompute);

@@ -84,7 +84,7 @@ section "Retrofit: pure random features, m = $features" \
     --out "$out/pure"
 section "Perplexity of the pure retrofit" evaluate pure --model "$out/pure/model.h5"
 section "Retrofit: the hybrid with a window of $window" \
-    retrofit --window "$window" --steps "$hybrid_steps" --warmup 10 --lr 3e-4 \
+    retrofit --window "$window" --steps "$hybrid_steps" --warmup 10 --lr 3e-4 --kl 1 \
     --out "$out/hybrid"
 section "Perplexity of the hybrid retrofit" evaluate hybrid --model "$out/hybrid/model.h5"
 section "Export the pure retrofit as a recurrent model" \

@@ -17,6 +17,7 @@ base=(--data "$WORK/train.h5" --seq-len 128 --batch 4 --quiet)
 # Short runs whose losses must agree closely, and a long one whose curve must.
 short=(--steps 20 --warmup 5)
 long=(--steps 200 --warmup 20 --lr 5e-4 -m 64 -W 32)
+retrofit=("$SRF" retrofit --model "$WORK/base.h5" "${base[@]}" --redraw-every 1 --freeze-at 0.25 --kl 1)
 evals=(softmax srf hybrid)
 eval_options_softmax="--attention softmax"
 eval_options_srf="--attention srf -m 64 -W 0"
@@ -32,9 +33,9 @@ train() {
     shift
     case "$kind" in
     softmax) run "$SRF" train --model "$WORK/base.h5" "${base[@]}" "${short[@]}" "$@" ;;
-    srf) run "$SRF" retrofit --model "$WORK/base.h5" "${base[@]}" "${short[@]}" -W 0 "$@" ;;
-    hybrid) run "$SRF" retrofit --model "$WORK/base.h5" "${base[@]}" "${short[@]}" -W 32 "$@" ;;
-    long) run "$SRF" retrofit --model "$WORK/base.h5" "${base[@]}" "${long[@]}" "$@" ;;
+    srf) run "${retrofit[@]}" "${short[@]}" -W 0 "$@" ;;
+    hybrid) run "${retrofit[@]}" "${short[@]}" -W 32 "$@" ;;
+    long) run "${retrofit[@]}" "${long[@]}" "$@" ;;
     esac
     [ $status -eq 0 ] || fail "training $kind $*: $(cat stderr)"
 }
@@ -134,11 +135,11 @@ done
 
 # A run that is killed and resumed ends bit for bit where an undisturbed one does.
 for dtype in f32 bf16; do
-    retrofit=("$SRF" retrofit --model base.h5 "${base[@]}" --steps 400 --save-every 20 -W 32
+    killed=("$SRF" retrofit --model base.h5 "${base[@]}" --steps 400 --save-every 20 -W 32
         --redraw-every 3 --freeze-at 0.5 --train-features --mse 1 --device cuda --dtype $dtype)
-    run "${retrofit[@]}" --out whole
+    run "${killed[@]}" --out whole
     [ $status -eq 0 ] || fail "a run of 400 steps in $dtype: $(cat stderr)"
-    "${retrofit[@]}" --out killed >/dev/null 2>&1 &
+    "${killed[@]}" --out killed >/dev/null 2>&1 &
     pid=$!
     for ((i = 0; i < 3000; i++)); do
         [ "$(cat killed/metrics.jsonl 2>/dev/null | wc -l)" -lt 50 ] || break

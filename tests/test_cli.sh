@@ -38,7 +38,7 @@ help export --format
 help tokenize --tokenizer --out
 help info
 help train --model --init --data --out "${recipe[@]}" "${attention[@]}" "${common[@]}"
-help retrofit --model --data --out "${recipe[@]}" "${attention[@]}" "${common[@]}"
+help retrofit --recipe --model --data --out "${recipe[@]}" "${attention[@]}" "${common[@]}"
 help eval --model --data --mode --json --per-token --logits "${attention[@]}" "${common[@]}"
 help validate --model --data --out --json "${common[@]}"
 help generate --model --prompt --temperature --top-k --top-p --seed --batch --json "${common[@]}"

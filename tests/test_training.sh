@@ -98,8 +98,35 @@ default() {
     "$SRF" "$1" --help | sed -n "s/^.* --$2 .*(\([^()]*\))\$/\1/p"
 }
 [ "$(default retrofit window)" = 64 ] || fail "retrofit --help: window $(default retrofit window)"
-[ "$(default retrofit freeze-at)" = 0.25 ] || fail "retrofit --help: freeze-at"
-[ "$(default retrofit kl)" = 1 ] && [ "$(default train kl)" = 0 ] || fail "--help: kl"
+[ "$(default retrofit redraw-every)" = 0 ] || fail "retrofit --help: redraw-every"
+[ "$(default retrofit kl)" = 3 ] && [ "$(default train kl)" = 0 ] || fail "--help: kl"
 [ "$(default train freeze-at)" = 1 ] && [ "$(default train steps)" = 1000 ] || fail "train --help"
+
+# A recipe is where the options begin; what is said on the command line holds.
+"$SRF" retrofit --recipe=pure --help >help
+grep -q -- '--kl X .*(10)$' help && grep -q -- '--best-of N .*(16)$' help || fail "$(cat help)"
+recipe() {
+    local name="$1"
+    shift
+    run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 --m 8 \
+        --threads 1 --out "recipe-$name" "$@"
+    [ $status -eq 0 ] || fail "--recipe $*: $(cat stderr)"
+}
+recipe pure --recipe pure
+grep -q "best of 16 draws" stderr || fail "--recipe pure: $(cat stderr)"
+recipe plain --recipe pure --calibrate 0
+! grep -q calibrated stderr || fail "--calibrate 0: $(cat stderr)"
+recipe redrawn --recipe pure --redraw-every 1
+grep -q calibrated stderr && ! grep -q "best of" stderr || fail "pure, redrawn: $(cat stderr)"
+recipe shared --recipe pure --share-heads
+run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 --threads 1 \
+    --out recipe-softmax --recipe pure --attention softmax
+[ $status -eq 0 ] || fail "--attention softmax: $(cat stderr)"
+recipe again --recipe pure --model recipe-pure/model.h5 --teacher model.h5
+! grep -q calibrated stderr || fail "calibrated again: $(cat stderr)"
+recipe window --recipe window --window 8
+grep -q "nothing older" stderr || fail "--recipe window: $(cat stderr)"
+refuse 2 "hybrid, pure, faithful, window" "${retrofit[@]}" --out t --recipe best
+refuse 2 "--recipe" "$SRF" train --model model.h5 --data text.txt --out t --recipe pure
 
 finish
