@@ -30,6 +30,7 @@ struct run {
     struct srf_validate_result result;
     struct srf_kernel_error *kernel;
     double *closed;
+    struct srf_validate_place places[SRF_VALIDATE_PLACES];
     char *json, *html;
     struct cli_progress progress;
     double seconds;
@@ -163,6 +164,9 @@ static srf_status measure(const struct inputs *in, struct run *r)
     cli_progress_start(&r->progress, "validate", in->quiet);
     srf_status st = measure_kernel(in, r);
     if (st == SRF_OK) st = srf_validate_attention(r->ctx, r->ck, r->tokens, &r->config, &r->result);
+    if (st == SRF_OK)
+        st = srf_validate_positions(r->ctx, r->ck, &r->config.attention, r->tokens,
+                                    r->config.windows, r->config.seq_len, r->places);
     cli_progress_end(&r->progress);
     r->seconds = cli_now() - start;
     return st;
@@ -180,6 +184,7 @@ static srf_status report(const struct inputs *in, struct run *r)
                                 .result = &r->result,
                                 .kernel = r->kernel,
                                 .closed = r->closed,
+                                .places = r->places,
                                 .seconds = r->seconds};
     SRF_TRY(validate_json(&v, &r->json));
     SRF_TRY(validate_html(&v, &r->html));
@@ -198,7 +203,7 @@ int cmd_validate(int argc, char **argv)
 {
     struct inputs in = {.windows = 4,
                         .seq_len = CLI_NONE,
-                        .draws = 4,
+                        .draws = 8,
                         .kernel_draws = 64,
                         .device = CLI_DEVICE_DEFAULT,
                         .attention = CLI_ATTENTION_DEFAULT};
@@ -211,7 +216,7 @@ int cmd_validate(int argc, char **argv)
          4096},
         {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a window (the model's, up to 512)", 2,
          1 << 24},
-        {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' output errors (4)", 2, 1e6},
+        {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' output errors (8)", 2, 1e6},
         {"kernel-draws", 0, CLI_INT, &in.kernel_draws, "N", "draws for the kernel's error (64)", 2,
          1e6},
         {"seed", 0, CLI_U64, &in.attention.seed, "N", "of the draws, the same as --features-seed",

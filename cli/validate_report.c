@@ -160,6 +160,19 @@ static json_t *quantiles_json(const struct validate_report *r)
     return o;
 }
 
+static json_t *places_json(const struct validate_report *r)
+{
+    json_t *rows = json_array();
+    for (int i = 0; i < SRF_VALIDATE_PLACES && r->places[i].n; i++) {
+        const struct srf_validate_place *p = &r->places[i];
+        json_array_append_new(rows, json_pack("{s:I, s:I, s:o, s:o, s:o}", "tokens_before",
+                                              (json_int_t)1 << i, "n", (json_int_t)p->n,
+                                              "ppl_softmax", number(exp(p->nll_softmax)), "ppl",
+                                              number(exp(p->nll)), "kl", number(p->kl)));
+    }
+    return rows;
+}
+
 srf_status validate_json(const struct validate_report *r, char **text)
 {
     const struct srf_validate_config *c = r->config;
@@ -187,6 +200,7 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "output_error_sd", matrix(r, errors_at(r, res->error_sd, i), 1));
     json_object_set_new(o, "output_error_by_m", errors_json(r));
     json_object_set_new(o, "step_error", list(res->step, res->n_layers));
+    json_object_set_new(o, "positions", places_json(r));
     json_object_set_new(o, "prefill_error", list(res->prefill, res->n_layers));
     char *dump = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(9));
     json_decref(o);
@@ -368,6 +382,42 @@ static void sweep_section(const struct validate_report *r, FILE *to)
             sqrt(m[n - 1] / m[0]));
 }
 
+static void positions_section(const struct validate_report *r, FILE *to)
+{
+    double at[SRF_VALIDATE_PLACES], ppl[2][SRF_VALIDATE_PLACES], kl[SRF_VALIDATE_PLACES];
+    int64_t n = 0;
+    for (; n < SRF_VALIDATE_PLACES && r->places[n].n; n++) {
+        at[n] = (double)(1ll << n);
+        ppl[0][n] = exp(r->places[n].nll_softmax);
+        ppl[1][n] = exp(r->places[n].nll);
+        kl[n] = r->places[n].kl;
+    }
+    struct svg_series lines[2] = {
+        {.name = "softmax", .look = 0, .n = n, .x = at, .y = ppl[0], .connect = true},
+        {.name = "SRF", .look = SRF_SIMPLEX, .n = n, .x = at, .y = ppl[1], .connect = true}};
+    struct svg_series far = {.name = "SRF", .look = SRF_SIMPLEX, .n = n, .x = at, .y = kl};
+    far.connect = true;
+    struct svg_chart charts[2] = {{.title = "perplexity", .y_label = "perplexity", .log_y = true},
+                                  {.title = "KL(softmax || SRF)", .y_label = "nats"}};
+    fputs("<h2>Predictions, by position</h2>\n", to);
+    svg_legend(to, lines, 2, "means over predictions", NULL);
+    fputs("<div class='row'>\n", to);
+    for (int i = 0; i < 2; i++) {
+        charts[i].x_label = "tokens seen before";
+        charts[i].width = 460;
+        charts[i].height = 300;
+        charts[i].log_x = true;
+        charts[i].series = i ? &far : lines;
+        charts[i].n_series = i ? 1 : 2;
+        svg_line_chart(to, &charts[i]);
+    }
+    fprintf(to,
+            "</div>\n<p>The same weights with softmax and with SRF attention, all layers at once, "
+            "from each power of two to the next. After %g tokens and more: perplexity %.4g against "
+            "%.4g, %.3g nats from softmax's predictions.</p>\n",
+            at[n - 1], ppl[1][n - 1], ppl[0][n - 1], kl[n - 1]);
+}
+
 static void forms_section(const struct validate_report *r, FILE *to)
 {
     const struct srf_validate_result *res = r->result;
@@ -409,6 +459,7 @@ srf_status validate_html(const struct validate_report *r, char **text)
     norms_section(r, to);
     errors_section(r, to);
     sweep_section(r, to);
+    positions_section(r, to);
     forms_section(r, to);
     fprintf(to, "<p class='quiet'>srf %s, %.1f seconds</p>\n</body></html>\n", SRF_VERSION,
             r->seconds);
@@ -438,6 +489,9 @@ void validate_print(const struct validate_report *r)
                (long long)r->config->m[i], s.median, s.worst, (long long)s.worst_layer,
                (long long)s.worst_head);
     }
+    for (int i = 0; i < SRF_VALIDATE_PLACES && r->places[i].n; i++)
+        printf("after %-8lld tokens: perplexity %.4g, softmax %.4g, KL %.4f\n", 1ll << i,
+               exp(r->places[i].nll), exp(r->places[i].nll_softmax), r->places[i].kl);
     int64_t layers = r->result->n_layers;
     printf("recurrent against chunked: %.1e, with a prefill %.1e\n",
            worst_of(r->result->step, layers), worst_of(r->result->prefill, layers));

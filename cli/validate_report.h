@@ -14,7 +14,8 @@ struct validate_report {
     const struct srf_validate_result *result;
     /* (VALIDATE_KINDS, config->n_m, VALIDATE_V) */
     const struct srf_kernel_error *kernel;
-    const double *closed; /* NaN where there is no closed form */
+    const double *closed;                    /* NaN where there is no closed form */
+    const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */
     double seconds;
 };
 

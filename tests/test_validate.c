@@ -206,6 +206,90 @@ static void measurements(void **state)
     srf_checkpoint_free(ck);
 }
 
+/* Nothing beyond the window: no draw and no number of features matters, and it is not the same as
+ * with them. */
+static void without_far_part(void **state)
+{
+    (void)state;
+    static const int64_t ms[N_M] = {3, 8, 21};
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    struct srf_checkpoint *ck = checkpoint();
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct srf_validate_config c = config_of(8, true, ms);
+    struct srf_validate_result with, without;
+    double differ = 0;
+    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &with));
+    c.attention.far_none = true;
+    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &without));
+    for (int i = 0; i < N_M * L * H; i++) {
+        assert_true(fabs(without.error[i] - without.error[i % (L * H)]) < 1e-9);
+        assert_true(without.error_sd[i] < 1e-6 && without.error[i] > 0.01);
+        differ += fabs(with.error[i] - without.error[i]);
+    }
+    assert_true(differ > 0.01);
+    srf_validate_result_free(&with);
+    srf_validate_result_free(&without);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+/* A window that holds everything is softmax; places hold each prediction once, with the losses of
+ * softmax and SRF by row that the model has. */
+static void positions(void **state)
+{
+    (void)state;
+    static const int64_t ms[N_M] = {3, 8, 21};
+    int32_t tokens[B * T], targets[B * T];
+    float nll[B * T];
+    random_tokens(tokens);
+    for (int i = 0; i < B * T; i++) targets[i] = (i + 1) % T ? tokens[i + 1] : -1;
+    struct srf_checkpoint *ck = checkpoint();
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct srf_attention_config a = config_of(T, true, ms).attention;
+    a.kind = SRF_ATTN_SRF;
+    struct srf_validate_place p[SRF_VALIDATE_PLACES];
+    test_ok(srf_validate_positions(ctx, ck, &a, tokens, B, T, p));
+    for (int i = 0; p[i].n; i++)
+        assert_true(fabs(p[i].nll - p[i].nll_softmax) < 1e-9 && fabs(p[i].kl) < 1e-9);
+    a.window = 4;
+    test_ok(srf_validate_positions(ctx, ck, &a, tokens, B, T, p));
+    struct srf_model *m;
+    struct srf_arena *arena;
+    struct srf_model_plan plan = {.b = B, .t = T};
+    test_ok(srf_model_create(ctx, &ck->config, &a, &m));
+    test_ok(srf_arena_create(ctx, &arena));
+    test_ok(srf_model_plan(m, arena, &plan));
+    test_ok(srf_arena_commit(arena));
+    test_ok(srf_model_upload(m, ck));
+    struct srf_batch batch = {.b = B, .t = T, .tokens = tokens};
+    struct srf_loss_args loss = {.n = B * T, .targets = targets, .nll = nll};
+    test_ok(srf_model_forward(m, &batch));
+    test_ok(srf_model_loss(m, &loss));
+    int64_t n = 0;
+    for (int i = 0; p[i].n; i++) {
+        double sum = 0;
+        int count = 0;
+        for (int t = 0; t < B * T; t++) {
+            int before = t % T + 1; /* tokens */
+            if (before == T || before < 1 << i || before >= 2 << i) continue;
+            sum += (double)nll[t];
+            count++;
+        }
+        assert_int_equal(p[i].n, count);
+        assert_true(fabs(p[i].nll - sum / count) < 1e-5);
+        assert_true(i < 3 ? fabs(p[i].kl) < 1e-9 : p[i].kl > 1e-4); /* 4 to 8 are exact */
+        n += p[i].n;
+    }
+    assert_int_equal(n, B * (T - 1));
+    srf_model_free(m);
+    srf_arena_free(arena);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
 static void progress(void *user, double done)
 {
     double *last = user;
@@ -262,6 +346,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(measurements),
+        cmocka_unit_test(without_far_part),
+        cmocka_unit_test(positions),
         cmocka_unit_test(bad_arguments_and_progress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

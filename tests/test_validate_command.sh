@@ -20,11 +20,11 @@ run "${validate[@]}" --out one -q
 has stdout 'kernel error' 'median head' 'one/validate.html'
 [ "$(ls one | xargs)" = 'validate.html validate.json' ] || fail "files of a run: $(ls one)"
 has one/validate.json '"kernel":[{' '"kind":"simplex+"' '"closed_form":' '"v2":[[' \
-    '"output_error":[[' '"output_error_by_m":[{' '"step_error":[' '"heads":2' '"head_size":16'
+    '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' '"step_error":[' '"heads":2' '"head_size":16'
 [ "$(grep -o '"closed_form":null' one/validate.json | wc -l)" -eq 18 ] ||
     fail "simplex+ alone has no closed form"
 has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel'
-[ "$(grep -c '<svg.*role=' one/validate.html)" -eq 6 ] || fail "a picture is missing"
+[ "$(grep -c '<svg.*role=' one/validate.html)" -eq 8 ] || fail "a picture is missing"
 [ "$(grep -o '<svg' one/validate.html | wc -l)" -eq "$(grep -o '</svg>' one/validate.html | wc -l)" ] ||
     fail "an svg element is not closed"
 ! grep -qE '(src|href)=|https?:|@import|nan|inf[ "<]' one/validate.html ||

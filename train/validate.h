@@ -58,3 +58,18 @@ srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoi
                                   const int32_t *tokens, const struct srf_validate_config *config,
                                   struct srf_validate_result *out);
 void srf_validate_result_free(struct srf_validate_result *r);
+
+/* ---- predictions ---------------------------------------------------------------------------- */
+
+/* Predictions made after 2^i to 2^(i+1) - 1 tokens: means; n = 0 past the end of a window. */
+#define SRF_VALIDATE_PLACES 24
+struct srf_validate_place {
+    int64_t n;
+    double nll_softmax, nll, kl; /* kl: KL(softmax || SRF) of the next token */
+};
+/* ck's weights with softmax, and with the SRF attention given, on tokens, host (windows, seq_len).
+ */
+srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                                  const struct srf_attention_config *attention,
+                                  const int32_t *tokens, int64_t windows, int64_t seq_len,
+                                  struct srf_validate_place out[SRF_VALIDATE_PLACES]);

@@ -47,6 +47,17 @@ static char *bias_at(const struct run *r, int64_t first)
 
 /* ---- the ops, as planned and as run ---------------------------------------------------------- */
 
+/* Nothing beyond the window: n features of a weight that is 0 beside any exact one. */
+static srf_status silence(struct run *r, int64_t n)
+{
+    float *bias;
+    SRF_TRY(SRF_ALLOC(bias, n));
+    for (int64_t i = 0; i < n; i++) bias[i] = -1e4f;
+    srf_status st = srf_upload_f32(r->ctx, bias_at(r, 0), srf_ctx_acc(r->ctx), bias, n);
+    srf__free(bias);
+    return st;
+}
+
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
 {
     const struct srf_attention_config *a = &r->config->attention;
@@ -60,7 +71,7 @@ static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
                             .n_sets = r->n_sets, .m = m, .d = r->d, .oprf_a = oprf,
                             .w = slot_at(r, r->slot_w, 0), .bias = bias_at(r, 0));
     srf__free(oprf);
-    return st;
+    return st == SRF_OK && a->far_none && !r->ctx->plan ? silence(r, n * m) : st;
 }
 
 static srf_status softmax_outputs(struct run *r, const void *qkv)
