@@ -136,9 +136,16 @@ report() {
     names=()
 }
 
-say "Programs, and light cases under compute-sanitizer"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-# What takes longest goes first: racecheck, and the programs of SRF attention, which sort last.
+# The checkers' long kernels come after the programs: all share the GPU by turns.
+say "Programs"
+job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
+while read -r program; do job "$program" 240 "$bin/$program"; done < <(
+    printf '%s\n' "${programs[@]}" | sort -r # SRF attention, which takes longest, sorts last
+)
+report
+
+say "Light cases under compute-sanitizer"
 if [ -n "$sanitizer" ]; then
     for tool in racecheck memcheck; do
         while read -r program; do
@@ -150,8 +157,6 @@ else
     note "no compute-sanitizer here: memory errors and races are not looked for"
     failed=$((failed + 1))
 fi
-job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
-for program in "${programs[@]}"; do job "$program" 240 "$bin/$program"; done
 report
 
 say "All in $((SECONDS - start)) s"
