@@ -451,26 +451,9 @@ bool srf__attn_wgmma_takes(const struct srf_ctx *ctx, int64_t d)
            f.maxThreadsPerBlock == THREADS;
 }
 
-/* The heads of an activation (b, t, h, D): columns, tokens, sequences; boxes of one tile. Tokens
- * past the end of a sequence read as zeros. */
 static srf_status make_map(CUtensorMap *map, const void *p, const struct attn *a, int64_t ld)
 {
-    void *encode = NULL;
-    enum cudaDriverEntryPointQueryResult found;
-    CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
-                                              cudaEnableDefault, &found));
-    SRF_FAIL_IF(!encode, SRF_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
-    cuuint64_t size[3] = {(cuuint64_t)a->h * D, (cuuint64_t)a->t, (cuuint64_t)(a->heads / a->h)};
-    cuuint64_t stride[2] = {(cuuint64_t)ld * sizeof(bf16), (cuuint64_t)(a->t * ld) * sizeof(bf16)};
-    cuuint32_t box[3] = {D, COLS, 1}, step[3] = {1, 1, 1};
-    CUresult st = ((decltype(&cuTensorMapEncodeTiled))encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)p, size, stride, box, step,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    SRF_FAIL_IF(st != CUDA_SUCCESS, SRF_DEVICE,
-                "CUDA: cuTensorMapEncodeTiled: error %d for leading dimension %lld", (int)st,
-                (long long)ld);
-    return SRF_OK;
+    return srf__tile_map(map, p, a->heads / a->h, a->t, a->h, ld, COLS);
 }
 
 static srf_status launch(struct srf_ctx *ctx, const struct attn *a, const struct maps *m, kernel *f,

@@ -25,6 +25,7 @@
  * that time at m = 64.
  */
 #include "kernels/cuda/srf_attn_pure.h"
+#include "kernels/cuda/srf_attn_pure_wgmma.h"
 
 struct fwd_params {
     const bf16 *q, *k, *v, *w;
@@ -446,6 +447,7 @@ static srf_status states_of(struct srf_ctx *ctx, const struct fwd_params *p, int
 srf_status srf__pure_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a, int first,
                             int count, const struct pure_plan *plan, float *states)
 {
+    if (srf__pure_wgmma_takes(ctx, &a->s)) return srf__pure_wgmma_states(ctx, a, plan, states);
     struct fwd_params p = params_of(&a->s, a->k, a->v, a->ld, a->w, a->bias, plan);
     int64_t heads = a->s.b * a->s.h;
     p.first = first;
@@ -471,6 +473,7 @@ srf_status srf__pure_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     if (s->b * s->t == 0) return SRF_OK;
     if (srf__wide_takes(ctx, s)) return srf__wide_fwd(ctx, a);
     struct fwd_plan f = plan_fwd(ctx, s);
+    if (srf__pure_wgmma_takes(ctx, s)) return srf__pure_wgmma_fwd(ctx, a, &f.plan, f.states);
     struct fwd_params p = params_of(s, a->k, a->v, a->ld, a->w, a->bias, &f.plan);
     p.q = (const bf16 *)a->q;
     p.o = (bf16 *)a->o;

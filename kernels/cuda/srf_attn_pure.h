@@ -151,23 +151,14 @@ __device__ __forceinline__ void key_norms(uint32_t k_tile, float *half, float sc
     if (sub == 0) half[row] = row >= lo && row < hi ? sum : INFINITY;
 }
 
-/* Exponents, the maxima that now hold, and weights of the chunk's keys for this warp's features. */
+/* Exponents of the chunk's keys, a = W K^T on entry; the maxima that now hold, and weights for this
+ * warp's features. */
 template <int D>
-__device__ __forceinline__ void key_features(struct pure_keys *keys, const struct pure_state<D> *st,
-                                             uint32_t w_tile, uint32_t k_tile, const float *half,
-                                             const float *bias, float to_log2, int f0, int warp,
-                                             int lane)
+__device__ __forceinline__ void key_weights(struct pure_keys *keys, const struct pure_state<D> *st,
+                                            float (&a)[8][4], const float *half, float b0, float b1,
+                                            float to_log2, int pair)
 {
-    float a[8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    const float b0 = bias[f0], b1 = bias[f0 + 8];
-    const int pair = lane & 3;
-    clear(a);
-#pragma unroll
-    for (int kk = 0; kk < D / 16; kk++) {
-        uint32_t w[4];
-        load_a<D>(w, w_tile + warp * 32 * D, kk, lane);
-        add_b<D>(a, w, k_tile, kk, lane);
-    }
+    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         float2 sub = *(const float2 *)(half + 8 * j + 2 * pair);
@@ -195,6 +186,23 @@ __device__ __forceinline__ void key_features(struct pure_keys *keys, const struc
         }
 #pragma unroll
     for (int i = 0; i < 2; i++) keys->z[i] = fmaf(st->z[i], keys->step[i], quad_sum(sum[i]));
+}
+/* The same with the product, from tiles. */
+template <int D>
+__device__ __forceinline__ void key_features(struct pure_keys *keys, const struct pure_state<D> *st,
+                                             uint32_t w_tile, uint32_t k_tile, const float *half,
+                                             const float *bias, float to_log2, int f0, int warp,
+                                             int lane)
+{
+    float a[8][4];
+    clear(a);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) {
+        uint32_t w[4];
+        load_a<D>(w, w_tile + warp * 32 * D, kk, lane);
+        add_b<D>(a, w, k_tile, kk, lane);
+    }
+    key_weights<D>(keys, st, a, half, bias[f0], bias[f0 + 8], to_log2, lane & 3);
 }
 /* kf (features, tokens) and the state before the chunk, in the scale of its M, to shared memory. */
 template <int D>
@@ -227,24 +235,38 @@ template <int n> __device__ __forceinline__ void scale_rows(float (&c)[n][4], fl
         c[j][3] *= by1;
     }
 }
-/* The chunk's keys go into the state. */
+/* The chunk's keys go into the state: z, M and the scale of S, to which the caller adds kf^T V. */
 template <int D>
-__device__ __forceinline__ void
-pure_state_add(struct pure_state<D> *st, const struct pure_keys *keys, uint32_t v_tile, int lane)
+__device__ __forceinline__ void pure_state_step(struct pure_state<D> *st,
+                                                const struct pure_keys *keys)
 {
     /* M soon stands still. */
     if (__any_sync(0xffffffffu, keys->step[0] != 1.0f || keys->step[1] != 1.0f))
         scale_rows(st->s, keys->step[0], keys->step[1]);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) {
-        const uint32_t a[4] = {keys->kf[2 * kk][0], keys->kf[2 * kk][1], keys->kf[2 * kk + 1][0],
-                               keys->kf[2 * kk + 1][1]};
-        add_bt<D>(st->s, a, v_tile, kk, lane);
-    }
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         st->z[i] = keys->z[i];
         st->top[i] = keys->top[i];
+    }
+}
+/* kf, as the A operand of a step over 16 tokens. */
+__device__ __forceinline__ void key_operand(uint32_t a[4], const struct pure_keys *keys, int kk)
+{
+    a[0] = keys->kf[2 * kk][0];
+    a[1] = keys->kf[2 * kk][1];
+    a[2] = keys->kf[2 * kk + 1][0];
+    a[3] = keys->kf[2 * kk + 1][1];
+}
+template <int D>
+__device__ __forceinline__ void
+pure_state_add(struct pure_state<D> *st, const struct pure_keys *keys, uint32_t v_tile, int lane)
+{
+    pure_state_step<D>(st, keys);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        uint32_t a[4];
+        key_operand(a, keys, kk);
+        add_bt<D>(st->s, a, v_tile, kk, lane);
     }
 }
 /* Empty, or (`given`) as the prefixes left it. */

@@ -13,6 +13,12 @@
 
 #include <cuda.h>
 
+/* The heads of an activation T (b, t, h, 64), leading dimension ld, as the copy engine sees them:
+ * columns, tokens, sequences; boxes of `rows` tokens of one head. Tokens past the end of a sequence
+ * read as zeros. p is a multiple of 16 bytes, ld of 8. */
+srf_status srf__tile_map(CUtensorMap *map, const void *p, int64_t b, int64_t t, int64_t h,
+                         int64_t ld, int rows);
+
 /* Code for a device that has all this is being compiled. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HAVE_WGMMA 1
@@ -69,11 +75,42 @@ __device__ __forceinline__ void wgmma_64(float c[32], const uint32_t a[4], uint6
                    "+f"(c[30]), "+f"(c[31])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add), "n"(COLS));
 }
-/* c (64, 64) = A B^T: B the tile's 64 rows. */
-__device__ __forceinline__ void wgmma_scores(float c[32], const uint32_t a[4][4], uint32_t tile)
+/* The same with A from a tile: its 64 rows, 16 columns (!A_COLS), or the transpose of 16 rows. */
+template <bool A_COLS, bool COLS>
+__device__ __forceinline__ void wgmma_64_tiles(float c[32], uint64_t a, uint64_t b, bool add)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, "
+                 "%8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, p, 1, 1, %35, %36;\n"
+                 "}\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),
+                   "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),
+                   "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),
+                   "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+                   "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
+                   "+f"(c[30]), "+f"(c[31])
+                 : "l"(a), "l"(b), "r"((int)add), "n"(A_COLS), "n"(COLS));
+}
+/* c (64, 64) = A B^T (!add) or c += A B^T: B the tile's 64 rows. */
+__device__ __forceinline__ void wgmma_scores(float c[32], const uint32_t a[4][4], uint32_t tile,
+                                             bool add = false)
 {
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) wgmma_64<false>(c, a[kk], wgmma_tile(tile + 32 * kk), kk > 0);
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64<false>(c, a[kk], wgmma_tile(tile + 32 * kk), add || kk > 0);
+}
+/* c (64, 64) = X Y^T: tiles of 64 rows. */
+__device__ __forceinline__ void wgmma_tile_scores(float c[32], uint32_t x, uint32_t y)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<false, false>(c, wgmma_tile(x + 32 * kk), wgmma_tile(y + 32 * kk), kk > 0);
 }
 /* c (64, 64) = P B (!add) or c += P B: P (64, 64) packed, B the tile's 64 rows. */
 __device__ __forceinline__ void wgmma_mix(float c[32], const uint32_t p[4][4], uint32_t tile,

@@ -1,0 +1,87 @@
+/* Pure SRF attention with warpgroup products (wgmma.h): at most 64 features, heads of 64. The forms
+ * are those of srf_attn_pure.cu and srf_attn_pure_bwd.cu, a block being one warpgroup: 64 tokens of
+ * a chunk, or 64 features, are the rows of a product, whose other operand is read once for all of
+ * them. Warp w owns tokens 16 w .. and features 16 w ...
+ */
+#pragma once
+#include "kernels/cuda/srf_attn_pure_bwd.h"
+#include "kernels/cuda/wgmma.h"
+
+#define TILE (CHUNK * 64 * 2) /* bytes */
+
+/* True: the device has warpgroup products, this build code for them, and they take the shape. */
+bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+/* states: room for those of plan->n_seg segments a head, if more than one. */
+srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
+                               const struct pure_plan *plan, float *states);
+/* The states before each segment: S, z, M of all keys before it. */
+srf_status srf__pure_wgmma_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
+                                  const struct pure_plan *plan, float *states);
+
+/* dq, dk, dv, and the blocks' parts of dw if there is one. */
+srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
+                               const struct pure_plan *plan, const struct bwd_params *p);
+
+/* The launcher asks for this bound to learn whether a kernel was compiled for its device. */
+#if defined(__CUDA_ARCH__) && !HAVE_WGMMA
+#define WALK_BOUNDS(blocks) __launch_bounds__(256)
+#else
+#define WALK_BOUNDS(blocks) __launch_bounds__(128, blocks)
+#endif
+
+#if HAVE_WGMMA
+/* Rows 16 warp .. of a tile of inputs, clamped, as the A operand. */
+__device__ __forceinline__ void own_rows(uint32_t a[4][4], uint32_t tile, uint32_t limit, int warp,
+                                         int lane)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        load_a<64>(a[kk], tile + warp * 2048, kk, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[kk][i] = clamp_bf16(a[kk][i], limit);
+    }
+}
+__device__ __forceinline__ void own_rows(uint32_t a[4][4], uint32_t tile, int warp, int lane)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) load_a<64>(a[kk], tile + warp * 2048, kk, lane);
+}
+/* Sums as the A operand. */
+__device__ __forceinline__ void pack_rows(uint32_t a[4][4], const float (&c)[8][4])
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) pack_a(a[kk], c[2 * kk], c[2 * kk + 1]);
+}
+/* What of two neighbours (row g, columns 2 pair, 2 pair + 1 of an 8 x 8 piece on the diagonal) is
+ * on or below it. */
+__device__ __forceinline__ uint32_t lower_mask(int g, int pair)
+{
+    return 2 * pair + 1 <= g ? 0xffffffffu : 2 * pair == g ? 0xffffu : 0;
+}
+/* The same, on or above. */
+__device__ __forceinline__ uint32_t upper_mask(int g, int pair)
+{
+    return 2 * pair >= g ? 0xffffffffu : 2 * pair + 1 == g ? 0xffff0000u : 0;
+}
+/* A (64, 64), packed: what lies above the diagonal (LOWER), or below it, becomes 0. */
+template <bool LOWER>
+__device__ __forceinline__ void keep_side(uint32_t a[4][4], uint32_t diagonal, int warp)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            /* Groups of 8 columns and of 8 rows. */
+            const int ahead = 2 * kk + (i >> 1) - (2 * warp + (i & 1));
+            a[kk][i] &= ahead == 0 ? diagonal : (LOWER ? ahead < 0 : ahead > 0) ? 0xffffffffu : 0;
+        }
+}
+/* The chunk's keys go into S, on their own: warpgroup_wait, then wgmma_hold(S). kf: A operand. */
+__device__ __forceinline__ void add_keys(struct pure_state<64> *st, const uint32_t kf[4][4],
+                                         uint32_t v_tile)
+{
+    warpgroup_fence();
+    wgmma_mix(&st->s[0][0], kf, v_tile, true);
+    warpgroup_commit();
+}
+#endif
