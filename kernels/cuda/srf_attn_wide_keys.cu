@@ -18,8 +18,7 @@ enum {
     K_BIAS = K_TOP + NW * 256,
     K_U = K_BIAS + NW * 256,
     K_DA = K_U + NW * 256, /* (NW, tokens): sum of da over features */
-    K_TAKEN = K_DA + NW * 256,
-    K_PLACE = K_TAKEN + 8,
+    K_PLACE = K_DA + NW * 256,
     K_BYTES = K_PLACE + 24 + 1024,
 };
 
@@ -29,7 +28,7 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
     extern __shared__ char raw[];
     const uint32_t base = smem_addr(raw) + (-smem_addr(raw) & 1023u);
     const float to_log2 = SRF__LOG2E * p.scale;
-    const uint32_t taken = base + K_TAKEN, place = base + K_PLACE;
+    const uint32_t place = base + K_PLACE;
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
 
     auto load_chunk = [&](int c) {
@@ -68,14 +67,12 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
         return c >= 0 ? p.tops[f + 8 * i] : SRF__UNSET;
     };
 
-    int c = n_chunks - 1, hi = p.t - c * CHUNK, turn = 1;
+    int c = n_chunks - 1, hi = p.t - c * CHUNK;
     uint64_t cuts = cuts_of(c); /* pieces of the chunk that are left */
     {
         const struct wide_thread at = wide_here();
         const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
         if (at.tid == 0) {
-            barrier_init(taken, WIDE_THREADS);
-            barrier_init_done();
             put_place(p, place);
         }
         __syncthreads();
@@ -148,8 +145,6 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
                     sum[i] = fmaf(rounded.x, by.x, fmaf(rounded.y, by.y, sum[i]));
                 }
             }
-            barrier_wait(taken, turn);
-            turn ^= 1;
             put_tile(base + K_PSI + at.wg * 2 * TILE, psi, at.warp, at.lane);
             if (fresh && c > 0) load_chunk(c - 1);
             put_scaled(base + K_PSI + at.wg * 2 * TILE + TILE, r, 1.0f, 1.0f, at.warp, at.lane);
@@ -316,9 +311,8 @@ static __global__ WIDE_BOUNDS void wide_keys_kernel(const __grid_constant__ stru
         }
         finish_columns(p, place, own_k, p.sum[1], p.dk, c, lo, hi);
         finish_columns(p, place, own_v, p.sum[2], p.dv, c, lo, hi);
-        __syncwarp();
-        barrier_arrive(taken);
         hi = lo;
+        __syncthreads(); /* what this piece read is free to be written */
         m_hi[0] = m_lo[0];
         m_hi[1] = m_lo[1];
         if (cuts == 0) {
