@@ -3,6 +3,7 @@
     bench_peers.py --model DIR                         PyTorch alone
     bench_peers.py --model DIR --srf build/srf         both, and the ratio of tokens/s
     bench_peers.py --model DIR --device cuda ...       on the GPU: bf16 autocast, torch.compile
+    bench_peers.py --model DIR --srf build/srf --decode --batch 1    one token after the other
     bench_peers.py --attention-ops --device cuda       softmax attention, causal: flash and cuDNN
     bench_peers.py --prefill --model DIR --device cuda --batch 16 --seq-len 16384
     bench_peers.py --decode-cuda --model DIR           a decode step over a full KV cache
@@ -11,6 +12,10 @@ The model is transformers' GPT2LMHeadModel made from DIR/config.json (weights do
 time) without dropout, which srf has not; AdamW with weight decay, gradients clipped to norm 1,
 fp32 on the CPU, random tokens, the same batch, length and number of threads. With --srf, rounds of
 the two alternate, so that both see the same machine; each side's best round counts.
+
+--decode times generation: transformers with its KV cache, without sampling, at the model's last
+positions, where the cache is longest, and `srf bench decode`, greedy; fp32 on the CPU, bf16 on the
+GPU. Both make --steps tokens of each sequence a round.
 
 --attention-ops times scaled_dot_product_attention on slices of one packed (B, T, 3C) activation in
 bf16, forward and forward + backward, by events, with inputs rotated past the L2 cache; medians.
@@ -48,6 +53,7 @@ def parse():
     p.add_argument("--prefill", action="store_true", help="time prefill in PyTorch")
     p.add_argument("--decode-cuda", action="store_true", help="time a decode step on the GPU")
     p.add_argument("--compile", action="store_true", help="of --decode-cuda: torch.compile")
+    p.add_argument("--decode", action="store_true", help="time one token after the other")
     p.add_argument("--heads", type=int, default=12, help="of --attention-ops")
     p.add_argument("--head-size", type=int, default=64, help="of --attention-ops")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -115,6 +121,45 @@ class Peer:
 
     def round(self, steps):
         return statistics.median(self.step() for _ in range(steps))
+
+
+class CacheDecoder:
+    """A token at a time with transformers' own KV cache."""
+
+    def __init__(self, args):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        config = transformers.GPT2Config.from_json_file(config_path(args.model))
+        self.cuda = args.device == "cuda"
+        self.model = transformers.GPT2LMHeadModel(config).eval().to(args.device)
+        if self.cuda:
+            self.model.to(torch.bfloat16)
+        self.tokens = torch.randint(
+            config.vocab_size, (args.batch, config.n_positions), device=args.device
+        )
+        self.round(args.steps)  # first touch of all memory
+
+    @torch.inference_mode()
+    def round(self, steps):
+        """Seconds a step, the last `steps` positions of the model."""
+        first = self.tokens.shape[1] - steps
+        cache = self.model(input_ids=self.tokens[:, :first], use_cache=True).past_key_values
+        self.wait()
+        start = time.perf_counter()
+        for at in range(first, first + steps):
+            out = self.model(
+                input_ids=self.tokens[:, at : at + 1], past_key_values=cache, use_cache=True
+            )
+            cache = out.past_key_values
+        self.wait()
+        return (time.perf_counter() - start) / steps
+
+    def wait(self):
+        if self.cuda:
+            torch.cuda.synchronize()
 
 
 def attention_ops(args):
@@ -288,11 +333,15 @@ def event_median(call, repeats=20):
 
 
 def srf_round(args):
-    """`srf bench step --json`, its median step in seconds and all of its report."""
-    command = [args.srf, "bench", "step", "--json", "--attention", args.attention]
-    command += ["--batch", str(args.batch), "--seq-len", str(args.seq_len)]
-    command += ["--threads", str(args.threads), "--steps", str(args.steps)]
+    """`srf bench step|decode --json`: seconds a step, and all of its report."""
+    command = [args.srf, "bench", "decode" if args.decode else "step", "--json"]
+    command += ["--batch", str(args.batch), "--threads", str(args.threads)]
     command += ["--device", args.device]
+    if args.decode:
+        command += ["-n", str(args.steps), "--steps", "3", "--temperature", "0"]
+    else:
+        command += ["--attention", args.attention]
+        command += ["--seq-len", str(args.seq_len), "--steps", str(args.steps)]
     if args.window is not None:
         command += ["--window", str(args.window)]
     is_directory = pathlib.Path(args.model).is_dir()
@@ -301,6 +350,8 @@ def srf_round(args):
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}: {done.stderr.strip()}")
     report = json.loads(done.stdout)
+    if args.decode:
+        return args.batch / report["tokens_per_s"], report
     return report["step_ms"] / 1e3, report
 
 
@@ -322,7 +373,7 @@ def main():
                   "PyTorch KV cache of {cache} tokens, batch {batch}: {step_ms:.4f} ms a step, "
                   "{tokens_per_s:.0f} tokens/s".format(**row))
         return
-    tokens = args.batch * args.seq_len
+    tokens = args.batch * (1 if args.decode else args.seq_len)
     if args.prefill:
         seconds = prefill(args)
         result = {"torch": torch.__version__, "batch": args.batch, "seq_len": args.seq_len}
@@ -334,7 +385,7 @@ def main():
             "{tokens_per_s:.0f} tokens/s".format(**result)
         )
         return
-    peer = Peer(args)
+    peer = CacheDecoder(args) if args.decode else Peer(args)
     theirs, ours, reports = [], [], []
     for _ in range(args.rounds):
         theirs.append(peer.round(args.steps))
@@ -345,7 +396,7 @@ def main():
     result = {
         "torch": torch.__version__,
         "batch": args.batch,
-        "seq_len": args.seq_len,
+        "seq_len": 1 if args.decode else args.seq_len,
         "threads": args.threads,
         "device": args.device,
         "torch_step_ms": 1e3 * min(theirs),
@@ -365,7 +416,7 @@ def main():
         return
     print(
         f"torch {torch.__version__}, {args.device}, {args.threads} threads, "
-        f"{args.batch} x {args.seq_len} tokens"
+        f"{args.batch} x {1 if args.decode else args.seq_len} tokens a step"
     )
     print(f"PyTorch {result['torch_step_ms']:.1f} ms, {result['torch_tokens_per_s']:.0f} tokens/s")
     if ours:
