@@ -29,7 +29,7 @@ struct run {
     struct srf_validate_config config;
     struct srf_validate_result result;
     struct srf_kernel_error *kernel;
-    double *closed;
+    double *closed, *tried;
     struct srf_validate_place places[SRF_VALIDATE_PLACES];
     char *json, *html;
     struct cli_progress progress;
@@ -47,6 +47,7 @@ static void free_run(struct run *r)
     srf__free(r->tokens);
     srf__free(r->kernel);
     srf__free(r->closed);
+    srf__free(r->tried);
     srf__free(r->json);
     srf__free(r->html);
 }
@@ -148,6 +149,39 @@ static srf_status measure_kernel(const struct inputs *in, struct run *r)
     return SRF_OK;
 }
 
+/* Output errors with all kinds of features, and with OPRF's parameter from each head's own norms. */
+static srf_status try_features(struct run *r)
+{
+    struct srf_validate_config c = r->config;
+    const struct srf_validate_result *whole = &r->result;
+    int64_t heads = whole->n_layers * whole->n_heads, n = c.n_m;
+    int64_t d = r->ck->config.c / r->ck->config.n_heads;
+    double *oprf;
+    struct srf_validate_result result = {0};
+    SRF_TRY(SRF_CALLOC(r->tried, VALIDATE_TRIED * n));
+    SRF_TRY(SRF_ALLOC(oprf, heads));
+    for (int64_t i = 0; i < heads; i++) oprf[i] = srf_oprf_a(whole->v_mean[i], d);
+    c.errors_only = true;
+    c.n_draws = VALIDATE_TRIED_DRAWS;
+    c.progress = NULL;
+    srf_status st = SRF_OK;
+    for (int kind = 0; kind < VALIDATE_TRIED; kind++) {
+        bool own = kind == VALIDATE_KINDS;
+        if (!own) c.attention.features = (enum srf_feature_kind)kind;
+        if (own) c.attention.features = r->config.attention.features;
+        if (own) c.attention.per_head = true;
+        c.attention.oprf_a = 0;
+        c.oprf_a = own ? oprf : NULL;
+        SRF_TRY_GO(srf_validate_attention(r->ctx, r->ck, r->tokens, &c, &result));
+        for (int64_t i = 0; i < n * heads; i++)
+            r->tried[kind * n + i / heads] += result.error[i] / (double)heads;
+        srf_validate_result_free(&result);
+    }
+cleanup:
+    srf__free(oprf);
+    return st;
+}
+
 static srf_status write_file(const char *dir, const char *name, const char *text)
 {
     char *path;
@@ -167,6 +201,7 @@ static srf_status measure(const struct inputs *in, struct run *r)
     if (st == SRF_OK)
         st = srf_validate_positions(r->ctx, r->ck, &r->config.attention, r->tokens,
                                     r->config.windows, r->config.seq_len, r->places);
+    if (st == SRF_OK) st = try_features(r);
     cli_progress_end(&r->progress);
     r->seconds = cli_now() - start;
     return st;
@@ -184,6 +219,7 @@ static srf_status report(const struct inputs *in, struct run *r)
                                 .result = &r->result,
                                 .kernel = r->kernel,
                                 .closed = r->closed,
+                                .tried = r->tried,
                                 .places = r->places,
                                 .seconds = r->seconds};
     SRF_TRY(validate_json(&v, &r->json));

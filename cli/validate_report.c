@@ -160,6 +160,20 @@ static json_t *quantiles_json(const struct validate_report *r)
     return o;
 }
 
+static const char *tried_name(int kind)
+{
+    return kind < VALIDATE_KINDS ? srf_feature_kind_name((enum srf_feature_kind)kind) : "oprf";
+}
+
+static json_t *tried_json(const struct validate_report *r)
+{
+    json_t *o = json_object();
+    for (int kind = 0; kind < VALIDATE_TRIED; kind++)
+        json_object_set_new(o, tried_name(kind),
+                            list(r->tried + kind * r->config->n_m, r->config->n_m));
+    return o;
+}
+
 static json_t *places_json(const struct validate_report *r)
 {
     json_t *rows = json_array();
@@ -200,6 +214,7 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "output_error_sd", matrix(r, errors_at(r, res->error_sd, i), 1));
     json_object_set_new(o, "output_error_by_m", errors_json(r));
     json_object_set_new(o, "step_error", list(res->step, res->n_layers));
+    json_object_set_new(o, "output_error_by_features", tried_json(r));
     json_object_set_new(o, "positions", places_json(r));
     json_object_set_new(o, "prefill_error", list(res->prefill, res->n_layers));
     char *dump = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(9));
@@ -382,6 +397,25 @@ static void sweep_section(const struct validate_report *r, FILE *to)
             sqrt(m[n - 1] / m[0]));
 }
 
+static void tried_section(const struct validate_report *r, FILE *to)
+{
+    const struct srf_validate_config *c = r->config;
+    fputs("<h2>Which features</h2>\n<table><tr><th>features</th>", to);
+    for (int64_t i = 0; i < c->n_m; i++) fprintf(to, "<th>m = %lld</th>", (long long)c->m[i]);
+    fputs("</tr>\n", to);
+    for (int kind = 0; kind < VALIDATE_TRIED; kind++) {
+        fprintf(to, "<tr><td>%s</td>", tried_name(kind));
+        for (int64_t i = 0; i < c->n_m; i++)
+            fprintf(to, "<td>%.3f</td>", r->tried[kind * c->n_m + i]);
+        fputs("</tr>\n", to);
+    }
+    fprintf(to,
+            "</table>\n<p>The output error again, mean over heads and %d draws, window %lld. oprf: "
+            "%s, and each head's own parameter A, from its mean |q+k|²/√d.</p>\n",
+            VALIDATE_TRIED_DRAWS, (long long)c->attention.window,
+            srf_feature_kind_name(c->attention.features));
+}
+
 static void positions_section(const struct validate_report *r, FILE *to)
 {
     double at[SRF_VALIDATE_PLACES], ppl[2][SRF_VALIDATE_PLACES], kl[SRF_VALIDATE_PLACES];
@@ -459,6 +493,7 @@ srf_status validate_html(const struct validate_report *r, char **text)
     norms_section(r, to);
     errors_section(r, to);
     sweep_section(r, to);
+    tried_section(r, to);
     positions_section(r, to);
     forms_section(r, to);
     fprintf(to, "<p class='quiet'>srf %s, %.1f seconds</p>\n</body></html>\n", SRF_VERSION,

@@ -4,6 +4,8 @@
 
 /* |x+y|^2 at which the kernel is measured; kinds of features: all four. */
 enum { VALIDATE_KINDS = 4, VALIDATE_V = 3 };
+/* Features tried on the heads: all kinds, and the model's own with OPRF's A for each head. */
+enum { VALIDATE_TRIED = VALIDATE_KINDS + 1, VALIDATE_TRIED_DRAWS = 2 };
 static const double validate_v_sq[VALIDATE_V] = {0.5, 1, 2};
 
 struct validate_report {
@@ -14,7 +16,8 @@ struct validate_report {
     const struct srf_validate_result *result;
     /* (VALIDATE_KINDS, config->n_m, VALIDATE_V) */
     const struct srf_kernel_error *kernel;
-    const double *closed;                    /* NaN where there is no closed form */
+    const double *closed; /* NaN where there is no closed form */
+    const double *tried;  /* (VALIDATE_TRIED, config->n_m): output error, mean over heads */
     const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */
     double seconds;
 };

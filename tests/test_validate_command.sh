@@ -20,7 +20,8 @@ run "${validate[@]}" --out one -q
 has stdout 'kernel error' 'median head' 'one/validate.html'
 [ "$(ls one | xargs)" = 'validate.html validate.json' ] || fail "files of a run: $(ls one)"
 has one/validate.json '"kernel":[{' '"kind":"simplex+"' '"closed_form":' '"v2":[[' \
-    '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' '"step_error":[' '"heads":2' '"head_size":16'
+    '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' \
+    '"output_error_by_features":{"iid":[' '"oprf":[' '"step_error":[' '"heads":2' '"head_size":16'
 [ "$(grep -o '"closed_form":null' one/validate.json | wc -l)" -eq 18 ] ||
     fail "simplex+ alone has no closed form"
 has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel'

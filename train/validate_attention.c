@@ -64,7 +64,7 @@ static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
     int64_t n = r->model->config.n_layers * r->n_sets;
     double *oprf;
     SRF_TRY(SRF_ALLOC(oprf, n));
-    for (int64_t i = 0; i < n; i++) oprf[i] = a->oprf_a;
+    for (int64_t i = 0; i < n; i++) oprf[i] = r->config->oprf_a ? r->config->oprf_a[i] : a->oprf_a;
     srf_status st = SRF_RUN(r->ctx, features_draw, .kind = a->features, .rotation = a->rotation,
                             .normalize_rows = a->normalize_rows, .seed = a->seed,
                             .draw = a->draw + (uint64_t)draw, .n_layers = r->model->config.n_layers,
@@ -391,9 +391,9 @@ srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoi
     srf_status st = SRF_OK;
     SRF_TRY_GO(alloc_result(out));
     SRF_TRY_GO(open_run(&r, ck, tokens));
-    SRF_TRY_GO(all_pair_norms(&r, out));
+    if (!config->errors_only) SRF_TRY_GO(all_pair_norms(&r, out));
     SRF_TRY_GO(output_errors(&r, out));
-    SRF_TRY_GO(form_errors(&r, out));
+    if (!config->errors_only) SRF_TRY_GO(form_errors(&r, out));
 cleanup:
     free_run(&r);
     if (st != SRF_OK) srf_validate_result_free(out);
