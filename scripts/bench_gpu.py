@@ -126,13 +126,18 @@ def fla_rows():
 def peer_ops():
     import bench_peers
 
-    rows = bench_peers.attention_ops(argparse.Namespace(heads=12, head_size=64)) + fla_rows()
-    for row in rows:
-        print(
-            "{backend:16} {batch:3} x {seq_len:<6} {fwd_ms:8.3f} ms, forward + backward "
-            "{fwd_bwd_ms:8.3f} ms".format(**row),
-            flush=True,
-        )
+    rows = []
+    for measure_rows in (
+        lambda: bench_peers.attention_ops(argparse.Namespace(heads=12, head_size=64)),
+        fla_rows,
+    ):
+        for row in measure_rows():
+            rows.append(row)
+            print(
+                "{backend:16} {batch:3} x {seq_len:<6} {fwd_ms:8.3f} ms, forward + backward "
+                "{fwd_bwd_ms:8.3f} ms".format(**row),
+                flush=True,
+            )
     return rows
 
 
