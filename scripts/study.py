@@ -15,7 +15,7 @@ given by a row. A run is a folder DIR/<row>/<seed>; its result is a line of DIR/
 what has one is not run again (the command and the options being the same), so that a study that was
 stopped goes on and a grid may grow. All rows run with the first seed before any with the second.
 With --budget, nothing is begun that would probably end later. DIR/table.md: mean, spread (standard
-deviation over the seeds), the mean over "reference" if the grid has one, and what was run.
+deviation over the seeds), the mean over "reference" (a perplexity) if the grid has one, what was run.
 """
 
 import argparse
@@ -139,6 +139,8 @@ def main():
     args = parser.parse_args()
     begun = time.monotonic()
     grid = json.loads(args.grid.read_text())
+    if not isinstance(grid.get("reference", 1.0), (int, float)):
+        sys.exit(f"study: reference {grid['reference']!r}: expected a number, a perplexity")
     rows = expand(grid)
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
