@@ -472,7 +472,7 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
 {
     int64_t seqs = p[0], position = p[1], window = p[3], size = 4;
     int64_t before = position < 256 ? position : 256, first = position - before;
-    struct op_call prefill;
+    struct op_call prefill = {.tokens = 0};
     SRF_TRY(prefill_call(b, seqs, before, first - (window ? first % window : 0), p, &prefill));
     SRF_TRY(run_now(b->ctx, &prefill));
     const struct srf_srf_attn_prefill_args *a = &prefill.args.srf_attn_prefill;

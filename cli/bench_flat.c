@@ -1,4 +1,5 @@
-/* srf bench op --flat: what attention costs at the same number of tokens as sequences get longer. */
+/* srf bench op --flat: what attention costs at the same number of tokens as sequences get
+ * longer. */
 #include "cli/bench_cases.h"
 
 #include <math.h>

@@ -149,7 +149,8 @@ static srf_status measure_kernel(const struct inputs *in, struct run *r)
     return SRF_OK;
 }
 
-/* Output errors with all kinds of features, and with OPRF's parameter from each head's own norms. */
+/* Output errors with all kinds of features, and with OPRF's parameter from each head's own
+ * norms. */
 static srf_status try_features(struct run *r)
 {
     struct srf_validate_config c = r->config;

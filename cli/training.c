@@ -71,7 +71,8 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     }
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
                               &r->ck->attention));
-    /* A recipe's calibration is for what softmax attention was trained with, and one draw a head. */
+    /* A recipe's calibration is for what softmax attention was trained with, and one draw a
+     * head. */
     const struct srf_attention_config *a = &r->ck->attention;
     if (!in->calibrate_given &&
         (before.kind == SRF_ATTN_SRF || a->kind != SRF_ATTN_SRF || !a->per_head))

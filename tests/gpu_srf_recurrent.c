@@ -233,8 +233,8 @@ static void one_step(const struct steps *r, int64_t t, int64_t first, int64_t n)
              .state_bf16 = r->state_bf16);
 }
 
-/* Sequences that are idle now and then: each is what it is without the others, bit for bit; and what
- * it is with a state in bf16, to that. */
+/* Sequences that are idle now and then: each is what it is without the others, bit for bit; and
+ * what it is with a state in bf16, to that. */
 static void test_idle(void **state)
 {
     const struct recurrent_case *k = *state;

@@ -1,4 +1,5 @@
-/* Named sets of a retrofit's settings: where its options begin. RECIPES.md has what was measured. */
+/* Named sets of a retrofit's settings: where its options begin. RECIPES.md has what was
+ * measured. */
 #pragma once
 #include "train/policy.h"
 

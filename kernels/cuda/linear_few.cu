@@ -50,8 +50,8 @@ static __device__ __forceinline__ void load_rows(pack<T, PACK(T)> w[UNROLL], con
     }
 }
 
-/* N >= n rows; STRIP lanes lie side by side along a row of W. Blocks of a cluster, one for each y of
- * the grid, have gridDim.y pieces of the rows. */
+/* N >= n rows; STRIP lanes lie side by side along a row of W. Blocks of a cluster, one for each y
+ * of the grid, have gridDim.y pieces of the rows. */
 template <typename T, int N, int STRIP>
 static __global__ __launch_bounds__(THREADS) void few_kernel(const struct few<T> a)
 {

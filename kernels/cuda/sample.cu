@@ -6,9 +6,9 @@
  *          where both cuts are and what is kept, with the weight of a number made once
  *     sum  of the weights of what is kept, each warp those of a stretch of the row
  *     walk the warp whose stretch the number drawn falls into goes through it in order
- * Where a cut lies below those numbers, and for fp32, it is searched for instead: amounts are summed
- * in bins of neighbouring keys, then the bin where the sum passes what is wanted is cut into bins
- * again, three times at most.
+ * Where a cut lies below those numbers, and for fp32, it is searched for instead: amounts are
+ * summed in bins of neighbouring keys, then the bin where the sum passes what is wanted is cut into
+ * bins again, three times at most.
  * Nothing is sorted, and all sums are of whole numbers: with atomics on them, results still do not
  * depend on timing.
  *
@@ -274,8 +274,8 @@ template <int P> static __device__ __forceinline__ int stretch(int v)
     return (v + WARPS * 32 * P - 1) / (WARPS * 32 * P) * (32 * P);
 }
 
-/* The weight of what is kept in all; s->sum, s->ties: by warps, of logits above, and how many tokens
- * have the cut's own. */
+/* The weight of what is kept in all; s->sum, s->ties: by warps, of logits above, and how many
+ * tokens have the cut's own. */
 template <int P, typename T>
 static __device__ uint64_t sum_kept(const row_of<T> &r, struct shared *s, struct cut cut)
 {

@@ -15,8 +15,8 @@
  * and what half of num takes, therefore num comes in two halves.
  * With more than 256 features, launches follow each other that keep the triples in the workspace.
  *
- * Floor: 8 b t h d bytes as ever, but from m = 128 on arithmetic counts: b t h (12 m + 256) d flops,
- * 2 m exponentials a token and head: at b = 32, t = 1024, h = 12, m = 256
+ * Floor: 8 b t h d bytes as ever, but from m = 128 on arithmetic counts: b t h (12 m + 256) d
+ * flops, 2 m exponentials a token and head: at b = 32, t = 1024, h = 12, m = 256
  * 84 GFLOP and 201M, 0.11 and 0.054 ms on an H100.
  */
 #include "kernels/cuda/srf_attn_wide.h"

@@ -68,8 +68,8 @@ __device__ __forceinline__ void store_i64(uint32_t addr, int64_t x)
     WIDE_IO4(c, 0), WIDE_IO4(c, 4), WIDE_IO4(c, 8), WIDE_IO4(c, 12), WIDE_IO4(c, 16),              \
         WIDE_IO4(c, 20), WIDE_IO4(c, 24), WIDE_IO4(c, 28)
 
-/* The low word of where a tile is for products (wgmma_tile): its parts are 16-byte units further on,
- * 2 for the next 16 columns, 128 for the next 16 rows, which takes one addition each. */
+/* The low word of where a tile is for products (wgmma_tile): its parts are 16-byte units further
+ * on, 2 for the next 16 columns, 128 for the next 16 rows, which takes one addition each. */
 __device__ __forceinline__ uint32_t tile_word(uint32_t addr)
 {
     return addr >> 4 | 64u << 16;
