@@ -43,23 +43,6 @@ with open("prompts.jsonl", "w") as f:
         if i % 11 == 0:
             f.write("  \n")
         f.write(json.dumps(prompt) + ("" if i == 399 else "\n")) # the last line without its end
-import json, random
-random.seed(7)
-words = "the king and of a river house went saw came to unto".split()
-def text(most):
-    return " ".join(random.choice(words) for _ in range(random.randint(0, most)))
-with open("prompts.jsonl", "w") as f:
-    for i in range(400):
-        prompt = {"prompt": text(20), "n": random.randint(1, 30)}
-        if i % 3 == 0:
-            prompt["id"] = {"number": i}
-        if i % 5 == 0:
-            prompt["seed"] = i
-        if i % 7 == 0:
-            prompt["stop"] = ["e", "in"]
-        if i % 11 == 0:
-            f.write("  \n")
-        f.write(json.dumps(prompt) + ("" if i == 399 else "\n")) # the last line without its end
 END
 
 # Every line once, in order, the same whatever runs beside it, and what a single prompt gets.
