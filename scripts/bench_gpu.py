@@ -1,12 +1,13 @@
 """Measure srf on one GPU beside its peers in PyTorch, all in one call, and draw the result.
 
-    bench_gpu.py --srf build/srf [--json OUT.json] [--parts ops,flat,steps,peer-ops,peer-steps]
+    bench_gpu.py --srf build/srf [--json OUT.json] [--parts ops,flat,steps,peer-ops,...]
     bench_gpu.py --plot OUT.json PICTURE.png           time against length; needs matplotlib
 
 ops, flat, steps: `srf bench op --filter attn_`, `srf bench op --flat`, and training steps of GPT-2
-124M. peer-ops and peer-steps are bench_peers.py's: PyTorch's flash and cuDNN attention, fla's
-chunk_linear_attn behind random features where that package is installed, and a GPT-2 under
-torch.compile. Heads of 64, 12 of them, 32768 tokens, bf16; medians.
+124M. The others are bench_peers.py's: peer-ops, PyTorch's flash and cuDNN attention; peer-steps, a
+GPT-2 under torch.compile; peer-fla, fla's chunk_linear_attn behind random features where that
+package is installed (it tries many forms of its kernels first: minutes). Heads of 64, 12 of them,
+32768 tokens, bf16; medians.
 
 Results go to stdout and, a row at a time, to OUT.json: a run that is cut off leaves what it has
 measured, and one with other --parts adds to it. Progress goes to stderr. Each peer is a process of
@@ -15,6 +16,7 @@ the others go on.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +26,8 @@ import sys
 import tempfile
 import time
 
-PARTS = ["ops", "flat", "steps", "peer-ops", "peer-steps"]
+PARTS = ["ops", "flat", "steps", "peer-ops", "peer-steps", "peer-fla"]
+ATTENTION = {"peer-ops": ["flash", "cudnn"], "peer-fla": ["fla"]}
 GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
 GPT2 |= {"vocab_size": 50257, "layer_norm_epsilon": 1e-5, "bos_token_id": None}
 GPT2 |= {"eos_token_id": None}
@@ -194,14 +197,13 @@ def peers(args, folder, result):
             flush=True,
         )
 
-    if "peer-ops" in args.parts:
-        for name, rows in bench_peers.ATTENTION_PEERS.items():
-            peer(name, lambda rows=rows, name=name: rows(shape, name), take_op, args, result)
-    if "peer-steps" in args.parts:
-        for batch, length in PEER_STEPS:
-            name = f"step {batch} x {length}"
-            rows = lambda b=batch, t=length: peer_step(args, folder, b, t)  # noqa: E731
-            peer(name, rows, take_step, args, result)
+    for part in args.parts:
+        for name in ATTENTION.get(part, []):
+            rows = functools.partial(bench_peers.ATTENTION_PEERS[name], shape, name)
+            peer(name, rows, take_op, args, result)
+        for batch, length in PEER_STEPS if part == "peer-steps" else []:
+            rows = functools.partial(peer_step, args, folder, batch, length)
+            peer(f"step {batch} x {length}", rows, take_step, args, result)
 
 
 def measure(args):
@@ -224,7 +226,7 @@ def measure(args):
                 )
         if "steps" in args.parts:
             steps(args, folder, result)
-        if {"peer-ops", "peer-steps"} & set(args.parts):
+        if any(part.startswith("peer") for part in args.parts):
             print("loading PyTorch", file=sys.stderr, flush=True)
             peers(args, folder, result)
 
