@@ -10,11 +10,12 @@
 
 The model is made from DIR/config.json (weights do not matter for time) without dropout, which srf
 has not; AdamW with weight decay, gradients clipped to norm 1, random tokens, the same batch, length
-and number of threads. On the CPU it is transformers' GPT2LMHeadModel in fp32; on the GPU the same
-model written plainly, for transformers under torch.compile gives scaled_dot_product_attention a
-mask before PyTorch 2.14, and flash attention takes none; its vocabulary is padded to a multiple of
-64. With --srf, rounds of the two alternate, so that both see the same machine; each side's best
-round counts.
+and number of threads. On the CPU it is transformers' GPT2LMHeadModel in fp32. On the GPU it is the
+same model written plainly, under bf16 autocast with bf16 between the layers, its layers and its
+loss under torch.compile, the vocabulary padded to a multiple of 64: transformers' own gives
+scaled_dot_product_attention a mask there before PyTorch 2.14, which flash attention does not take.
+With --srf, rounds of the two alternate, so that both see the same machine; each side's best round
+counts.
 
 --decode times generation: transformers with its KV cache, without sampling, at the model's last
 positions, where the cache is longest, and `srf bench decode`, greedy; fp32 on the CPU, bf16 on the
@@ -123,10 +124,30 @@ def blocks(config, **options):
     )
 
 
-class Gpt2(torch.nn.Module):
-    """A GPT-2 with its loss, the output tied to the embedding."""
+def gpt2_layer(x, more, heads, block):
+    """A block of GPT-2 on x + more; the same two again, so that their sum is made with the next
+    norm."""
+    functional = torch.nn.functional
+    norm_1, qkv, out, norm_2, up, down = block
+    x = x + more
+    parts = functional.linear(functional.layer_norm(x, x.shape[-1:], *norm_1), *qkv).chunk(3, -1)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = x + functional.linear(o.transpose(1, 2).flatten(2), *out)
+    u = functional.linear(functional.layer_norm(x, x.shape[-1:], *norm_2), *up)
+    return x, functional.linear(functional.gelu(u, approximate="tanh"), *down)
 
-    def __init__(self, config):
+
+def gpt2_loss(x, more, norm, wte, targets):
+    x = torch.nn.functional.layer_norm(x + more, x.shape[-1:], *norm)
+    return torch.nn.functional.cross_entropy((x @ wte.T).flatten(0, 1), targets.flatten())
+
+
+class Gpt2(torch.nn.Module):
+    """A GPT-2 with its loss, the output tied to the embedding. What is compiled is a layer, once
+    for all of them, which takes seconds where the whole takes a minute."""
+
+    def __init__(self, config, compiled):
         super().__init__()
         width, self.heads = config["n_embd"], config["n_head"]
         rows = -(-config["vocab_size"] // 64) * 64
@@ -136,18 +157,20 @@ class Gpt2(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(width)
         for table in (self.wte, self.wpe):
             torch.nn.init.normal_(table.weight, std=0.02)
+        self.layer, self.loss = gpt2_layer, gpt2_loss
+        if compiled:
+            self.layer = torch.compile(gpt2_layer, dynamic=False)
+            self.loss = torch.compile(gpt2_loss, dynamic=False)
 
     def forward(self, ids):
-        functional = torch.nn.functional
-        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
-        for norm_1, qkv, out, norm_2, up, down in self.blocks:
-            parts = qkv(norm_1(x)).chunk(3, dim=-1)
-            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-            o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + out(o.transpose(1, 2).flatten(2))
-            x = x + down(functional.gelu(up(norm_2(x)), approximate="tanh"))
-        logits = self.norm(x) @ self.wte.weight.T
-        return functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+        x, more = self.wte(ids), self.wpe.weight[: ids.shape[1]]
+        kind = torch.bfloat16 if x.is_cuda else x.dtype  # what layers pass on, the first one, too
+        x, more = x.to(kind), more.to(kind).expand_as(x).contiguous()
+        for block in self.blocks:
+            weights = [(piece.weight, piece.bias) for piece in block]
+            x, more = self.layer(x, more, self.heads, weights)
+        norm = (self.norm.weight, self.norm.bias)
+        return self.loss(x, more, norm, self.wte.weight, ids.roll(-1, 1))
 
 
 class Peer:
@@ -160,8 +183,7 @@ class Peer:
         config = json.loads(config_path(args.model).read_text())
         if self.cuda:
             config["n_positions"] = max(config["n_positions"], args.seq_len)
-            self.model = Gpt2(config).cuda()
-            self.loss = torch.compile(self.model, dynamic=False)
+            self.model = self.loss = Gpt2(config, compiled=True).cuda()
         else:
             self.model = transformers_model(args.model)
             self.loss = lambda ids: self.model(input_ids=ids, labels=ids).loss
@@ -173,7 +195,7 @@ class Peer:
         for i in range(3 if self.cuda else 1):  # first touch of all memory; compilation
             say(f"step {self.shape[0]} x {self.shape[1]}: warming up, {i}")
             self.step()
-        say("step: warm")
+        say(f"step {self.shape[0]} x {self.shape[1]}: warm")
 
     def step(self):
         ids = torch.randint(self.vocab, self.shape, device="cuda" if self.cuda else "cpu")
