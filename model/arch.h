@@ -39,6 +39,9 @@ struct srf_arch {
 SRF_ARCH_LIST(X)
 #undef X
 
+/* An element of one of the model's slots: of type T, of type A. */
+void *srf__model_at(const struct srf_model *m, int slot, int64_t offset);
+void *srf__model_acc_at(const struct srf_model *m, int slot, int64_t offset);
 /* The last row of each sequence of a batch to the front of an activation T (rows, c). */
 srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch, void *rows);
 

@@ -37,8 +37,9 @@ struct srf_batch {
      * only other rows' logits need may be left out. */
     bool last_only;
 };
-/* Rows of the batch: tokens of all its sequences. */
+/* Rows of the batch: tokens of all its sequences; those of sequence i. */
 int64_t srf_batch_rows(const struct srf_batch *batch);
+int64_t srf_batch_sequence_rows(const struct srf_batch *batch, int64_t i);
 /* Rows of hidden: all, or where last_only pays the last of each sequence. */
 int64_t srf_batch_hidden_rows(const struct srf_batch *batch);
 
