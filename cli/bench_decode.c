@@ -5,12 +5,14 @@
 
 #include <string.h>
 
-enum { PROMPT = 16, EARLY = 100, LATE = 100000, PROFILED = 4 };
+enum { PROMPT = 16, EARLY = 100, LATE = 100000, PROFILED = 4, STEPS = 128 };
+#define ROUND_S 0.4
 
 struct job {
     struct srf_ctx *ctx;
     struct srf_engine *e;
-    int64_t batch, n, rounds;
+    int64_t batch, running;            /* slots, those that are not idle */
+    int64_t n, rounds;                 /* steps of a round; 0: not chosen yet */
     int64_t bytes;                     /* of the engine on the device; 0: not asked for */
     int32_t *tokens;                   /* (n, batch) */
     struct srf_engine_prompt *prompts; /* (batch) */
@@ -18,6 +20,7 @@ struct job {
 };
 
 struct result {
+    double admitted;                  /* seconds for all prompts */
     struct bench_samples early, late; /* seconds of a step */
     struct srf_profile profile;       /* waits after every op */
     double profiled;
@@ -55,26 +58,28 @@ static srf_status open_job(const struct bench_options *o, struct srf_ctx *ctx,
         .sampler = o->sampler,
         .stop = -1};
     j->ctx = ctx;
-    j->batch = o->batch, j->n = o->n, j->rounds = o->steps;
+    j->batch = o->batch, j->rounds = o->steps;
     if (o->fit) SRF_TRY(fit(ctx, ck, &config, j));
     config.slots = j->batch;
+    j->running = o->running != CLI_NONE && o->running < j->batch ? o->running : j->batch;
     SRF_TRY(srf_engine_create(ctx, ck, &config, &j->e));
+    j->n = o->n != CLI_NONE ? o->n : STEPS;
     SRF_TRY(SRF_ALLOC(j->tokens, j->n * j->batch));
     for (int64_t i = 0; i < EARLY; i++) j->prompt[i] = (int32_t)(i * 7919 % ck->config.vocab);
     return SRF_CALLOC(j->prompts, j->batch);
 }
 
-/* All slots go on, `length` tokens first. */
+/* What runs goes on, `length` tokens first. */
 static srf_status admit(struct job *j, int64_t length, bool resume)
 {
-    for (int64_t i = 0; i < j->batch; i++)
+    for (int64_t i = 0; i < j->running; i++)
         j->prompts[i] = (struct srf_engine_prompt){.slot = i,
                                                    .tokens = j->prompt,
                                                    .n_tokens = length,
                                                    .resume = resume,
                                                    .max_new = 1 << 30,
                                                    .sequence = (uint64_t)i};
-    return srf_engine_admit(j->e, j->batch, j->prompts);
+    return srf_engine_admit(j->e, j->running, j->prompts);
 }
 
 static srf_status decode(struct job *j, int64_t n, double *seconds)
@@ -85,10 +90,21 @@ static srf_status decode(struct job *j, int64_t n, double *seconds)
     return SRF_OK;
 }
 
+/* Steps of a round, where -n does not say: as many as take a moment. */
+static srf_status choose_steps(struct job *j)
+{
+    double seconds;
+    SRF_TRY(decode(j, 2, &seconds)); /* first touch of all memory */
+    SRF_TRY(decode(j, PROFILED, &seconds));
+    double steps = ROUND_S / seconds;
+    if (steps < (double)j->n) j->n = steps < PROFILED ? PROFILED : (int64_t)steps;
+    return SRF_OK;
+}
+
 static srf_status rounds(struct job *j, struct bench_samples *out)
 {
     double seconds;
-    SRF_TRY(decode(j, j->n, &seconds)); /* first touch of all memory */
+    SRF_TRY(decode(j, j->n, &seconds));
     for (int64_t i = 0; i < j->rounds; i++) {
         SRF_TRY(decode(j, j->n, &seconds));
         bench_add(out, seconds);
@@ -101,21 +117,24 @@ static srf_status go_late(struct job *j)
 {
     double *values; /* room for values of any type */
     SRF_TRY(SRF_ALLOC(values, srf_engine_state_values(j->e)));
-    for (int64_t i = 0; i < j->batch; i++) srf_engine_release(j->e, i);
+    for (int64_t i = 0; i < j->running; i++) srf_engine_release(j->e, i);
     srf_status st = SRF_OK;
     SRF_TRY_GO(srf_engine_state_get(j->e, 0, values));
     SRF_TRY_GO(srf_engine_state_set(j->e, 0, values, LATE));
-    for (int64_t i = 1; i < j->batch; i++) SRF_TRY_GO(srf_engine_fork(j->e, 0, i));
+    SRF_TRY_GO(srf_engine_fork(j->e, 0, 1, j->running - 1));
     SRF_TRY_GO(admit(j, 1, true));
 cleanup:
     srf__free(values);
     return st;
 }
 
-static srf_status measure(struct job *j, struct result *r)
+static srf_status measure(const struct bench_options *o, struct job *j, struct result *r)
 {
-    int64_t n = j->n < PROFILED ? j->n : PROFILED;
+    double start = cli_now();
     SRF_TRY(admit(j, bench_on_cpu(j->ctx) ? PROMPT : EARLY, false));
+    r->admitted = cli_now() - start;
+    if (o->n == CLI_NONE) SRF_TRY(choose_steps(j));
+    int64_t n = j->n < PROFILED ? j->n : PROFILED;
     SRF_TRY(rounds(j, &r->early));
     j->ctx->profile = &r->profile;
     srf_status st = decode(j, n, &r->profiled);
@@ -134,10 +153,10 @@ static srf_status measure(struct job *j, struct result *r)
 static double floor_of(const struct job *j, const struct bench_machine *machine)
 {
     const struct srf_model *m = srf_engine_model(j->e);
-    double state = (double)(j->batch * srf_engine_state_bytes(j->e));
+    double state = (double)(j->running * srf_engine_state_bytes(j->e));
     double weights = (double)m->table.total - (double)(m->config.n_pos * m->config.c);
     double bytes = weights * (double)srf_dtype_bytes(j->ctx->dtype) / machine->copy_bytes;
-    double products = 2 * weights * (double)j->batch / machine->sgemm_flops;
+    double products = 2 * weights * (double)j->running / machine->sgemm_flops;
     return state * (m->attention.window ? 1 : 2) / machine->copy_bytes +
            (bytes > products ? bytes : products);
 }
@@ -147,15 +166,17 @@ static void report(const struct bench_options *o, const struct job *j,
 {
     const struct srf_model *m = srf_engine_model(j->e);
     struct bench_summary early = bench_summarize(&r->early), late = bench_summarize(&r->late);
-    double least = floor_of(j, machine), batch = (double)j->batch;
+    double least = floor_of(j, machine), batch = (double)j->running;
     int64_t state = srf_engine_state_bytes(j->e), kv = srf_engine_kv_bytes(j->e, m->config.n_pos);
     int64_t from = bench_on_cpu(j->ctx) ? PROMPT : EARLY;
     char attention[200];
     srf_attention_describe(&m->attention, attention, sizeof attention);
     if (!o->json) {
         bench_machine_print(j->ctx, machine);
-        printf("decoding, batch %lld, attention %s%s\n", (long long)j->batch, attention,
-               o->state_bf16 ? ", states in bf16" : "");
+        printf("decoding, batch %lld (%lld running), attention %s%s\n", (long long)j->batch,
+               (long long)j->running, attention, o->state_bf16 ? ", states in bf16" : "");
+        printf("  %lld prompts of %lld tokens admitted in %.3f s\n", (long long)j->running,
+               (long long)from, r->admitted);
         printf("  from position %6lld: %.0f tokens/s, %.4f ms a step (%.4f to %.4f), %.0f %% of "
                "the floor\n",
                (long long)from, batch / early.median, early.median * 1e3, early.best * 1e3,
@@ -169,11 +190,12 @@ static void report(const struct bench_options *o, const struct job *j,
         bench_ops_print(&r->profile, 1, r->profiled);
         return;
     }
-    *out = json_pack("{s:s, s:o, s:s, s:b, s:I, s:f, s:I, s:f}", "bench", "decode", "machine",
-                     bench_machine_json(j->ctx, machine), "attention", attention, "state_bf16",
-                     o->state_bf16, "batch", (json_int_t)j->batch, "temperature",
-                     o->sampler.temperature, "top_k", (json_int_t)o->sampler.top_k, "top_p",
-                     o->sampler.top_p);
+    *out = json_pack("{s:s, s:o, s:s, s:b, s:I, s:I, s:I, s:f, s:f, s:I, s:f}", "bench", "decode",
+                     "machine", bench_machine_json(j->ctx, machine), "attention", attention,
+                     "state_bf16", o->state_bf16, "batch", (json_int_t)j->batch, "running",
+                     (json_int_t)j->running, "steps_a_round", (json_int_t)j->n, "admission_s",
+                     r->admitted, "temperature", o->sampler.temperature, "top_k",
+                     (json_int_t)o->sampler.top_k, "top_p", o->sampler.top_p);
     json_object_update_new(
         *out, json_pack("{s:I, s:f, s:f, s:f, s:I, s:f, s:f, s:f, s:f, s:I, s:I, s:I}", "from",
                         (json_int_t)from, "step_ms", early.median * 1e3, "best_ms",
@@ -197,7 +219,7 @@ srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json
     /* only its speed is asked for: a softmax model is decoded as if it were retrofitted */
     if (!o->attention.kind) ck->attention.kind = SRF_ATTN_SRF;
     SRF_TRY_GO(open_job(o, ctx, ck, &j));
-    SRF_TRY_GO(measure(&j, &r));
+    SRF_TRY_GO(measure(o, &j, &r));
     report(o, &j, &machine, &r, out);
 cleanup:
     free_job(&j);

@@ -28,8 +28,9 @@ int cmd_bench(int argc, char **argv)
                               .micro_batch = CLI_NONE,
                               .seq_len = CLI_NONE,
                               .steps = 5,
-                              .n = 128,
+                              .n = CLI_NONE,
                               .rows = CLI_NONE,
+                              .running = CLI_NONE,
                               .sampler = {.temperature = 1, .top_p = 1},
                               .device = CLI_DEVICE_DEFAULT,
                               .attention = CLI_ATTENTION_DEFAULT};
@@ -44,7 +45,11 @@ int cmd_bench(int argc, char **argv)
         {"steps", 0, CLI_INT, &o.steps, "N", "step, prefill, decode: how many are timed (5)", 1,
          60},
         {"tokens", 'n', CLI_INT, &o.n, "N",
-         "prefill: tokens a sequence; decode: of each that is timed (128)", 1, 1 << 24},
+         "prefill: tokens a sequence (128); decode: steps of a round (as many as take 0.4 s, up to "
+         "128)",
+         1, 1 << 24},
+        {"running", 0, CLI_INT, &o.running, "N", "decode: the other slots are idle (--batch)", 1,
+         1e6},
         {"rows", 0, CLI_INT, &o.rows, "N",
          "prefill, decode: rows of a prefill launch (what the device likes)", 1, 1 << 24},
         {"temperature", 0, CLI_DOUBLE, &o.sampler.temperature, "X", "decode (1)", 0, 100},

@@ -324,6 +324,8 @@ int cmd_generate(int argc, char **argv)
         {"ignore-eos", 0, CLI_FLAG, &in.ignore_eos, NULL, "do not stop at the end token", 0, 0},
         {"chunk", 0, CLI_INT, &in.chunk, "N", "tokens of a prefill piece: sets the memory (256)", 1,
          1 << 20},
+        {"state-bf16", 0, CLI_FLAG, &in.state_bf16, NULL,
+         "states in bf16: half the memory (CUDA, --dtype bf16)", 0, 0},
         CLI_ATTENTION_OPTIONS(in.attention),
         CLI_POSITIONS_OPTIONS(in.positions),
         CLI_DEVICE_OPTIONS(in.device),

@@ -185,7 +185,7 @@ cleanup:
 /* What srf generate --state-out writes. */
 static srf_status states(json_t *facts, const char *path)
 {
-    static const char *const texts[] = {"creator", "model", "positions"};
+    static const char *const texts[] = {"creator", "model", "positions", "dtype"};
     struct srf_h5 *f;
     struct srf_attention_config a;
     char *text = NULL, words[200];
@@ -193,7 +193,8 @@ static srf_status states(json_t *facts, const char *path)
     SRF_TRY(srf_h5_open(path, &f));
     srf_status st = SRF_OK;
     SRF_TRY_GO(put_str(facts, "format", "states of sequences"));
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
+        if (i == 3 && !srf_h5_has_attr(f, "/", texts[i])) continue; /* an older file */
         SRF_TRY_GO(srf_h5_get_str(f, "/", texts[i], &text));
         SRF_TRY_GO(put_str(facts, texts[i], text));
         srf__free(text);

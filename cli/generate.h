@@ -9,7 +9,7 @@ struct generate_options {
         *state_out, *prefix;
     int64_t n, batch, chunk;
     uint64_t seed;
-    bool json, quiet, ignore_eos, resume, ids;
+    bool json, quiet, ignore_eos, resume, ids, state_bf16;
     struct cli_strings stop;
     struct srf_sampler_config sampler;
     struct cli_device device;

@@ -319,11 +319,11 @@ static srf_status settings(const struct run *r, json_t **out)
                      "attention", attention, "device", r->m.ctx->be->name, "dtype",
                      srf_dtype_name(r->m.ctx->dtype), "positions", in->positions.policy);
     json_t *sampling = json_pack(
-        "{s:f, s:I, s:f, s:I, s:I, s:I, s:b, s:O?, s:b, s:s}", "temperature",
+        "{s:f, s:I, s:f, s:I, s:I, s:I, s:b, s:b, s:O?, s:b, s:s}", "temperature",
         in->sampler.temperature, "top_k", (json_int_t)in->sampler.top_k, "top_p", in->sampler.top_p,
         "seed", (json_int_t)in->seed, "n", (json_int_t)(in->n == CLI_NONE ? 0 : in->n), "chunk",
-        (json_int_t)in->chunk, "ignore_eos", in->ignore_eos, "stop", r->stop, "ids", in->ids,
-        "order", in->order);
+        (json_int_t)in->chunk, "state_bf16", in->state_bf16, "ignore_eos", in->ignore_eos, "stop",
+        r->stop, "ids", in->ids, "order", in->order);
     bool failed = !*out || !sampling || json_object_update(*out, sampling) != 0;
     json_decref(sampling);
     SRF_FAIL_IF(failed, SRF_NOMEM, "out of memory");

@@ -55,6 +55,7 @@ struct srf_engine_config generate_config(const struct generate_options *in,
                                          const struct generate_model *m)
 {
     return (struct srf_engine_config){.prefill_rows = in->chunk,
+                                      .state_bf16 = in->state_bf16,
                                       .positions = m->positions,
                                       .sampler = in->sampler,
                                       .stop = in->ignore_eos ? -1 : (int32_t)m->ck->config.eos};

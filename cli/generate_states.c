@@ -10,14 +10,9 @@ srf_status generate_read_states(struct srf_states *s, struct srf_engine *e, int6
     SRF_FAIL_IF(n != 1 && n != batch, SRF_INVALID,
                 "--batch %lld: --state-in holds %lld states, expected one or as many",
                 (long long)batch, (long long)n);
-    for (int64_t i = 0; i < batch; i++) {
-        if (i < n) {
-            SRF_TRY(srf_states_read(s, i, e, i, &infos[i]));
-        } else {
-            SRF_TRY(srf_engine_fork(e, 0, i));
-            infos[i] = infos[0];
-        }
-    }
+    for (int64_t i = 0; i < n; i++) SRF_TRY(srf_states_read(s, i, e, i, &infos[i]));
+    SRF_TRY(srf_engine_fork(e, 0, n, batch - n));
+    for (int64_t i = n; i < batch; i++) infos[i] = infos[0];
     return SRF_OK;
 }
 
@@ -75,7 +70,7 @@ cleanup:
 srf_status generate_shared_hash(const struct srf_engine *e, int64_t slot,
                                 const struct srf_state_info *info, char hex[17])
 {
-    size_t n = (size_t)srf_engine_state_bytes(e);
+    size_t n = (size_t)srf_engine_value_bytes(e);
     unsigned char *values;
     uint64_t h = 0xcbf29ce484222325u;
     SRF_TRY(SRF_ALLOC(values, n));

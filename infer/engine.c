@@ -146,8 +146,7 @@ static size_t layer_bytes(const struct srf_engine *e)
 
 static size_t host_layer_bytes(const struct srf_engine *e)
 {
-    return (size_t)(srf_engine_state_values(e) / e->model->config.n_layers) *
-           srf_dtype_bytes(srf_ctx_acc(e->ctx));
+    return (size_t)(srf_engine_value_bytes(e) / e->model->config.n_layers);
 }
 
 /* A layer's state between the host's values and `stored`, as the device has it, if in bf16. */
@@ -182,11 +181,22 @@ static srf_status check_slot(const struct srf_engine *e, int64_t slot, bool idle
     return SRF_OK;
 }
 
-static srf_status clear_slot(struct srf_engine *e, int64_t slot)
+/* States of zeros for what begins; those of neighbouring slots at once. */
+static srf_status clear_new(struct srf_engine *e, int64_t n,
+                            const struct srf_engine_prompt *prompts)
 {
-    e->slots[slot] = (struct slot){.phase = IDLE};
-    for (int64_t l = 0; l < e->model->config.n_layers; l++)
-        SRF_TRY(e->ctx->be->zero(e->ctx, state_at(e, l, slot), layer_bytes(e)));
+    for (int64_t i = 0, count; i < n; i += count) {
+        int64_t first = prompts[i].slot;
+        count = 1;
+        if (prompts[i].resume) continue;
+        while (i + count < n && !prompts[i + count].resume &&
+               prompts[i + count].slot == first + count)
+            count++;
+        for (int64_t k = 0; k < count; k++) e->slots[first + k].at = 0;
+        for (int64_t l = 0; l < e->model->config.n_layers; l++)
+            SRF_TRY(
+                e->ctx->be->zero(e->ctx, state_at(e, l, first), (size_t)count * layer_bytes(e)));
+    }
     return SRF_OK;
 }
 
@@ -230,14 +240,24 @@ cleanup:
     return st;
 }
 
-srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to)
+srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to, int64_t n)
 {
     SRF_TRY(check_slot(e, from, false));
-    SRF_TRY(check_slot(e, to, true));
-    if (from == to) return SRF_OK;
-    e->slots[to] = (struct slot){.phase = IDLE, .at = e->slots[from].at};
-    for (int64_t l = 0; l < e->model->config.n_layers; l++)
-        SRF_TRY(e->ctx->be->copy(e->ctx, state_at(e, l, to), state_at(e, l, from), layer_bytes(e)));
+    for (int64_t i = 0; i < n; i++) SRF_TRY(check_slot(e, to + i, true));
+    SRF_FAIL_IF(from >= to && from < to + n, SRF_INVALID, "slot %lld forked into itself",
+                (long long)from);
+    for (int64_t i = 0; i < n; i++)
+        e->slots[to + i] = (struct slot){.phase = IDLE, .at = e->slots[from].at};
+    size_t bytes = layer_bytes(e);
+    for (int64_t l = 0; l < e->model->config.n_layers && n > 0; l++) {
+        char *first = state_at(e, l, to);
+        SRF_TRY(e->ctx->be->copy(e->ctx, first, state_at(e, l, from), bytes));
+        for (int64_t done = 1, count; done < n; done += count) { /* twice as many each time */
+            count = n - done < done ? n - done : done;
+            SRF_TRY(e->ctx->be->copy(e->ctx, first + (size_t)done * bytes, first,
+                                     (size_t)count * bytes));
+        }
+    }
     return SRF_OK;
 }
 
@@ -404,10 +424,10 @@ srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
                     (long long)prompts[i].slot);
         e->wanted[prompts[i].slot] = true;
     }
+    SRF_TRY(clear_new(e, n, prompts));
     for (int64_t i = 0; i < n; i++) {
         const struct srf_engine_prompt *p = &prompts[i];
         struct slot *s = &e->slots[p->slot];
-        if (!p->resume) SRF_TRY(clear_slot(e, p->slot));
         *s = (struct slot){.phase = IDLE,
                            .at = s->at,
                            .left = p->max_new,
@@ -619,6 +639,16 @@ int64_t srf_engine_state_bytes(const struct srf_engine *e)
 int64_t srf_engine_state_values(const struct srf_engine *e)
 {
     return srf_model_state_count(e->model);
+}
+
+int64_t srf_engine_value_bytes(const struct srf_engine *e)
+{
+    return srf_engine_state_values(e) * (int64_t)srf_dtype_bytes(srf_ctx_acc(e->ctx));
+}
+
+enum srf_dtype srf_engine_state_dtype(const struct srf_engine *e)
+{
+    return e->config.state_bf16 ? SRF_BF16 : srf_ctx_acc(e->ctx);
 }
 
 int64_t srf_engine_kv_bytes(const struct srf_engine *e, int64_t t)

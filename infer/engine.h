@@ -58,8 +58,8 @@ int64_t srf_engine_position(const struct srf_engine *e, int64_t slot);
 srf_status srf_engine_state_get(const struct srf_engine *e, int64_t slot, void *values);
 srf_status srf_engine_state_set(struct srf_engine *e, int64_t slot, const void *values,
                                 int64_t position);
-/* set of what get gives, on the device. `to` must not run. */
-srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to);
+/* set of what get gives, on the device, in slots to .. to + n - 1, which must not run. */
+srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to, int64_t n);
 
 /* All slots in step: t more tokens of each (host (slots, t)), logits (host (slots, vocab), of the
  * last ones) may be NULL. For measuring; nothing may run. SRF_INVALID past positions that end. */
@@ -69,10 +69,13 @@ srf_status srf_engine_reset(struct srf_engine *e);
 
 const struct srf_model *srf_engine_model(const struct srf_engine *e);
 const struct srf_engine_config *srf_engine_config(const struct srf_engine *e);
-/* Values of recurrent state a sequence, the bytes they take on the device, and those of a KV cache
- * of t tokens in the model's element type. */
+/* Values of recurrent state a sequence, the bytes they take as host values and on the device, and
+ * those of a KV cache of t tokens in the model's element type. */
 int64_t srf_engine_state_values(const struct srf_engine *e);
+int64_t srf_engine_value_bytes(const struct srf_engine *e);
 int64_t srf_engine_state_bytes(const struct srf_engine *e);
+/* What the device keeps the states in: A, or bf16 (but for sums and maxima). */
+enum srf_dtype srf_engine_state_dtype(const struct srf_engine *e);
 int64_t srf_engine_kv_bytes(const struct srf_engine *e, int64_t t);
 /* The most slots (0: none, at most `limit`) whose engine takes no more than `bytes` on the device,
  * and the bytes it takes. config->slots does not count. */

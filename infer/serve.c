@@ -9,6 +9,18 @@ struct serving {
     int32_t *tokens;                   /* (steps, width) */
 };
 
+/* The shared state into the slots of n prompts, neighbours at once. */
+static srf_status fork_shared(struct serving *v, int64_t n)
+{
+    const struct srf_server *s = v->s;
+    for (int64_t i = 0, count; i < n; i += count) {
+        int64_t first = v->prompts[i].slot;
+        for (count = 1; i + count < n && v->prompts[i + count].slot == first + count;) count++;
+        SRF_TRY(srf_engine_fork(s->engine, s->shared, first, count));
+    }
+    return SRF_OK;
+}
+
 /* Requests into all free slots, the lowest first: steps run up to the last busy slot. */
 static srf_status fill(struct serving *v, bool *any)
 {
@@ -21,7 +33,6 @@ static srf_status fill(struct serving *v, bool *any)
         *r = (struct srf_request){0};
         SRF_TRY(s->next(s->user, r, &more));
         if (!more) break;
-        if (s->shared >= 0) SRF_TRY(srf_engine_fork(s->engine, s->shared, i));
         v->busy[i] = true;
         v->prompts[n++] = (struct srf_engine_prompt){.slot = i,
                                                      .tokens = r->tokens,
@@ -32,6 +43,7 @@ static srf_status fill(struct serving *v, bool *any)
                                                      .sequence = r->sequence,
                                                      .first = r->first};
     }
+    if (s->shared >= 0) SRF_TRY(fork_shared(v, n));
     if (n) SRF_TRY(srf_engine_admit(s->engine, n, v->prompts));
     *any = false;
     for (int64_t i = 0; i < s->slots; i++) *any |= v->busy[i];

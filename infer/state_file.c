@@ -1,5 +1,6 @@
 #include "infer/state_file.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -40,6 +41,7 @@ static srf_status put_header(struct srf_h5 *f, const struct srf_checkpoint *ck,
     SRF_TRY(srf_h5_put_str(f, "/", "kind", "states"));
     SRF_TRY(srf_h5_put_str(f, "/", "creator", "srf " SRF_VERSION));
     SRF_TRY(srf_h5_put_str(f, "/", "model", hash));
+    SRF_TRY(srf_h5_put_str(f, "/", "dtype", srf_dtype_name(srf_engine_state_dtype(e))));
     SRF_TRY(srf_h5_put_str(f, "/", "positions", positions_names[srf_engine_config(e)->positions]));
     return srf_h5_put_i64(f, "/", "count", n);
 }
@@ -65,11 +67,9 @@ srf_status srf_states_save(const char *path, const struct srf_checkpoint *ck,
     struct srf_h5 *f = NULL;
     char *values = NULL;
     srf_status st = SRF_OK;
-    SRF_FAIL_IF(srf_engine_config(e)->state_bf16, SRF_UNSUPPORTED,
-                "states in bf16 cannot be saved");
     SRF_FAIL_IF(n < 1 || n > srf_engine_config(e)->slots || n > MAX_STATES, SRF_INVALID,
                 "%lld states of %lld slots", (long long)n, (long long)srf_engine_config(e)->slots);
-    SRF_TRY_GO(SRF_ALLOC(values, srf_engine_state_bytes(e)));
+    SRF_TRY_GO(SRF_ALLOC(values, srf_engine_value_bytes(e)));
     SRF_TRY_GO(srf_h5_create(path, &f));
     SRF_TRY_GO(put_header(f, ck, e, n));
     for (int64_t i = 0; i < n; i++) SRF_TRY_GO(put_state(f, e, i, &infos[i], values));
@@ -212,6 +212,12 @@ static srf_status get_info(struct srf_states *s, const char *path, const struct 
     return SRF_OK;
 }
 
+/* What the engine can keep: a file may come from one that keeps more. */
+static double largest(enum srf_dtype type)
+{
+    return type == SRF_F64 ? DBL_MAX : type == SRF_F32 ? (double)FLT_MAX : 0x1.fep127;
+}
+
 srf_status srf_states_read(struct srf_states *s, int64_t i, struct srf_engine *e, int64_t slot,
                            struct srf_state_info *info)
 {
@@ -220,11 +226,10 @@ srf_status srf_states_read(struct srf_states *s, int64_t i, struct srf_engine *e
     void *values = NULL;
     enum srf_dtype type = state_shape(e, shape);
     int64_t n = shape[0] * shape[1] * shape[2];
+    double most = largest(srf_engine_state_dtype(e));
     srf_status st = SRF_OK;
     SRF_FAIL_IF(i < 0 || i >= s->count, SRF_INVALID, "%s: state %lld of %lld", s->path,
                 (long long)i, (long long)s->count);
-    SRF_FAIL_IF(srf_engine_config(e)->state_bf16, SRF_UNSUPPORTED,
-                "states in bf16 cannot be loaded");
     state_path(path, i);
     SRF_TRY(get_info(s, path, e, info));
     values = srf__alloc((size_t)n, srf_dtype_bytes(type));
@@ -233,8 +238,9 @@ srf_status srf_states_read(struct srf_states *s, int64_t i, struct srf_engine *e
     for (int64_t k = 0; k < n; k++) {
         double x =
             type == SRF_F64 ? ((const double *)values)[k] : (double)((const float *)values)[k];
-        SRF_FAIL_GO_IF(!isfinite(x), SRF_NONFINITE, "%s: %s: element %lld is %g", s->path, path,
-                       (long long)k, x);
+        SRF_FAIL_GO_IF(!(fabs(x) <= most), SRF_NONFINITE,
+                       "%s: %s: element %lld is %g: expected at most %g in %s", s->path, path,
+                       (long long)k, x, most, srf_dtype_name(srf_engine_state_dtype(e)));
     }
     st = srf_engine_state_set(e, slot, values, info->position);
 cleanup:

@@ -1,6 +1,7 @@
 /* States of sequences in files, to go on from later or elsewhere: an HDF5 file of kind "states"
  * with the hash of the model, its attention settings and what is done past the learned positions;
- * then /states/<i>, A (n_layers, h, state_count) each, with its position, pending and made. Written
+ * (and dtype, what the device had them in); then /states/<i>, A (n_layers, h, state_count) each, with
+ * its position, pending and made. Values are never rounded for the file. Written
  * under a temporary name, synced, renamed.
  *
  *     srf_states_save      slots of an engine -> file
@@ -8,7 +9,8 @@
  *     srf_states_read      a state -> a slot; then admit with resume
  *
  * The model must be the same in weights, attention and draw: a state of another is refused, saying
- * what was expected and what was found. It may run on another device or in another precision. */
+ * what was expected and what was found. It may run on another device or in another precision: what
+ * that cannot hold is refused, what it can is rounded to it once. */
 #pragma once
 #include "infer/engine.h"
 

@@ -1,7 +1,8 @@
 /* The batch engine on the GPU: steps that it takes alone give what the host's sampler draws from
  * the same logits, whoever runs beside a sequence; states in bf16; states as values. */
-#include "infer/engine.h"
+#include "infer/state_file.h"
 #include "tests/ref/gpu.h"
+#include "tests/scratch.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -183,8 +184,10 @@ static void test_states(void **state)
     double sum = 0;
     for (int64_t i = 0; i < count; i++) sum += (double)(values[i] * values[i]);
     assert_true(sum > 0 && sum < 1e30);
-    test_ok(srf_engine_fork(on.e, 2, 0));
-    test_ok(srf_engine_fork(on.e, 2, 3));
+    test_ok(srf_engine_fork(on.e, 2, 0, 2));
+    test_ok(srf_engine_fork(on.e, 2, 3, n - 3));
+    test_ok(srf_engine_state_get(on.e, n - 1, after));
+    assert_memory_equal(values, after, (size_t)count * 4);
     test_ok(srf_engine_state_set(other.e, 1, values, srf_engine_position(on.e, 2)));
     test_ok(srf_engine_state_get(other.e, 1, after));
     assert_memory_equal(values, after, (size_t)count * 4);
@@ -212,6 +215,54 @@ static void test_states(void **state)
     srf__free(b);
     engine_done(&on);
     engine_done(&other);
+}
+
+/* Files: a state in bf16 comes back as it was, into states in bf16 and in fp32. */
+static void test_files(void **state)
+{
+    const struct engine_case *c = *state;
+    struct engine_on on = engine_new(c, c->state_bf16, -1),
+                     other = engine_new(c, c->state_bf16, -1), wide = engine_new(c, false, -1);
+    struct engine_on *to[] = {&on, &other};
+    int64_t n = c->slots, count = srf_engine_state_values(on.e);
+    float *values = srf__alloc((size_t)count, 4), *after = srf__alloc((size_t)count, 4);
+    int32_t *made[2] = {srf__alloc((size_t)(NEW * n), 4), srf__alloc((size_t)(NEW * n), 4)};
+    struct srf_state_info infos[SLOTS], read;
+    struct srf_states *s;
+    char path[96];
+    for (int64_t i = 0; i < n; i++) {
+        admit(&on, i, i, 0);
+        infos[i] = (struct srf_state_info){.pending = -1};
+    }
+    test_ok(srf_states_save(test_at(path, "s.h5"), on.ck, on.e, n, infos));
+    test_ok(srf_states_open(path, other.ck, &s));
+    for (int64_t i = 0; i < n; i++) {
+        test_ok(srf_engine_state_get(on.e, i, values));
+        test_ok(srf_states_read(s, i, other.e, i, &read));
+        assert_int_equal(read.position, srf_engine_position(on.e, i));
+        test_ok(srf_engine_state_get(other.e, i, after));
+        assert_memory_equal(values, after, (size_t)count * 4);
+        test_ok(srf_states_read(s, i, wide.e, i, &read));
+        test_ok(srf_engine_state_get(wide.e, i, after));
+        assert_memory_equal(values, after, (size_t)count * 4);
+    }
+    srf_states_close(s);
+    for (int k = 0; k < 2; k++) {
+        for (int64_t i = 0; i < n; i++) {
+            int32_t tokens[PROMPT];
+            struct srf_engine_prompt p = prompt_of(8 + i, i, NEW, tokens);
+            p.resume = true;
+            test_ok(srf_engine_admit(to[k]->e, 1, &p));
+        }
+        test_ok(srf_engine_decode(to[k]->e, NEW, made[k]));
+    }
+    assert_memory_equal(made[0], made[1], (size_t)(NEW * n) * 4);
+    srf__free(values);
+    srf__free(after);
+    for (int k = 0; k < 2; k++) srf__free(made[k]);
+    engine_done(&on);
+    engine_done(&other);
+    engine_done(&wide);
 }
 
 /* Logits of states in bf16 beside those of states in fp32, after the same tokens. */
@@ -275,7 +326,11 @@ int main(int argc, char **argv)
                 c.slots = SLOTS;
                 add(&suite, &c, "company", test_company, shape ? 1e7 : GPU_LIGHT);
                 add(&suite, &c, "states", test_states, 1e7);
+                add(&suite, &c, "files", test_files, 1e7);
                 if (bf16) add(&suite, &c, "against fp32", test_state_bf16, 1e7);
             }
-    return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+    if (test_make_root(NULL) != 0) return 1;
+    int failed = gpu_run(&suite, argc > 1 ? argv[1] : NULL);
+    test_remove_root(NULL);
+    return failed;
 }

@@ -232,13 +232,13 @@ static void states(void **state)
     config.stop = -1;
     test_ok(srf_engine_create(ctx, ck, &config, &e));
     test_ok(srf_engine_create(ctx, ck, &config, &other));
-    char *values = malloc((size_t)srf_engine_state_bytes(e));
+    char *values = malloc((size_t)srf_engine_value_bytes(e));
     struct srf_engine_prompt prefix = {.slot = 2, .tokens = job.prompt, .n_tokens = 30};
     test_ok(srf_engine_admit(e, 1, &prefix));
     assert_false(srf_engine_running(e, 2));
     assert_int_equal(srf_engine_position(e, 2), 30);
-    test_ok(srf_engine_fork(e, 2, 0));
-    test_ok(srf_engine_fork(e, 2, 3));
+    test_ok(srf_engine_fork(e, 2, 0, 2));
+    test_ok(srf_engine_fork(e, 2, 3, 1));
     test_ok(srf_engine_state_get(e, 2, values));
     test_ok(srf_engine_state_set(other, 1, values, 30));
     const int32_t rest[] = {1, 2, 3};
@@ -258,7 +258,7 @@ static void states(void **state)
         assert_int_equal(a[t * 4], b[t * 4 + 1]);
         assert_int_equal(a[t * 4 + 2], -1); /* the prefix stays what it is */
     }
-    char *after = malloc((size_t)srf_engine_state_bytes(e));
+    char *after = malloc((size_t)srf_engine_value_bytes(e));
     test_ok(srf_engine_state_get(e, 2, after));
     assert_memory_equal(values, after, (size_t)srf_engine_state_bytes(e));
     free(values);

@@ -73,6 +73,18 @@ static void go_on(struct srf_engine *e, int64_t slot, int64_t sequence,
     for (int64_t t = 0; t < N; t++) out[t] = made[t * SLOTS + slot];
 }
 
+/* What the file says that the states were in. */
+static void expect_dtype(const char *path, const char *expected)
+{
+    struct srf_h5 *f;
+    char *text;
+    test_ok(srf_h5_open(path, &f));
+    test_ok(srf_h5_get_str(f, "/", "dtype", &text));
+    assert_string_equal(text, expected);
+    srf__free(text);
+    srf_h5_close(f);
+}
+
 static void round_trip(void **state)
 {
     (void)state;
@@ -87,6 +99,7 @@ static void round_trip(void **state)
         struct srf_engine *e = engine(ctx, ck, SRF_POS_ERROR), *f = engine(ctx, ck, SRF_POS_ERROR);
         begin(e, 0, infos);
         test_ok(srf_states_save(test_at(path, "s.h5"), ck, e, SLOTS, infos));
+        expect_dtype(path, srf_dtype_name(types[k]));
         test_ok(srf_states_open(path, ck, &s));
         assert_int_equal(srf_states_count(s), SLOTS);
         for (int64_t i = 0; i < SLOTS; i++) {
@@ -154,7 +167,9 @@ static void write_odd(const char *path, const struct srf_checkpoint *ck, int wro
     char hash[17], *attention;
     int64_t shape[3] = {2, 2, srf_attn_state_count(6, 8, 4) - (wrong == 1)};
     float *values = calloc((size_t)(shape[0] * shape[1] * shape[2]), sizeof *values);
+    double *wide = calloc((size_t)(shape[0] * shape[1] * shape[2]), sizeof *wide);
     if (wrong == 2) values[17] = NAN;
+    wide[17] = 1e300; /* more than the engine's f32 holds */
     test_ok(srf_checkpoint_hash(ck, hash));
     test_ok(srf_attention_to_json(&ck->attention, &attention));
     test_ok(srf_h5_create(path, &f));
@@ -165,7 +180,10 @@ static void write_odd(const char *path, const struct srf_checkpoint *ck, int wro
     test_ok(srf_h5_put_str(f, "/", "attention", wrong == 5 ? "{\"kind\": 3}" : attention));
     test_ok(srf_h5_put_str(f, "/", "positions", wrong == 6 ? "ring" : "error"));
     test_ok(srf_h5_put_i64(f, "/", "count", wrong == 7 ? 0 : wrong == 8 ? INT64_MAX : 2));
-    if (wrong != 9) test_ok(srf_h5_put(f, "/states/0", SRF_F32, 3, shape, values));
+    if (wrong == 15)
+        test_ok(srf_h5_put(f, "/states/0", SRF_F64, 3, shape, wide));
+    else if (wrong != 9)
+        test_ok(srf_h5_put(f, "/states/0", SRF_F32, 3, shape, values));
     const char *object = wrong == 9 ? "/states" : "/states/0";
     test_ok(srf_h5_put_i64(f, object, "position", wrong == 10 ? -1 : wrong == 11 ? 1LL << 40 : 3));
     test_ok(srf_h5_put_i64(f, object, "pending", wrong == 12 ? V : wrong == 13 ? -2 : 4));
@@ -173,6 +191,7 @@ static void write_odd(const char *path, const struct srf_checkpoint *ck, int wro
     test_ok(srf_h5_commit(f));
     srf__free(attention);
     free(values);
+    free(wide);
 }
 
 static srf_status load(const char *path, const struct srf_checkpoint *ck, struct srf_engine *e,
@@ -190,9 +209,10 @@ static srf_status load(const char *path, const struct srf_checkpoint *ck, struct
 static void hostile(void **state)
 {
     (void)state;
-    static const char *const words[] = {
-        NULL,    "expected",  "element 17", "version",  "kind",    "kind",    "positions", "count",
-        "count", "/states/0", "position",   "position", "pending", "pending", "made"};
+    static const char *const words[] = {NULL,      "expected",  "element 17", "version",
+                                        "kind",    "kind",      "positions",  "count",
+                                        "count",   "/states/0", "position",   "position",
+                                        "pending", "pending",   "made",       "element 17"};
     char path[96], part[96];
     struct srf_ctx *ctx;
     struct srf_checkpoint *ck = checkpoint(1);
