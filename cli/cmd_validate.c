@@ -10,18 +10,18 @@
 #include <unistd.h>
 
 struct inputs {
-    const char *model, *data, *out;
+    const char *model, *teacher, *data, *out;
     int64_t windows, seq_len, draws, kernel_draws;
     bool json, quiet;
     struct cli_device device;
     struct cli_attention attention;
 };
 
-enum { SWEEP = 6, MAX_M = SWEEP + 1 };
+enum { SWEEP = 6, MAX_M = SWEEP + 1, MAX_TEXTS = 3, PROMPT = 32, NEW_TOKENS = 48 };
 
 struct run {
     struct srf_ctx *ctx;
-    struct srf_checkpoint *ck;
+    struct srf_checkpoint *ck, *teacher; /* teacher: NULL where it is the model itself */
     struct srf_bpe *bpe;
     struct srf_tokenset *data;
     int32_t *tokens;
@@ -31,6 +31,9 @@ struct run {
     struct srf_kernel_error *kernel;
     double *closed, *tried;
     struct srf_validate_place places[SRF_VALIDATE_PLACES];
+    double *draw_ppl;
+    struct validate_text texts[MAX_TEXTS];
+    int64_t n_texts;
     char *json, *html;
     struct cli_progress progress;
     double seconds;
@@ -43,11 +46,18 @@ static void free_run(struct run *r)
     srf_tokenset_close(r->data);
     srf_bpe_free(r->bpe);
     srf_checkpoint_free(r->ck);
+    srf_checkpoint_free(r->teacher);
     srf_ctx_free(r->ctx);
     srf__free(r->tokens);
     srf__free(r->kernel);
     srf__free(r->closed);
     srf__free(r->tried);
+    srf__free(r->draw_ppl);
+    for (int i = 0; i < MAX_TEXTS; i++) {
+        struct validate_text *t = &r->texts[i];
+        char *all[] = {t->prompt, t->original, t->same, t->teacher, t->student};
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++) srf__free(all[k]);
+    }
     srf__free(r->json);
     srf__free(r->html);
 }
@@ -89,6 +99,31 @@ static srf_status read_tokens(const struct inputs *in, struct run *r)
     return SRF_OK;
 }
 
+/* Its tokens must be the model's. */
+static srf_status open_teacher(const struct inputs *in, struct run *r)
+{
+    SRF_TRY(srf_checkpoint_load(in->teacher, NULL, &r->teacher));
+    SRF_FAIL_IF(r->teacher->config.vocab != r->ck->config.vocab, SRF_MISMATCH,
+                "%s has a vocabulary of %lld tokens, %s of %lld", in->teacher,
+                (long long)r->teacher->config.vocab, in->model, (long long)r->ck->config.vocab);
+    if (!r->teacher->tokenizer_json || !r->ck->tokenizer_json) return SRF_OK;
+    struct srf_bpe *a = NULL, *b = NULL;
+    char hash[2][17] = {"", ""};
+    srf_status st = cli_tokenizer(r->teacher, "text", &a);
+    if (st == SRF_OK) st = cli_tokenizer(r->ck, "text", &b);
+    if (st == SRF_OK) {
+        srf_bpe_hash(a, hash[0]);
+        srf_bpe_hash(b, hash[1]);
+    }
+    srf_bpe_free(a);
+    srf_bpe_free(b);
+    SRF_TRY(st);
+    SRF_FAIL_IF(strcmp(hash[0], hash[1]) != 0, SRF_MISMATCH,
+                "%s has another tokenizer (%s) than %s (%s)", in->teacher, hash[0], in->model,
+                hash[1]);
+    return SRF_OK;
+}
+
 static srf_status open_run(const struct inputs *in, struct run *r)
 {
     SRF_TRY(cli_open_device(&in->device, &r->ctx));
@@ -99,6 +134,7 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     SRF_TRY(cli_set_attention(&in->attention, cfg->c / cfg->n_heads, &a));
     SRF_FAIL_IF(a.kind != SRF_ATTN_SRF, SRF_INVALID,
                 "--attention softmax: validate measures SRF attention against it");
+    if (in->teacher) SRF_TRY(open_teacher(in, r));
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
     struct srf_validate_config *c = &r->config;
     c->attention = a;
@@ -183,6 +219,71 @@ cleanup:
     return st;
 }
 
+/* The bytes of ids as text that HTML and JSON can hold: what is no UTF-8 becomes U+FFFD. */
+static srf_status text_of(const struct srf_bpe *bpe, const int32_t *ids, int64_t n, char **out)
+{
+    char *bytes, *to;
+    size_t size;
+    SRF_TRY(srf_bpe_decode(bpe, ids, n, &bytes, &size));
+    srf_status st = SRF_ALLOC(*out, 3 * (int64_t)size + 1);
+    to = st == SRF_OK ? *out : NULL;
+    for (size_t i = 0; st == SRF_OK && i < size;) {
+        int length = cli_utf8(bytes + i, size - i);
+        bool control = (unsigned char)bytes[i] < 32 && bytes[i] != '\n' && bytes[i] != '\t';
+        const char *from = length > 0 && !control ? bytes + i : "\xEF\xBF\xBD";
+        size_t take = length > 0 && !control ? (size_t)length : 3;
+        memcpy(to, from, take);
+        to += take;
+        i += length > 0 ? (size_t)length : 1;
+    }
+    if (st == SRF_OK) *to = 0;
+    srf__free(bytes);
+    return st;
+}
+
+/* What the teacher and the model go on to write, from the beginnings of the first windows. */
+static srf_status write_texts(struct run *r, struct srf_validate_pair pair)
+{
+    const struct srf_sampler_config sampler = {.temperature = VALIDATE_TEMPERATURE,
+                                               .top_p = VALIDATE_TOP_P};
+    int64_t n_prompt = PROMPT < pair.seq_len / 2 ? PROMPT : pair.seq_len / 2;
+    int64_t room = r->ck->config.n_pos - n_prompt, n = NEW_TOKENS < room ? NEW_TOKENS : room;
+    int64_t original = n < pair.seq_len - n_prompt ? n : pair.seq_len - n_prompt;
+    int32_t written[2][MAX_TEXTS * NEW_TOKENS];
+    if (!r->bpe || n < 1) return SRF_OK; /* tokens that nobody can read */
+    if (pair.windows > MAX_TEXTS) pair.windows = MAX_TEXTS;
+    SRF_TRY(srf_validate_continue(r->ctx, &pair, n_prompt, n, &sampler, 0, written[0], written[1]));
+    for (; r->n_texts < pair.windows; r->n_texts++) {
+        struct validate_text *t = &r->texts[r->n_texts];
+        const int32_t *prompt = r->tokens + r->n_texts * pair.seq_len;
+        const int32_t *a = written[0] + r->n_texts * n, *b = written[1] + r->n_texts * n;
+        t->n_tokens = n;
+        while (t->n_same < n && a[t->n_same] == b[t->n_same]) t->n_same++;
+        SRF_TRY(text_of(r->bpe, prompt, n_prompt, &t->prompt));
+        SRF_TRY(text_of(r->bpe, prompt + n_prompt, original, &t->original));
+        SRF_TRY(text_of(r->bpe, a, t->n_same, &t->same));
+        SRF_TRY(text_of(r->bpe, a + t->n_same, n - t->n_same, &t->teacher));
+        SRF_TRY(text_of(r->bpe, b + t->n_same, n - t->n_same, &t->student));
+    }
+    return SRF_OK;
+}
+
+/* The model beside its teacher: by position, over draws, and in what they write. */
+static srf_status measure_predictions(struct run *r)
+{
+    const struct srf_validate_config *c = &r->config;
+    struct srf_validate_pair pair = {.teacher = r->teacher ? r->teacher : r->ck,
+                                     .student = r->ck,
+                                     .attention = &c->attention,
+                                     .tokens = r->tokens,
+                                     .windows = c->windows,
+                                     .seq_len = c->seq_len};
+    SRF_TRY(srf_validate_positions(r->ctx, &pair, r->places));
+    SRF_TRY(SRF_ALLOC(r->draw_ppl, c->n_draws));
+    SRF_TRY(srf_validate_draws(r->ctx, &pair, c->n_draws, r->draw_ppl));
+    return write_texts(r, pair);
+}
+
 static srf_status write_file(const char *dir, const char *name, const char *text)
 {
     char *path;
@@ -199,9 +300,7 @@ static srf_status measure(const struct inputs *in, struct run *r)
     cli_progress_start(&r->progress, "validate", in->quiet);
     srf_status st = measure_kernel(in, r);
     if (st == SRF_OK) st = srf_validate_attention(r->ctx, r->ck, r->tokens, &r->config, &r->result);
-    if (st == SRF_OK)
-        st = srf_validate_positions(r->ctx, r->ck, &r->config.attention, r->tokens,
-                                    r->config.windows, r->config.seq_len, r->places);
+    if (st == SRF_OK) st = measure_predictions(r);
     if (st == SRF_OK) st = try_features(r);
     cli_progress_end(&r->progress);
     r->seconds = cli_now() - start;
@@ -212,6 +311,8 @@ static srf_status report(const struct inputs *in, struct run *r)
 {
     const struct srf_model_config *cfg = &r->ck->config;
     struct validate_report v = {.model = in->model,
+                                .teacher = in->teacher,
+                                .dtype = r->ctx->dtype,
                                 .data = in->data,
                                 .head_size = cfg->c / cfg->n_heads,
                                 .kernel_draws = in->kernel_draws,
@@ -222,6 +323,9 @@ static srf_status report(const struct inputs *in, struct run *r)
                                 .closed = r->closed,
                                 .tried = r->tried,
                                 .places = r->places,
+                                .draw_ppl = r->draw_ppl,
+                                .texts = r->texts,
+                                .n_texts = r->n_texts,
                                 .seconds = r->seconds};
     SRF_TRY(validate_json(&v, &r->json));
     SRF_TRY(validate_html(&v, &r->html));
@@ -246,6 +350,10 @@ int cmd_validate(int argc, char **argv)
                         .attention = CLI_ATTENTION_DEFAULT};
     const struct cli_option options[] = {
         {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint (any format)", 0, 0},
+        {"teacher", 0, CLI_STRING, &in.teacher, "PATH",
+         "what a retrofitted model was before: its predictions and texts are compared with this "
+         "one's, by softmax (the model's own weights)",
+         0, 0},
         {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
          0},
         {"out", 0, CLI_STRING, &in.out, "DIR", "where validate.json and validate.html go", 0, 0},
@@ -253,7 +361,8 @@ int cmd_validate(int argc, char **argv)
          4096},
         {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a window (the model's, up to 512)", 2,
          1 << 24},
-        {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' output errors (8)", 2, 1e6},
+        {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' errors and the perplexity (8)",
+         2, 1e6},
         {"kernel-draws", 0, CLI_INT, &in.kernel_draws, "N", "draws for the kernel's error (64)", 2,
          1e6},
         {"seed", 0, CLI_U64, &in.attention.seed, "N", "of the draws, the same as --features-seed",
@@ -266,7 +375,9 @@ int cmd_validate(int argc, char **argv)
     int code;
     if (!cli_parse(argc, argv, "srf validate --model M.h5 --data D.h5 --out DIR [options]",
                    "Error of SRF attention against the softmax attention of a model, on text:\n"
-                   "of the kernel beside its closed forms, of every head, of the recurrent form.",
+                   "of predictions by position and by draw, of the text that it writes, of every "
+                   "head, of the\nkernel beside its closed forms, of the recurrent form. Pictures "
+                   "in DIR/validate.html, all\nnumbers in DIR/validate.json.",
                    options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model || !in.data || !in.out)

@@ -1,4 +1,4 @@
-#include "cli/svg.h"
+#include "cli/svg_draw.h"
 
 #include <math.h>
 #include <string.h>
@@ -18,9 +18,16 @@ void svg_style(FILE *to)
           ".row{display:flex;flex-wrap:wrap;gap:.5rem 1rem}.wide{overflow-x:auto}\n"
           ".legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;color:var(--quiet);"
           "font-size:.85rem;align-items:center}.legend svg{vertical-align:-2px}\n"
+          ".texts{display:grid;grid-template-columns:repeat(3,1fr);gap:.3rem 1.2rem;margin:.4rem 0}"
+          ".texts p{margin:0;overflow-wrap:anywhere}"
+          "@media (max-width:44rem){.texts{grid-template-columns:1fr}}\n"
+          ".head{color:var(--quiet);font-size:.85rem}.else{color:var(--s1)}"
+          ".hist{fill:var(--s2);opacity:.8}.mark{stroke:var(--s1);stroke-width:1.5;"
+          "stroke-dasharray:4 3}\n"
           "table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}\n"
           "th,td{padding:.2rem .9rem .2rem 0;text-align:right;border-bottom:1px solid var(--rule)}"
-          "th{color:var(--quiet);font-weight:500}\n"
+          "th{color:var(--quiet);font-weight:500}"
+          "th:first-child,td:first-child{text-align:left}\n"
           "svg text{font:12px system-ui,sans-serif;fill:var(--quiet)}"
           "svg text.title{font-size:13px;font-weight:600;fill:var(--ink)}\n"
           "svg text.dark{fill:#10131a}svg text.light{fill:#ffffff}\n"
@@ -56,8 +63,8 @@ void svg_text(FILE *to, const char *text)
         }
 }
 
-static void text_at(FILE *to, double x, double y, const char *anchor, const char *class,
-                    const char *text)
+void svg__text_at(FILE *to, double x, double y, const char *anchor, const char *class,
+                  const char *text)
 {
     fprintf(to, "<text x='%.1f' y='%.1f' text-anchor='%s'%s%s%s>", x, y, anchor,
             class ? " class='" : "", class ? class : "", class ? "'" : "");
@@ -86,24 +93,19 @@ static void mark(FILE *to, int look, double x, double y)
 
 /* ---- axes ---------------------------------------------------------------------------------- */
 
-struct axis {
-    double min, max, from, to; /* data range -> pixels */
-    bool log;
-};
-
-static bool shows(const struct axis *a, double v)
+static bool shows(const struct svg__axis *a, double v)
 {
     return isfinite(v) && (!a->log || v > 0);
 }
 
-static double place(const struct axis *a, double v)
+double svg__place(const struct svg__axis *a, double v)
 {
     double part =
         a->log ? log(v / a->min) / log(a->max / a->min) : (v - a->min) / (a->max - a->min);
     return a->from + part * (a->to - a->from);
 }
 
-static void widen(double v, bool log_axis, double *min, double *max)
+void svg__widen(double v, bool log_axis, double *min, double *max)
 {
     if (!isfinite(v) || (log_axis && v <= 0)) return;
     if (v < *min) *min = v;
@@ -121,7 +123,7 @@ static void data_range(const struct svg_series *series, int n, bool of_x, bool l
                                    of_x ? NULL : s->line};
         for (int c = 0; c < 4; c++)
             for (int64_t j = 0; columns[c] && j < s->n; j++)
-                widen(columns[c][j], log_axis, min, max);
+                svg__widen(columns[c][j], log_axis, min, max);
     }
     if (*min > *max) *min = *max = 1;
 }
@@ -148,7 +150,7 @@ void svg_log_range(const struct svg_series *series, int n, double *min, double *
 }
 
 /* Tick values of an axis into v, at most 32. */
-static int ticks(const struct axis *a, double *v)
+static int ticks(const struct svg__axis *a, double *v)
 {
     int n = 0;
     if (!a->log) {
@@ -169,16 +171,16 @@ static int ticks(const struct axis *a, double *v)
 static void format_number(double v, char *buf, size_t size)
 {
     double a = fabs(v);
-    if (a != 0 && (a < 1e-3 || a >= 1e5))
+    if (a != 0 && (a < 0.99e-4 || a >= 1e6))
         snprintf(buf, size, "%.0e", v);
     else
-        snprintf(buf, size, "%.3g", v);
+        snprintf(buf, size, a >= 100 ? "%.0f" : "%.3g", v);
 }
 
 /* ---- line chart ---------------------------------------------------------------------------- */
 
-static void path(FILE *to, const struct axis *x, const struct axis *y, const struct svg_series *s,
-                 const double *values)
+static void path(FILE *to, const struct svg__axis *x, const struct svg__axis *y,
+                 const struct svg_series *s, const double *values)
 {
     fprintf(to, "<path class='l%d' d='", s->look);
     bool open = false;
@@ -187,22 +189,24 @@ static void path(FILE *to, const struct axis *x, const struct axis *y, const str
             open = false;
             continue;
         }
-        fprintf(to, "%c%.1f %.1f", open ? 'L' : 'M', place(x, s->x[i]), place(y, values[i]));
+        fprintf(to, "%c%.1f %.1f", open ? 'L' : 'M', svg__place(x, s->x[i]),
+                svg__place(y, values[i]));
         open = true;
     }
     fputs("'/>\n", to);
 }
 
-static void series(FILE *to, const struct axis *x, const struct axis *y, const struct svg_series *s)
+static void series(FILE *to, const struct svg__axis *x, const struct svg__axis *y,
+                   const struct svg_series *s)
 {
     if (s->line) path(to, x, y, s, s->line);
     if (s->connect) path(to, x, y, s, s->y);
     for (int64_t i = 0; i < s->n; i++) {
         if (!shows(x, s->x[i]) || !shows(y, s->y[i])) continue;
-        double px = place(x, s->x[i]), py = place(y, s->y[i]);
+        double px = svg__place(x, s->x[i]), py = svg__place(y, s->y[i]);
         if (s->low && shows(y, s->low[i]) && shows(y, s->high[i]))
             fprintf(to, "<line class='e%d' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", s->look,
-                    px, px, place(y, s->low[i]), place(y, s->high[i]));
+                    px, px, svg__place(y, s->low[i]), svg__place(y, s->high[i]));
         fputs("<g><title>", to);
         svg_text(to, s->name);
         fprintf(to, ": %.4g at %.6g", s->y[i], s->x[i]);
@@ -216,8 +220,8 @@ static void series(FILE *to, const struct axis *x, const struct axis *y, const s
 
 void svg_line_chart(FILE *to, const struct svg_chart *c)
 {
-    struct axis x = {.log = c->log_x, .from = 66, .to = c->width - 16};
-    struct axis y = {.log = c->log_y, .from = c->height - 46, .to = 34};
+    struct svg__axis x = {.log = c->log_x, .from = 66, .to = c->width - 16};
+    struct svg__axis y = {.log = c->log_y, .from = c->height - 46, .to = 34};
     data_range(c->series, c->n_series, true, c->log_x, &x.min, &x.max);
     if (c->y_min < c->y_max) {
         y.min = c->y_min;
@@ -236,27 +240,27 @@ void svg_line_chart(FILE *to, const struct svg_chart *c)
     char label[32];
     fprintf(to, "<svg width='%.0f' height='%.0f' viewBox='0 0 %.0f %.0f' role='img'>\n", c->width,
             c->height, c->width, c->height);
-    text_at(to, x.from, 18, "start", "title", c->title);
+    svg__text_at(to, x.from, 18, "start", "title", c->title);
     int n = ticks(&y, values);
     for (int i = 0; i < n; i++) {
-        double py = place(&y, values[i]);
+        double py = svg__place(&y, values[i]);
         fprintf(to, "<line class='grid' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
                 py, py);
         format_number(values[i], label, sizeof label);
-        text_at(to, x.from - 8, py + 4, "end", NULL, label);
+        svg__text_at(to, x.from - 8, py + 4, "end", NULL, label);
     }
     /* On x the data's own values are what a reader looks for. */
     const struct svg_series *first = c->series;
     for (int64_t i = 0; c->n_series && i < first->n; i++) {
         if (!shows(&x, first->x[i])) continue;
         snprintf(label, sizeof label, "%.6g", first->x[i]);
-        text_at(to, place(&x, first->x[i]), y.from + 18, "middle", NULL, label);
+        svg__text_at(to, svg__place(&x, first->x[i]), y.from + 18, "middle", NULL, label);
     }
     fprintf(to, "<line class='axis' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
             y.from, y.from);
-    text_at(to, (x.from + x.to) / 2, c->height - 8, "middle", NULL, c->x_label);
+    svg__text_at(to, (x.from + x.to) / 2, c->height - 8, "middle", NULL, c->x_label);
     fprintf(to, "<g transform='translate(14 %.1f) rotate(-90)'>", (y.from + y.to) / 2);
-    text_at(to, 0, 0, "middle", NULL, c->y_label);
+    svg__text_at(to, 0, 0, "middle", NULL, c->y_label);
     fputs("</g>\n", to);
     for (int i = 0; i < c->n_series; i++) series(to, &x, &y, &c->series[i]);
     fputs("</svg>\n", to);
@@ -285,95 +289,4 @@ void svg_legend(FILE *to, const struct svg_series *s, int n, const char *points,
         fputs("</span>", to);
     }
     fputs("</div>\n", to);
-}
-
-/* ---- heat map ------------------------------------------------------------------------------ */
-
-/* One hue from pale to deep; part in [0, 1]. */
-static void shade(double part, int rgb[3])
-{
-    static const double stops[4][3] = {
-        {236, 243, 252}, {148, 190, 240}, {52, 118, 208}, {13, 43, 99}};
-    double at = fmin(fmax(part, 0), 1) * 3;
-    int i = at >= 3 ? 2 : (int)at;
-    for (int k = 0; k < 3; k++)
-        rgb[k] = (int)lrint(stops[i][k] + (at - i) * (stops[i + 1][k] - stops[i][k]));
-}
-
-static void cell(FILE *to, double x, double y, double w, double h, double radius, double part)
-{
-    int rgb[3];
-    shade(part, rgb);
-    fprintf(to, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%g' fill='#%02x%02x%02x'/>",
-            x, y, w, h, radius, rgb[0], rgb[1], rgb[2]);
-}
-
-static void format_cell(double v, char *buf, size_t size)
-{
-    double a = fabs(v);
-    if (a >= 1e4 || (a != 0 && a < 1e-3))
-        snprintf(buf, size, "%.0e", v);
-    else
-        snprintf(buf, size, a >= 100 ? "%.0f" : a >= 10 ? "%.1f" : a >= 0.1 ? "%.2f" : "%.3f", v);
-}
-
-void svg_heat(FILE *to, const struct svg_heat_map *m)
-{
-    double size = m->columns <= 16 ? 46 : 20, tall = m->columns <= 16 ? 28 : 18;
-    double left = 58, top = 58, right = 96;
-    double width = left + size * (double)m->columns + right;
-    double height = top + tall * (double)m->rows + 12;
-    if (width < 340) width = 340;
-    if (height < 200) height = 200;
-    double min = INFINITY, max = -INFINITY;
-    for (int64_t i = 0; i < m->rows * m->columns; i++) widen(m->values[i], false, &min, &max);
-    if (min > max) min = max = 0;
-    /* Linear shades start at zero, so that pale always means little. */
-    bool by_log = m->log && min > 0 && max / min > 10;
-    double low = by_log ? min : fmin(min, 0);
-    struct axis scale = {.min = low, .max = max > low ? max : low + 1, .to = 1, .log = by_log};
-    char label[64];
-    fprintf(to, "<svg width='%.0f' height='%.0f' viewBox='0 0 %.0f %.0f' role='img'>\n", width,
-            height, width, height);
-    text_at(to, left, 18, "start", "title", m->title);
-    text_at(to, left + size * (double)m->columns / 2, 36, "middle", NULL, m->column_label);
-    for (int64_t c = 0; c < m->columns; c++) {
-        if (size < 30 && c % 4) continue;
-        snprintf(label, sizeof label, "%lld", (long long)c);
-        text_at(to, left + size * ((double)c + 0.5), 52, "middle", NULL, label);
-    }
-    fprintf(to, "<g transform='translate(16 %.1f) rotate(-90)'>", top + tall * (double)m->rows / 2);
-    text_at(to, 0, 0, "middle", NULL, m->row_label);
-    fputs("</g>\n", to);
-    for (int64_t r = 0; r < m->rows; r++) {
-        double y = top + tall * (double)r;
-        snprintf(label, sizeof label, "%lld", (long long)r);
-        text_at(to, left - 8, y + tall / 2 + 4, "end", NULL, label);
-        for (int64_t c = 0; c < m->columns; c++) {
-            double v = m->values[r * m->columns + c], x = left + size * (double)c;
-            if (!isfinite(v)) continue;
-            double part = place(&scale, v);
-            fprintf(to, "<g><title>%s %lld, %s %lld: %.5g</title>", m->row_label, (long long)r,
-                    m->column_label, (long long)c, v);
-            cell(to, x + 1, y + 1, size - 2, tall - 2, 2, part);
-            if (size >= 40) {
-                format_cell(v, label, sizeof label);
-                text_at(to, x + size / 2, y + tall / 2 + 4, "middle", part > 0.5 ? "light" : "dark",
-                        label);
-            }
-            fputs("</g>\n", to);
-        }
-    }
-    /* The scale: steps from high to low, its ends named. */
-    enum { STEPS = 40 };
-    double x = left + size * (double)m->columns + 22, bar = fmax(tall * (double)m->rows, 120);
-    for (int i = 0; i < STEPS; i++)
-        cell(to, x, top + bar * i / STEPS, 12, bar / STEPS + 0.5, 0, 1 - (i + 0.5) / STEPS);
-    fputs("\n", to);
-    format_cell(scale.max, label, sizeof label);
-    text_at(to, x + 18, top + 10, "start", NULL, label);
-    format_cell(scale.min, label, sizeof label);
-    text_at(to, x + 18, top + bar, "start", NULL, label);
-    if (by_log) text_at(to, x + 18, top + bar / 2 + 4, "start", NULL, "(log)");
-    fputs("</svg>\n", to);
 }

@@ -34,6 +34,15 @@ struct svg_heat_map {
     bool log;             /* shade positive values of a wide range by their logarithm */
 };
 
+struct svg_histograms {
+    const char *title, *row_label, *column_label, *x_label;
+    int64_t rows, columns, bins;
+    const double *edges;   /* (bins + 1), positive: the axis is logarithmic */
+    const double *parts;   /* (rows, columns, bins) */
+    const double *medians; /* (rows, columns): for whoever points at one */
+    double mark;           /* a dashed line there */
+};
+
 /* <style> for the page's head. */
 void svg_style(FILE *to);
 /* Text with & < > " escaped. */
@@ -41,6 +50,7 @@ void svg_text(FILE *to, const char *text);
 /* Each writes one <svg> element. */
 void svg_line_chart(FILE *to, const struct svg_chart *chart);
 void svg_heat(FILE *to, const struct svg_heat_map *map);
+void svg_histogram_grid(FILE *to, const struct svg_histograms *grid);
 /* A line of marks and names, of the points and of the lines. points, lines: what they are, or NULL
  * to leave that out. */
 void svg_legend(FILE *to, const struct svg_series *series, int n, const char *points,

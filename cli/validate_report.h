@@ -6,10 +6,23 @@
 enum { VALIDATE_KINDS = 4, VALIDATE_V = 3 };
 /* Features tried on the heads: all kinds, and the model's own with OPRF's A for each head. */
 enum { VALIDATE_TRIED = VALIDATE_KINDS + 1, VALIDATE_TRIED_DRAWS = 2 };
+/* The texts that are written. */
+#define VALIDATE_TEMPERATURE 0.8
+#define VALIDATE_TOP_P       0.9
 static const double validate_v_sq[VALIDATE_V] = {0.5, 1, 2};
+
+/* What both models make of a prompt, as UTF-8. */
+struct validate_text {
+    char *prompt, *original; /* original: how the text itself goes on */
+    char *same;              /* what both begin with */
+    char *teacher, *student; /* and where they part */
+    int64_t n_tokens, n_same;
+};
 
 struct validate_report {
     const char *model, *data; /* as given on the command line */
+    const char *teacher;      /* NULL: the model's own weights, with softmax */
+    enum srf_dtype dtype;
     int64_t head_size, kernel_draws;
     int64_t tokens; /* of text, in all */
     const struct srf_validate_config *config;
@@ -19,6 +32,9 @@ struct validate_report {
     const double *closed; /* NaN where there is no closed form */
     const double *tried;  /* (VALIDATE_TRIED, config->n_m): output error, mean over heads */
     const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */
+    const double *draw_ppl;                  /* (config->n_draws) */
+    const struct validate_text *texts;       /* (n_texts); none without a tokenizer */
+    int64_t n_texts;
     double seconds;
 };
 

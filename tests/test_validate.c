@@ -130,6 +130,18 @@ static void check_norms(const double *qkv, const struct srf_validate_result *r)
                         sum += pairs[n++];
                     }
             qsort(pairs, PAIRS, sizeof *pairs, compare);
+            /* Every pair is in the bin that its value lies in, and there is no other. */
+            const double *part = r->v_part + (l * H + h) * SRF_VALIDATE_BINS;
+            double all = 0, cumulated = 0;
+            for (int i = 0; i < SRF_VALIDATE_BINS; i++) {
+                int below = 0;
+                cumulated += part[i];
+                for (int j = 0; j < PAIRS; j++) below += pairs[j] < srf_validate_bin(i + 1);
+                if (i == SRF_VALIDATE_BINS - 1) below = PAIRS;
+                assert_true(fabs(cumulated - (double)below / PAIRS) < 1.5 / PAIRS);
+                all += part[i];
+            }
+            assert_true(fabs(all - 1) < 1e-9);
             double want = sum / PAIRS;
             test_close("mean |q+k|^2", &r->v_mean[l * H + h], &want, 1, 1e-5);
             for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++) {
@@ -251,11 +263,17 @@ static void positions(void **state)
     struct srf_attention_config a = config_of(T, true, ms).attention;
     a.kind = SRF_ATTN_SRF;
     struct srf_validate_place p[SRF_VALIDATE_PLACES];
-    test_ok(srf_validate_positions(ctx, ck, &a, tokens, B, T, p));
+    struct srf_validate_pair pair = {.teacher = ck,
+                                     .student = ck,
+                                     .attention = &a,
+                                     .tokens = tokens,
+                                     .windows = B,
+                                     .seq_len = T};
+    test_ok(srf_validate_positions(ctx, &pair, p));
     for (int i = 0; p[i].n; i++)
         assert_true(fabs(p[i].nll - p[i].nll_softmax) < 1e-9 && fabs(p[i].kl) < 1e-9);
     a.window = 4;
-    test_ok(srf_validate_positions(ctx, ck, &a, tokens, B, T, p));
+    test_ok(srf_validate_positions(ctx, &pair, p));
     struct srf_model *m;
     struct srf_arena *arena;
     struct srf_model_plan plan = {.b = B, .t = T};
@@ -284,6 +302,92 @@ static void positions(void **state)
         n += p[i].n;
     }
     assert_int_equal(n, B * (T - 1));
+    srf_model_free(m);
+    srf_arena_free(arena);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+/* Draw i is what the model with that draw has, and the perplexity is that of the predictions. */
+static void draws(void **state)
+{
+    (void)state;
+    static const int64_t ms[N_M] = {3, 8, 21};
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    struct srf_checkpoint *ck = checkpoint();
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct srf_attention_config a = config_of(4, true, ms).attention;
+    a.kind = SRF_ATTN_SRF;
+    struct srf_validate_pair pair = {.teacher = ck,
+                                     .student = ck,
+                                     .attention = &a,
+                                     .tokens = tokens,
+                                     .windows = B,
+                                     .seq_len = T};
+    double ppl[DRAWS];
+    test_ok(srf_validate_draws(ctx, &pair, DRAWS, ppl));
+    for (int i = 0; i < DRAWS; i++, a.draw++) {
+        struct srf_validate_place p[SRF_VALIDATE_PLACES];
+        test_ok(srf_validate_positions(ctx, &pair, p));
+        double nll = 0;
+        for (int k = 0; p[k].n; k++) nll += (double)p[k].n * p[k].nll;
+        double want = exp(nll / (B * (T - 1)));
+        test_close("perplexity of a draw", &ppl[i], &want, 1, 1e-9);
+        if (i) assert_true(fabs(ppl[i] - ppl[i - 1]) > 1e-6 * ppl[i]);
+    }
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+/* With a window that holds everything both write the same; with a small one they part; and the
+ * first token is sampled from the logits that the teacher has after the prompt. */
+static void continuations(void **state)
+{
+    (void)state;
+    enum { PROMPT = 9, NEW = 20 };
+    static const int64_t ms[N_M] = {3, 8, 21};
+    int32_t tokens[B * T], teacher[B * NEW], student[B * NEW], first;
+    random_tokens(tokens);
+    struct srf_checkpoint *ck = checkpoint();
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct srf_attention_config a = config_of(T, true, ms).attention;
+    a.kind = SRF_ATTN_SRF;
+    struct srf_sampler_config sampler = {.temperature = 0.8, .top_p = 0.9};
+    struct srf_validate_pair pair = {.teacher = ck,
+                                     .student = ck,
+                                     .attention = &a,
+                                     .tokens = tokens,
+                                     .windows = B,
+                                     .seq_len = T};
+    test_ok(srf_validate_continue(ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
+    assert_memory_equal(teacher, student, sizeof teacher);
+    a.window = 2;
+    test_ok(srf_validate_continue(ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
+    assert_memory_not_equal(teacher, student, sizeof teacher);
+    struct srf_model *m;
+    struct srf_arena *arena;
+    struct srf_attention_config softmax = srf_attention_default();
+    struct srf_model_plan plan = {.b = 1, .t = PROMPT};
+    float logits[V];
+    test_ok(srf_model_create(ctx, &ck->config, &softmax, &m));
+    test_ok(srf_arena_create(ctx, &arena));
+    test_ok(srf_model_plan(m, arena, &plan));
+    test_ok(srf_arena_commit(arena));
+    test_ok(srf_model_upload(m, ck));
+    for (int i = 0; i < B; i++) {
+        struct srf_batch batch = {.b = 1, .t = PROMPT, .tokens = tokens + i * T};
+        test_ok(srf_model_forward(m, &batch));
+        test_ok(srf_model_last_logits(m, &batch, logits));
+        test_ok(srf_sample(&sampler, 3, (uint64_t)i, 0, logits, V, &first));
+        assert_int_equal(first, teacher[i * NEW]);
+    }
+    assert_int_equal(srf_validate_continue(ctx, &pair, 0, NEW, &sampler, 3, teacher, student),
+                     SRF_INVALID);
+    assert_int_equal(srf_validate_continue(ctx, &pair, PROMPT, 48, &sampler, 3, teacher, student),
+                     SRF_MISMATCH);
     srf_model_free(m);
     srf_arena_free(arena);
     srf_checkpoint_free(ck);
@@ -345,10 +449,9 @@ static void bad_arguments_and_progress(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(measurements),
-        cmocka_unit_test(without_far_part),
-        cmocka_unit_test(positions),
-        cmocka_unit_test(bad_arguments_and_progress),
+        cmocka_unit_test(measurements),  cmocka_unit_test(without_far_part),
+        cmocka_unit_test(positions),     cmocka_unit_test(draws),
+        cmocka_unit_test(continuations), cmocka_unit_test(bad_arguments_and_progress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

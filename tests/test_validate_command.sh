@@ -21,14 +21,17 @@ has stdout 'kernel error' 'median head' 'one/validate.html'
 [ "$(ls one | xargs)" = 'validate.html validate.json' ] || fail "files of a run: $(ls one)"
 has one/validate.json '"kernel":[{' '"kind":"simplex+"' '"closed_form":' '"v2":[[' \
     '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' \
-    '"output_error_by_features":{"iid":[' '"oprf":[' '"step_error":[' '"heads":2' '"head_size":16'
+    '"output_error_by_features":{"m":[16,' '"iid":[' '"v2_histogram":{"edges":[' '"by_draw":{' \
+    '"texts":[{"prompt":' '"teacher":null' '"oprf":[' '"step_error":[' '"heads":2' '"head_size":16'
 [ "$(grep -o '"closed_form":null' one/validate.json | wc -l)" -eq 18 ] ||
     fail "simplex+ alone has no closed form"
 has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel'
-[ "$(grep -c '<svg.*role=' one/validate.html)" -eq 8 ] || fail "a picture is missing"
+[ "$(grep -c '<svg.*role=' one/validate.html)" -eq 10 ] || fail "a picture is missing"
 [ "$(grep -o '<svg' one/validate.html | wc -l)" -eq "$(grep -o '</svg>' one/validate.html | wc -l)" ] ||
     fail "an svg element is not closed"
-! grep -qE '(src|href)=|https?:|@import|nan|inf[ "<]' one/validate.html ||
+# What a model writes may hold anything.
+! sed '/What they write/,/How hard each head/d' one/validate.html |
+    grep -qE '(src|href)=|https?:|@import|nan|inf[ "<]' ||
     fail "the page needs something else, or shows no number"
 
 # --json prints what the file holds; the same command gives the same numbers.
@@ -37,6 +40,20 @@ run "${validate[@]}" --out two -q --json
 cmp -s stdout <(cat two/validate.json; echo) || fail "--json prints something else than the file"
 for file in one two; do sed 's/"seconds":[0-9.e-]*//' $file/validate.json >$file.json; done
 cmp -s one.json two.json || fail "two runs differ"
+
+# A retrofitted model beside the one it was: its own draw comes first, with the perplexity of the
+# page.
+"$SRF" retrofit --model model.h5 --data text.txt --out student --steps 2 --batch 2 --seq-len 32 \
+    --window 8 -m 8 -q >/dev/null || die "srf retrofit"
+run "$SRF" validate --model student/model.h5 --teacher model.h5 --data text.txt --out taught -q \
+    --kernel-draws 4 --draws 3
+[ $status -eq 0 ] || fail "--teacher: exit $status: $(cat stderr)"
+has taught/validate.json '"teacher":"model.h5"' '"window":8'
+has taught/validate.html 'the teacher' 'What they write'
+own=$(grep -o '"ppl":[0-9.]*' taught/validate.json | head -1 | cut -c7-16)
+has taught/validate.json "\"by_draw\":{\"first\":"
+grep -o '"by_draw":{[^}]*}' taught/validate.json | grep -qF "\"ppl\":[${own%?}" ||
+    fail "draw 0 is not the model's own: $own, $(grep -o '"by_draw":{[^}]*}' taught/validate.json)"
 
 # Other settings, a number of features of its own, and names that HTML must escape.
 cp text.txt 'a<b>&.txt'
@@ -57,11 +74,16 @@ refuse() {
     [ ! -s stdout ] || fail "validate $*: prints results"
     [ ! -e bad ] || fail "validate $*: leaves files"
 }
+sed 's/2048/2050/' config.json >other.json
+"$SRF" train --init other.json --tokenizer "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" \
+    --data text.txt --out other --steps 1 --batch 1 --seq-len 32 -q >/dev/null || die "srf train"
 refuse 2 --model model.h5
 refuse 2 --model model.h5 --data text.txt --draws 1
 refuse 2 --model model.h5 --data text.txt --windows 0
 refuse 1 --model model.h5 --data text.txt --seq-len 65
 refuse 1 --model model.h5 --data text.txt --features best
+refuse 1 --model model.h5 --data text.txt --teacher no-such-file
+refuse 1 --model model.h5 --data text.txt --teacher other/model.h5
 refuse 1 --model no-such-file --data text.txt
 refuse 1 --model model.h5 --data no-such-file
 echo 'short' >short.txt

@@ -3,6 +3,7 @@
  * SRF attention that should agree. With x = q d^(-1/4), y = k d^(-1/4) all of it hangs on |x + y|^2
  * = |q + k|^2 / sqrt(d): the relative variance of the kernel is about (e^{|x+y|^2} - 1) / m. */
 #pragma once
+#include "infer/sampler.h"
 #include "model/model.h"
 
 /* ---- the kernel ----------------------------------------------------------------------------- */
@@ -42,11 +43,18 @@ struct srf_validate_config {
 #define SRF_VALIDATE_QUANTILES 5
 static const double srf_validate_quantile[SRF_VALIDATE_QUANTILES] = {0.05, 0.25, 0.5, 0.75, 0.95};
 
+/* The histogram of |q+k|^2/sqrt(d): four bins an octave; what lies past the ends is in the first or
+ * the last one. */
+#define SRF_VALIDATE_BINS 64
+/* Lower end of bin i; SRF_VALIDATE_BINS: the upper end of the last one. */
+double srf_validate_bin(int64_t i);
+
 /* Starts zeroed; arrays in the order of the indices given. */
 struct srf_validate_result {
     int64_t n_layers, n_heads, n_m;
     double *v_mean;     /* (layers, heads): mean |q+k|^2/sqrt(d) over pairs s <= t of all windows */
     double *v_quantile; /* (layers, heads, SRF_VALIDATE_QUANTILES), over a sample of the pairs */
+    double *v_part;     /* (layers, heads, SRF_VALIDATE_BINS): part of all pairs in each bin */
     double *error;    /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
     double *error_sd; /* the same: standard deviation between draws */
     /* (layers): |o - o_chunked| / |o_chunked| on the first window, where o is made one token at a
@@ -69,9 +77,23 @@ struct srf_validate_place {
     int64_t n;
     double nll_softmax, nll, kl; /* kl: KL(softmax || SRF) of the next token */
 };
-/* ck's weights with softmax, and with the SRF attention given, on tokens, host (windows, seq_len).
- */
-srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
-                                  const struct srf_attention_config *attention,
-                                  const int32_t *tokens, int64_t windows, int64_t seq_len,
+/* A teacher with softmax attention, a student with SRF attention, and text to compare them on. */
+struct srf_validate_pair {
+    const struct srf_checkpoint *teacher, *student; /* of one vocabulary; may be the same */
+    const struct srf_attention_config *attention;   /* the student's */
+    const int32_t *tokens;                          /* host (windows, seq_len) */
+    int64_t windows, seq_len;
+};
+/* SRF_MISMATCH if the two do not belong together. */
+srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
                                   struct srf_validate_place out[SRF_VALIDATE_PLACES]);
+/* The student's perplexity on all windows with n draws, from its own on: out (n). */
+srf_status srf_validate_draws(struct srf_ctx *ctx, const struct srf_validate_pair *pair, int64_t n,
+                              double *out);
+/* Both go on from the first n_prompt tokens of each window: n_new tokens, sampled with the same
+ * random numbers, so that they part where their predictions do. teacher, student: host (windows,
+ * n_new). */
+srf_status srf_validate_continue(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                                 int64_t n_prompt, int64_t n_new,
+                                 const struct srf_sampler_config *sampler, uint64_t seed,
+                                 int32_t *teacher, int32_t *student);

@@ -185,9 +185,23 @@ static int compare_floats(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Mean over all pairs s <= t, quantiles over every stride-th of them. */
+/* Bins of an octave, and octaves below 1. */
+enum { PER_OCTAVE = 4, BELOW_ONE = 4 };
+
+double srf_validate_bin(int64_t i)
+{
+    return exp2((double)i / PER_OCTAVE - BELOW_ONE);
+}
+
+static int bin_of(double v)
+{
+    double i = v > 0 ? floor((log2(v) + BELOW_ONE) * PER_OCTAVE) : 0;
+    return (int)fmin(fmax(i, 0), SRF_VALIDATE_BINS - 1);
+}
+
+/* Mean and histogram over all pairs s <= t, quantiles over every stride-th of them. */
 static void pair_norms(const struct run *r, int64_t head, int64_t stride, float *sample,
-                       double *mean, double *quantile)
+                       double *mean, double *quantile, double *part)
 {
     int64_t d = r->d, ld = 3 * r->c, t_len = r->config->seq_len, pairs = 0, n = 0;
     double total = 0, scale = 1 / sqrt((double)d);
@@ -201,10 +215,12 @@ static void pair_norms(const struct run *r, int64_t head, int64_t stride, float 
                 for (int64_t j = 0; j < d; j++) sum += (q[j] + k[j]) * (q[j] + k[j]);
                 double v_sq = scale * (double)sum;
                 total += v_sq;
+                part[bin_of(v_sq)]++;
                 if (pairs++ % stride == 0) sample[n++] = (float)v_sq;
             }
         }
     *mean = total / (double)pairs;
+    for (int i = 0; i < SRF_VALIDATE_BINS; i++) part[i] /= (double)pairs;
     qsort(sample, (size_t)n, sizeof *sample, compare_floats);
     for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++)
         quantile[i] = (double)sample[(int64_t)(srf_validate_quantile[i] * (double)(n - 1))];
@@ -224,9 +240,12 @@ static srf_status all_pair_norms(struct run *r, struct srf_validate_result *out)
         SRF_TRY_GO(srf_download_f32(r->ctx, r->qkv, srf_model_qkv(r->model, layer), r->ctx->dtype,
                                     n * 3 * r->c));
 #pragma omp parallel for schedule(dynamic)
-        for (int64_t h = 0; h < r->n_heads; h++)
-            pair_norms(r, h, stride, samples + h * n_samples, &out->v_mean[layer * r->n_heads + h],
-                       &out->v_quantile[(layer * r->n_heads + h) * SRF_VALIDATE_QUANTILES]);
+        for (int64_t h = 0; h < r->n_heads; h++) {
+            int64_t at = layer * r->n_heads + h;
+            pair_norms(r, h, stride, samples + h * n_samples, &out->v_mean[at],
+                       &out->v_quantile[at * SRF_VALIDATE_QUANTILES],
+                       &out->v_part[at * SRF_VALIDATE_BINS]);
+        }
     }
 cleanup:
     srf__free(samples);
@@ -365,6 +384,7 @@ static srf_status alloc_result(struct srf_validate_result *out)
     int64_t heads = out->n_layers * out->n_heads;
     SRF_TRY(SRF_CALLOC(out->v_mean, heads));
     SRF_TRY(SRF_CALLOC(out->v_quantile, heads * SRF_VALIDATE_QUANTILES));
+    SRF_TRY(SRF_CALLOC(out->v_part, heads * SRF_VALIDATE_BINS));
     SRF_TRY(SRF_CALLOC(out->error, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->error_sd, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->step, out->n_layers));
@@ -402,7 +422,8 @@ cleanup:
 
 void srf_validate_result_free(struct srf_validate_result *r)
 {
-    double *all[] = {r->v_mean, r->v_quantile, r->error, r->error_sd, r->step, r->prefill};
+    double *all[] = {r->v_mean,   r->v_quantile, r->v_part, r->error,
+                     r->error_sd, r->step,       r->prefill};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) srf__free(all[i]);
     *r = (struct srf_validate_result){0};
 }

@@ -1,0 +1,161 @@
+/* Of the report: the heads, how hard each is and how far its output is off. */
+#include "cli/validate_parts.h"
+
+#include <math.h>
+
+enum { MAX_HEADS = 2048 };
+
+/* The whole distribution behind each mean. */
+static void histograms(const struct validate_report *r, double limit, FILE *to)
+{
+    const struct srf_validate_result *res = r->result;
+    double edges[SRF_VALIDATE_BINS + 1], medians[MAX_HEADS], past = 0;
+    int64_t n = res->n_layers * res->n_heads;
+    if (n > MAX_HEADS) return; /* no page for that many */
+    for (int64_t i = 0; i <= SRF_VALIDATE_BINS; i++) edges[i] = srf_validate_bin(i);
+    for (int64_t h = 0; h < n; h++) {
+        medians[h] = res->v_quantile[h * SRF_VALIDATE_QUANTILES + SRF_VALIDATE_QUANTILES / 2];
+        for (int64_t i = 0; i < SRF_VALIDATE_BINS; i++)
+            if (edges[i] >= limit) past += res->v_part[h * SRF_VALIDATE_BINS + i] / (double)n;
+    }
+    struct svg_histograms grid = {.title = "|q+k|²/√d of all pairs, each head",
+                                  .row_label = "layer",
+                                  .column_label = "head",
+                                  .x_label = "|q+k|²/√d",
+                                  .rows = res->n_layers,
+                                  .columns = res->n_heads,
+                                  .bins = SRF_VALIDATE_BINS,
+                                  .edges = edges,
+                                  .parts = res->v_part,
+                                  .medians = medians,
+                                  .mark = limit};
+    fputs("<div class='wide'>", to);
+    svg_histogram_grid(to, &grid);
+    fprintf(to,
+            "</div>\n<p>The same, pair by pair: how many pairs of each head have which |q+k|²/√d "
+            "(a logarithmic axis; every head by its own height). Dashed: ln(1 + m). Good: the hill "
+            "lies left of it. Here %.3g %% of all pairs lie right of it, where a single weight is "
+            "mostly noise: averages over many tokens, training, or an exact window must mend "
+            "those.</p>\n",
+            100 * past);
+}
+
+void validate_page_norms(const struct validate_report *r, FILE *to)
+{
+    struct validate_summary s = validate_summarize(r, r->result->v_mean);
+    struct svg_heat_map map = {.title = "mean |q+k|²/√d",
+                               .row_label = "layer",
+                               .column_label = "head",
+                               .rows = r->result->n_layers,
+                               .columns = r->result->n_heads,
+                               .values = r->result->v_mean,
+                               .log = true};
+    fputs("<h2>How hard each head is</h2>\n<div class='wide'>", to);
+    svg_heat(to, &map);
+    double limit = log1p((double)r->config->main_m);
+    fprintf(to,
+            "</div>\n<p>Mean of |q+k|²/√d over pairs of a token and one before it: what the error "
+            "of random features hangs on, for the relative variance of a weight is about "
+            "(e<sup>|q+k|²/√d</sup> − 1)/m. Good: pale, below ln(1 + m) = %.3g, where a weight is "
+            "off by as much as itself. The median head has %.3g, the hardest, layer %lld head "
+            "%lld, %.3g.</p>\n",
+            limit, s.median, (long long)s.worst_layer, (long long)s.worst_head, s.worst);
+    histograms(r, limit, to);
+}
+
+void validate_page_errors(const struct validate_report *r, FILE *to)
+{
+    int64_t i = validate_main(r), n = r->result->n_layers * r->result->n_heads;
+    const double *errors = validate_errors_at(r, r->result->error, i);
+    const double *sds = validate_errors_at(r, r->result->error_sd, i);
+    struct validate_summary s = validate_summarize(r, errors);
+    double sd = 0;
+    for (int64_t h = 0; h < n; h++) sd += sds[h] / (double)n;
+    char attention[200], title[256];
+    validate_describe(r, attention, sizeof attention);
+    snprintf(title, sizeof title, "relative error of the output, m = %lld",
+             (long long)r->config->main_m);
+    struct svg_heat_map map = {.title = title,
+                               .row_label = "layer",
+                               .column_label = "head",
+                               .rows = r->result->n_layers,
+                               .columns = r->result->n_heads,
+                               .values = errors};
+    fputs("<h2>Error of each head's output</h2>\n<div class='wide'>", to);
+    svg_heat(to, &map);
+    fputs("</div>\n<p>|o<sub>srf</sub> − o<sub>softmax</sub>| / |o<sub>softmax</sub>| of each "
+          "head on the model's own q, k, v, for ",
+          to);
+    svg_text(to, attention);
+    fprintf(
+        to,
+        ". Good: pale; at 1 the error is as large as the output itself, and such a head is noise "
+        "right after a swap. The median head is off by %.3g, the worst "
+        "(layer %lld head %lld) by %.3g; from one draw to another a head's error changes by "
+        "%.2g (standard deviation, %lld draws).</p>\n",
+        s.median, (long long)s.worst_layer, (long long)s.worst_head, s.worst, sd,
+        (long long)r->config->n_draws);
+}
+
+void validate_page_sweep(const struct validate_report *r, FILE *to)
+{
+    enum { MAX_M = 64 };
+    const struct srf_validate_config *c = r->config;
+    int64_t n = c->n_m < MAX_M ? c->n_m : MAX_M, heads = r->result->n_layers * r->result->n_heads;
+    double m[MAX_M], mean[MAX_M], low[MAX_M], high[MAX_M];
+    for (int64_t i = 0; i < n; i++) {
+        const double *errors = validate_errors_at(r, r->result->error, i);
+        struct validate_summary s = validate_summarize(r, errors);
+        m[i] = (double)c->m[i];
+        mean[i] = s.mean;
+        high[i] = s.worst;
+        low[i] = s.worst;
+        for (int64_t h = 0; h < heads; h++) low[i] = fmin(low[i], errors[h]);
+    }
+    struct svg_series series = {.name = "output error",
+                                .look = SRF_SIMPLEX,
+                                .n = n,
+                                .x = m,
+                                .y = mean,
+                                .low = low,
+                                .high = high,
+                                .connect = true};
+    struct svg_chart chart = {.title = "relative error of the output",
+                              .x_label = "features m",
+                              .y_label = "|Δo| / |o|",
+                              .width = 460,
+                              .height = 300,
+                              .log_x = true,
+                              .series = &series,
+                              .n_series = 1};
+    fputs("<h2>What more features buy</h2>\n", to);
+    svg_legend(to, &series, 1, "mean over heads, bars from the best head to the worst", NULL);
+    svg_line_chart(to, &chart);
+    fprintf(to,
+            "<p>The same output error with other numbers of features. Good: falling as 1/√m, which "
+            "heads do whose pairs lie left of the dashed line above; flat: more features are no "
+            "cure for this model. From m = %lld to m = %lld the mean over heads goes from %.3g to "
+            "%.3g; 1/√m would be a factor of %.3g.</p>\n",
+            (long long)c->m[0], (long long)c->m[n - 1], mean[0], mean[n - 1],
+            sqrt(m[n - 1] / m[0]));
+}
+
+void validate_page_tried(const struct validate_report *r, FILE *to)
+{
+    const struct srf_validate_config *c = r->config;
+    fputs("<h2>Which features</h2>\n<table><tr><th>features</th>", to);
+    for (int64_t i = 0; i < c->n_m; i++) fprintf(to, "<th>m = %lld</th>", (long long)c->m[i]);
+    fputs("</tr>\n", to);
+    for (int kind = 0; kind < VALIDATE_TRIED; kind++) {
+        fprintf(to, "<tr><td>%s</td>", validate_tried_name(kind));
+        for (int64_t i = 0; i < c->n_m; i++)
+            fprintf(to, "<td>%.3f</td>", r->tried[kind * c->n_m + i]);
+        fputs("</tr>\n", to);
+    }
+    fprintf(to,
+            "</table>\n<p>The output error again, mean over heads and %d draws, window %lld: which "
+            "features would serve this model best. Good: small. oprf: %s, with each head's own "
+            "parameter A, from its mean |q+k|²/√d.</p>\n",
+            VALIDATE_TRIED_DRAWS, (long long)c->attention.window,
+            srf_feature_kind_name(c->attention.features));
+}
