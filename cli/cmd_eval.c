@@ -9,7 +9,7 @@
 
 struct inputs {
     const char *model, *data, *mode, *per_token;
-    int64_t seq_len, batch, max_tokens, recall_from;
+    int64_t seq_len, batch, max_tokens, recall_from, draws;
     bool json, quiet, logits, recall;
     struct cli_device device;
     struct cli_attention attention;
@@ -32,6 +32,7 @@ struct run {
     double sum[2];
     bool recall;
     struct srf_recall recalled;
+    double *draw_ppl; /* --draws */
 };
 
 static void free_run(struct run *r)
@@ -44,6 +45,7 @@ static void free_run(struct run *r)
     srf_ctx_free(r->ctx);
     srf__free(r->nll);
     srf__free(r->logits);
+    srf__free(r->draw_ppl);
 }
 
 static void on_progress(void *user, int64_t done, int64_t total)
@@ -106,6 +108,8 @@ static srf_status open_run(struct inputs *in, struct run *r)
     SRF_FAIL_IF(
         recurrent && a.kind != SRF_ATTN_SRF, SRF_INVALID,
         "--mode recurrent needs SRF attention, this model has softmax: add --attention srf");
+    SRF_FAIL_IF(in->draws > 1 && a.kind != SRF_ATTN_SRF, SRF_INVALID,
+                "--draws needs SRF attention, this model has softmax: add --attention srf");
     SRF_FAIL_IF(positions == SRF_POS_ERROR && in->seq_len > r->ck->config.n_pos, SRF_INVALID,
                 "--seq-len %lld: the model's learned positions end at %lld (see --positions)",
                 (long long)in->seq_len, (long long)r->ck->config.n_pos);
@@ -152,6 +156,51 @@ static void print_recall(const struct srf_recall *r, bool json)
     if (json) printf("]");
 }
 
+/* The model's own draw is measured; those that follow it, too. */
+static srf_status other_draws(const struct inputs *in, struct run *r, struct srf_eval_config c,
+                              double own)
+{
+    struct srf_eval_result result;
+    SRF_TRY(SRF_ALLOC(r->draw_ppl, in->draws));
+    r->draw_ppl[0] = own;
+    c.rows = NULL;
+    for (int64_t i = 1; i < in->draws; i++) {
+        r->model->attention.draw++;
+        SRF_TRY(srf_model_draw(r->model));
+        SRF_TRY(srf_evaluate(r->model, r->data, &c, &result));
+        r->draw_ppl[i] = result.ppl;
+    }
+    r->model->attention.draw -= (uint64_t)in->draws - 1;
+    return SRF_OK;
+}
+
+static void print_draws(const double *ppl, int64_t n, bool json)
+{
+    double mean = 0, squares = 0, least = ppl[0], most = ppl[0];
+    for (int64_t i = 0; i < n; i++) {
+        mean += ppl[i] / (double)n;
+        least = fmin(least, ppl[i]);
+        most = fmax(most, ppl[i]);
+    }
+    for (int64_t i = 0; i < n; i++) squares += (ppl[i] - mean) * (ppl[i] - mean);
+    double sd = sqrt(squares / (double)(n - 1));
+    if (!json) {
+        printf("%lld draws, the model's own first: perplexity %.4f on average, standard deviation "
+               "%.4f, %.4f to %.4f\n",
+               (long long)n, mean, sd, least, most);
+        return;
+    }
+    printf(", \"draws\": {\"mean\": ");
+    cli_json_number(stdout, mean);
+    printf(", \"sd\": ");
+    cli_json_number(stdout, sd);
+    for (int64_t i = 0; i < n; i++) {
+        printf(i ? ", " : ", \"ppl\": [");
+        cli_json_number(stdout, ppl[i]);
+    }
+    printf("]}");
+}
+
 static int run(struct inputs *in)
 {
     struct run r = {.recall = in->recall, .recalled.from = in->recall_from};
@@ -168,6 +217,7 @@ static int run(struct inputs *in)
                                     .user = &r};
         cli_progress_start(&r.progress, "eval", in->quiet);
         st = srf_evaluate(r.model, r.data, &c, &result);
+        if (st == SRF_OK && in->draws > 1) st = other_draws(in, &r, c, result.ppl);
         cli_progress_end(&r.progress);
     }
     if (st == SRF_OK && in->per_token) st = write_per_token(&r, in->per_token);
@@ -188,6 +238,7 @@ static int run(struct inputs *in)
             printf(", \"%s\": ", past ? "ppl_past_learned" : "ppl_learned");
             cli_json_number(stdout, exp(r.sum[past] / (double)r.n[past]));
         }
+        if (r.draw_ppl) print_draws(r.draw_ppl, in->draws, true);
         if (r.recall) print_recall(&r.recalled, true);
         printf(", \"mode\": \"%s\", \"seconds\": %.3f, \"tokens_per_s\": %.1f}\n", in->mode,
                result.seconds, rate);
@@ -200,6 +251,7 @@ static int run(struct inputs *in)
                    "--positions %s\n",
                    exp(r.sum[0] / (double)r.n[0]), (long long)r.learned,
                    exp(r.sum[1] / (double)r.n[1]), in->positions.policy);
+        if (r.draw_ppl) print_draws(r.draw_ppl, in->draws, false);
         if (r.recall) print_recall(&r.recalled, false);
     }
     free_run(&r);
@@ -211,6 +263,7 @@ int cmd_eval(int argc, char **argv)
     struct inputs in = {.mode = "parallel",
                         .seq_len = CLI_NONE,
                         .batch = CLI_NONE,
+                        .draws = 1,
                         .device = CLI_DEVICE_DEFAULT,
                         .attention = CLI_ATTENTION_DEFAULT,
                         .positions = CLI_POSITIONS_DEFAULT};
@@ -225,6 +278,8 @@ int cmd_eval(int argc, char **argv)
         {"max-tokens", 0, CLI_INT, &in.max_tokens, "N", "stop after N tokens; 0 = all (0)", 0,
          1e15},
         CLI_ATTENTION_OPTIONS(in.attention),
+        {"draws", 0, CLI_INT, &in.draws, "N",
+         "also with the N - 1 draws of the features that follow: mean and spread (1)", 1, 1e6},
         CLI_POSITIONS_OPTIONS(in.positions),
         {"per-token", 0, CLI_STRING, &in.per_token, "F.h5",
          "write nll (windows, T-1) of the whole windows", 0, 0},

@@ -124,6 +124,20 @@ for policy in wrap clamp interpolate; do
 done
 cmp -s cost.parallel.wrap cost.parallel.clamp && fail "wrap and clamp are the same"
 
+# Other draws: the ones that --draw names, after the model's own; the mean and the spread of them.
+refuse 1 "$SRF" eval --model model.h5 --data text.txt --draws 2
+grep -q 'add --attention srf' stderr || fail "--draws with softmax: $(cat stderr)"
+eval_srf=("$SRF" eval --model model.h5 --data text.txt --attention srf -m 8 --max-tokens 500 -q --json)
+for draw in 0 1; do
+    run "${eval_srf[@]}" --draw $draw
+    grep -o '"ppl": [0-9.]*' stdout | cut -c8-
+done >each.draw
+run "${eval_srf[@]}" --draws 2
+grep -o '"ppl": \[[^]]*' stdout | cut -c9- | tr -d ' ' | tr ',' '\n' >all.draws
+cmp -s each.draw all.draws || fail "--draws 2: $(cat stdout), not $(xargs <each.draw)"
+[ "$(uniq all.draws | wc -l)" -eq 2 ] || fail "--draws 2: both are the same"
+grep -q '"mean": [0-9.]*, "sd": [0-9.]*, "ppl"' stdout || fail "--draws 2: no spread: $(cat stdout)"
+
 # Outputs that would replace an input, or cannot be written: said before the work begins.
 cp model.h5 precious.h5
 refuse 1 "$SRF" eval --model model.h5 --data text.txt --per-token ./model.h5
