@@ -15,7 +15,8 @@ given by a row. A run is a folder DIR/<row>/<seed>; its result is a line of DIR/
 what has one is not run again (the command and the options being the same), so that a study that was
 stopped goes on and a grid may grow. All rows run with the first seed before any with the second.
 With --budget, nothing is begun that would probably end later. DIR/table.md: mean, spread (standard
-deviation over the seeds), the mean over "reference" (a perplexity) if the grid has one, what was run.
+deviation over the seeds), the mean over "reference" if the grid has one (a perplexity, or the name
+of a row, "control": its mean), what was run.
 """
 
 import argparse
@@ -30,6 +31,38 @@ import sys
 import time
 
 NOT_OPTIONS = {"name", "command", "model"}
+
+
+def read_grid(path):
+    """The grid; exits with one line that says what is wrong with it."""
+    try:
+        grid = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"study: {path}: {error}")
+    if not isinstance(grid, dict):
+        sys.exit(f"study: {path}: expected an object with the keys of --help")
+    kinds = {"model": str, "data": str, "val": str, "seeds": list, "rows": list}
+    for key, kind in kinds.items():
+        if not isinstance(grid.get(key), kind) or not grid[key]:
+            found = json.dumps(grid[key]) if key in grid else "nothing"
+            what = "a text" if kind is str else "a list"
+            sys.exit(f'study: {path}: "{key}": expected {what}, found {found}')
+    known = {*kinds, "options", "reference"}
+    for key in grid:
+        if key not in known:
+            sys.exit(f'study: {path}: unknown key "{key}": expected {", ".join(sorted(known))}')
+    for i, row in enumerate(grid["rows"]):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            sys.exit(f"study: {path}: row {i}: expected an object with a name")
+    return grid
+
+
+def check_reference(grid, rows):
+    base, names = grid.get("reference"), [row["name"] for row in rows]
+    is_number = isinstance(base, (int, float)) and not isinstance(base, bool) and base > 0
+    if base is not None and not is_number and base not in names:
+        sys.exit(f'study: "reference": {json.dumps(base)}: expected a perplexity, or the name of '
+                 f"a row: {', '.join(names)}")
 
 
 def expand(grid):
@@ -102,13 +135,26 @@ def read_results(path):
     return {r["key"]: r for r in lines if "ppl" in r}
 
 
-def write_table(args, grid, rows, done):
+def results_of(grid, row, done):
+    return [done[key_of(row, seed)] for seed in grid["seeds"] if key_of(row, seed) in done]
+
+
+def reference_of(grid, rows, done):
+    """The perplexity to divide by, or None, and what the table calls it."""
     base = grid.get("reference")
-    head = ["recipe", "perplexity", "spread", *([f"over {base:g}"] if base else []), "seeds", "s",
+    if not isinstance(base, str):
+        return base, f"over {base}"
+    got = [r for row in rows if row["name"] == base for r in results_of(grid, row, done)]
+    return (statistics.mean(r["ppl"] for r in got) if got else None), f"over {base}"
+
+
+def write_table(args, grid, rows, done):
+    base, over = reference_of(grid, rows, done)
+    head = ["recipe", "perplexity", "spread", *([over] if base else []), "seeds", "s",
             "options"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for row in rows:
-        got = [done[key_of(row, s)] for s in grid["seeds"] if key_of(row, s) in done]
+        got = results_of(grid, row, done)
         if not got:
             continue
         ppl = [r["ppl"] for r in got]
@@ -130,18 +176,23 @@ def write_table(args, grid, rows, done):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=pathlib.Path)
-    parser.add_argument("--srf", default="build/srf")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all")
+    parser.add_argument("grid", type=pathlib.Path, metavar="GRID.json")
+    parser.add_argument("--srf", default="build/srf", help="the program (build/srf)")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR",
+                        help="where the runs, results.jsonl and table.md go")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
+                        help="seconds in all (no end)")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     args = parser.parse_args()
     begun = time.monotonic()
-    grid = json.loads(args.grid.read_text())
-    if not isinstance(grid.get("reference", 1.0), (int, float)):
-        sys.exit(f"study: reference {grid['reference']!r}: expected a number, a perplexity")
+    grid = read_grid(args.grid)
     rows = expand(grid)
+    check_reference(grid, rows)
+    if not shutil.which(args.srf):
+        sys.exit(f"study: --srf {args.srf}: there is no such program")
+    if args.jobs < 1:
+        sys.exit(f"study: --jobs {args.jobs}: expected at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
     done = read_results(results)
