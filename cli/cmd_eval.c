@@ -105,11 +105,9 @@ static srf_status open_run(struct inputs *in, struct run *r)
     if (in->seq_len == CLI_NONE)
         in->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;
     bool recurrent = strcmp(in->mode, "recurrent") == 0;
-    SRF_FAIL_IF(
-        recurrent && a.kind != SRF_ATTN_SRF, SRF_INVALID,
-        "--mode recurrent needs SRF attention, this model has softmax: add --attention srf");
-    SRF_FAIL_IF(in->draws > 1 && a.kind != SRF_ATTN_SRF, SRF_INVALID,
-                "--draws needs SRF attention, this model has softmax: add --attention srf");
+    SRF_FAIL_IF((recurrent || in->draws > 1) && a.kind != SRF_ATTN_SRF, SRF_INVALID,
+                "%s needs SRF attention, this model has %s: add --attention srf",
+                recurrent ? "--mode recurrent" : "--draws", srf_attention_kind_name(a.kind));
     SRF_FAIL_IF(positions == SRF_POS_ERROR && in->seq_len > r->ck->config.n_pos, SRF_INVALID,
                 "--seq-len %lld: the model's learned positions end at %lld (see --positions)",
                 (long long)in->seq_len, (long long)r->ck->config.n_pos);

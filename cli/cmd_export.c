@@ -47,8 +47,8 @@ static srf_status export_as(struct srf_checkpoint *ck, const char *out, enum for
     if (format == HF) return srf_checkpoint_export_hf(ck, out, dtype);
     if (format == LLMC) return srf_checkpoint_export_llmc(ck, out, dtype);
     SRF_FAIL_IF(ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
-                "a recurrent export needs SRF attention; this model has softmax: run srf retrofit "
-                "first");
+                "a recurrent export needs SRF attention; this model has %s: run srf retrofit first",
+                srf_attention_kind_name(ck->attention.kind));
     SRF_TRY(freeze_features(ck));
     ck->kind = SRF_CKPT_RECURRENT;
     return srf_checkpoint_save(ck, out);
@@ -65,7 +65,7 @@ static int run(const char *in, const char *out, enum format format, enum srf_dty
     if (export_as(ck, out, format, dtype) == SRF_OK) {
         char attention[200];
         srf_attention_describe(&ck->attention, attention, sizeof attention);
-        bool lost = format != RECURRENT && ck->attention.kind == SRF_ATTN_SRF;
+        bool lost = format != RECURRENT && ck->attention.kind != SRF_ATTN_SOFTMAX;
         printf("wrote %s (%s, %s)%s%s%s%s\n", out, formats[format].what, srf_dtype_name(dtype),
                format == RECURRENT ? ": " : "", format == RECURRENT ? attention : "",
                lost ? "; the format has no place for the attention kind, readers will use softmax: "

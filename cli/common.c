@@ -49,33 +49,44 @@ srf_status cli_set_positions(const struct cli_positions *p, struct srf_checkpoin
                 p->policy);
 }
 
-/* The first option given that softmax attention has no use for, or NULL. */
-static const char *srf_setting(const struct cli_attention *a)
+/* The first option given that attention of this kind has no use for, or NULL. */
+static const char *useless_setting(const struct cli_attention *a, enum srf_attention_kind kind)
 {
+    enum {
+        SRF = 1 << SRF_ATTN_SRF,
+        MAPS = 1 << SRF_ATTN_HEDGEHOG | 1 << SRF_ATTN_T2R,
+        WINDOW = 1 << SRF_ATTN_WINDOW
+    };
     const struct {
         const char *name;
         bool given;
-    } options[] = {{"m", a->m != CLI_NONE},           {"window", a->window != CLI_NONE},
-                   {"features", a->features != NULL}, {"rotation", a->rotation != NULL},
-                   {"share-heads", a->share_heads},   {"normalize-rows", a->normalize_rows},
-                   {"oprf-a", !isnan(a->oprf_a)},     {"far", a->far != NULL},
-                   {"draw", a->draw != UINT64_MAX},   {"features-seed", a->seed != UINT64_MAX}};
+        int kinds;
+    } options[] = {{"m", a->m != CLI_NONE, SRF | MAPS},
+                   {"window", a->window != CLI_NONE, SRF | MAPS | WINDOW},
+                   {"sinks", a->sinks != CLI_NONE, WINDOW},
+                   {"features", a->features != NULL, SRF},
+                   {"rotation", a->rotation != NULL, SRF},
+                   {"share-heads", a->share_heads, SRF},
+                   {"normalize-rows", a->normalize_rows, SRF},
+                   {"oprf-a", !isnan(a->oprf_a), SRF},
+                   {"far", a->far != NULL, SRF},
+                   {"draw", a->draw != UINT64_MAX, SRF},
+                   {"features-seed", a->seed != UINT64_MAX, SRF | MAPS}};
     for (size_t i = 0; i < sizeof options / sizeof *options; i++)
-        if (options[i].given) return options[i].name;
+        if (options[i].given && !(options[i].kinds >> kind & 1)) return options[i].name;
     return NULL;
 }
 
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention)
 {
-    if (a->kind) {
-        SRF_FAIL_IF(strcmp(a->kind, "softmax") != 0 && strcmp(a->kind, "srf") != 0, SRF_INVALID,
-                    "--attention %s: expected softmax or srf", a->kind);
-        attention->kind = strcmp(a->kind, "srf") == 0 ? SRF_ATTN_SRF : SRF_ATTN_SOFTMAX;
-    }
-    const char *needs_srf = srf_setting(a);
-    SRF_FAIL_IF(needs_srf && attention->kind == SRF_ATTN_SOFTMAX, SRF_INVALID,
-                "--%s: the attention is softmax: add --attention srf", needs_srf);
+    SRF_FAIL_IF(a->kind && srf_attention_kind_parse(a->kind, &attention->kind) != SRF_OK,
+                SRF_INVALID, "--attention %s: expected " CLI_ATTENTION_KINDS, a->kind);
+    const char *useless = useless_setting(a, attention->kind);
+    SRF_FAIL_IF(useless, SRF_INVALID, "--%s: the attention is %s: add --attention %s", useless,
+                srf_attention_kind_name(attention->kind),
+                strcmp(useless, "sinks") == 0 ? "window" : "srf");
+    if (a->sinks != CLI_NONE) attention->sinks = a->sinks;
     if (a->features) SRF_TRY(srf_feature_kind_parse(a->features, &attention->features));
     if (a->rotation) SRF_TRY(srf_rotation_parse(a->rotation, &attention->rotation));
     if (a->m != CLI_NONE) attention->m = a->m;

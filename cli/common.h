@@ -29,7 +29,7 @@ int64_t cli_tokens_at_once(const struct srf_ctx *ctx, int64_t on_cpu);
 /* --attention and what belongs to it. Values that were not given keep those of the model. */
 struct cli_attention {
     const char *kind, *features, *rotation;
-    int64_t m, window;
+    int64_t m, window, sinks;
     double oprf_a;
     bool share_heads, normalize_rows;
     const char *far;
@@ -37,10 +37,20 @@ struct cli_attention {
 };
 #define CLI_NONE INT64_MIN
 #define CLI_ATTENTION_DEFAULT                                                                      \
-    ((struct cli_attention){                                                                       \
-        .m = CLI_NONE, .window = CLI_NONE, .oprf_a = NAN, .seed = UINT64_MAX, .draw = UINT64_MAX})
+    ((struct cli_attention){.m = CLI_NONE,                                                         \
+                            .window = CLI_NONE,                                                    \
+                            .sinks = CLI_NONE,                                                     \
+                            .oprf_a = NAN,                                                         \
+                            .seed = UINT64_MAX,                                                    \
+                            .draw = UINT64_MAX})
+#define CLI_ATTENTION_KINDS "softmax or srf; for comparisons: window, hedgehog, t2r"
 #define CLI_ATTENTION_OPTIONS(a)                                                                   \
-    {"attention", 0, CLI_STRING, &(a).kind, "KIND", "softmax or srf (the model's own)", 0, 0},     \
+    {                                                                                              \
+        "attention", 0, CLI_STRING, &(a).kind, "KIND", CLI_ATTENTION_KINDS " (the model's own)",   \
+        0,           0},                                                                           \
+        {"sinks",    0,    CLI_INT,                                                                \
+         &(a).sinks, "N",  "--attention window: the first N tokens are seen as well (0)",          \
+         0,          65536},                                                                       \
         {"m", 'm', CLI_INT, &(a).m, "N", "random features a head (64)", 1, 65536},                 \
         {"window", 'W',                                                                            \
          CLI_INT,  &(a).window,                                                                    \
@@ -76,7 +86,8 @@ struct cli_attention {
     {                                                                                              \
         "features-seed", 0, CLI_U64, &(a).seed, "N", "seed of the draws (the model's own)", 0, 0   \
     }
-/* Apply to the model's own settings; SRF_INVALID names a wrong one, or one given to softmax. */
+/* Apply to the model's own settings; SRF_INVALID names a wrong one, or one of no use to the
+ * kind. */
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention);
 

@@ -75,15 +75,17 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
      * head. */
     const struct srf_attention_config *a = &r->ck->attention;
     if (!in->calibrate_given &&
-        (before.kind == SRF_ATTN_SRF || a->kind != SRF_ATTN_SRF || !a->per_head))
+        (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF || !a->per_head))
         in->calibrate = 0;
+    if (srf_attention_has_map(a)) in->config.train_features = true;
     if (!srf_policy_needs_teacher(&in->config)) return SRF_OK;
     /* The teacher: named, or the model itself as it came, with softmax. Weights that were fitted to
      * SRF attention are no good under softmax. */
-    SRF_FAIL_IF(before.kind == SRF_ATTN_SRF && !in->teacher, SRF_INVALID,
-                "%s already has SRF attention and cannot teach itself: name its softmax original "
+    SRF_FAIL_IF(before.kind != SRF_ATTN_SOFTMAX && !in->teacher, SRF_INVALID,
+                "%s already has %s attention and cannot teach itself: name its softmax original "
                 "(--teacher), or train without one (--kl 0 --mse 0)",
-                in->model);
+                in->model,
+                before.kind == SRF_ATTN_SRF ? "SRF" : srf_attention_kind_name(before.kind));
     const char *path = in->teacher ? in->teacher : in->model;
     SRF_FAIL_IF(!path, SRF_INVALID, "distillation from scratch needs --teacher");
     SRF_TRY(srf_checkpoint_load(path, NULL, &r->teacher));
@@ -255,11 +257,11 @@ static void print_warnings(struct run *r)
     const struct srf_attention_config *a = &srf_trainer_model(r->trainer)->attention;
     int64_t len = srf_trainer_config(r->trainer)->seq_len;
     int64_t threads = srf_trainer_resumed_threads(r->trainer);
-    if (a->kind == SRF_ATTN_SRF && a->window > 0 && 2 * a->window >= len)
+    if (srf_attention_has_features(a) && a->window > 0 && 2 * a->window >= len)
         fprintf(
             stderr,
             "srf: warning: window %lld attends exactly to all of a sequence of %lld tokens: the "
-            "random features are not trained for; try --window %lld\n",
+            "features are not trained for; try --window %lld\n",
             (long long)a->window, (long long)len, (long long)len / 8);
     if (threads && threads != r->ctx->n_threads)
         fprintf(stderr,
@@ -398,7 +400,7 @@ static void say_recipe(struct cli_option *options, const struct srf_recipe *r,
 {
     for (struct cli_option *o = options; o->name; o++, help++) {
         if (strcmp(o->name, "attention") == 0)
-            snprintf(*help, HELP_SIZE, "softmax or srf (srf)");
+            snprintf(*help, HELP_SIZE, "%s (srf)", CLI_ATTENTION_KINDS);
         else if (strcmp(o->name, "m") == 0)
             snprintf(*help, HELP_SIZE, "random features a head (%lld)", (long long)r->m);
         else if (strcmp(o->name, "window") == 0)

@@ -80,8 +80,8 @@ static srf_status check(const struct srf_ctx *ctx, const struct srf_checkpoint *
                         const struct srf_engine_config *c)
 {
     SRF_FAIL_IF(ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
-                "the model has softmax attention, which has no recurrent form: run srf retrofit "
-                "first");
+                "the model has %s attention, which has no recurrent form: run srf retrofit first",
+                srf_attention_kind_name(ck->attention.kind));
     SRF_FAIL_IF(c->slots < 1 || c->prefill_rows < 1, SRF_INVALID,
                 "%lld slots, %lld rows of prefill: expected >= 1", (long long)c->slots,
                 (long long)c->prefill_rows);

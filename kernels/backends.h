@@ -14,6 +14,11 @@ srf_status srf__cuda_open(struct srf_ctx *ctx);
 /* Whether an SRF attention op can take a shape: the backends refuse in the same words. */
 srf_status srf__attn_check(const struct srf_attn_shape *s, int64_t ld, int64_t ld_o);
 
+/* Softmax attention's window and sinks, and a trained map's shape: the same. */
+srf_status srf__window_check(bool causal, int64_t window, int64_t sinks);
+srf_status srf__map_attn_check(const struct srf_attn_shape *s, enum srf_map_kind map, int64_t ld,
+                               int64_t ld_o);
+
 /* The op prototypes of each backend, from THE list. */
 #define X(name)                                                                                    \
     srf_status cpu_f32_##name(struct srf_ctx *ctx, const struct srf_##name##_args *args);          \

@@ -11,11 +11,17 @@ static double b_a(const struct srf_ctx *ctx)
     return (double)srf_dtype_bytes(srf_ctx_acc(ctx));
 }
 
-/* Query-key pairs of one head, exponentials of them included. */
-static double pairs(int64_t t, bool causal)
+/* Query-key pairs of one head, exponentials of them included. Token t sees the sinks and its
+ * window, which overlap at first. */
+static double pairs(int64_t t, bool causal, int64_t window, int64_t sinks)
 {
     double n = (double)t;
-    return causal ? n * (n + 1) / 2 : n * n;
+    if (!causal) return n * n;
+    double all = n * (n + 1) / 2, w = (double)window, beyond = n - w;
+    if (window == 0 || beyond <= 0) return all;
+    double few = beyond < (double)sinks ? beyond : (double)sinks;
+    /* of those beyond the window, all but the sinks are not seen */
+    return all - beyond * (beyond + 1) / 2 + few * (few + 1) / 2 + (beyond - few) * few;
 }
 
 struct srf_cost srf_softmax_attn_fwd_cost(const struct srf_ctx *ctx,
@@ -23,7 +29,8 @@ struct srf_cost srf_softmax_attn_fwd_cost(const struct srf_ctx *ctx,
 {
     double heads = (double)a->b * (double)a->h, rows = heads * (double)a->t, d = (double)a->d;
     return (struct srf_cost){.bytes = b_t(ctx) * 4 * rows * d + (a->lse ? b_a(ctx) * rows : 0),
-                             .flops = heads * pairs(a->t, a->causal) * (4 * d + 1)};
+                             .flops =
+                                 heads * pairs(a->t, a->causal, a->window, a->sinks) * (4 * d + 1)};
 }
 
 struct srf_cost srf_softmax_attn_bwd_cost(const struct srf_ctx *ctx,
@@ -31,7 +38,8 @@ struct srf_cost srf_softmax_attn_bwd_cost(const struct srf_ctx *ctx,
 {
     double heads = (double)a->b * (double)a->h, rows = heads * (double)a->t, d = (double)a->d;
     return (struct srf_cost){.bytes = b_t(ctx) * 8 * rows * d + b_a(ctx) * rows,
-                             .flops = heads * pairs(a->t, a->causal) * (10 * d + 1)};
+                             .flops = heads * pairs(a->t, a->causal, a->window, a->sinks) *
+                                      (10 * d + 1)};
 }
 
 /* Exact pairs of the hybrid: row r of a block sees r + 1 keys of it and a whole block before. */
@@ -130,4 +138,38 @@ struct srf_cost srf_srf_attn_step_cost(const struct srf_ctx *ctx,
     return (struct srf_cost){
         .bytes = fwd_bytes(ctx, s) + passes * state_bytes(ctx, s, a->state_bf16),
         .flops = far_flops(s) + heads * 1.5 * (double)s->window * (4 * (double)s->d + 1)};
+}
+
+/* The maps take W x alone (2 m d flops for both together, or 4 m d); the rest is what SRF attention
+ * does in its recurrent form. */
+static double map_weights(const struct srf_attn_shape *s)
+{
+    return (double)s->h * (double)s->m * (double)(s->d + 1);
+}
+
+static double map_features(const struct srf_attn_shape *s, enum srf_map_kind map)
+{
+    return (map == SRF_MAP_T2R ? 4 : 2) * (double)s->m * (double)s->d + 2 * (double)s->m;
+}
+
+struct srf_cost srf_map_attn_fwd_cost(const struct srf_ctx *ctx,
+                                      const struct srf_map_attn_fwd_args *a)
+{
+    const struct srf_attn_shape *s = &a->s;
+    double heads = (double)s->b * (double)s->h, rows = heads * (double)s->t, d = (double)s->d;
+    double far = map_features(s, a->map) + 4 * (double)s->m * d;
+    return (struct srf_cost){.bytes = b_t(ctx) * (4 * row_values(s) + map_weights(s)) +
+                                      (a->stat ? b_a(ctx) * rows : 0),
+                             .flops = rows * far + heads * window_pairs(s) * (4 * d + 1)};
+}
+
+struct srf_cost srf_map_attn_bwd_cost(const struct srf_ctx *ctx,
+                                      const struct srf_map_attn_bwd_args *a)
+{
+    const struct srf_attn_shape *s = &a->s;
+    double heads = (double)s->b * (double)s->h, rows = heads * (double)s->t, d = (double)s->d;
+    double far = (a->dw ? 3 : 2) * map_features(s, a->map) + 10 * (double)s->m * d;
+    return (struct srf_cost){.bytes = b_t(ctx) * (8 * row_values(s) + map_weights(s)) +
+                                      b_a(ctx) * (rows + (a->dw ? 2 * map_weights(s) : 0)),
+                             .flops = rows * far + heads * window_pairs(s) * (10 * d + 1)};
 }

@@ -133,9 +133,12 @@ struct srf_act_fwd_args {
  * Heads are slices of rows: element (b, t, h, j) of q is q[((b * t_len) + t) * ld + h * d + j], so
  * q, k, v may point into one packed (B, T, 3C) activation. Scores are q.k / sqrt(d). */
 
+/* With a window, token t sees the latest `window` tokens, t itself among them, and the first
+ * `sinks` of the sequence. */
 struct srf_softmax_attn_fwd_args {
     int64_t b, t, h, d;
     bool causal;
+    int64_t window, sinks; /* 0, 0: all tokens; a window needs causal, sinks need a window */
     const void *q, *k, *v; /* T (b, t, h, d), leading dimension ld */
     int64_t ld;
     void *o; /* out T (b, t, h, d), leading dimension ld_o */
@@ -145,6 +148,7 @@ struct srf_softmax_attn_fwd_args {
 struct srf_softmax_attn_bwd_args {
     int64_t b, t, h, d;
     bool causal;
+    int64_t window, sinks;
     const void *q, *k, *v;
     int64_t ld;
     const void *o, *d_o; /* T (b, t, h, d), leading dimension ld_o */
@@ -234,6 +238,39 @@ struct srf_srf_attn_step_args {
     void *state;
     const void *pos;
     bool state_bf16;
+};
+
+/* Linear attention with feature maps that are trained: rivals of SRF attention, for comparisons, and
+ * so in the parallel form alone. As SRF attention, causal, pure or hybrid with the same blocks, but
+ * P_ts = f(q_t).g(k_s) where that has its features. With row i of a head's w being (w_i, c_i):
+ *     T2R       (arXiv 2103.13076)  f_i(x) = g_i(x) = max(w_i.x + c_i, 0), i < m
+ *     HEDGEHOG  (arXiv 2402.04347)  f(x) = (e^c_i softmax_i(u), e^c_i softmax_i(-u)), u_i = w_i.x,
+ *                                   i < m / 2; g alike with the other m / 2 rows. m is even
+ * The weights e^c_i hold what LoLCATs (arXiv 2410.10254) learns for the far part beside a window.
+ * Without a window a denominator may vanish where T2R's features do: 1e-6 is added to it. */
+enum srf_map_kind { SRF_MAP_HEDGEHOG, SRF_MAP_T2R };
+
+struct srf_map_attn_fwd_args {
+    struct srf_attn_shape s; /* n_sets is h */
+    enum srf_map_kind map;
+    const void *q, *k, *v; /* T (b, t, h, d), leading dimension ld */
+    int64_t ld;
+    const void *w; /* T (h, m, d + 1) */
+    void *o;       /* out T (b, t, h, d), leading dimension ld_o */
+    int64_t ld_o;
+    void *stat; /* out A (b, h, t): log of each row's denominator; may be NULL */
+};
+struct srf_map_attn_bwd_args {
+    struct srf_attn_shape s;
+    enum srf_map_kind map;
+    const void *q, *k, *v;
+    int64_t ld;
+    const void *w;
+    const void *o, *d_o; /* T, leading dimension ld_o */
+    int64_t ld_o;
+    const void *stat;   /* A (b, h, t), of the forward */
+    void *dq, *dk, *dv; /* out T, leading dimension ld */
+    void *dw;           /* += A (h, m, d + 1), or NULL */
 };
 
 /* ---- losses ------------------------------------------------------------------------------- */

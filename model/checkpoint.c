@@ -16,7 +16,8 @@ int64_t srf_checkpoint_bias_count(const struct srf_checkpoint *ck)
 
 int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck)
 {
-    return srf_checkpoint_bias_count(ck) * (ck->config.c / ck->config.n_heads);
+    return srf_checkpoint_bias_count(ck) *
+           srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);
 }
 
 void srf_checkpoint_free(struct srf_checkpoint *ck)
@@ -113,8 +114,8 @@ static srf_status read_native(const char *path, struct srf_checkpoint *ck)
     SRF_TRY_GO(srf_attention_check(&ck->attention, ck->config.c / ck->config.n_heads));
     if (!srf_h5_has(f, "/attention/w")) goto cleanup;
     int64_t sets = ck->attention.per_head ? ck->config.n_heads : 1;
-    int64_t shape[4] = {ck->config.n_layers, sets, ck->attention.m,
-                        ck->config.c / ck->config.n_heads};
+    int64_t d = srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);
+    int64_t shape[4] = {ck->config.n_layers, sets, ck->attention.m, d};
     SRF_TRY_GO(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
     SRF_TRY_GO(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
     SRF_TRY_GO(srf_h5_get(f, "/attention/w", SRF_F32, 4, shape, ck->features_w));
@@ -285,8 +286,9 @@ srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f)
         SRF_TRY(srf_h5_put(f, path, SRF_F32, row->ndim, row->shape, ck->params + row->offset));
     }
     if (ck->features_w) {
+        int64_t d = srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);
         int64_t shape[4] = {ck->config.n_layers, ck->attention.per_head ? ck->config.n_heads : 1,
-                            ck->attention.m, ck->config.c / ck->config.n_heads};
+                            ck->attention.m, d};
         SRF_TRY(srf_h5_put(f, "/attention/w", SRF_F32, 4, shape, ck->features_w));
         SRF_TRY(srf_h5_put(f, "/attention/bias", SRF_F32, 3, shape, ck->features_bias));
     }

@@ -12,9 +12,59 @@ struct srf_attention_config srf_attention_default(void)
         .kind = SRF_ATTN_SOFTMAX, .m = 64, .features = SRF_SIMPLEX, .per_head = true};
 }
 
+bool srf_attention_has_map(const struct srf_attention_config *a)
+{
+    return a->kind == SRF_ATTN_HEDGEHOG || a->kind == SRF_ATTN_T2R;
+}
+
+bool srf_attention_has_features(const struct srf_attention_config *a)
+{
+    return a->kind == SRF_ATTN_SRF || srf_attention_has_map(a);
+}
+
+int64_t srf_attention_columns(const struct srf_attention_config *a, int64_t d)
+{
+    return srf_attention_has_map(a) ? d + 1 : d;
+}
+
+static const char *const kind_names[SRF_ATTN_KINDS] = {"softmax", "srf", "window", "hedgehog",
+                                                       "t2r"};
+
+const char *srf_attention_kind_name(enum srf_attention_kind kind)
+{
+    return kind_names[kind];
+}
+
+srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *out)
+{
+    for (int i = 0; i < SRF_ATTN_KINDS; i++)
+        if (strcmp(text, kind_names[i]) == 0) {
+            *out = (enum srf_attention_kind)i;
+            return SRF_OK;
+        }
+    SRF_FAIL(SRF_INVALID, "'%s': expected softmax, srf, window, hedgehog or t2r", text);
+}
+
+/* What is asked of the rivals beyond what is asked of SRF attention. */
+static srf_status check_rival(const struct srf_attention_config *a)
+{
+    SRF_FAIL_IF(a->kind == SRF_ATTN_WINDOW && a->window == 0, SRF_INVALID,
+                "attention: a window alone needs a window of at least 1 token");
+    SRF_FAIL_IF(a->sinks < 0 || a->sinks > 65536, SRF_INVALID,
+                "attention: %lld sinks: expected 0 to 65536", (long long)a->sinks);
+    SRF_FAIL_IF(srf_attention_has_map(a) && !a->per_head, SRF_INVALID,
+                "attention: each head has a trained map of its own");
+    SRF_FAIL_IF(srf_attention_has_map(a) && a->far_none, SRF_INVALID,
+                "attention: a trained map is the far part, which cannot be none");
+    SRF_FAIL_IF(a->kind == SRF_ATTN_HEDGEHOG && a->m % 2, SRF_INVALID,
+                "attention: Hedgehog features come in pairs: m = %lld is odd", (long long)a->m);
+    return SRF_OK;
+}
+
 srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
 {
     if (a->kind == SRF_ATTN_SOFTMAX) return SRF_OK;
+    SRF_TRY(check_rival(a));
     SRF_FAIL_IF(a->m < 1 || a->m > 65536, SRF_INVALID,
                 "attention: %lld features: expected 1 to 65536", (long long)a->m);
     SRF_FAIL_IF(a->window < 0 || a->window > 65536, SRF_INVALID,
@@ -34,16 +84,29 @@ srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
 bool srf_attention_same_features(const struct srf_attention_config *a,
                                  const struct srf_attention_config *b)
 {
-    return a->m == b->m && a->features == b->features && a->rotation == b->rotation &&
-           a->per_head == b->per_head && a->normalize_rows == b->normalize_rows &&
-           a->oprf_a == b->oprf_a && a->far_none == b->far_none && a->seed == b->seed &&
-           a->draw == b->draw;
+    return a->kind == b->kind && a->m == b->m && a->features == b->features &&
+           a->rotation == b->rotation && a->per_head == b->per_head &&
+           a->normalize_rows == b->normalize_rows && a->oprf_a == b->oprf_a &&
+           a->far_none == b->far_none && a->seed == b->seed && a->draw == b->draw;
 }
 
 void srf_attention_describe(const struct srf_attention_config *a, char *buf, size_t size)
 {
     if (a->kind == SRF_ATTN_SOFTMAX) {
         snprintf(buf, size, "softmax");
+        return;
+    }
+    if (a->kind == SRF_ATTN_WINDOW) {
+        snprintf(buf, size, "the latest %lld tokens and the first %lld", (long long)a->window,
+                 (long long)a->sinks);
+        return;
+    }
+    if (srf_attention_has_map(a)) {
+        int length = snprintf(buf, size, "%s m=%lld, trained", srf_attention_kind_name(a->kind),
+                              (long long)a->m);
+        if (a->window && length > 0 && (size_t)length < size)
+            snprintf(buf + length, size - (size_t)length, ", window %lld exact",
+                     (long long)a->window);
         return;
     }
     int n = snprintf(buf, size, "srf %s%s m=%lld, %s, seed %llu draw %llu",
@@ -94,14 +157,15 @@ srf_status srf__json_bool(const json_t *root, const char *key, bool fallback, bo
 srf_status srf_attention_to_json(const struct srf_attention_config *a, char **text)
 {
     *text = NULL;
-    json_t *root =
-        json_pack("{s:s, s:I, s:I, s:s, s:s, s:b, s:b, s:f, s:b, s:I, s:I}", "kind",
-                  a->kind == SRF_ATTN_SRF ? "srf" : "softmax", "m", (json_int_t)a->m, "window",
-                  (json_int_t)a->window, "features", srf_feature_kind_name(a->features), "rotation",
-                  srf_rotation_name(a->rotation), "per_head", (int)a->per_head, "normalize_rows",
-                  (int)a->normalize_rows, "oprf_a", a->oprf_a, "far_none", (int)a->far_none, "seed",
-                  (json_int_t)a->seed, "draw", (json_int_t)a->draw);
-    char *s = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
+    json_t *root = json_pack(
+        "{s:s, s:I, s:I, s:s, s:s, s:b, s:b, s:f, s:b, s:I, s:I}", "kind",
+        srf_attention_kind_name(a->kind), "m", (json_int_t)a->m, "window", (json_int_t)a->window,
+        "features", srf_feature_kind_name(a->features), "rotation", srf_rotation_name(a->rotation),
+        "per_head", (int)a->per_head, "normalize_rows", (int)a->normalize_rows, "oprf_a", a->oprf_a,
+        "far_none", (int)a->far_none, "seed", (json_int_t)a->seed, "draw", (json_int_t)a->draw);
+    bool ok = root && (!a->sinks ||
+                       json_object_set_new(root, "sinks", json_integer((json_int_t)a->sinks)) == 0);
+    char *s = ok ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     if (s) *text = srf__strdup(s);
     free(s);
@@ -111,9 +175,9 @@ srf_status srf_attention_to_json(const struct srf_attention_config *a, char **te
 
 static srf_status parse_attention(const json_t *root, struct srf_attention_config *a)
 {
-    static const char *const known[] = {
-        "kind",           "m",      "window",   "features", "rotation", "per_head",
-        "normalize_rows", "oprf_a", "far_none", "seed",     "draw"};
+    static const char *const known[] = {"kind",     "m",        "window",         "features",
+                                        "rotation", "per_head", "normalize_rows", "oprf_a",
+                                        "far_none", "seed",     "draw",           "sinks"};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)root, key, value)
@@ -124,11 +188,11 @@ static srf_status parse_attention(const json_t *root, struct srf_attention_confi
         SRF_FAIL_IF(!found, SRF_UNSUPPORTED, "attention settings: unknown key '%s'", key);
     }
     const char *kind = json_string_value(json_object_get(root, "kind"));
-    SRF_FAIL_IF(!kind || (strcmp(kind, "srf") != 0 && strcmp(kind, "softmax") != 0), SRF_FORMAT,
-                "attention settings: 'kind' must be softmax or srf");
-    a->kind = strcmp(kind, "srf") == 0 ? SRF_ATTN_SRF : SRF_ATTN_SOFTMAX;
+    SRF_FAIL_IF(!kind || srf_attention_kind_parse(kind, &a->kind) != SRF_OK, SRF_FORMAT,
+                "attention settings: 'kind' must be softmax, srf, window, hedgehog or t2r");
     SRF_TRY(srf__json_int(root, "m", a->m, 1, 65536, &a->m));
     SRF_TRY(srf__json_int(root, "window", a->window, 0, 65536, &a->window));
+    SRF_TRY(srf__json_int(root, "sinks", a->sinks, 0, 65536, &a->sinks));
     SRF_TRY(srf__json_bool(root, "per_head", a->per_head, &a->per_head));
     SRF_TRY(srf__json_bool(root, "normalize_rows", a->normalize_rows, &a->normalize_rows));
     SRF_TRY(srf__json_double(root, "oprf_a", a->oprf_a, &a->oprf_a));

@@ -15,12 +15,21 @@ struct srf_model_config {
     int64_t bos, eos; /* token ids, -1 = none */
 };
 
-enum srf_attention_kind { SRF_ATTN_SOFTMAX, SRF_ATTN_SRF };
+/* WINDOW and what follows are rivals of SRF attention, for comparisons: in the parallel form only. */
+enum srf_attention_kind {
+    SRF_ATTN_SOFTMAX,
+    SRF_ATTN_SRF,
+    SRF_ATTN_WINDOW,   /* softmax over the latest `window` tokens and the first `sinks` */
+    SRF_ATTN_HEDGEHOG, /* trained feature maps in the place of random ones: ops.h */
+    SRF_ATTN_T2R,
+    SRF_ATTN_KINDS
+};
 
 struct srf_attention_config {
     enum srf_attention_kind kind;
     int64_t m;      /* features; 64 by default */
     int64_t window; /* tokens of a block attended exactly; 0 = pure SRF */
+    int64_t sinks;  /* WINDOW only */
     enum srf_feature_kind features;
     enum srf_rotation rotation;
     bool per_head; /* one draw per head; false: one per layer */
@@ -36,6 +45,14 @@ struct srf_attention_config srf_attention_default(void);
 /* SRF_INVALID with the reason if the config cannot run with heads of d (hd rotation, m < 1, ...).
  */
 srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d);
+/* Whether there is a W at all; whether it is a map that is trained. */
+bool srf_attention_has_features(const struct srf_attention_config *a);
+bool srf_attention_has_map(const struct srf_attention_config *a);
+/* Values of a row of W, of heads of d: a trained map's has one more. */
+int64_t srf_attention_columns(const struct srf_attention_config *a, int64_t d);
+/* "softmax", "srf", "window", "hedgehog", "t2r"; SRF_INVALID lists them. */
+const char *srf_attention_kind_name(enum srf_attention_kind kind);
+srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *out);
 /* Whether the two draw the same W (kind, m, sharing, key, ...). */
 bool srf_attention_same_features(const struct srf_attention_config *a,
                                  const struct srf_attention_config *b);

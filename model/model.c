@@ -1,5 +1,6 @@
 #include "model/arch.h"
 
+#include <math.h>
 #include <string.h>
 
 #define PTR(slot) srf_arena_ptr(m->arena, (slot))
@@ -7,6 +8,22 @@
 static int64_t head_size(const struct srf_model *m)
 {
     return m->config.c / m->config.n_heads;
+}
+
+/* Rows of W in all layers, and its elements in one. */
+static int64_t bias_count(const struct srf_model *m)
+{
+    return m->config.n_layers * m->n_sets * m->attention.m;
+}
+
+static int64_t layer_features(const struct srf_model *m)
+{
+    return m->n_sets * m->attention.m * srf_attention_columns(&m->attention, head_size(m));
+}
+
+static int64_t features_count(const struct srf_model *m)
+{
+    return m->config.n_layers * layer_features(m);
 }
 
 srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *config,
@@ -91,10 +108,11 @@ static srf_status dry_run(struct srf_model *m)
     ctx->plan_workspace = 0;
     SRF_TRY_GO(srf_model_draw(m));
     /* Softmax as well as SRF, since either may be switched on later. */
-    for (int kind = SRF_ATTN_SOFTMAX; kind <= SRF_ATTN_SRF; kind++) {
+    for (int kind = SRF_ATTN_SOFTMAX; kind < SRF_ATTN_KINDS; kind++) {
+        if (kind > SRF_ATTN_SRF && kind != (int)attention.kind) continue;
         m->attention.kind = (enum srf_attention_kind)kind;
         for (int mode = SRF_MODE_PARALLEL; mode <= SRF_MODE_STEP; mode++) {
-            if (mode != SRF_MODE_PARALLEL && (kind == SRF_ATTN_SOFTMAX || p->train)) continue;
+            if (mode != SRF_MODE_PARALLEL && (kind != SRF_ATTN_SRF || p->train)) continue;
             struct srf_batch batch = {
                 .b = p->b, .t = mode == SRF_MODE_STEP ? 1 : p->t, .mode = (enum srf_attn_mode)mode};
             ctx->plan_cost = (struct srf_cost){0};
@@ -156,10 +174,10 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                 (long long)plan->b, (long long)plan->t);
     m->arena = arena;
     m->plan = *plan;
-    int64_t n = plan->b * plan->t, c = cfg->c, d = head_size(m);
+    int64_t n = plan->b * plan->t, c = cfg->c;
     m->logit_rows = choose_logit_rows(m, n);
     m->loss_rows = plan->loss_rows > n ? plan->loss_rows : n;
-    int64_t count_w = cfg->n_layers * m->n_sets * m->attention.m * d;
+    int64_t count_w = features_count(m);
     int64_t count_logits = m->logit_rows * srf_padded_vocab(cfg);
     int64_t scratch = plan->train ? cfg->arch->backward_scratch(m) : 0;
     bool masters = plan->train && type == SRF_BF16;
@@ -175,7 +193,7 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
         {"gradients", "parameters", plan->train, m->table.total, acc, &m->slot_grads},
         {"features", "w", true, count_w, type, &m->slot_w},
         {"masters", "features", masters && plan->train_features, count_w, acc, &m->slot_w_master},
-        {"features", "bias", true, count_w / d, acc, &m->slot_bias},
+        {"features", "bias", true, bias_count(m), acc, &m->slot_bias},
         {"gradients", "features", plan->train_features, count_w, acc, &m->slot_dw},
         {"activations", "hidden", true, n * c, type, &m->slot_hidden},
         {"activations", "d hidden", plan->train, n * c, type, &m->slot_d_hidden},
@@ -235,11 +253,6 @@ void *srf_model_features_master(const struct srf_model *m)
     return has_masters(m) && m->plan.train_features ? PTR(m->slot_w_master) : NULL;
 }
 
-static int64_t features_count(const struct srf_model *m)
-{
-    return m->config.n_layers * m->n_sets * m->attention.m * head_size(m);
-}
-
 srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck)
 {
     struct srf_ctx *ctx = m->ctx;
@@ -256,7 +269,7 @@ srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck
     SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_w), ctx->dtype, ck->features_w, count));
     if (w_master) SRF_TRY(srf_upload_f32(ctx, w_master, acc, ck->features_w, count));
     m->w_stale = false;
-    return srf_upload_f32(ctx, PTR(m->slot_bias), acc, ck->features_bias, count / head_size(m));
+    return srf_upload_f32(ctx, PTR(m->slot_bias), acc, ck->features_bias, bias_count(m));
 }
 
 srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *ck)
@@ -271,19 +284,19 @@ srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *
     srf__free(ck->features_w);
     srf__free(ck->features_bias);
     ck->features_w = ck->features_bias = NULL;
-    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
+    if (!srf_attention_has_features(&m->attention)) return SRF_OK;
     int64_t count = features_count(m);
     SRF_TRY(SRF_ALLOC(ck->features_w, count));
-    SRF_TRY(SRF_ALLOC(ck->features_bias, count / head_size(m)));
+    SRF_TRY(SRF_ALLOC(ck->features_bias, bias_count(m)));
     SRF_TRY(srf_download_f32(ctx, ck->features_w, w_master ? w_master : PTR(m->slot_w),
                              w_master ? acc : ctx->dtype, count));
-    return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), acc, count / head_size(m));
+    return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), acc, bias_count(m));
 }
 
 /* Without a far part: features as they are, of a weight that is 0 beside any exact one. */
 static srf_status silence_features(struct srf_model *m)
 {
-    int64_t n = features_count(m) / head_size(m);
+    int64_t n = bias_count(m);
     float *bias;
     SRF_TRY(SRF_ALLOC(bias, n));
     for (int64_t i = 0; i < n; i++) bias[i] = -1e4f;
@@ -292,10 +305,42 @@ static srf_status silence_features(struct srf_model *m)
     return st;
 }
 
+/* Where a trained map begins. Hedgehog: rows of the identity, queries' and keys' alike, as its
+ * authors do; T2R: normal rows of unit length on average, no bias. */
+static srf_status begin_map(struct srf_model *m)
+{
+    const struct srf_attention_config *a = &m->attention;
+    int64_t d = head_size(m), n = features_count(m), rows = bias_count(m);
+    float *w, *bias = NULL;
+    SRF_TRY(SRF_CALLOC(w, n));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(SRF_CALLOC(bias, rows));
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t set = i / a->m, row = i % a->m;
+        float *own = w + i * (d + 1);
+        if (a->kind == SRF_ATTN_HEDGEHOG) {
+            own[row % (a->m / 2) % d] = 1;
+            continue;
+        }
+        struct srf_rng rng = srf_rng_at(a->seed, SRF_RNG_INIT, (uint64_t)set, (uint32_t)row, 0);
+        for (int64_t j = 0; j < d; j++) own[j] = (float)(srf_rng_normal(&rng) / sqrt((double)d));
+    }
+    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_w), m->ctx->dtype, w, n));
+    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_bias), srf_ctx_acc(m->ctx), bias, rows));
+cleanup:
+    srf__free(w);
+    srf__free(bias);
+    return st;
+}
+
 srf_status srf_model_draw(struct srf_model *m)
 {
     const struct srf_attention_config *a = &m->attention;
     int64_t n = m->config.n_layers * m->n_sets;
+    if (srf_attention_has_map(a)) {
+        m->w_stale = true;
+        return m->ctx->plan ? SRF_OK : begin_map(m);
+    }
     double *oprf = NULL;
     if (a->oprf_a != 0) {
         SRF_TRY(SRF_ALLOC(oprf, n));
@@ -369,7 +414,7 @@ static struct srf_attn_shape attn_shape(const struct srf_model *m, const struct 
 /* Layer l's features. */
 static const void *features(const struct srf_model *m, int64_t layer)
 {
-    return srf__model_at(m, m->slot_w, layer * m->n_sets * m->attention.m * head_size(m));
+    return srf__model_at(m, m->slot_w, layer * layer_features(m));
 }
 
 static const void *features_bias(const struct srf_model *m, int64_t layer)
@@ -394,19 +439,39 @@ static void *layer_state(const struct srf_model *m, int64_t layer, const struct 
     return (char *)batch->state + layer * slots * layer_state_bytes(m, batch->state_bf16);
 }
 
+/* Of softmax attention; whatever SRF attention's window is, softmax itself has none. */
+static int64_t softmax_window(const struct srf_attention_config *a)
+{
+    return a->kind == SRF_ATTN_WINDOW ? a->window : 0;
+}
+
+static int64_t softmax_sinks(const struct srf_attention_config *a)
+{
+    return a->kind == SRF_ATTN_WINDOW ? a->sinks : 0;
+}
+
+static enum srf_map_kind map_kind(const struct srf_attention_config *a)
+{
+    return a->kind == SRF_ATTN_T2R ? SRF_MAP_T2R : SRF_MAP_HEDGEHOG;
+}
+
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
                             int64_t ld_o, void *stat)
 {
     struct srf_attn_shape s = attn_shape(m, batch);
     const void *w = features(m, layer), *bias = features_bias(m, layer);
-    if (m->attention.kind == SRF_ATTN_SOFTMAX) {
-        SRF_FAIL_IF(batch->mode != SRF_MODE_PARALLEL, SRF_UNSUPPORTED,
-                    "softmax attention has no recurrent form: retrofit the model with srf first");
+    const struct srf_attention_config *a = &m->attention;
+    SRF_FAIL_IF(a->kind != SRF_ATTN_SRF && batch->mode != SRF_MODE_PARALLEL, SRF_UNSUPPORTED,
+                "%s attention has no recurrent form: retrofit the model with srf first",
+                srf_attention_kind_name(a->kind));
+    if (srf_attention_has_map(a))
+        return SRF_RUN(m->ctx, map_attn_fwd, .s = s, .map = map_kind(a), .q = q, .k = k, .v = v,
+                       .ld = ld, .w = w, .o = o, .ld_o = ld_o, .stat = stat);
+    if (a->kind != SRF_ATTN_SRF)
         return SRF_RUN(m->ctx, softmax_attn_fwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
-                       .causal = true, .q = q, .k = k, .v = v, .ld = ld, .o = o, .ld_o = ld_o,
-                       .lse = stat);
-    }
+                       .causal = true, .window = softmax_window(a), .sinks = softmax_sinks(a),
+                       .q = q, .k = k, .v = v, .ld = ld, .o = o, .ld_o = ld_o, .lse = stat);
     void *state = layer_state(m, layer, batch);
     const int32_t *pos = PTR(m->slot_seq), *slots = pos + batch->b, *offsets = slots + batch->b;
     switch (batch->mode) {
@@ -433,14 +498,18 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
                                 void *dq, void *dk, void *dv)
 {
     struct srf_attn_shape s = attn_shape(m, batch);
-    if (m->attention.kind == SRF_ATTN_SOFTMAX)
+    const struct srf_attention_config *a = &m->attention;
+    if (!srf_attention_has_features(a))
         return SRF_RUN(m->ctx, softmax_attn_bwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
-                       .causal = true, .q = q, .k = k, .v = v, .ld = ld, .o = o, .d_o = d_o,
-                       .ld_o = ld_o, .lse = stat, .dq = dq, .dk = dk, .dv = dv);
+                       .causal = true, .window = softmax_window(a), .sinks = softmax_sinks(a),
+                       .q = q, .k = k, .v = v, .ld = ld, .o = o, .d_o = d_o, .ld_o = ld_o,
+                       .lse = stat, .dq = dq, .dk = dk, .dv = dv);
     void *dw =
-        m->features_trained
-            ? srf__model_acc_at(m, m->slot_dw, layer * m->n_sets * m->attention.m * head_size(m))
-            : NULL;
+        m->features_trained ? srf__model_acc_at(m, m->slot_dw, layer * layer_features(m)) : NULL;
+    if (srf_attention_has_map(a))
+        return SRF_RUN(m->ctx, map_attn_bwd, .s = s, .map = map_kind(a), .q = q, .k = k, .v = v,
+                       .ld = ld, .w = features(m, layer), .o = o, .d_o = d_o, .ld_o = ld_o,
+                       .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
     return SRF_RUN(m->ctx, srf_attn_bwd, .s = s, .q = q, .k = k, .v = v, .ld = ld,
                    .w = features(m, layer), .bias = features_bias(m, layer), .o = o, .d_o = d_o,
                    .ld_o = ld_o, .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw);

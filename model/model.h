@@ -92,7 +92,7 @@ struct srf_model {
     void *acts; /* the architecture's slots; owned */
     struct srf_model_shape shape;
     /* Forward, loss and, if planned, backward of the largest batch, by kind of attention. */
-    struct srf_cost cost[2];
+    struct srf_cost cost[SRF_ATTN_KINDS];
     /* Distillation, set by the trainer before backward: the teacher's attention outputs pull each
      * layer's own by scale * sum (o - o_teacher)^2. NULL: off. */
     const struct srf_model *attention_teacher;
@@ -165,7 +165,8 @@ void *srf_model_param(const struct srf_model *m, int64_t row);
 void *srf_model_grad(const struct srf_model *m, int64_t row);
 /* The masters of all parameters, A, flat as they are; NULL where T is trained as it is. */
 void *srf_model_master(const struct srf_model *m);
-/* The features of all layers, T (n_layers, n_sets, m, d), their gradient and masters, A. */
+/* The features of all layers, T (n_layers, n_sets, m, columns: d, a trained map's d + 1), their
+ * gradient and masters, A. */
 void *srf_model_features(const struct srf_model *m, int64_t *count);
 void *srf_model_features_grad(const struct srf_model *m);
 void *srf_model_features_master(const struct srf_model *m);

@@ -5,7 +5,8 @@
 struct softmax_case {
     enum srf_dtype dtype;
     struct srf_attn_shape shape;
-    double scale; /* of q and k: scores have this to the second power as their deviation */
+    int64_t sinks; /* beside the shape's window */
+    double scale;  /* of q and k: scores have this to the second power as their deviation */
 };
 
 /* m, n_sets are those of SRF attention and mean nothing here. */
@@ -20,12 +21,17 @@ static const struct srf_attn_shape shapes[] = {
     SHAPE(3, 2, 1, 64),   SHAPE(2, 257, 2, 128), SHAPE(1, 100, 1, 40),
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+/* Window and sinks: apart, overlapping, of whole tiles or not. */
+static const int64_t windows[][2] = {{2, 0},   {3, 2}, {64, 0},  {64, 64},   {65, 4},  {100, 70},
+                                     {190, 4}, {5, 0}, {7, 600}, {129, 130}, {2000, 3}};
+#define N_WINDOWS ((int)(sizeof windows / sizeof *windows))
 
 static void test_softmax(void **state)
 {
     const struct softmax_case *k = *state;
     struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
     bool bf16 = k->dtype == SRF_BF16;
+    c.sinks = k->sinks;
     /* Scores grow as scale^2, and so does what rounding makes of them. */
     double tol = 16 * 0x1p-24 * (1 + k->scale * k->scale);
     attn_case_softmax_fwd(&c);
@@ -48,6 +54,7 @@ static void test_causal(void **state)
 {
     const struct softmax_case *k = *state;
     struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
+    c.sinks = k->sinks;
     attn_case_softmax_fwd(&c);
     double *before = twin_values(&c.s, c.o);
     for (int64_t from = k->shape.t - 1; from > 0; from -= 37) {
@@ -80,10 +87,27 @@ int main(int argc, char **argv)
                     (int)s.b, (int)s.t, (int)s.h, (int)s.d, s.causal ? " causal" : "", k.scale);
         }
         k.scale = 1;
-        k.shape = (struct srf_attn_shape)SHAPE(1, 300, 1, 64);
-        k.shape.causal = true;
-        gpu_add(&suite, test_causal, &k, sizeof k, 1e7, "softmax_attn %s later tokens",
-                srf_dtype_name(k.dtype));
+        for (int i = 0; i < N_WINDOWS * N_SHAPES; i++) {
+            struct srf_attn_shape s = shapes[i % N_SHAPES];
+            if (s.t < 2) continue;
+            s.causal = true;
+            s.window = windows[i / N_SHAPES][0];
+            k.shape = s;
+            k.sinks = windows[i / N_SHAPES][1];
+            gpu_add(&suite, test_softmax, &k, sizeof k, (double)(s.b * s.h * s.t * s.t * s.d) * 3,
+                    "softmax_attn %s b=%d t=%d h=%d d=%d window=%d sinks=%d",
+                    srf_dtype_name(k.dtype), (int)s.b, (int)s.t, (int)s.h, (int)s.d, (int)s.window,
+                    (int)k.sinks);
+        }
+        for (int window = 0; window < 80; window += 70) {
+            k.shape = (struct srf_attn_shape)SHAPE(1, 300, 1, 64);
+            k.shape.causal = true;
+            k.shape.window = window;
+            k.sinks = window / 10;
+            gpu_add(&suite, test_causal, &k, sizeof k, 1e7,
+                    "softmax_attn %s later tokens window=%d", srf_dtype_name(k.dtype), window);
+        }
+        k.sinks = 0;
     }
     return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
 }

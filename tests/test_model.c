@@ -221,6 +221,19 @@ static void gradients_hybrid(void **state)
     check_gradients(shared, true, false);
 }
 
+static void gradients_rivals(void **state)
+{
+    (void)state;
+    struct srf_attention_config a = attention(SRF_ATTN_WINDOW, 4);
+    a.sinks = 2;
+    check_gradients(a, false, false);
+    for (int i = 0; i < 4; i++) {
+        a = attention(i & 1 ? SRF_ATTN_T2R : SRF_ATTN_HEDGEHOG, i / 2 * 3);
+        a.m = 8;
+        check_gradients(a, true, i & 1);
+    }
+}
+
 static void gradients_distillation(void **state)
 {
     (void)state;
@@ -533,11 +546,17 @@ static void stretched_positions(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(gradients_softmax),   cmocka_unit_test(gradients_srf),
-        cmocka_unit_test(gradients_hybrid),    cmocka_unit_test(gradients_distillation),
-        cmocka_unit_test(recomputation),       cmocka_unit_test(memory_of_gpt2),
-        cmocka_unit_test(micro_batches),       cmocka_unit_test(forms_agree),
-        cmocka_unit_test(packed_prefill),      cmocka_unit_test(last_only),
+        cmocka_unit_test(gradients_softmax),
+        cmocka_unit_test(gradients_srf),
+        cmocka_unit_test(gradients_hybrid),
+        cmocka_unit_test(gradients_rivals),
+        cmocka_unit_test(gradients_distillation),
+        cmocka_unit_test(recomputation),
+        cmocka_unit_test(memory_of_gpt2),
+        cmocka_unit_test(micro_batches),
+        cmocka_unit_test(forms_agree),
+        cmocka_unit_test(packed_prefill),
+        cmocka_unit_test(last_only),
         cmocka_unit_test(stretched_positions),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

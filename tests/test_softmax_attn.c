@@ -13,6 +13,10 @@ static const struct srf_attn_shape shapes[] = {
     SHAPE(0, 10, 2, 16), SHAPE(2, 0, 2, 16),   SHAPE(3, 2, 1, 1),
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
+/* Window and sinks: apart, overlapping, longer than a tile of keys, one token. */
+static const int64_t windows[][2] = {{1, 0},   {3, 2},   {64, 0},  {65, 4},   {100, 70},
+                                     {190, 4}, {512, 1}, {7, 600}, {2000, 3}, {600, 300}};
+#define N_WINDOWS ((int)(sizeof windows / sizeof *windows))
 
 static double loss(void *p)
 {
@@ -36,11 +40,24 @@ static void test_reference_gradient(void **state)
         test_gradient("ref dq, dk, dv", loss, &c, c.qkv.ref, c.dqkv.ref, c.qkv.n, 1e-8);
         attn_case_free(&c);
     }
+    for (int sinks = 0; sinks < 3; sinks++) {
+        struct srf_attn_shape shape = SHAPE(1, 7, 2, 3);
+        shape.causal = true;
+        shape.window = 2;
+        struct attn_case c = attn_case_new(SRF_F64, 1, shape, 1);
+        c.sinks = sinks;
+        for (int64_t i = 0; i < c.dqkv.n; i++) c.dqkv.ref[i] = 0;
+        attn_case_ref_softmax_bwd(&c);
+        test_gradient("window", loss, &c, c.qkv.ref, c.dqkv.ref, c.qkv.n, 1e-8);
+        attn_case_free(&c);
+    }
 }
 
-static void check(enum srf_dtype dtype, int threads, struct srf_attn_shape shape, double scale)
+static void check(enum srf_dtype dtype, int threads, struct srf_attn_shape shape, int64_t sinks,
+                  double scale)
 {
     struct attn_case c = attn_case_new(dtype, threads, shape, scale);
+    c.sinks = sinks;
     /* Scores grow as scale^2, and so does what rounding makes of them. */
     double eps = dtype == SRF_F64 ? 0x1p-53 : 0x1p-24, tol = 16 * eps * (1 + scale * scale);
     attn_case_softmax_fwd(&c);
@@ -58,8 +75,14 @@ static void check_all(enum srf_dtype dtype, int threads)
     for (int i = 0; i < 2 * N_SHAPES; i++) {
         struct srf_attn_shape s = shapes[i / 2];
         s.causal = i & 1;
-        check(dtype, threads, s, 1);
-        check(dtype, threads, s, 6);
+        check(dtype, threads, s, 0, 1);
+        check(dtype, threads, s, 0, 6);
+    }
+    for (int i = 0; i < N_WINDOWS * N_SHAPES; i++) {
+        struct srf_attn_shape s = shapes[i % N_SHAPES];
+        s.causal = true;
+        s.window = windows[i / N_SHAPES][0];
+        check(dtype, threads, s, windows[i / N_SHAPES][1], 3);
     }
 }
 
@@ -71,12 +94,13 @@ static void test_reference(void **state)
 }
 
 /* Later keys, however large, leave earlier outputs as they were. */
-static void test_causal(void **state)
+static void check_causal(int64_t window, int64_t sinks)
 {
-    (void)state;
     struct srf_attn_shape shape = SHAPE(1, 600, 1, 16);
     shape.causal = true;
+    shape.window = window;
     struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
+    c.sinks = sinks;
     attn_case_softmax_fwd(&c);
     double *before = twin_values(&c.s, c.o);
     for (int64_t from = 599; from > 0; from -= 37) {
@@ -88,6 +112,38 @@ static void test_causal(void **state)
         srf__free(after);
     }
     srf__free(before);
+    attn_case_free(&c);
+}
+
+static void test_causal(void **state)
+{
+    (void)state;
+    check_causal(0, 0);
+    check_causal(50, 4);
+}
+
+/* What a token does not see, however large, leaves its output as it was. */
+static void test_window(void **state)
+{
+    (void)state;
+    enum { T = 700, WINDOW = 90, SINKS = 5, FROM = SINKS, TO = 300 };
+    struct srf_attn_shape shape = SHAPE(1, T, 1, 16);
+    shape.causal = true;
+    shape.window = WINDOW;
+    struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
+    c.sinks = SINKS;
+    attn_case_softmax_fwd(&c);
+    double *before = twin_values(&c.s, c.o);
+    for (int64_t i = FROM * c.ld; i < TO * c.ld; i++) attn_case_set(&c, i, 30 * c.qkv.ref[i]);
+    attn_case_softmax_fwd(&c);
+    double *after = twin_values(&c.s, c.o);
+    int64_t clear = TO + WINDOW - 1; /* the first that sees none of these */
+    assert_memory_equal(before, after, (size_t)(FROM * c.ld_o) * sizeof *after);
+    assert_memory_equal(before + clear * c.ld_o, after + clear * c.ld_o,
+                        (size_t)((T - clear) * c.ld_o) * sizeof *after);
+    assert_true(before[(clear - 1) * c.ld_o] != after[(clear - 1) * c.ld_o]);
+    srf__free(before);
+    srf__free(after);
     attn_case_free(&c);
 }
 
@@ -123,6 +179,15 @@ static void test_arguments(void **state)
     assert_int_equal(
         SRF_RUN(s.ctx, softmax_attn_bwd, .b = 1, .t = 1, .h = 2, .d = 4, .ld = 8, .ld_o = 7),
         SRF_INVALID);
+    const struct {
+        bool causal;
+        int64_t window, sinks;
+    } bad[] = {{false, 2, 0}, {true, -1, 0}, {true, 2, -1}, {true, 0, 1}};
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(SRF_RUN(s.ctx, softmax_attn_fwd, .b = 1, .t = 1, .h = 1, .d = 4, .ld = 4,
+                                 .ld_o = 4, .causal = bad[i].causal, .window = bad[i].window,
+                                 .sinks = bad[i].sinks),
+                         SRF_INVALID);
     twins_free(&s);
 }
 
@@ -132,6 +197,7 @@ int main(void)
         cmocka_unit_test(test_reference_gradient),
         cmocka_unit_test(test_reference),
         cmocka_unit_test(test_causal),
+        cmocka_unit_test(test_window),
         cmocka_unit_test(test_deterministic),
         cmocka_unit_test(test_arguments),
     };

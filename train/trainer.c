@@ -192,8 +192,12 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
     if (val) SRF_TRY(check_val(config, val));
     SRF_FAIL_IF(srf_policy_needs_teacher(config) && !teacher, SRF_INVALID,
                 "distillation needs a teacher");
-    SRF_FAIL_IF(config->train_features && ck->attention.kind != SRF_ATTN_SRF, SRF_INVALID,
-                "softmax attention has no features to train");
+    const struct srf_attention_config *a = &ck->attention;
+    SRF_FAIL_IF(config->train_features && !srf_attention_has_features(a), SRF_INVALID,
+                "%s attention has no features to train", srf_attention_kind_name(a->kind));
+    SRF_FAIL_IF(srf_attention_has_map(a) && (!config->train_features || config->redraw_every),
+                SRF_INVALID, "%s attention trains its features and never draws them anew",
+                srf_attention_kind_name(a->kind));
     bool teach = srf_policy_needs_teacher(config);
     if (teach) SRF_TRY(check_teacher(ck, teacher));
     struct srf_trainer *t;
@@ -283,6 +287,7 @@ static srf_status micro_batch(struct srf_trainer *t, int64_t first)
 static srf_status set_features(struct srf_trainer *t)
 {
     struct srf_model *m = t->model;
+    if (srf_attention_has_map(&m->attention)) return srf_model_train_features(m, true);
     if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
     uint64_t draw = t->first_draw + srf_policy_draw(&t->config, t->step);
     if (draw != m->attention.draw) {

@@ -78,12 +78,12 @@ static srf_status get_flat(struct srf_trainer *t, struct srf_h5 *f, const char *
     return st;
 }
 
-/* The features in force, for a model with SRF attention. */
+/* The features in force, for a model that has any. */
 static srf_status put_features(struct srf_trainer *t, struct srf_h5 *f, const struct srf_model *m,
                                const char *w_path, const char *bias_path)
 {
-    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
-    int64_t n, d = m->config.c / m->config.n_heads;
+    if (!srf_attention_has_features(&m->attention)) return SRF_OK;
+    int64_t n, d = srf_attention_columns(&m->attention, m->config.c / m->config.n_heads);
     const void *w = srf_model_features(m, &n), *bias = srf_arena_ptr(m->arena, m->slot_bias);
     SRF_TRY(put_flat(t, f, w_path, w, t->ctx->dtype, n));
     return put_flat(t, f, bias_path, bias, srf_ctx_acc(t->ctx), n / d);
@@ -92,8 +92,8 @@ static srf_status put_features(struct srf_trainer *t, struct srf_h5 *f, const st
 static srf_status get_features(struct srf_trainer *t, struct srf_h5 *f, const struct srf_model *m,
                                const char *w_path, const char *bias_path)
 {
-    if (m->attention.kind != SRF_ATTN_SRF) return SRF_OK;
-    int64_t n, d = m->config.c / m->config.n_heads;
+    if (!srf_attention_has_features(&m->attention)) return SRF_OK;
+    int64_t n, d = srf_attention_columns(&m->attention, m->config.c / m->config.n_heads);
     void *w = srf_model_features(m, &n), *bias = srf_arena_ptr(m->arena, m->slot_bias);
     SRF_TRY(get_flat(t, f, w_path, w, t->ctx->dtype, n));
     return get_flat(t, f, bias_path, bias, srf_ctx_acc(t->ctx), n / d);

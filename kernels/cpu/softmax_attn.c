@@ -1,4 +1,6 @@
 /* Softmax attention: o_t = sum_s P_ts v_s, P_ts = exp(q_t.k_s / sqrt(d) - lse_t), s <= t if causal.
+ * With a window, only the latest tokens and the first few: tiles that no query of a tile sees are
+ * left out.
  *
  * Tiles of TILE_Q queries by TILE_K keys, so that the score matrix is never whole; rows are merged
  * over tiles by the running maximum. Backward recomputes P from lse:
@@ -9,7 +11,7 @@
 #include "kernels/cpu/cpu.h"
 
 #define TILE_Q 64
-#define TILE_K 512 /* a multiple of TILE_Q: a row of a tile always sees its first key */
+#define TILE_K 512 /* a multiple of TILE_Q: a row of a tile always sees a key of it */
 #define LOG2E  ((real)1.4426950408889634)
 #define LN2    ((real)0.6931471805599453)
 
@@ -30,6 +32,45 @@ static int64_t min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+/* What a tile of queries sees: all of the keys [0, sinks), and some of [from, keys). */
+struct seen {
+    bool causal;
+    int64_t window, sinks; /* of the op; no window: one longer than the sequence */
+    int64_t first, from, keys;
+};
+
+static struct seen seen_of(bool causal, int64_t window, int64_t sinks, int64_t t_len, int64_t t0,
+                           int64_t n)
+{
+    int64_t from = window ? (t0 + 1 - window) / TILE_Q * TILE_Q : 0;
+    struct seen s = {.causal = causal,
+                     .window = window ? window : t_len + 1,
+                     .sinks = min64(sinks, t_len),
+                     .from = from > 0 ? from : 0,
+                     .keys = causal ? t0 + n : t_len};
+    if (s.from <= s.sinks) s.from = 0; /* one piece */
+    s.first = s.from && !s.sinks ? s.from : 0;
+    return s;
+}
+
+/* The next tile of keys from s0 on, or 0 of them: [s0, s0 + count). */
+static int64_t tile_of(const struct seen *s, int64_t *s0)
+{
+    if (*s0 < s->from && *s0 >= s->sinks) *s0 = s->from;
+    return min64(TILE_K, (*s0 < s->from ? s->sinks : s->keys) - *s0);
+}
+
+/* Of c keys from s0 on, token t sees [0, sinks) and [from, end). */
+static void row_of(const struct seen *s, int64_t t, int64_t s0, int64_t c, int64_t *sinks,
+                   int64_t *from, int64_t *end)
+{
+    *end = s->causal ? min64(c, t + 1 - s0) : c;
+    *from = min64(t + 1 - s->window - s0, *end);
+    *sinks = min64(s->sinks - s0, *end);
+    *sinks = *sinks > 0 ? *sinks : 0;
+    *from = s->causal && *from > *sinks ? *from : *sinks;
+}
+
 size_t SRF_CPU(softmax_attn_fwd_workspace)(const struct srf_ctx *ctx,
                                            const struct srf_softmax_attn_fwd_args *a)
 {
@@ -48,25 +89,35 @@ static void head_fwd(struct srf_ctx *ctx, const struct srf_softmax_attn_fwd_args
     real *most = scores + TILE_Q * TILE_K, *sum = most + TILE_Q;
     real scale = LOG2E / (real)sqrt((double)d);
     for (int64_t t0 = 0; t0 < t_len; t0 += TILE_Q) {
-        int64_t n = min64(TILE_Q, t_len - t0), keys = a->causal ? t0 + n : t_len;
-        for (int64_t s0 = 0; s0 < keys; s0 += TILE_K) {
-            int64_t c = min64(TILE_K, keys - s0);
+        int64_t n = min64(TILE_Q, t_len - t0), c;
+        struct seen seen = seen_of(a->causal, a->window, a->sinks, t_len, t0, n);
+        for (int64_t s0 = seen.first; (c = tile_of(&seen, &s0)) > 0; s0 += c) {
+            bool first = s0 == seen.first;
             srf__gemm(ctx, false, true, n, c, d, scale, q + t0 * ld, ld, k + s0 * ld, ld, 0, scores,
                       c);
             for (int64_t t = 0; t < n; t++) {
-                real *p = scores + t * c, *out = o + (t0 + t) * ld_o, old = s0 ? most[t] : p[0];
-                int64_t seen = a->causal ? min64(c, t0 + t + 1 - s0) : c;
-                real top = old, total = 0;
+                int64_t sinks, from, end;
+                row_of(&seen, t0 + t, s0, c, &sinks, &from, &end);
+                real *p = scores + t * c, *out = o + (t0 + t) * ld_o;
+                real old = first ? p[sinks ? 0 : from] : most[t], top = old, total = 0;
 #pragma omp simd reduction(max : top)
-                for (int64_t s = 0; s < seen; s++) top = p[s] > top ? p[s] : top;
+                for (int64_t s = 0; s < sinks; s++) top = p[s] > top ? p[s] : top;
+#pragma omp simd reduction(max : top)
+                for (int64_t s = from; s < end; s++) top = p[s] > top ? p[s] : top;
 #pragma omp simd reduction(+ : total)
-                for (int64_t s = 0; s < seen; s++) {
+                for (int64_t s = 0; s < sinks; s++) {
                     p[s] = srf__exp2(p[s] - top);
                     total += p[s];
                 }
-                for (int64_t s = seen; s < c; s++) p[s] = 0;
+                for (int64_t s = sinks; s < from; s++) p[s] = 0;
+#pragma omp simd reduction(+ : total)
+                for (int64_t s = from; s < end; s++) {
+                    p[s] = srf__exp2(p[s] - top);
+                    total += p[s];
+                }
+                for (int64_t s = end; s < c; s++) p[s] = 0;
                 most[t] = top;
-                if (s0 == 0) {
+                if (first) {
                     sum[t] = total;
                     continue;
                 }
@@ -74,7 +125,7 @@ static void head_fwd(struct srf_ctx *ctx, const struct srf_softmax_attn_fwd_args
                 sum[t] = sum[t] * by + total;
                 for (int64_t j = 0; j < d; j++) out[j] *= by;
             }
-            srf__gemm(ctx, false, false, n, d, c, 1, scores, c, v + s0 * ld, ld, s0 ? 1 : 0,
+            srf__gemm(ctx, false, false, n, d, c, 1, scores, c, v + s0 * ld, ld, !first,
                       o + t0 * ld_o, ld_o);
         }
         for (int64_t t = 0; t < n; t++) {
@@ -89,6 +140,7 @@ static void head_fwd(struct srf_ctx *ctx, const struct srf_softmax_attn_fwd_args
 srf_status SRF_CPU(softmax_attn_fwd)(struct srf_ctx *ctx, const struct srf_softmax_attn_fwd_args *a)
 {
     SRF_TRY(check(a->b, a->t, a->h, a->d, a->ld, a->ld_o));
+    SRF_TRY(srf__window_check(a->causal, a->window, a->sinks));
     srf__blas_serial_begin(ctx);
 #pragma omp parallel for schedule(static) num_threads(ctx->n_threads)
     for (int64_t i = 0; i < a->b * a->h; i++)
@@ -122,26 +174,29 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_softmax_attn_bwd_args
         memset(dv + t * ld, 0, (size_t)d * sizeof(real));
     }
     for (int64_t t0 = 0; t0 < t_len; t0 += TILE_Q) {
-        int64_t n = min64(TILE_Q, t_len - t0), keys = a->causal ? t0 + n : t_len;
+        int64_t n = min64(TILE_Q, t_len - t0), c;
+        struct seen seen = seen_of(a->causal, a->window, a->sinks, t_len, t0, n);
         for (int64_t t = 0; t < n; t++)
             delta[t] = srf__dot(o + (t0 + t) * ld_o, d_o + (t0 + t) * ld_o, d);
-        for (int64_t s0 = 0; s0 < keys; s0 += TILE_K) {
-            int64_t c = min64(TILE_K, keys - s0);
+        for (int64_t s0 = seen.first; (c = tile_of(&seen, &s0)) > 0; s0 += c) {
+            bool first = s0 == seen.first;
             const real *vs = v + s0 * ld, *ks = k + s0 * ld, *qs = q + t0 * ld;
             const real *d_os = d_o + t0 * ld_o;
             srf__gemm(ctx, false, true, n, c, d, scale * LOG2E, qs, ld, ks, ld, 0, p, c);
             srf__gemm(ctx, false, true, n, c, d, 1, d_os, ld_o, vs, ld, 0, ds, c);
             for (int64_t t = 0; t < n; t++) {
                 real *row = p + t * c, *drow = ds + t * c, shift = lse[t0 + t] * LOG2E;
-                int64_t seen = a->causal ? min64(c, t0 + t + 1 - s0) : c;
+                int64_t sinks, from, end;
+                row_of(&seen, t0 + t, s0, c, &sinks, &from, &end);
 #pragma omp simd
-                for (int64_t s = 0; s < seen; s++) {
+                for (int64_t s = 0; s < end; s++) {
                     row[s] = srf__exp2(row[s] - shift);
                     drow[s] = scale * row[s] * (drow[s] - delta[t]);
                 }
-                for (int64_t s = seen; s < c; s++) row[s] = drow[s] = 0;
+                for (int64_t s = sinks; s < from; s++) row[s] = drow[s] = 0;
+                for (int64_t s = end; s < c; s++) row[s] = drow[s] = 0;
             }
-            srf__gemm(ctx, false, false, n, d, c, 1, ds, c, ks, ld, s0 ? 1 : 0, dq + t0 * ld, ld);
+            srf__gemm(ctx, false, false, n, d, c, 1, ds, c, ks, ld, !first, dq + t0 * ld, ld);
             srf__gemm(ctx, true, false, c, d, n, 1, ds, c, qs, ld, 1, dk + s0 * ld, ld);
             srf__gemm(ctx, true, false, c, d, n, 1, p, c, d_os, ld_o, 1, dv + s0 * ld, ld);
         }
@@ -151,6 +206,7 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_softmax_attn_bwd_args
 srf_status SRF_CPU(softmax_attn_bwd)(struct srf_ctx *ctx, const struct srf_softmax_attn_bwd_args *a)
 {
     SRF_TRY(check(a->b, a->t, a->h, a->d, a->ld, a->ld_o));
+    SRF_TRY(srf__window_check(a->causal, a->window, a->sinks));
     srf__blas_serial_begin(ctx);
 #pragma omp parallel for schedule(static) num_threads(ctx->n_threads)
     for (int64_t i = 0; i < a->b * a->h; i++)

@@ -25,6 +25,12 @@ static srf_status check(int64_t b, int64_t t, int64_t h, int64_t d, int64_t ld, 
     return SRF_OK;
 }
 
+static void set_window(struct attn *p, int64_t window, int64_t sinks)
+{
+    p->window = window == 0 || window > p->t ? INT32_MAX : (int)window;
+    p->sinks = (int)(sinks < p->t ? sinks : p->t);
+}
+
 /* Whether rows of 16-byte pieces can be read and written at p. */
 static bool aligned(const void *p, int64_t ld)
 {
@@ -41,12 +47,14 @@ extern "C" srf_status cuda_softmax_attn_fwd(struct srf_ctx *ctx,
                                             const struct srf_softmax_attn_fwd_args *a)
 {
     SRF_TRY(check(a->b, a->t, a->h, a->d, a->ld, a->ld_o));
+    SRF_TRY(srf__window_check(a->causal, a->window, a->sinks));
     if (a->b * a->t == 0) return SRF_OK;
     struct attn p = {};
     p.q = a->q, p.k = a->k, p.v = a->v, p.out = a->o, p.lse = (float *)a->lse;
     p.ld = a->ld, p.ld_o = a->ld_o;
     p.t = (int)a->t, p.h = (int)a->h, p.d = (int)a->d, p.heads = (int)(a->b * a->h);
     p.scale = (float)(1 / sqrt((double)a->d));
+    set_window(&p, a->window, a->sinks);
     if (ctx->dtype == SRF_BF16 && attn_mma_takes(a->d) && aligned(a->q, a->ld) &&
         aligned(a->k, a->ld) && aligned(a->v, a->ld) && aligned(a->o, a->ld_o))
         return srf__attn_wgmma_takes(ctx, a->d) ? srf__attn_wgmma_fwd(ctx, &p, a->causal)
@@ -64,6 +72,7 @@ extern "C" srf_status cuda_softmax_attn_bwd(struct srf_ctx *ctx,
                                             const struct srf_softmax_attn_bwd_args *a)
 {
     SRF_TRY(check(a->b, a->t, a->h, a->d, a->ld, a->ld_o));
+    SRF_TRY(srf__window_check(a->causal, a->window, a->sinks));
     if (a->b * a->t == 0) return SRF_OK;
     struct attn p = {};
     p.q = a->q, p.k = a->k, p.v = a->v, p.o = a->o, p.d_o = a->d_o, p.lse = (float *)a->lse;
@@ -72,6 +81,7 @@ extern "C" srf_status cuda_softmax_attn_bwd(struct srf_ctx *ctx,
     p.ld = a->ld, p.ld_o = a->ld_o;
     p.t = (int)a->t, p.h = (int)a->h, p.d = (int)a->d, p.heads = (int)(a->b * a->h);
     p.scale = (float)(1 / sqrt((double)a->d));
+    set_window(&p, a->window, a->sinks);
     if (ctx->dtype == SRF_BF16 && attn_mma_takes(a->d) && aligned(a->q, a->ld) &&
         aligned(a->k, a->ld) && aligned(a->v, a->ld) && aligned(a->o, a->ld_o) &&
         aligned(a->d_o, a->ld_o) && aligned(a->dq, a->ld) && aligned(a->dk, a->ld) &&

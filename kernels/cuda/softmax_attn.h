@@ -14,7 +14,38 @@ struct attn {
     int t, h, d, heads; /* heads: b h */
     int row_stride;     /* t to the next multiple of ROW_PAD */
     float scale;        /* 1 / sqrt(d) */
+    /* Query t sees keys after t - window and before `sinks`; without a window all, if causal up to
+     * its own: window is INT32_MAX, sinks 0. */
+    int window, sinks;
 };
+
+/* Whether causal query t sees key s <= t. */
+__device__ __forceinline__ bool in_window(const struct attn *a, int t, int s)
+{
+    return t - s < a->window || s < a->sinks;
+}
+/* Tiles of n columns that queries from t0 on want: those of the sinks, and from the returned
+ * column, a multiple of n, on. 0: all. */
+__device__ __forceinline__ int window_from(const struct attn *a, int t0, int n)
+{
+    int from = t0 - a->window + 1;
+    return from > a->sinks ? from / n * n : 0;
+}
+/* The tile of keys after that at s0, of n. */
+__device__ __forceinline__ int next_tile(const struct attn *a, int from, int s0, int n)
+{
+    s0 += n;
+    return s0 >= a->sinks && s0 < from ? from : s0;
+}
+/* End of the queries that see any of `rows` keys from s0 on. */
+__device__ __forceinline__ int window_end(const struct attn *a, int s0, int rows)
+{
+    if (s0 < a->sinks || a->window > a->t - s0 - rows) return a->t;
+    return s0 + rows + a->window - 1;
+}
+/* Masked scores of a window: -inf would make NaN of a row that has seen nothing yet. Its weights of
+ * such a tile are wiped when it sees its first key, and each sees itself. */
+#define UNSEEN -3e38f
 
 /* Element offset of row 0 of a head in an array of leading dimension ld. */
 __host__ __device__ __forceinline__ int64_t head_at(const struct attn *a, int head, int64_t ld)

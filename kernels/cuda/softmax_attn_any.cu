@@ -107,7 +107,8 @@ static __global__ __launch_bounds__(THREADS) void any_fwd_kernel(const struct at
 #pragma unroll
         for (int i = 0; i < NJ; i++) out[r][i] = 0.0f;
     }
-    for (int s0 = 0; s0 < keys; s0 += COLS) {
+    int from = window_from(&a, t0, COLS);
+    for (int s0 = a.sinks ? 0 : from; s0 < keys; s0 = next_tile(&a, from, s0, COLS)) {
         int key = s0 + lane;
         __syncthreads();
         load_rows(cols, (const T *)a.k + in + s0 * a.ld, a.ld, COLS, a.t - s0, a.d);
@@ -115,8 +116,8 @@ static __global__ __launch_bounds__(THREADS) void any_fwd_kernel(const struct at
         scores<R>(p, rows + warp * R * n, cols, a.d);
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            bool seen = key < a.t && !(causal && key > w0 + r);
-            float s = seen ? p[r] * a.scale : -INFINITY, m = fmaxf(top[r], warp_max(s));
+            bool seen = key < a.t && !(causal && (key > w0 + r || !in_window(&a, w0 + r, key)));
+            float s = seen ? p[r] * a.scale : UNSEEN, m = fmaxf(top[r], warp_max(s));
             float by = expf(top[r] - m);
             p[r] = expf(s - m);
             sum[r] = sum[r] * by + p[r];
@@ -174,8 +175,9 @@ static __global__ __launch_bounds__(THREADS) void any_bwd_kernel(const struct at
     const T *from_col_y = KEYS ? (const T *)a.d_o + at_o : (const T *)a.v + in;
     const float2 *rows = a.rows + (int64_t)head * a.row_stride;
     int r0 = tile * ROWS, w0 = r0 + warp * R;
-    int first = KEYS && causal ? r0 / COLS * COLS : 0;
-    int last = !KEYS && causal ? min(r0 + ROWS, a.t) : a.t;
+    int from = KEYS ? 0 : window_from(&a, r0, COLS);
+    int first = KEYS && causal ? r0 / COLS * COLS : a.sinks ? 0 : from;
+    int last = KEYS ? window_end(&a, r0, ROWS) : causal ? min(r0 + ROWS, a.t) : a.t;
     load_rows(row_x, from_row_x + r0 * a.ld, a.ld, ROWS, a.t - r0, a.d);
     load_rows(row_y, from_row_y + r0 * ld_row_y, ld_row_y, ROWS, a.t - r0, a.d);
     float acc_x[R][NJ], acc_y[R][NJ]; /* acc_y: of dv */
@@ -187,7 +189,7 @@ static __global__ __launch_bounds__(THREADS) void any_bwd_kernel(const struct at
 #pragma unroll
         for (int i = 0; i < NJ; i++) acc_x[r][i] = acc_y[r][i] = 0.0f;
     }
-    for (int c0 = first; c0 < last; c0 += COLS) {
+    for (int c0 = first; c0 < last; c0 = KEYS ? c0 + COLS : next_tile(&a, from, c0, COLS)) {
         int col = c0 + lane;
         __syncthreads();
         load_rows(col_x, from_col_x + c0 * a.ld, a.ld, COLS, a.t - c0, a.d);
@@ -204,7 +206,7 @@ static __global__ __launch_bounds__(THREADS) void any_bwd_kernel(const struct at
             float2 y = KEYS ? of_col : x[r];
             float z = p[r] * a.scale - y.x;
             /* Never above 1, whatever rounding does to huge scores; a NaN stays. */
-            bool seen = col < a.t && !(causal && key > query);
+            bool seen = col < a.t && !(causal && (key > query || !in_window(&a, query, key)));
             p[r] = !seen ? 0.0f : z > 0.0f ? 1.0f : expf(z);
             ds[r] = seen ? p[r] * (ds[r] - y.y) : 0.0f;
         }

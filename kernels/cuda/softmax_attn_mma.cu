@@ -49,11 +49,12 @@ static __global__ __launch_bounds__(THREADS, 2) void fwd_kernel(const struct att
     const bf16 *k = (const bf16 *)a.k + in, *v = (const bf16 *)a.v + in;
     int t0 = tile * FWD_ROWS, w0 = t0 + warp * 16 * FWD_MT; /* first query: block's, warp's */
     int keys = CAUSAL ? min(t0 + FWD_ROWS, a.t) : a.t;
+    int from = CAUSAL ? window_from(&a, t0, KEYS) : 0, first = a.sinks ? 0 : from;
     uint32_t qs = smem_addr(smem), ks = qs + FWD_ROWS * D * (int)sizeof(bf16), vs = ks + 2 * TILE;
 
     tile_load<D, FWD_ROWS, THREADS>(qs, (const bf16 *)a.q + in + t0 * a.ld, a.ld, a.t - t0);
-    tile_load<D, KEYS, THREADS>(ks, k, a.ld, a.t);
-    tile_load<D, KEYS, THREADS>(vs, v, a.ld, a.t);
+    tile_load<D, KEYS, THREADS>(ks, k + first * a.ld, a.ld, a.t - first);
+    tile_load<D, KEYS, THREADS>(vs, v + first * a.ld, a.ld, a.t - first);
     cp_async_commit();
     float out[FWD_MT][D / 8][4], top[FWD_MT][2], sum[FWD_MT][2], by[FWD_MT][2];
 #pragma unroll
@@ -65,20 +66,22 @@ static __global__ __launch_bounds__(THREADS, 2) void fwd_kernel(const struct att
         top[mt][0] = top[mt][1] = -INFINITY;
         sum[mt][0] = sum[mt][1] = 0.0f;
     }
-    for (int s0 = 0, stage = 0; s0 < keys; s0 += KEYS, stage ^= 1) {
+    for (int s0 = first, next, stage = 0; s0 < keys; s0 = next, stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads(); /* this stage is here, and everyone is done with the other */
-        if (s0 + KEYS < keys) {
-            int64_t at = (int64_t)(s0 + KEYS) * a.ld;
+        next = CAUSAL ? next_tile(&a, from, s0, KEYS) : s0 + KEYS;
+        if (next < keys) {
+            int64_t at = (int64_t)next * a.ld;
             uint32_t to = (uint32_t)((stage ^ 1) * TILE);
-            tile_load<D, KEYS, THREADS>(ks + to, k + at, a.ld, a.t - s0 - KEYS);
-            tile_load<D, KEYS, THREADS>(vs + to, v + at, a.ld, a.t - s0 - KEYS);
+            tile_load<D, KEYS, THREADS>(ks + to, k + at, a.ld, a.t - next);
+            tile_load<D, KEYS, THREADS>(vs + to, v + at, a.ld, a.t - next);
             cp_async_commit();
         }
         if (CAUSAL && s0 > w0 + 16 * FWD_MT - 1) continue;
         float s[FWD_MT][KEYS / 8][4];
         tile_scores<D, FWD_MT, KEYS>(s, qs, w0 - t0, ks + stage * TILE, 0);
-        if (s0 + KEYS > a.t || (CAUSAL && s0 + KEYS - 1 > w0)) {
+        bool whole = !CAUSAL || (s0 + KEYS - 1 <= w0 && w0 + 16 * FWD_MT - 1 - s0 < a.window);
+        if (s0 + KEYS > a.t || !whole) {
 #pragma unroll
             for (int mt = 0; mt < FWD_MT; mt++)
 #pragma unroll
@@ -87,7 +90,9 @@ static __global__ __launch_bounds__(THREADS, 2) void fwd_kernel(const struct att
                     for (int e = 0; e < 4; e++) {
                         int key = s0 + 8 * nt + 2 * (lane & 3) + (e & 1);
                         int query = w0 + 16 * mt + 8 * (e >> 1) + (lane >> 2);
-                        if (key >= a.t || (CAUSAL && key > query)) s[mt][nt][e] = -INFINITY;
+                        bool seen = key < a.t;
+                        if (CAUSAL) seen = seen && key <= query && in_window(&a, query, key);
+                        if (!seen) s[mt][nt][e] = UNSEEN;
                     }
         }
         tile_softmax<FWD_MT, KEYS>(s, top, sum, by, a.scale * LOG2E);
@@ -152,14 +157,15 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
     const bf16 *k = (const bf16 *)a.k + in, *v = (const bf16 *)a.v + in;
     int t0 = tile * ROWS, w0 = t0 + warp * 16 * MT;
     int keys = CAUSAL ? min(t0 + ROWS, a.t) : a.t;
+    int from = CAUSAL ? window_from(&a, t0, KEYS) : 0, first = a.sinks ? 0 : from;
     int64_t at_o = head_at(&a, head, a.ld_o) + t0 * a.ld_o;
     uint32_t qs = smem_addr(smem), dos = qs + OWN, ks = dos + OWN, vs = ks + 2 * TILE;
 
     tile_load<D, ROWS, THREADS>(qs, (const bf16 *)a.q + in + t0 * a.ld, a.ld, a.t - t0);
     tile_load<D, ROWS, THREADS>(dos, (const bf16 *)a.d_o + at_o, a.ld_o, a.t - t0);
     cp_async_commit();
-    tile_load<D, KEYS, THREADS>(ks, k, a.ld, a.t);
-    tile_load<D, KEYS, THREADS>(vs, v, a.ld, a.t);
+    tile_load<D, KEYS, THREADS>(ks, k + first * a.ld, a.ld, a.t - first);
+    tile_load<D, KEYS, THREADS>(vs, v + first * a.ld, a.ld, a.t - first);
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
@@ -194,14 +200,15 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
             for (int e = 0; e < 4; e++) dq[mt][nt][e] = 0.0f;
         by[mt][0] = by[mt][1] = a.scale;
     }
-    for (int s0 = 0, stage = 0; s0 < keys; s0 += KEYS, stage ^= 1) {
+    for (int s0 = first, next, stage = 0; s0 < keys; s0 = next, stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads(); /* this stage is here, and everyone is done with the other */
-        if (s0 + KEYS < keys) {
-            int64_t at = (int64_t)(s0 + KEYS) * a.ld;
+        next = CAUSAL ? next_tile(&a, from, s0, KEYS) : s0 + KEYS;
+        if (next < keys) {
+            int64_t at = (int64_t)next * a.ld;
             uint32_t to = (uint32_t)((stage ^ 1) * TILE);
-            tile_load<D, KEYS, THREADS>(ks + to, k + at, a.ld, a.t - s0 - KEYS);
-            tile_load<D, KEYS, THREADS>(vs + to, v + at, a.ld, a.t - s0 - KEYS);
+            tile_load<D, KEYS, THREADS>(ks + to, k + at, a.ld, a.t - next);
+            tile_load<D, KEYS, THREADS>(vs + to, v + at, a.ld, a.t - next);
             cp_async_commit();
         }
 #pragma unroll 1
@@ -211,7 +218,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
             float p[MT][STEP / 8][4], ds[MT][STEP / 8][4];
             tile_scores<D, MT, STEP>(p, qs, w0 - t0, ks + stage * TILE, u);
             tile_scores<D, MT, STEP>(ds, dos, w0 - t0, vs + stage * TILE, u);
-            bool whole = !CAUSAL || s1 + STEP - 1 <= w0;
+            bool whole = !CAUSAL || (s1 + STEP - 1 <= w0 && w0 + 16 * MT - 1 - s1 < a.window);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -224,7 +231,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dq_kernel(const struct attn
                         for (int e = 2 * half; e < 2 * half + 2; e++) {
                             int key = s1 + 8 * nt + 2 * (lane & 3) + (e & 1);
                             float pe = tile_prob(p[mt][nt][e], a.scale * LOG2E, x.x);
-                            bool seen = whole || key <= t0 + r;
+                            bool seen = whole || (key <= t0 + r && in_window(&a, t0 + r, key));
                             ds[mt][nt][e] = seen ? pe * (ds[mt][nt][e] - x.y) : 0.0f;
                         }
                 }
@@ -254,6 +261,7 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
     const float2 *rows = a.rows + (int64_t)head * a.row_stride;
     int s0 = tile * ROWS, w0 = s0 + warp * 16 * MT; /* first key: block's, warp's */
     int first = CAUSAL ? s0 / COLS * COLS : 0;      /* query */
+    int last = CAUSAL ? window_end(&a, s0, ROWS) : a.t;
     uint32_t ks = smem_addr(smem), vs = ks + OWN, qs = vs + OWN, dos = qs + 2 * TILE;
     uint32_t xs = dos + 2 * TILE;
 
@@ -276,10 +284,10 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
         by_k[mt][0] = by_k[mt][1] = a.scale;
         by_v[mt][0] = by_v[mt][1] = 1.0f;
     }
-    for (int t0 = first, stage = 0; t0 < a.t; t0 += COLS, stage ^= 1) {
+    for (int t0 = first, stage = 0; t0 < last; t0 += COLS, stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads(); /* this stage is here, and everyone is done with the other */
-        if (t0 + COLS < a.t) {
+        if (t0 + COLS < last) {
             int next = t0 + COLS, to = stage ^ 1, t = next + (int)threadIdx.x;
             tile_load<D, COLS, THREADS>(qs + to * TILE, q + next * a.ld, a.ld, a.t - next);
             tile_load<D, COLS, THREADS>(dos + to * TILE, d_o + next * a.ld_o, a.ld_o, a.t - next);
@@ -290,11 +298,11 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
 #pragma unroll 1
         for (int u = 0; u < COLS; u += STEP) {
             int t1 = t0 + u;
-            if (t1 >= a.t) break;
+            if (t1 >= last) break;
             if (CAUSAL && t1 + STEP - 1 < w0) continue;
             float p[MT][STEP / 8][4], ds[MT][STEP / 8][4];
             uint32_t packed[MT][STEP / 16][4];
-            bool whole = !CAUSAL || t1 >= w0 + 16 * MT - 1;
+            bool whole = !CAUSAL || (t1 >= w0 + 16 * MT - 1 && t1 + STEP - 1 - w0 < a.window);
             tile_scores<D, MT, STEP>(p, ks, w0 - s0, qs + stage * TILE, u);
 #pragma unroll
             for (int nt = 0; nt < STEP / 8; nt++) {
@@ -306,7 +314,9 @@ static __global__ __launch_bounds__(THREADS, 2) void dkv_kernel(const struct att
                     for (int e = 0; e < 4; e++) {
                         int key = w0 + 16 * mt + 8 * (e >> 1) + (lane >> 2);
                         float pe = tile_prob(p[mt][nt][e], a.scale * LOG2E, e & 1 ? x.z : x.x);
-                        p[mt][nt][e] = whole || key <= t1 + c + (e & 1) ? pe : 0.0f;
+                        int query = t1 + c + (e & 1);
+                        bool seen = whole || (key <= query && in_window(&a, query, key));
+                        p[mt][nt][e] = seen ? pe : 0.0f;
                     }
             }
             tile_pack<MT, STEP>(packed, p);

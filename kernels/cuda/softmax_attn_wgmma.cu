@@ -37,6 +37,9 @@ struct maps {
 #define BOUNDS(blocks) __launch_bounds__(THREADS, blocks)
 #endif
 
+/* What a query sees: every key; those up to its own; of these a window and the sinks. */
+enum mask { ALL, CAUSAL, WINDOW };
+
 #if HAVE_WGMMA
 /* What all three kernels keep: stages, barriers, position. */
 struct pipe {
@@ -80,9 +83,21 @@ __device__ __forceinline__ void clear(float c[D / 2])
 #pragma unroll
     for (int i = 0; i < D / 2; i++) c[i] = 0.0f;
 }
+/* Tiles of keys that a block of queries passes over: those between the sinks and column *from. */
+template <enum mask MASK>
+__device__ __forceinline__ int gap_of(const struct attn *a, int t0, int *from)
+{
+    *from = MASK == WINDOW ? window_from(a, t0, COLS) : 0;
+    return max(*from / COLS - (a->sinks + COLS - 1) / COLS, 0);
+}
+/* First key of the block's tile i. */
+template <enum mask MASK> __device__ __forceinline__ int column(int i, int from, int gap)
+{
+    return MASK == WINDOW && (i + gap) * COLS >= from ? (i + gap) * COLS : i * COLS;
+}
 #endif
 
-template <bool CAUSAL>
+template <enum mask MASK>
 static __global__ BOUNDS(2) void fwd_kernel(const __grid_constant__ struct attn a,
                                             const __grid_constant__ struct maps m)
 {
@@ -94,19 +109,19 @@ static __global__ BOUNDS(2) void fwd_kernel(const __grid_constant__ struct attn 
     int col = head % a.h * D, seq = head / a.h;
     int t0 = tile * ROWS, w0 = t0 + (warp >> 2) * 64; /* first query: block's, warpgroup's */
     int r0 = warp * 16;                               /* warp's, in the block */
-    int keys = CAUSAL ? min(t0 + ROWS, a.t) : a.t;
+    int keys = MASK ? min(t0 + ROWS, a.t) : a.t, from, gap = gap_of<MASK>(&a, t0, &from);
     uint32_t qs = smem_addr(smem), bar = qs + (2 + 2 * STAGES) * TILE;
     struct pipe pipe = {.x = qs + 2 * TILE,
                         .y = qs + (2 + STAGES) * TILE,
                         .full = bar + 8,
                         .empty = bar + 8 * (1 + STAGES),
-                        .n = (keys + COLS - 1) / COLS};
+                        .n = (keys + COLS - 1) / COLS - gap};
     auto fill = [&](int i) {
         pipe_free(&pipe, i);
-        int s = i % STAGES;
+        int s = i % STAGES, s0 = column<MASK>(i, from, gap);
         barrier_expect(pipe.full + 8 * s, 2 * TILE);
-        bulk_tile(pipe.x + s * TILE, &m.k, col, i * COLS, seq, pipe.full + 8 * s);
-        bulk_tile(pipe.y + s * TILE, &m.v, col, i * COLS, seq, pipe.full + 8 * s);
+        bulk_tile(pipe.x + s * TILE, &m.k, col, s0, seq, pipe.full + 8 * s);
+        bulk_tile(pipe.y + s * TILE, &m.v, col, s0, seq, pipe.full + 8 * s);
     };
     pipe_init(bar);
     if (threadIdx.x == 0) {
@@ -123,10 +138,11 @@ static __global__ BOUNDS(2) void fwd_kernel(const __grid_constant__ struct attn 
     barrier_wait(bar, 0);
     own_rows(q, qs, r0);
     /* The warpgroup's tiles. The second may have one more: no tile replaces that. */
-    int n = CAUSAL ? min((w0 + 64) / COLS, pipe.n) : pipe.n;
+    int n = MASK ? min((w0 + 64) / COLS - gap, pipe.n) : pipe.n;
     auto step = [&](int i, bool first) __attribute__((always_inline))
     {
-        int s0 = i * COLS, at = i % STAGES * TILE, before = (i + STAGES - 1) % STAGES * TILE;
+        int s0 = column<MASK>(i, from, gap), at = i % STAGES * TILE,
+            before = (i + STAGES - 1) % STAGES * TILE;
         if (threadIdx.x == 0 && i + AHEAD < pipe.n) fill(i + AHEAD);
         __syncwarp();
         float s[1][COLS / 8][4];
@@ -142,14 +158,20 @@ static __global__ BOUNDS(2) void fwd_kernel(const __grid_constant__ struct attn 
             warpgroup_wait<0>();
         }
         wgmma_hold(&s[0][0][0]);
-        if (s0 + COLS > a.t || (CAUSAL && s0 + COLS - 1 > w0)) {
+        bool whole = s0 + COLS <= a.t;
+        if (MASK) whole = whole && s0 + COLS - 1 <= w0;
+        if (MASK == WINDOW) whole = whole && w0 + 63 - s0 < a.window;
+        if (!whole) {
 #pragma unroll
             for (int nt = 0; nt < COLS / 8; nt++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     int key = s0 + 8 * nt + 2 * (lane & 3) + (e & 1);
                     int query = t0 + r0 + 8 * (e >> 1) + (lane >> 2);
-                    if (key >= a.t || (CAUSAL && key > query)) s[0][nt][e] = -INFINITY;
+                    bool seen = key < a.t;
+                    if (MASK) seen = seen && key <= query;
+                    if (MASK == WINDOW) seen = seen && in_window(&a, query, key);
+                    if (!seen) s[0][nt][e] = MASK == WINDOW ? UNSEEN : -INFINITY;
                 }
         }
         tile_softmax<1, COLS>(s, top, sum, by, a.scale * LOG2E);
@@ -184,7 +206,7 @@ static __global__ BOUNDS(2) void fwd_kernel(const __grid_constant__ struct attn 
 #endif
 }
 
-template <bool CAUSAL>
+template <enum mask MASK>
 static __global__ BOUNDS(1) void dq_kernel(const __grid_constant__ struct attn a,
                                            const __grid_constant__ struct maps m)
 {
@@ -196,19 +218,19 @@ static __global__ BOUNDS(1) void dq_kernel(const __grid_constant__ struct attn a
     int col = head % a.h * D, seq = head / a.h;
     int t0 = tile * ROWS, w0 = t0 + (warp >> 2) * 64; /* first query: block's, warpgroup's */
     int r0 = warp * 16;                               /* warp's, in the block */
-    int keys = CAUSAL ? min(t0 + ROWS, a.t) : a.t;
+    int keys = MASK ? min(t0 + ROWS, a.t) : a.t, from, gap = gap_of<MASK>(&a, t0, &from);
     uint32_t qs = smem_addr(smem), dos = qs + 2 * TILE, bar = qs + (4 + 2 * STAGES) * TILE;
     struct pipe pipe = {.x = qs + 4 * TILE,
                         .y = qs + (4 + STAGES) * TILE,
                         .full = bar + 8,
                         .empty = bar + 8 * (1 + STAGES),
-                        .n = (keys + COLS - 1) / COLS};
+                        .n = (keys + COLS - 1) / COLS - gap};
     auto fill = [&](int i) {
         pipe_free(&pipe, i);
-        int s = i % STAGES;
+        int s = i % STAGES, s0 = column<MASK>(i, from, gap);
         barrier_expect(pipe.full + 8 * s, 2 * TILE);
-        bulk_tile(pipe.x + s * TILE, &m.k, col, i * COLS, seq, pipe.full + 8 * s);
-        bulk_tile(pipe.y + s * TILE, &m.v, col, i * COLS, seq, pipe.full + 8 * s);
+        bulk_tile(pipe.x + s * TILE, &m.k, col, s0, seq, pipe.full + 8 * s);
+        bulk_tile(pipe.y + s * TILE, &m.v, col, s0, seq, pipe.full + 8 * s);
     };
     pipe_init(bar);
     if (threadIdx.x == 0) {
@@ -253,10 +275,11 @@ static __global__ BOUNDS(1) void dq_kernel(const __grid_constant__ struct attn a
     uint32_t packed[1][COLS / 16][4]; /* dS */
     clear(&dq[0][0][0]);
     /* The warpgroup's tiles. The second may have one more: no tile replaces that. */
-    int n = CAUSAL ? min((w0 + 64) / COLS, pipe.n) : pipe.n;
+    int n = MASK ? min((w0 + 64) / COLS - gap, pipe.n) : pipe.n;
     auto step = [&](int i, bool first) __attribute__((always_inline))
     {
-        int s0 = i * COLS, at = i % STAGES * TILE, before = (i + STAGES - 1) % STAGES * TILE;
+        int s0 = column<MASK>(i, from, gap), at = i % STAGES * TILE,
+            before = (i + STAGES - 1) % STAGES * TILE;
         if (threadIdx.x == 0 && i + AHEAD < pipe.n) fill(i + AHEAD);
         __syncwarp();
         float p[1][COLS / 8][4], ds[1][COLS / 8][4];
@@ -283,13 +306,16 @@ static __global__ BOUNDS(1) void dq_kernel(const __grid_constant__ struct attn a
         wgmma_hold(&ds[0][0][0]);
         wgmma_hold(&dq[0][0][0]);
         if (!first) pipe_release(&pipe, i - 1);
-        bool whole = !CAUSAL || s0 + COLS - 1 <= w0;
+        bool whole = !MASK || s0 + COLS - 1 <= w0;
+        if (MASK == WINDOW) whole = whole && w0 + 63 - s0 < a.window;
 #pragma unroll
         for (int nt = 0; nt < COLS / 8; nt++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int key = s0 + 8 * nt + 2 * (lane & 3) + (e & 1);
-                bool seen = whole || key <= t0 + r0 + 8 * (e >> 1) + (lane >> 2);
+                int query = t0 + r0 + 8 * (e >> 1) + (lane >> 2);
+                bool seen = whole || key <= query;
+                if (MASK == WINDOW) seen = whole || (key <= query && in_window(&a, query, key));
                 ds[0][nt][e] = seen ? p[0][nt][e] * (ds[0][nt][e] - dot[e >> 1]) : 0.0f;
             }
         tile_pack<1, COLS>(packed, ds);
@@ -309,7 +335,7 @@ static __global__ BOUNDS(1) void dq_kernel(const __grid_constant__ struct attn a
 #endif
 }
 
-template <bool CAUSAL>
+template <enum mask MASK>
 static __global__ BOUNDS(1) void dkv_kernel(const __grid_constant__ struct attn a,
                                             const __grid_constant__ struct maps m)
 {
@@ -321,13 +347,14 @@ static __global__ BOUNDS(1) void dkv_kernel(const __grid_constant__ struct attn 
     int col = head % a.h * D, seq = head / a.h;
     int s0 = tile * ROWS, w0 = s0 + (warp >> 2) * 64; /* first key: block's, warpgroup's */
     int r0 = warp * 16;                               /* warp's, in the block */
-    int first = CAUSAL ? s0 : 0;                      /* query */
+    int first = MASK ? s0 : 0;                        /* query */
+    int last = MASK == WINDOW ? window_end(&a, s0, ROWS) : a.t;
     uint32_t ks = smem_addr(smem), vs = ks + 2 * TILE, bar = ks + (4 + 2 * STAGES) * TILE;
     struct pipe pipe = {.x = ks + 4 * TILE,
                         .y = ks + (4 + STAGES) * TILE,
                         .full = bar + 8,
                         .empty = bar + 8 * (1 + STAGES),
-                        .n = (a.t - first + COLS - 1) / COLS};
+                        .n = (last - first + COLS - 1) / COLS};
     const float2 *rows = (const float2 *)(smem + (4 + 2 * STAGES) * TILE);
     bar += STAGES * COLS * 8, pipe.full += STAGES * COLS * 8, pipe.empty += STAGES * COLS * 8;
     auto fill = [&](int i) {
@@ -378,14 +405,17 @@ static __global__ BOUNDS(1) void dkv_kernel(const __grid_constant__ struct attn 
             warpgroup_wait<1>();
         }
         wgmma_hold(&p[0][0][0]);
-        bool whole = !CAUSAL || t0 >= w0 + 63;
+        bool whole = !MASK || t0 >= w0 + 63;
+        if (MASK == WINDOW) whole = whole && t0 + COLS - 1 - w0 < a.window;
 #pragma unroll
         for (int nt = 0; nt < COLS / 8; nt++) {
             float4 y = x[4 * nt + (lane & 3)]; /* (lse, D) of two queries */
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int query = t0 + 8 * nt + 2 * (lane & 3) + (e & 1);
-                bool seen = whole || s0 + r0 + 8 * (e >> 1) + (lane >> 2) <= query;
+                int key = s0 + r0 + 8 * (e >> 1) + (lane >> 2);
+                bool seen = whole || key <= query;
+                if (MASK == WINDOW) seen = whole || (key <= query && in_window(&a, query, key));
                 float pe = tile_prob(p[0][nt][e], a.scale * LOG2E, e & 1 ? y.z : y.x);
                 p[0][nt][e] = seen ? pe : 0.0f;
             }
@@ -415,7 +445,7 @@ static __global__ BOUNDS(1) void dkv_kernel(const __grid_constant__ struct attn 
         tile_pack<1, COLS>(packed_ds, ds);
     };
     /* Tiles wholly before the second warpgroup's keys. The first one asks for tiles. */
-    int begin = CAUSAL ? (w0 - first) / COLS : 0;
+    int begin = MASK ? (w0 - first) / COLS : 0;
     for (int i = 0; i < begin; i++) {
         pipe_wait(&pipe, i);
         pipe_release(&pipe, i);
@@ -447,7 +477,7 @@ bool srf__attn_wgmma_takes(const struct srf_ctx *ctx, int64_t d)
 {
     struct cudaFuncAttributes f;
     return d == D && cuda_of(ctx)->cc == 90 &&
-           cudaFuncGetAttributes(&f, (const void *)fwd_kernel<true>) == cudaSuccess &&
+           cudaFuncGetAttributes(&f, (const void *)fwd_kernel<CAUSAL>) == cudaSuccess &&
            f.maxThreadsPerBlock == THREADS;
 }
 
@@ -464,23 +494,32 @@ static srf_status launch(struct srf_ctx *ctx, const struct attn *a, const struct
     return srf__cuda_launched("softmax_attn");
 }
 
+static enum mask mask_of(const struct attn *a, bool causal)
+{
+    return !causal ? ALL : a->window < a->t ? WINDOW : CAUSAL;
+}
+
 srf_status srf__attn_wgmma_fwd(struct srf_ctx *ctx, const struct attn *a, bool causal)
 {
+    static kernel *const kernels[] = {fwd_kernel<ALL>, fwd_kernel<CAUSAL>, fwd_kernel<WINDOW>};
     struct maps m;
     SRF_TRY(make_map(&m.q, a->q, a, a->ld));
     SRF_TRY(make_map(&m.k, a->k, a, a->ld));
     SRF_TRY(make_map(&m.v, a->v, a, a->ld));
     m.d_o = m.q; /* not used */
-    return launch(ctx, a, &m, causal ? fwd_kernel<true> : fwd_kernel<false>, FWD_SMEM);
+    return launch(ctx, a, &m, kernels[mask_of(a, causal)], FWD_SMEM);
 }
 
 srf_status srf__attn_wgmma_bwd(struct srf_ctx *ctx, const struct attn *a, bool causal)
 {
+    static kernel *const dq[] = {dq_kernel<ALL>, dq_kernel<CAUSAL>, dq_kernel<WINDOW>};
+    static kernel *const dkv[] = {dkv_kernel<ALL>, dkv_kernel<CAUSAL>, dkv_kernel<WINDOW>};
+    enum mask mask = mask_of(a, causal);
     struct maps m;
     SRF_TRY(make_map(&m.q, a->q, a, a->ld));
     SRF_TRY(make_map(&m.k, a->k, a, a->ld));
     SRF_TRY(make_map(&m.v, a->v, a, a->ld));
     SRF_TRY(make_map(&m.d_o, a->d_o, a, a->ld_o));
-    SRF_TRY(launch(ctx, a, &m, causal ? dq_kernel<true> : dq_kernel<false>, BWD_SMEM));
-    return launch(ctx, a, &m, causal ? dkv_kernel<true> : dkv_kernel<false>, BWD_SMEM);
+    SRF_TRY(launch(ctx, a, &m, dq[mask], BWD_SMEM));
+    return launch(ctx, a, &m, dkv[mask], BWD_SMEM);
 }

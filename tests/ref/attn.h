@@ -9,3 +9,6 @@ void ref_softmax_attn_fwd(const struct srf_softmax_attn_fwd_args *a);
 void ref_softmax_attn_bwd(const struct srf_softmax_attn_bwd_args *a);
 void ref_srf_attn_fwd(const struct srf_srf_attn_fwd_args *a);
 void ref_srf_attn_bwd(const struct srf_srf_attn_bwd_args *a);
+/* dw is accumulated, and must be there. */
+void ref_map_attn_fwd(const struct srf_map_attn_fwd_args *a);
+void ref_map_attn_bwd(const struct srf_map_attn_bwd_args *a);

@@ -36,6 +36,9 @@ static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, do
     c.offsets = twin_raw_of(&c.s, pos, (size_t)(shape.b + 1) * sizeof *pos);
     c.slots = twin_raw_of(&c.s, pos, (size_t)shape.b * sizeof *pos);
     srf__free(pos);
+    int64_t maps = shape.n_sets == shape.h ? sets * shape.m * (shape.d + 1) : 0;
+    c.map_w = twin_normal(&c.s, maps, 0.25);
+    c.d_map_w = twin_acc_fill(&c.s, maps, 1);
     return c;
 }
 
@@ -228,7 +231,8 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
 }
 
 #define SOFTMAX_SHAPE                                                                              \
-    .b = c->shape.b, .t = c->shape.t, .h = c->shape.h, .d = c->shape.d, .causal = c->shape.causal
+    .b = c->shape.b, .t = c->shape.t, .h = c->shape.h, .d = c->shape.d, .causal = c->shape.causal, \
+    .window = c->shape.window, .sinks = c->sinks
 
 void attn_case_softmax_fwd(struct attn_case *c)
 {
@@ -262,4 +266,55 @@ void attn_case_ref_softmax_bwd(struct attn_case *c)
         SOFTMAX_SHAPE, .q = ref(c, c->qkv, 0), .k = ref(c, c->qkv, 1), .v = ref(c, c->qkv, 2),
         .ld = c->ld, .d_o = c->d_o.ref, .ld_o = c->ld_o, .dq = ref(c, c->dqkv, 0),
         .dk = ref(c, c->dqkv, 1), .dv = ref(c, c->dqkv, 2)});
+}
+
+void attn_case_map_fwd(struct attn_case *c, enum srf_map_kind map)
+{
+    send(c);
+    twin_run(&c->s, map_attn_fwd, .s = c->shape, .map = map, .q = dev(c, c->qkv, 0),
+             .k = dev(c, c->qkv, 1), .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->map_w.dev,
+             .o = c->o.dev, .ld_o = c->ld_o, .stat = c->stat.dev);
+}
+
+void attn_case_map_bwd(struct attn_case *c, enum srf_map_kind map)
+{
+    send(c);
+    twin_run(&c->s, map_attn_bwd, .s = c->shape, .map = map, .q = dev(c, c->qkv, 0),
+             .k = dev(c, c->qkv, 1), .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->map_w.dev,
+             .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev,
+             .dq = dev(c, c->dqkv, 0), .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2),
+             .dw = c->no_dw ? NULL : c->d_map_w.dev);
+}
+
+void attn_case_ref_map_fwd(struct attn_case *c, enum srf_map_kind map)
+{
+    send(c);
+    ref_map_attn_fwd(&(struct srf_map_attn_fwd_args){.s = c->shape,
+                                                     .map = map,
+                                                     .q = ref(c, c->qkv, 0),
+                                                     .k = ref(c, c->qkv, 1),
+                                                     .v = ref(c, c->qkv, 2),
+                                                     .ld = c->ld,
+                                                     .w = c->map_w.ref,
+                                                     .o = c->o.ref,
+                                                     .ld_o = c->ld_o,
+                                                     .stat = c->stat.ref});
+}
+
+void attn_case_ref_map_bwd(struct attn_case *c, enum srf_map_kind map)
+{
+    send(c);
+    ref_map_attn_bwd(&(struct srf_map_attn_bwd_args){.s = c->shape,
+                                                     .map = map,
+                                                     .q = ref(c, c->qkv, 0),
+                                                     .k = ref(c, c->qkv, 1),
+                                                     .v = ref(c, c->qkv, 2),
+                                                     .ld = c->ld,
+                                                     .w = c->map_w.ref,
+                                                     .d_o = c->d_o.ref,
+                                                     .ld_o = c->ld_o,
+                                                     .dq = ref(c, c->dqkv, 0),
+                                                     .dk = ref(c, c->dqkv, 1),
+                                                     .dv = ref(c, c->dqkv, 2),
+                                                     .dw = c->d_map_w.ref});
 }

@@ -13,11 +13,13 @@ struct attn_case {
     bool qkv_set;                   /* qkv.ref is newer than the device's */
     struct twin o, dqkv, dw;        /* outputs; dw starts at 1 */
     struct twin lse, stat;          /* of softmax, of SRF attention */
+    struct twin map_w, d_map_w;     /* trained maps, N(0, 1 / 16), and their gradient, from 1 on */
     struct twin state;              /* of the recurrent form */
     struct twin piece, piece_o;     /* its qkv and o */
     struct twin_raw pos;            /* its positions (b) */
     struct twin_raw offsets, slots; /* of a packed piece: first rows (b + 1), states (b) */
     int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
+    int64_t sinks;     /* of softmax attention, whose window is the shape's */
     bool no_dw;        /* features are not trained */
     bool state_bf16;   /* how `state` is stored; its twin then holds no values */
 };
@@ -59,3 +61,9 @@ void attn_case_softmax_fwd(struct attn_case *c);
 void attn_case_softmax_bwd(struct attn_case *c);
 void attn_case_ref_softmax_fwd(struct attn_case *c);
 void attn_case_ref_softmax_bwd(struct attn_case *c);
+
+/* Attention with trained maps of the same tensors; n_sets must be h. */
+void attn_case_map_fwd(struct attn_case *c, enum srf_map_kind map);
+void attn_case_map_bwd(struct attn_case *c, enum srf_map_kind map);
+void attn_case_ref_map_fwd(struct attn_case *c, enum srf_map_kind map);
+void attn_case_ref_map_bwd(struct attn_case *c, enum srf_map_kind map);

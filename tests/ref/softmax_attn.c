@@ -15,12 +15,15 @@ static double score(const double *q, const double *k, int64_t d)
     return sum / sqrt((double)d);
 }
 
-/* p (n) = softmax of row t's scores over its n keys; returns their log-sum-exp. */
-static double weights(const double *q, const double *k, int64_t ld, int64_t n, int64_t d, double *p)
+/* p (n) = softmax of row t's scores over those of its n keys that it sees; returns their
+ * log-sum-exp. The latest `window` are seen and the first `sinks`; window 0: all. */
+static double weights(const double *q, const double *k, int64_t ld, int64_t n, int64_t d,
+                      int64_t window, int64_t sinks, double *p)
 {
     double most = -INFINITY, sum = 0;
     for (int64_t s = 0; s < n; s++) {
-        p[s] = score(q, k + s * ld, d);
+        bool seen = window == 0 || s < sinks || s >= n - window;
+        p[s] = seen ? score(q, k + s * ld, d) : -INFINITY;
         most = fmax(most, p[s]);
     }
     for (int64_t s = 0; s < n; s++) sum += exp(p[s] - most);
@@ -35,7 +38,8 @@ void ref_softmax_attn_fwd(const struct srf_softmax_attn_fwd_args *a)
     for (int64_t i = 0; i < a->b * a->h * a->t; i++) {
         int64_t b = i / (a->h * a->t), h = i / a->t % a->h, t = i % a->t;
         int64_t first = at(b, 0, h, a->t, a->d, a->ld), n = a->causal ? t + 1 : a->t;
-        double lse = weights(q + first + t * a->ld, k + first, a->ld, n, a->d, p);
+        double lse =
+            weights(q + first + t * a->ld, k + first, a->ld, n, a->d, a->window, a->sinks, p);
         double *o = (double *)a->o + at(b, t, h, a->t, a->d, a->ld_o);
         if (a->lse) ((double *)a->lse)[i] = lse;
         for (int64_t j = 0; j < a->d; j++) {
@@ -60,7 +64,7 @@ void ref_softmax_attn_bwd(const struct srf_softmax_attn_bwd_args *a)
         int64_t row = first + t * a->ld;
         const double *d_o = (const double *)a->d_o + at(b, t, h, a->t, a->d, a->ld_o);
         double mean = 0;
-        weights(q + row, k + first, a->ld, n, a->d, p);
+        weights(q + row, k + first, a->ld, n, a->d, a->window, a->sinks, p);
         for (int64_t s = 0; s < n; s++) {
             dp[s] = 0;
             for (int64_t j = 0; j < a->d; j++) dp[s] += d_o[j] * v[first + s * a->ld + j];
