@@ -22,7 +22,8 @@ void svg_style(FILE *to)
           ".texts p{margin:0;overflow-wrap:anywhere}"
           "@media (max-width:44rem){.texts{grid-template-columns:1fr}}\n"
           ".head{color:var(--quiet);font-size:.85rem}.else{color:var(--s1)}"
-          ".hist{fill:var(--s2);opacity:.8}.mark{stroke:var(--s1);stroke-width:1.5;"
+          ".faint{opacity:.3;stroke-width:1}.hist{fill:var(--s2);opacity:.8}.mark{stroke:var(--s1);"
+          "stroke-width:1.5;"
           "stroke-dasharray:4 3}\n"
           "table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}\n"
           "th,td{padding:.2rem .9rem .2rem 0;text-align:right;border-bottom:1px solid var(--rule)}"
@@ -182,7 +183,7 @@ static void format_number(double v, char *buf, size_t size)
 static void path(FILE *to, const struct svg__axis *x, const struct svg__axis *y,
                  const struct svg_series *s, const double *values)
 {
-    fprintf(to, "<path class='l%d' d='", s->look);
+    fprintf(to, "<path class='l%d%s' d='", s->look, s->faint ? " faint" : "");
     bool open = false;
     for (int64_t i = 0; i < s->n; i++) {
         if (!shows(x, s->x[i]) || !shows(y, values[i])) {
@@ -201,7 +202,7 @@ static void series(FILE *to, const struct svg__axis *x, const struct svg__axis *
 {
     if (s->line) path(to, x, y, s, s->line);
     if (s->connect) path(to, x, y, s, s->y);
-    for (int64_t i = 0; i < s->n; i++) {
+    for (int64_t i = 0; i < s->n && !s->bare; i++) {
         if (!shows(x, s->x[i]) || !shows(y, s->y[i])) continue;
         double px = svg__place(x, s->x[i]), py = svg__place(y, s->y[i]);
         if (s->low && shows(y, s->low[i]) && shows(y, s->high[i]))
@@ -249,12 +250,15 @@ void svg_line_chart(FILE *to, const struct svg_chart *c)
         format_number(values[i], label, sizeof label);
         svg__text_at(to, x.from - 8, py + 4, "end", NULL, label);
     }
-    /* On x the data's own values are what a reader looks for. */
+    /* On x the data's own values are what a reader looks for, where they are few. */
     const struct svg_series *first = c->series;
-    for (int64_t i = 0; c->n_series && i < first->n; i++) {
-        if (!shows(&x, first->x[i])) continue;
-        snprintf(label, sizeof label, "%.6g", first->x[i]);
-        svg__text_at(to, svg__place(&x, first->x[i]), y.from + 18, "middle", NULL, label);
+    bool own = c->n_series && first->n <= 12 && !first->bare;
+    n = own ? (int)first->n : ticks(&x, values);
+    for (int i = 0; i < n; i++) {
+        double at = own ? first->x[i] : values[i];
+        if (!shows(&x, at)) continue;
+        snprintf(label, sizeof label, "%.6g", at);
+        svg__text_at(to, svg__place(&x, at), y.from + 18, "middle", NULL, label);
     }
     fprintf(to, "<line class='axis' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
             y.from, y.from);
@@ -272,8 +276,8 @@ void svg_legend(FILE *to, const struct svg_series *s, int n, const char *points,
     for (int i = 0; i < n; i++) {
         fputs("<span><svg width='24' height='14'>", to);
         if (s[i].connect || (lines && s[i].line))
-            fprintf(to, "<path class='l%d' d='M0 7H24'/>", s[i].look);
-        mark(to, s[i].look, 12, 7);
+            fprintf(to, "<path class='l%d%s' d='M0 7H24'/>", s[i].look, s[i].faint ? " faint" : "");
+        if (!s[i].bare) mark(to, s[i].look, 12, 7);
         fputs("</svg> ", to);
         svg_text(to, s[i].name);
         fputs("</span>", to);

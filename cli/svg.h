@@ -16,6 +16,7 @@ struct svg_series {
     const double *low, *high; /* ends of error bars, or NULL */
     const double *line;       /* y of a line through the same x: a theory beside the points; NULL */
     bool connect;             /* join the points themselves */
+    bool bare, faint;         /* without marks; behind the others */
 };
 
 struct svg_chart {

@@ -1,4 +1,5 @@
 #include "cli/training.h"
+#include "cli/training_page.h"
 #include "train/calibrate.h"
 
 #include <math.h>
@@ -338,7 +339,7 @@ static void print_result(const struct cli_training *defaults, const struct input
         printf("%s: %lld steps in %.1f s, loss %.4f", defaults->name,
                (long long)(steps - p->first_step), seconds, p->loss);
     if (val_ppl > 0) printf(", validation perplexity %.3f", val_ppl);
-    printf("; model in %s/model.h5\n", in->out);
+    printf("; model in %s/model.h5, curves in %s/training.html\n", in->out, in->out);
 }
 
 static int run(const struct cli_training *defaults, struct inputs *in)
@@ -369,6 +370,10 @@ static int run(const struct cli_training *defaults, struct inputs *in)
     } else {
         print_result(defaults, in, &report, val_ppl, cli_now() - start);
     }
+    /* The model is what counts: a page that cannot be written fails nothing. */
+    bool draw = st == SRF_OK || st == SRF_INTERRUPTED;
+    if (draw && training_page(defaults->name, in->out) != SRF_OK)
+        fprintf(stderr, "srf: warning: %s\n", srf_error_message());
     free_run(&r);
     return code;
 }

@@ -55,7 +55,7 @@ for ((i = 1; i <= times; i++)); do
     [ -f $run/model.h5 ] || killed=$((killed + 1))
     "$SRF" info $run/last.h5 >/dev/null || fail "run $i, killed after $at ms: no whole checkpoint"
     "${resume[@]}" --out $run >/dev/null || fail "run $i, killed after $at ms: resume failed"
-    [ "$(ls $run | tr '\n' ' ')" = "last.h5 metrics.jsonl model.h5 " ] ||
+    [ "$(ls $run | tr '\n' ' ')" = "last.h5 metrics.jsonl model.h5 training.html " ] ||
         fail "run $i, killed after $at ms: left $(ls $run)"
     cmp <(metrics whole) <(metrics $run) || fail "run $i, killed after $at ms: other metrics"
     cmp whole/model.h5 $run/model.h5 || fail "run $i, killed after $at ms: other weights"

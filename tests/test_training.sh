@@ -29,6 +29,18 @@ refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.tx
 grep -q '^{"step": 1,.*"lr": 0.000333' run/metrics.jsonl ||
     fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
 
+# The run's curves, as a page of its own; one that cannot be written costs no run.
+for text in '<!DOCTYPE html>' '</html>' 'srf retrofit' 'KL(teacher' 'learning rate'; do
+    grep -qF "$text" run/training.html || fail "training.html lacks $text"
+done
+[ "$(grep -c '<svg.*role=' run/training.html)" -eq 4 ] || fail "training.html: a curve is missing"
+! grep -qE '(src|href)=|https?:|nan|inf[ "<]' run/training.html ||
+    fail "training.html needs something else, or shows no number"
+mkdir -p barred/training.html
+"${retrofit[@]}" --out barred >stdout 2>stderr || fail "a page that cannot be written: exit $?"
+grep -q '^srf: warning: .*training.html' stderr || fail "no word of the page: $(cat stderr)"
+[ -f barred/model.h5 ] || fail "a page that cannot be written: no model"
+
 # A resumed run goes on as it began.
 refuse 2 "--steps" "${resume[@]}" --steps 50
 refuse 2 "--lr" "${resume[@]}" --quiet --lr 5

@@ -44,11 +44,11 @@ srf_status srf_run_check_new(const char *dir)
     return SRF_OK;
 }
 
-/* Whether a name is one that an unfinished last.h5 or model.h5 has: see srf__temp_name. */
+/* Whether a name is one that an unfinished file of a run has: see srf__temp_name. */
 static bool is_unfinished(const char *name)
 {
-    static const char *const starts[] = {"last.h5.tmp.", "model.h5.tmp."};
-    for (int i = 0; i < 2; i++) {
+    static const char *const starts[] = {"last.h5.tmp.", "model.h5.tmp.", "training.html.tmp."};
+    for (int i = 0; i < 3; i++) {
         size_t n = strlen(starts[i]), digits = 0;
         if (strncmp(name, starts[i], n) != 0) continue;
         digits = strspn(name + n, "0123456789");
