@@ -100,6 +100,9 @@ section "Perplexity of the recurrent hybrid, one token at a time" \
 section "Measure the error of the approximation" \
     "$srf" validate --model "$out/base.h5" --data "$out/heldout.h5" --m "$features" \
     --window 0 --out "$out/validate"
+section "Compare the hybrid with the untouched model" \
+    "$srf" validate --model "$out/hybrid/model.h5" --teacher "$out/base.h5" \
+    --data "$out/heldout.h5" --kernel-draws 4 --draws 4 --out "$out/validate-hybrid"
 section "Generate a paragraph with each recurrent model" generate
 
 seconds=$(awk -v a="$demo_start" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')

@@ -3,7 +3,8 @@
     report.py [--seconds S] out/demo     summary, pictures, report; fails if a promise is broken
     report.py --perplexity eval.json     print one number
 
-Needs numpy and matplotlib. The page is one file: the pictures are inside it (and beside it).
+Needs numpy and matplotlib. The page is one file: its pictures are inside it (and beside it). It
+links to the pages that srf itself makes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 # What the demo promises: share of the log-perplexity gap that a retrofit closes, and how far the
 # recurrent form may be from the parallel one.
@@ -148,8 +150,14 @@ def draw_loss(out):
     axes.set_ylim(top=max(top) * 1.03)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
-    axes.legend()
+    legend_above(axes, 3)
     return save(figure, out, "loss")
+
+
+def legend_above(axes, columns, **options):
+    """Where it hides nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handlelength=1.4,
+                columnspacing=1.2, **options)
 
 
 def draw_perplexities(out, summary):
@@ -191,12 +199,14 @@ def draw_kernel_error(out, validation, v2):
         if not mine:
             continue
         m = [row["m"] for row in mine]
-        axes.plot(m, [row["mse"] for row in mine], "o", color=colour, markersize=4, label=kind)
+        hollow = kind == "simplex+"  # lies on simplex without hiding it
+        axes.plot(m, [row["mse"] for row in mine], "o", color=colour, markersize=8 if hollow else 4,
+                  markerfacecolor="none" if hollow else colour, label=kind)
         if mine[0]["closed_form"] is not None:
             axes.plot(m, [row["closed_form"] for row in mine], color=colour, linewidth=1.2)
     features_axis(axes, sorted({row["m"] for row in rows}))
     axes.set_ylabel("relative squared error of a weight")
-    axes.legend(loc="upper right", title="dots: measured, lines: theory", title_fontsize=9)
+    legend_above(axes, 4, title="dots: measured, lines: theory", title_fontsize=9)
     return save(figure, out, "kernel_error")
 
 
@@ -217,8 +227,10 @@ def draw_error_of_m(out, validation):
     )
     axes.plot(m, [h.mean() for h in heads], "o-", color=COLOURS["pure"], label="mean over heads")
     features_axis(axes, m)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 5]))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.set_ylabel("relative error of the output")
-    axes.legend()
+    legend_above(axes, 2)
     return save(figure, out, "error_of_m")
 
 
@@ -243,8 +255,8 @@ def draw_heat_map(out, name, values, label, number):
             colour = "white" if value > middle else "#222222"
             axes.text(head, layer, number.format(value), ha="center", va="center", color=colour,
                       fontsize=min(10, 60 / heads))
-    axes.set_xticks(range(heads), range(1, heads + 1))
-    axes.set_yticks(range(layers), range(1, layers + 1))
+    axes.set_xticks(range(heads))
+    axes.set_yticks(range(layers))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.grid(False)
@@ -255,8 +267,8 @@ def draw_heat_map(out, name, values, label, number):
 # --- page ---------------------------------------------------------------------------------------
 
 STYLE = """
-body { font: 17px/1.5 system-ui, sans-serif; color: #222; max-width: 42rem; margin: 0 auto;
-       padding: 1rem; }
+body { font: 17px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+       max-width: 42rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 img { display: block; width: 100%; max-width: 34rem; height: auto; margin: .5rem auto; }
 table { border-collapse: collapse; width: 100%; font-size: .94rem; }
@@ -265,6 +277,9 @@ th, td { text-align: left; padding: .35rem .3rem; border-bottom: 1px solid #ddd;
 td.n, th.n { text-align: right; white-space: nowrap; }
 blockquote { margin: .5rem 0; padding: .2rem 1rem; border-left: 4px solid #2e8b57;
              background: #f4f8f5; overflow-wrap: anywhere; }
+.sides { display: grid; grid-template-columns: repeat(3, 1fr); gap: 0 1rem; font-size: .94rem; }
+.sides p { margin: .2rem 0 .8rem; overflow-wrap: anywhere; } .own { color: #b0521a; }
+@media (max-width: 36rem) { .sides { grid-template-columns: 1fr; } }
 .small { font-size: .88rem; color: #555; }
 """
 
@@ -282,6 +297,10 @@ def table(head, rows):
     )
     lines = [f"<tr>{cells('th', head)}</tr>"] + [f"<tr>{cells('td', row)}</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
+
+
+def percent(share):
+    return f"{100 * share:.1f} %"
 
 
 def size(n_bytes):
@@ -306,8 +325,8 @@ def results_section(summary, pictures):
     rows = [
         ("softmax attention (untouched)", f"{s['ppl_softmax']:.2f}", ""),
         ("swapped, not yet trained", f"{s['ppl_swapped']:.2f}", "0 %"),
-        ("pure retrofit", f"{s['ppl_pure']:.2f}", f"{s['closed_pure']:.1%}"),
-        ("hybrid retrofit", f"{s['ppl_hybrid']:.2f}", f"{s['closed_hybrid']:.1%}"),
+        ("pure retrofit", f"{s['ppl_pure']:.2f}", percent(s["closed_pure"])),
+        ("hybrid retrofit", f"{s['ppl_hybrid']:.2f}", percent(s["closed_hybrid"])),
     ]
     return f"""
 <h2>How good is it?</h2>
@@ -323,7 +342,9 @@ retrofitted ones do: it is the same model, computed another way.</p>
 <h2>Training</h2>
 {picture(pictures["loss"], "Curves: training loss of the two retrofits")}
 <p>Loss of the two retrofits on the training text. Pale: each step. Strong: a running mean. The
-dashed line is where the untouched model stands on a part of the same text.</p>"""
+dashed line is where the untouched model stands on a part of the same text: the curves should come
+down to it. More of each run: <a href="pure/training.html">pure</a>,
+<a href="hybrid/training.html">hybrid</a>.</p>"""
 
 
 def memory_section(out, summary):
@@ -346,7 +367,34 @@ pure model keeps, and growing with each token.</p>
 <h2>What it writes</h2>
 <p>The recurrent models go on from the prompt in bold. They are very small: expect the sound of the
 text they learned, not sense.</p>
-{quotes}"""
+{quotes}
+{sides(read_json(out / "validate-hybrid" / "validate.json"))}"""
+
+
+def sides(validation):
+    """What the untouched model and the hybrid make of the same prompts."""
+    texts = validation["texts"]
+    rows = ""
+    for text in texts:
+        prompt, original = html.escape(text["prompt"]), html.escape(text["original"])
+        theirs, ours = text["teacher"], text["student"]
+        same = os.path.commonprefix([theirs, ours])
+        rows += (
+            f"<p>… <b>{prompt}</b> …</p><div class=sides>"
+            f"<div><span class=small>softmax, untouched</span><p>{html.escape(theirs)}</p></div>"
+            f"<div><span class=small>hybrid</span><p>{html.escape(same)}"
+            f"<span class=own>{html.escape(ours[len(same):])}</span></p></div>"
+            f"<div><span class=small>the text itself</span><p>{original}</p></div></div>"
+        )
+    return f"""
+<h2>Beside the model that it was</h2>
+<p>The untouched model and the hybrid go on from the same words of a held-out chapter, with the same
+random numbers: where their predictions agree they write the same. In colour: from where the hybrid
+goes its own way. Its predictions are {validation["kl"]:.2g} nats from the untouched model's, and
+should read no worse.</p>
+{rows}
+<p class="small">By position, draw and head:
+<a href="validate-hybrid/validate.html">the hybrid beside the untouched model</a>.</p>"""
 
 
 def error_section(pictures, validation):
@@ -359,13 +407,15 @@ def error_section(pictures, validation):
 spread: simplex features are spread best. The dots should lie on the lines.</p>
 {picture(pictures["error_of_m"], "Error of the attention output against the number of features")}
 <p>The same for what comes out of attention, on the model's own queries, keys and values, before any
-training.</p>
+training. It should fall; where a head is too hard for the features it hardly does.</p>
 {picture(pictures["output_error"], "Heat map: attention output error by layer and head")}
 <p>How far each head's output is from softmax attention's with {m} features (0 = the same). Pale
 heads hardly notice the swap; dark ones are what the retrofit has to mend.</p>
 {picture(pictures["difficulty"], "Heat map: size of q + k by layer and head")}
 <p>Why some heads are harder: the larger the queries and keys, |q + k|²/√d, the noisier the
-estimate, exponentially so.</p>"""
+estimate, exponentially so.</p>
+<p class="small">All of it, right after the swap and before any training:
+<a href="validate/validate.html">predictions, texts, every head, the kernel</a>.</p>"""
 
 
 def write_page(out, summary, pictures, validation):
