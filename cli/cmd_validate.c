@@ -130,10 +130,14 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     const struct srf_model_config *cfg = &r->ck->config;
     struct srf_attention_config a = r->ck->attention;
+    SRF_FAIL_IF(a.kind != SRF_ATTN_SRF && a.kind != SRF_ATTN_SOFTMAX, SRF_INVALID,
+                "%s has %s attention: validate measures SRF attention against softmax", in->model,
+                srf_attention_kind_name(a.kind));
     a.kind = SRF_ATTN_SRF; /* of a softmax model: what swapping it would do */
     SRF_TRY(cli_set_attention(&in->attention, cfg->c / cfg->n_heads, &a));
     SRF_FAIL_IF(a.kind != SRF_ATTN_SRF, SRF_INVALID,
-                "--attention softmax: validate measures SRF attention against it");
+                "--attention %s: validate measures SRF attention against softmax",
+                srf_attention_kind_name(a.kind));
     if (in->teacher) SRF_TRY(open_teacher(in, r));
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
     struct srf_validate_config *c = &r->config;
@@ -310,23 +314,26 @@ static srf_status measure(const struct inputs *in, struct run *r)
 static srf_status report(const struct inputs *in, struct run *r)
 {
     const struct srf_model_config *cfg = &r->ck->config;
-    struct validate_report v = {.model = in->model,
-                                .teacher = in->teacher,
-                                .dtype = r->ctx->dtype,
-                                .data = in->data,
-                                .head_size = cfg->c / cfg->n_heads,
-                                .kernel_draws = in->kernel_draws,
-                                .tokens = r->config.windows * r->config.seq_len,
-                                .config = &r->config,
-                                .result = &r->result,
-                                .kernel = r->kernel,
-                                .closed = r->closed,
-                                .tried = r->tried,
-                                .places = r->places,
-                                .draw_ppl = r->draw_ppl,
-                                .texts = r->texts,
-                                .n_texts = r->n_texts,
-                                .seconds = r->seconds};
+    struct validate_report v = {
+        .model = in->model,
+        .teacher = in->teacher,
+        .dtype = r->ctx->dtype,
+        .data = in->data,
+        .head_size = cfg->c / cfg->n_heads,
+        .kernel_draws = in->kernel_draws,
+        .tokens = r->config.windows * r->config.seq_len,
+        .config = &r->config,
+        .result = &r->result,
+        .kernel = r->kernel,
+        .closed = r->closed,
+        .tried = r->tried,
+        .places = r->places,
+        .draw_ppl = r->draw_ppl,
+        .texts = r->texts,
+        .n_texts = r->n_texts,
+        .trained = r->ck->features_w &&
+                   srf_attention_same_features(&r->ck->attention, &r->config.attention),
+        .seconds = r->seconds};
     SRF_TRY(validate_json(&v, &r->json));
     SRF_TRY(validate_html(&v, &r->html));
     SRF_TRY(write_file(in->out, "validate.json", r->json));
@@ -351,9 +358,8 @@ int cmd_validate(int argc, char **argv)
     const struct cli_option options[] = {
         {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint (any format)", 0, 0},
         {"teacher", 0, CLI_STRING, &in.teacher, "PATH",
-         "what a retrofitted model was before: its predictions and texts are compared with this "
-         "one's, by softmax (the model's own weights)",
-         0, 0},
+         "the softmax model that a retrofit comes from, to compare it with (the model itself)", 0,
+         0},
         {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
          0},
         {"out", 0, CLI_STRING, &in.out, "DIR", "where validate.json and validate.html go", 0, 0},

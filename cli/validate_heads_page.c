@@ -66,7 +66,8 @@ void validate_page_norms(const struct validate_report *r, FILE *to)
 void validate_page_errors(const struct validate_report *r, FILE *to)
 {
     int64_t i = validate_main(r), n = r->result->n_layers * r->result->n_heads;
-    const double *errors = validate_errors_at(r, r->result->error, i);
+    const double *mean = validate_errors_at(r, r->result->error, i);
+    const double *errors = r->trained ? r->result->error_own : mean;
     const double *sds = validate_errors_at(r, r->result->error_sd, i);
     struct validate_summary s = validate_summarize(r, errors);
     double sd = 0;
@@ -87,14 +88,14 @@ void validate_page_errors(const struct validate_report *r, FILE *to)
           "head on the model's own q, k, v, for ",
           to);
     svg_text(to, attention);
-    fprintf(
-        to,
-        ". Good: pale; at 1 the error is as large as the output itself, and such a head is noise "
-        "right after a swap. The median head is off by %.3g, the worst "
-        "(layer %lld head %lld) by %.3g; from one draw to another a head's error changes by "
-        "%.2g (standard deviation, %lld draws).</p>\n",
-        s.median, (long long)s.worst_layer, (long long)s.worst_head, s.worst, sd,
-        (long long)r->config->n_draws);
+    fprintf(to,
+            " (%s). Good: pale; at 1 the error is as large as the output itself, and such a head "
+            "is noise right after a swap. The median head is off by %.3g, the worst (layer %lld "
+            "head %lld) by %.3g; from one draw to another a head's error changes by %.2g "
+            "(standard deviation, %lld draws).</p>\n",
+            r->trained ? "the features that it was trained with" : "mean over draws", s.median,
+            (long long)s.worst_layer, (long long)s.worst_head, s.worst, sd,
+            (long long)r->config->n_draws);
 }
 
 void validate_page_sweep(const struct validate_report *r, FILE *to)

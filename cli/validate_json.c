@@ -173,6 +173,7 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "output_error", matrix(r, validate_errors_at(r, res->error, i), 1));
     json_object_set_new(o, "output_error_sd",
                         matrix(r, validate_errors_at(r, res->error_sd, i), 1));
+    json_object_set_new(o, "output_error_own", matrix(r, res->error_own, 1));
     json_object_set_new(o, "output_error_by_m", errors_json(r));
     json_object_set_new(o, "step_error", list(res->step, res->n_layers));
     json_object_set_new(o, "output_error_by_features", tried_json(r));

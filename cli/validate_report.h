@@ -35,6 +35,7 @@ struct validate_report {
     const double *draw_ppl;                  /* (config->n_draws) */
     const struct validate_text *texts;       /* (n_texts); none without a tokenizer */
     int64_t n_texts;
+    bool trained; /* the model has features of its own, which it was trained with */
     double seconds;
 };
 

@@ -218,6 +218,54 @@ static void measurements(void **state)
     srf_checkpoint_free(ck);
 }
 
+/* Features that a checkpoint holds are used as they are, for the first draw of their m alone. */
+static void stored_features(void **state)
+{
+    (void)state;
+    static const int64_t ms[N_M] = {3, 8, 21};
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    struct srf_checkpoint *ck = checkpoint();
+    struct srf_ctx *ctx;
+    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct srf_validate_config c = config_of(0, true, ms);
+    struct srf_validate_result drawn, held;
+    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &drawn));
+    enum { M = 8, ROWS = L * H * M };
+    ck->attention = c.attention;
+    ck->attention.kind = SRF_ATTN_SRF;
+    ck->attention.m = M;
+    test_ok(SRF_ALLOC(ck->features_w, ROWS * D));
+    test_ok(SRF_ALLOC(ck->features_bias, ROWS));
+    double w[M * D], bias[M];
+    for (int l = 0; l < L; l++) /* every head has the first one's */
+        for (int h = 0; h < H; h++) {
+            struct srf_features_draw_args a = {.kind = c.attention.features,
+                                               .seed = c.attention.seed,
+                                               .draw = c.attention.draw,
+                                               .m = M,
+                                               .d = D};
+            test_ok(srf_features_draw_one(&a, l, 0, c.attention.oprf_a, w, bias));
+            for (int i = 0; i < M * D; i++) ck->features_w[(l * H + h) * M * D + i] = (float)w[i];
+            for (int i = 0; i < M; i++) ck->features_bias[(l * H + h) * M + i] = (float)bias[i];
+        }
+    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &held));
+    for (int i = 0; i < N_M; i++)
+        for (int h = 0; h < L * H; h++) {
+            double a = drawn.error[i * L * H + h], b = held.error[i * L * H + h];
+            bool changed = ms[i] == M && h % H; /* the first heads have what they would draw */
+            assert_true(changed ? fabs(a - b) > 1e-4 : fabs(a - b) < 1e-6);
+        }
+    for (int h = 0; h < L * H; h++) {
+        double off = fabs(drawn.error_own[h] - held.error_own[h]);
+        assert_true(h % H ? off > 1e-3 : off < 1e-6);
+    }
+    srf_validate_result_free(&drawn);
+    srf_validate_result_free(&held);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
 /* Nothing beyond the window: no draw and no number of features matters, and it is not the same as
  * with them. */
 static void without_far_part(void **state)
@@ -449,9 +497,13 @@ static void bad_arguments_and_progress(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(measurements),  cmocka_unit_test(without_far_part),
-        cmocka_unit_test(positions),     cmocka_unit_test(draws),
-        cmocka_unit_test(continuations), cmocka_unit_test(bad_arguments_and_progress),
+        cmocka_unit_test(measurements),
+        cmocka_unit_test(stored_features),
+        cmocka_unit_test(without_far_part),
+        cmocka_unit_test(positions),
+        cmocka_unit_test(draws),
+        cmocka_unit_test(continuations),
+        cmocka_unit_test(bad_arguments_and_progress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -57,6 +57,8 @@ struct srf_validate_result {
     double *v_part;     /* (layers, heads, SRF_VALIDATE_BINS): part of all pairs in each bin */
     double *error;    /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
     double *error_sd; /* the same: standard deviation between draws */
+    /* (layers, heads): with main_m of the first draw, or the features that the checkpoint holds. */
+    double *error_own;
     /* (layers): |o - o_chunked| / |o_chunked| on the first window, where o is made one token at a
      * time, or by a prefill of a third of the window and then one token at a time. */
     double *step, *prefill;

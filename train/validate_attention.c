@@ -10,6 +10,7 @@
 struct run {
     struct srf_ctx *ctx;
     const struct srf_validate_config *config;
+    const struct srf_checkpoint *ck;
     struct srf_arena *arena;
     struct srf_model *model; /* softmax */
     int64_t n_heads, d, c, n_sets, state_count;
@@ -58,10 +59,28 @@ static srf_status silence(struct run *r, int64_t n)
     return st;
 }
 
+/* Whether the checkpoint holds the features of that draw: trained, fitted or chosen ones are no
+ * draw of the key. */
+static bool are_stored(const struct run *r, int64_t m, int64_t draw)
+{
+    struct srf_attention_config a = r->config->attention;
+    a.kind = SRF_ATTN_SRF;
+    a.m = m;
+    a.draw += (uint64_t)draw;
+    return r->ck->features_w && !r->config->oprf_a &&
+           srf_attention_same_features(&r->ck->attention, &a);
+}
+
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
 {
     const struct srf_attention_config *a = &r->config->attention;
     int64_t n = r->model->config.n_layers * r->n_sets;
+    if (are_stored(r, m, draw) && !a->far_none && !r->ctx->plan) {
+        SRF_TRY(srf_upload_f32(r->ctx, slot_at(r, r->slot_w, 0), r->ctx->dtype, r->ck->features_w,
+                               n * m * r->d));
+        return srf_upload_f32(r->ctx, bias_at(r, 0), srf_ctx_acc(r->ctx), r->ck->features_bias,
+                              n * m);
+    }
     double *oprf;
     SRF_TRY(SRF_ALLOC(oprf, n));
     for (int64_t i = 0; i < n; i++) oprf[i] = r->config->oprf_a ? r->config->oprf_a[i] : a->oprf_a;
@@ -274,9 +293,9 @@ static srf_status download_outputs(struct run *r, int slot, int64_t n, float *to
 }
 
 /* One draw of m features, all layers: e and e^2 of each head are added to sum and squares
- * (layers, heads). */
+ * (layers, heads), and e is put into own if it is not NULL. */
 static srf_status errors_of_draw(struct run *r, int64_t m, int64_t draw, double *sum,
-                                 double *squares)
+                                 double *squares, double *own)
 {
     const struct srf_validate_config *c = r->config;
     int64_t n = c->windows * c->seq_len;
@@ -291,6 +310,7 @@ static srf_status errors_of_draw(struct run *r, int64_t m, int64_t draw, double 
             double e = relative_error(r->o, exact, n, r->c, h * r->d, r->d);
             sum[layer * r->n_heads + h] += e;
             squares[layer * r->n_heads + h] += e * e;
+            if (own) own[layer * r->n_heads + h] = e;
         }
     }
     return SRF_OK;
@@ -313,8 +333,9 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
     for (int64_t i = 0; i < c->n_m; i++) total += c->m[i] * c->n_draws;
     for (int64_t draw = 0; draw < c->n_draws; draw++)
         for (int64_t i = 0; i < c->n_m; i++) {
+            bool own = draw == 0 && c->m[i] == c->main_m;
             SRF_TRY(errors_of_draw(r, c->m[i], draw, out->error + i * heads,
-                                   out->error_sd + i * heads));
+                                   out->error_sd + i * heads, own ? out->error_own : NULL));
             done += c->m[i];
             report(r, (double)done / (double)total);
         }
@@ -385,6 +406,7 @@ static srf_status alloc_result(struct srf_validate_result *out)
     SRF_TRY(SRF_CALLOC(out->v_mean, heads));
     SRF_TRY(SRF_CALLOC(out->v_quantile, heads * SRF_VALIDATE_QUANTILES));
     SRF_TRY(SRF_CALLOC(out->v_part, heads * SRF_VALIDATE_BINS));
+    SRF_TRY(SRF_CALLOC(out->error_own, heads));
     SRF_TRY(SRF_CALLOC(out->error, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->error_sd, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->step, out->n_layers));
@@ -402,6 +424,7 @@ srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoi
     int64_t d = cfg->c / cfg->n_heads;
     struct run r = {.ctx = ctx,
                     .config = config,
+                    .ck = ck,
                     .n_heads = cfg->n_heads,
                     .d = d,
                     .c = cfg->c,
@@ -422,8 +445,8 @@ cleanup:
 
 void srf_validate_result_free(struct srf_validate_result *r)
 {
-    double *all[] = {r->v_mean,   r->v_quantile, r->v_part, r->error,
-                     r->error_sd, r->step,       r->prefill};
+    double *all[] = {r->v_mean,    r->v_quantile, r->v_part, r->error,
+                     r->error_own, r->error_sd,   r->step,   r->prefill};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) srf__free(all[i]);
     *r = (struct srf_validate_result){0};
 }
