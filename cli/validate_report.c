@@ -200,6 +200,12 @@ void validate_print(const struct validate_report *r)
                (long long)r->config->m[i], s.median, s.worst, (long long)s.worst_layer,
                (long long)s.worst_head);
     }
+    if (r->trained) {
+        struct validate_summary s = validate_summarize(r, r->result->error_own);
+        printf("output error, its own features: median head %.3f, worst %.3f (layer %lld head "
+               "%lld)\n",
+               s.median, s.worst, (long long)s.worst_layer, (long long)s.worst_head);
+    }
     double mean, sd;
     struct validate_overall all = validate_overall(r);
     validate_draws_spread(r, &mean, &sd);
