@@ -1,24 +1,12 @@
 /* Decoding: what the slots are up to lies in one piece of the device's memory, the book. It goes
  * there before some steps and comes back after them; the steps themselves (bookkeeping, the model,
  * sampling) need no host. Where the backend records graphs of ops, a step is one launch. */
-#include "infer/engine.h"
-#include "kernels/numeric.h"
+#include "infer/engine_parts.h"
 
 #include <stdint.h>
 #include <string.h>
 
 #define STEPS 64 /* decoded at once, where the device goes on alone */
-
-enum phase { IDLE, RUNNING, ENDED };
-
-struct slot {
-    enum phase phase;
-    int32_t next;   /* running: the token made last, neither given out nor fed yet */
-    int64_t at;     /* tokens fed */
-    int64_t left;   /* running: tokens to give out, next among them */
-    int64_t sample; /* number of the next */
-    uint64_t seed, sequence;
-};
 
 /* Arrays of n slots, or of n sequences of a prefill, as in the ops sample and slots_next. All but
  * `out` goes to the device, `left` and what follows comes back. */
@@ -27,21 +15,6 @@ struct book {
     int32_t *left, *next, *at; /* (n) */
     int32_t *step;             /* (2): one, and what keeps a row of `out` from lying askew */
     int32_t *out;              /* (STEPS, n) */
-};
-
-struct srf_engine {
-    struct srf_ctx *ctx; /* not owned */
-    struct srf_arena *arena;
-    struct srf_model *model;
-    struct srf_engine_config config;
-    struct slot *slots;
-    int slot_state, slot_book;
-    /* Host, of a launch: (rows) tokens; (slots) lengths, slots, positions, who wants a sample. */
-    int32_t *piece, *lens, *where, *pos;
-    bool *wanted;
-    uint64_t *book; /* the host's */
-    /* A recorded step of all slots; right as long as the workspace is the one it was made with. */
-    void *graph, *graph_workspace;
 };
 
 /* Numbers of 32 bits in a book, and where its arrays are. */
@@ -136,131 +109,6 @@ void srf_engine_free(struct srf_engine *e)
     srf__free(e);
 }
 
-/* ---- states --------------------------------------------------------------------------------- */
-
-/* Bytes of a slot's state in one layer, which lie together: on the device, and on the host. */
-static size_t layer_bytes(const struct srf_engine *e)
-{
-    return (size_t)(srf_engine_state_bytes(e) / e->model->config.n_layers);
-}
-
-static size_t host_layer_bytes(const struct srf_engine *e)
-{
-    return (size_t)(srf_engine_value_bytes(e) / e->model->config.n_layers);
-}
-
-/* A layer's state between the host's values and `stored`, as the device has it, if in bf16. */
-static void convert_layer(const struct srf_engine *e, void *stored, void *values, bool to_host)
-{
-    const struct srf_model_config *cfg = &e->model->config;
-    const struct srf_attention_config *a = &e->model->attention;
-    int64_t d = cfg->c / cfg->n_heads, count = srf_attn_state_count(a->m, d, a->window);
-    int64_t bytes = srf_attn_state_bf16_bytes(a->m, d, a->window);
-    for (int64_t h = 0; h < cfg->n_heads; h++) {
-        char *s = (char *)stored + h * bytes;
-        float *v = (float *)values + h * count;
-        if (to_host)
-            srf_attn_state_from_bf16(a->m, d, a->window, s, v);
-        else
-            srf_attn_state_to_bf16(a->m, d, a->window, v, s);
-    }
-}
-
-static char *state_at(const struct srf_engine *e, int64_t layer, int64_t slot)
-{
-    size_t place = (size_t)(layer * e->config.slots + slot);
-    return (char *)srf_arena_ptr(e->arena, e->slot_state) + place * layer_bytes(e);
-}
-
-static srf_status check_slot(const struct srf_engine *e, int64_t slot, bool idle)
-{
-    SRF_FAIL_IF(slot < 0 || slot >= e->config.slots, SRF_INVALID, "slot %lld: expected 0 to %lld",
-                (long long)slot, (long long)e->config.slots - 1);
-    SRF_FAIL_IF(idle && e->slots[slot].phase == RUNNING, SRF_INVALID, "slot %lld is running",
-                (long long)slot);
-    return SRF_OK;
-}
-
-/* States of zeros for what begins; those of neighbouring slots at once. */
-static srf_status clear_new(struct srf_engine *e, int64_t n,
-                            const struct srf_engine_prompt *prompts)
-{
-    for (int64_t i = 0, count; i < n; i += count) {
-        int64_t first = prompts[i].slot;
-        count = 1;
-        if (prompts[i].resume) continue;
-        while (i + count < n && !prompts[i + count].resume &&
-               prompts[i + count].slot == first + count)
-            count++;
-        for (int64_t k = 0; k < count; k++) e->slots[first + k].at = 0;
-        for (int64_t l = 0; l < e->model->config.n_layers; l++)
-            SRF_TRY(
-                e->ctx->be->zero(e->ctx, state_at(e, l, first), (size_t)count * layer_bytes(e)));
-    }
-    return SRF_OK;
-}
-
-srf_status srf_engine_state_get(const struct srf_engine *e, int64_t slot, void *values)
-{
-    size_t n = layer_bytes(e), to = host_layer_bytes(e);
-    bool convert = e->config.state_bf16;
-    char *stored = NULL;
-    srf_status st = SRF_OK;
-    SRF_TRY(check_slot(e, slot, false));
-    if (convert) SRF_TRY(SRF_ALLOC(stored, n));
-    for (int64_t l = 0; l < e->model->config.n_layers; l++) {
-        char *host = (char *)values + (size_t)l * to;
-        SRF_TRY_GO(e->ctx->be->download(e->ctx, convert ? stored : host, state_at(e, l, slot), n));
-        if (convert) convert_layer(e, stored, host, true);
-    }
-cleanup:
-    srf__free(stored);
-    return st;
-}
-
-srf_status srf_engine_state_set(struct srf_engine *e, int64_t slot, const void *values,
-                                int64_t position)
-{
-    size_t n = layer_bytes(e), from = host_layer_bytes(e);
-    bool convert = e->config.state_bf16;
-    char *stored = NULL;
-    srf_status st = SRF_OK;
-    SRF_TRY(check_slot(e, slot, true));
-    SRF_FAIL_IF(position < 0 || position > INT32_MAX, SRF_INVALID, "position %lld of a state",
-                (long long)position);
-    if (convert) SRF_TRY(SRF_ALLOC(stored, n));
-    e->slots[slot] = (struct slot){.phase = IDLE, .at = position};
-    for (int64_t l = 0; l < e->model->config.n_layers; l++) {
-        char *host = (char *)values + (size_t)l * from; /* which convert_layer only reads */
-        if (convert) convert_layer(e, stored, host, false);
-        SRF_TRY_GO(e->ctx->be->upload(e->ctx, state_at(e, l, slot), convert ? stored : host, n));
-    }
-cleanup:
-    srf__free(stored);
-    return st;
-}
-
-srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to, int64_t n)
-{
-    SRF_TRY(check_slot(e, from, false));
-    for (int64_t i = 0; i < n; i++) SRF_TRY(check_slot(e, to + i, true));
-    SRF_FAIL_IF(from >= to && from < to + n, SRF_INVALID, "slot %lld forked into itself",
-                (long long)from);
-    for (int64_t i = 0; i < n; i++)
-        e->slots[to + i] = (struct slot){.phase = IDLE, .at = e->slots[from].at};
-    size_t bytes = layer_bytes(e);
-    for (int64_t l = 0; l < e->model->config.n_layers && n > 0; l++) {
-        char *first = state_at(e, l, to);
-        SRF_TRY(e->ctx->be->copy(e->ctx, first, state_at(e, l, from), bytes));
-        for (int64_t done = 1, count; done < n; done += count) { /* twice as many each time */
-            count = n - done < done ? n - done : done;
-            SRF_TRY(e->ctx->be->copy(e->ctx, first + (size_t)done * bytes, first,
-                                     (size_t)count * bytes));
-        }
-    }
-    return SRF_OK;
-}
-
 /* ---- launches ------------------------------------------------------------------------------- */
 
 /* The model on a batch: of each sequence the next token into `next` of the device's book, where
@@ -323,7 +171,7 @@ static srf_status check_prompt(const struct srf_engine *e, const struct srf_engi
 {
     int64_t at = p->resume && p->slot >= 0 && p->slot < e->config.slots ? e->slots[p->slot].at : 0;
     int64_t n_pos = e->config.positions == SRF_POS_ERROR ? e->model->config.n_pos : INT32_MAX;
-    SRF_TRY(check_slot(e, p->slot, true));
+    SRF_TRY(srf__engine_check_slot(e, p->slot, true));
     SRF_FAIL_IF(p->n_tokens < 1 || p->max_new < 0, SRF_INVALID,
                 "a prompt of %lld tokens, %lld new ones: expected 1 and 0 at least",
                 (long long)p->n_tokens, (long long)p->max_new);
@@ -424,7 +272,7 @@ srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
                     (long long)prompts[i].slot);
         e->wanted[prompts[i].slot] = true;
     }
-    SRF_TRY(clear_new(e, n, prompts));
+    SRF_TRY(srf__engine_clear(e, n, prompts));
     for (int64_t i = 0; i < n; i++) {
         const struct srf_engine_prompt *p = &prompts[i];
         struct slot *s = &e->slots[p->slot];
@@ -597,7 +445,7 @@ srf_status srf_engine_reset(struct srf_engine *e)
 srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t t, float *logits)
 {
     int64_t b = e->config.slots;
-    for (int64_t i = 0; i < b; i++) SRF_TRY(check_slot(e, i, true));
+    for (int64_t i = 0; i < b; i++) SRF_TRY(srf__engine_check_slot(e, i, true));
     for (int64_t done = 0; done < t;) {
         int64_t n = t - done < e->model->plan.t ? t - done : e->model->plan.t;
         for (int64_t i = 0; i < b; i++) {
