@@ -107,6 +107,7 @@ for form in stream json; do
     for ((i = 0; i < 3000; i++)); do # a busy machine starts slowly
         # Generation has begun when SIGINT is caught: the second bit of the mask.
         ! grep -q 'SigCgt:.*[2367abef]$' /proc/$pid/status || break
+        kill -0 $pid || die "Ctrl-C ($form): it has ended before: $(cat stderr)"
         sleep 0.02
     done
     sleep 0.2
