@@ -2,7 +2,7 @@
  * the length, as softmax attention is; it has to say how good such models get, not how fast.
  *
  * Forward: the features f, g of all tokens into the workspace, in T; then attention over them
- * (map_attn_any.cu). Backward: features again, attention's dQ, dK, dV and the features' gradients,
+ * (map_attn_mma.cu, map_attn_any.cu). Backward: features again, attention's dQ, dK, dV and the features' gradients,
  * then through the maps, which adds to dQ and dK what came through the features; the gradients of
  * W come from sums over pieces of the tokens, which are added in order: results do not depend on
  * timing.
@@ -398,7 +398,7 @@ extern "C" srf_status cuda_map_attn_fwd(struct srf_ctx *ctx, const struct srf_ma
     p.q = a->q, p.k = a->k, p.v = a->v, p.w = a->w, p.out = a->o, p.stat = (float *)a->stat;
     carve_features(ctx, &a->s, &b, &p);
     SRF_TRY(features(ctx, &p));
-    return srf__map_any_fwd(ctx, &p);
+    return srf__map_mma_takes(ctx, &p) ? srf__map_mma_fwd(ctx, &p) : srf__map_any_fwd(ctx, &p);
 }
 
 extern "C" size_t cuda_map_attn_bwd_workspace(const struct srf_ctx *ctx,
@@ -423,7 +423,7 @@ extern "C" srf_status cuda_map_attn_bwd(struct srf_ctx *ctx, const struct srf_ma
     p.stat = (float *)a->stat, p.dq = a->dq, p.dk = a->dk, p.dv = a->dv;
     carve_bwd(ctx, a, &b, &p, &dw);
     SRF_TRY(features(ctx, &p));
-    SRF_TRY(srf__map_any_bwd(ctx, &p));
+    SRF_TRY(srf__map_mma_takes(ctx, &p) ? srf__map_mma_bwd(ctx, &p) : srf__map_any_bwd(ctx, &p));
     SRF_TRY(launch_rows(ctx, &p, bf ? features_bwd_kernel<bf16> : features_bwd_kernel<float>));
     if (!a->dw) return SRF_OK;
     int64_t row_tiles = div_up(side_rows(&p), 64), n = (int64_t)p.h * p.m * (p.d + 1);

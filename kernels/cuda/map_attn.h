@@ -38,6 +38,10 @@ __device__ __forceinline__ float map_over(float stat)
     return expf(stat < -80.0f ? 80.0f : -stat);
 }
 
+/* bf16 on tensor cores: whether there are kernels for these heads, features, windows. */
+bool srf__map_mma_takes(const struct srf_ctx *ctx, const struct map_attn *a);
+srf_status srf__map_mma_fwd(struct srf_ctx *ctx, const struct map_attn *a);
+srf_status srf__map_mma_bwd(struct srf_ctx *ctx, const struct map_attn *a);
 /* Plain fp32 arithmetic, either dtype; d <= 128, m <= 256. */
 srf_status srf__map_any_fwd(struct srf_ctx *ctx, const struct map_attn *a);
 srf_status srf__map_any_bwd(struct srf_ctx *ctx, const struct map_attn *a);
