@@ -67,6 +67,7 @@ static void tensors(const struct srf_model_config *cfg, struct srf_tensor *rows)
         r[PROJ_W] = matrix(ff, c, residual);
         for (int64_t i = 0; i < N_BLOCK; i++) {
             r[i].layer = (int)l;
+            r[i].attention = i <= O_B;
             snprintf(r[i].name, sizeof r[i].name, "transformer.h.%lld.%s", (long long)l, names[i]);
         }
     }

@@ -10,6 +10,7 @@ struct srf_tensor {
     int64_t shape[2], count;
     int64_t offset;  /* elements from the start of the flat array; multiple of 64 */
     int layer;       /* -1 outside the blocks */
+    bool attention;  /* part of a block's attention: its norm and its projections */
     bool decay;      /* weight decay applies (matrices and embeddings, not biases and norms) */
     double init_std; /* from scratch: N(0, std^2); 0 = zeros; -1 = ones */
 };

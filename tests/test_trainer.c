@@ -200,6 +200,8 @@ static void resume_is_exact(void **state)
             s.config.redraw_every = 1;
             s.config.freeze_at = 0.5;
             s.config.train_features = true;
+            s.config.features_lr = 5;
+            s.config.rest_lr = 0.5;
         }
         if (cases[k].srf_teacher) srf_teacher(teacher);
         snprintf(last, sizeof last, "%s/last.h5", s.dir);
@@ -229,6 +231,59 @@ static void resume_is_exact(void **state)
         srf_checkpoint_free(teacher);
         close_setup(&s);
     }
+}
+
+/* One step: what it makes of the parameters and, behind them, the features; srf__free. */
+static double *after_a_step(struct setup *s, int64_t *n_params, int64_t *n)
+{
+    struct srf_trainer *t;
+    struct srf_train_metrics m;
+    test_ok(srf_trainer_create(s->ctx, s->ck, NULL, &s->config, s->train, NULL, &t));
+    test_ok(srf_trainer_step(t, &m));
+    const double *w = srf_model_features(srf_trainer_model(t), n);
+    *n_params = srf_trainer_model(t)->table.total;
+    *n += *n_params;
+    double *out = srf__alloc((size_t)*n, sizeof *out);
+    memcpy(out, srf_model_param(srf_trainer_model(t), 0), (size_t)*n_params * sizeof *out);
+    memcpy(out + *n_params, w, (size_t)(*n - *n_params) * sizeof *out);
+    srf_trainer_free(t);
+    return out;
+}
+
+/* Learning rates of their own: of features, and of all that is not attention. */
+static void learning_rates(void **state)
+{
+    (void)state;
+    struct setup s;
+    int64_t n_params, n;
+    open_setup_in(&s, SRF_F64, 4, true);
+    s.config.train_features = true;
+    s.config.weight_decay = 0.1;
+    double *both = after_a_step(&s, &n_params, &n);
+    s.config.features_lr = 0;
+    double *still = after_a_step(&s, &n_params, &n);
+    s.config.features_lr = 3;
+    s.config.rest_lr = 0;
+    double *some = after_a_step(&s, &n_params, &n);
+    for (int64_t i = 0; i < n_params; i++) assert_true(both[i] == still[i]);
+    for (int64_t i = n_params; i < n; i++) {
+        double step = both[i] - still[i];
+        assert_true(fabs(step) > 0 && fabs(some[i] - still[i] - 3 * step) < 1e-12);
+    }
+    int64_t moved = 0;
+    for (int64_t r = 0; r < s.ck->table.n; r++) {
+        const struct srf_tensor *row = &s.ck->table.rows[r];
+        bool attention = strstr(row->name, ".attn.") || strstr(row->name, ".ln_1.");
+        for (int64_t i = row->offset; i < row->offset + row->count; i++) {
+            assert_true(some[i] == (attention ? both[i] : (double)s.ck->params[i]));
+            moved += both[i] != (double)s.ck->params[i];
+        }
+    }
+    assert_true(moved > s.ck->table.count / 2);
+    srf__free(both);
+    srf__free(still);
+    srf__free(some);
+    close_setup(&s);
 }
 
 static void refuses(struct srf_ctx *ctx, const char *last, struct srf_tokenset *data,
@@ -623,6 +678,7 @@ int main(void)
         cmocka_unit_test(policies),
         cmocka_unit_test(learns),
         cmocka_unit_test(resume_is_exact),
+        cmocka_unit_test(learning_rates),
         cmocka_unit_test(resume_of_another_run),
         cmocka_unit_test(teacher_of_another_shape),
         cmocka_unit_test(non_finite_steps),

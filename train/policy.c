@@ -20,6 +20,8 @@ struct srf_train_config srf_train_defaults(void)
         .weight_decay = 0.1,
         .clip = 1,
         .freeze_at = 1,
+        .rest_lr = 1,
+        .features_lr = 1,
         .ce_weight = 1,
         .kl_to = 1,
         .mse_to = 1,
@@ -47,6 +49,8 @@ struct srf_train_config srf_train_defaults(void)
     X(recompute, i, 0, 2)                                                                          \
     X(redraw_every, i, 0, 1e12)                                                                    \
     X(freeze_at, f, 0, 1)                                                                          \
+    X(rest_lr, f, 0, 1e6)                                                                          \
+    X(features_lr, f, 0, 1e6)                                                                      \
     X(ce_weight, f, 0, 1e9)                                                                        \
     X(kl_weight, f, 0, 1e9)                                                                        \
     X(kl_from, f, 0, 1)                                                                            \

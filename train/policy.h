@@ -19,6 +19,8 @@ struct srf_train_config {
     int64_t redraw_every; /* optimizer steps between draws; 0 = never */
     double freeze_at;     /* fraction of the run after which the draw stays, 0 to 1 */
     bool train_features;  /* once frozen, W is trained as well */
+    double rest_lr;       /* learning rate of all but attention, times lr; 0 = stays as it is */
+    double features_lr;   /* learning rate of trained features, times lr */
 
     double ce_weight;      /* cross entropy with the data */
     double kl_weight;      /* KL(teacher || student) of the next token */
