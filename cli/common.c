@@ -63,6 +63,7 @@ static const char *useless_setting(const struct cli_attention *a, enum srf_atten
         int kinds;
     } options[] = {{"m", a->m != CLI_NONE, SRF | MAPS},
                    {"window", a->window != CLI_NONE, SRF | MAPS | WINDOW},
+                   {"layer-windows", a->windows != NULL, SRF},
                    {"sinks", a->sinks != CLI_NONE, WINDOW},
                    {"features", a->features != NULL, SRF},
                    {"rotation", a->rotation != NULL, SRF},
@@ -90,7 +91,10 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
     if (a->features) SRF_TRY(srf_feature_kind_parse(a->features, &attention->features));
     if (a->rotation) SRF_TRY(srf_rotation_parse(a->rotation, &attention->rotation));
     if (a->m != CLI_NONE) attention->m = a->m;
-    if (a->window != CLI_NONE) attention->window = a->window;
+    SRF_FAIL_IF(a->windows && a->window != CLI_NONE, SRF_INVALID,
+                "--window or --layer-windows, not both");
+    if (a->window != CLI_NONE) attention->window = a->window, attention->n_windows = 0;
+    if (a->windows) SRF_TRY(srf_attention_set_windows(attention, a->windows));
     if (!isnan(a->oprf_a)) attention->oprf_a = a->oprf_a;
     if (a->share_heads) attention->per_head = false;
     if (a->normalize_rows) attention->normalize_rows = true;

@@ -32,7 +32,7 @@ struct cli_attention {
     int64_t m, window, sinks;
     double oprf_a;
     bool share_heads, normalize_rows;
-    const char *far;
+    const char *far, *windows;
     uint64_t seed, draw;
 };
 #define CLI_NONE INT64_MIN
@@ -56,6 +56,14 @@ struct cli_attention {
          CLI_INT,  &(a).window,                                                                    \
          "N",      "block of N tokens attended exactly, with the one before it; 0 = pure SRF",     \
          0,        65536},                                                                         \
+        {"layer-windows",                                                                          \
+         0,                                                                                        \
+         CLI_STRING,                                                                               \
+         &(a).windows,                                                                             \
+         "W,W,...",                                                                                \
+         "that of each layer, first to last, in place of one for all",                             \
+         0,                                                                                        \
+         0},                                                                                       \
         {"features", 0,                                                                            \
          CLI_STRING, &(a).features,                                                                \
          "KIND",     "iid, orthogonal, simplex or simplex+ (simplex)",                             \

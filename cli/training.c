@@ -1,6 +1,7 @@
 #include "cli/training.h"
 #include "cli/training_page.h"
 #include "train/calibrate.h"
+#include "train/plan_windows.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -10,7 +11,7 @@ struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute, *recipe;
     bool resume, quiet, json, fit;
     bool calibrate_given; /* on the command line, not by the recipe */
-    int64_t calibrate, best_of;
+    int64_t calibrate, best_of, plan_windows;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
     struct cli_device device;
@@ -94,25 +95,31 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     return SRF_OK;
 }
 
-/* What is made of the model before training, from windows of the training text spread over it. */
+/* About n tokens of the training text, in windows spread over it; caller srf__free()s. */
+static srf_status sample_text(const struct inputs *in, struct run *r, int64_t n, int64_t *windows,
+                              int32_t **tokens)
+{
+    int64_t total = srf_tokenset_count(r->data), len = in->config.seq_len, count = n / len;
+    *tokens = NULL;
+    if (count < 1) count = 1;
+    if (count > total / len) count = total / len;
+    SRF_FAIL_IF(count < 1, SRF_INVALID, "%s: too short to calibrate on", in->data);
+    SRF_TRY(SRF_ALLOC(*tokens, count * len));
+    for (int64_t i = 0; i < count; i++)
+        SRF_TRY(srf_tokenset_read(r->data, i * (total / count), len, *tokens + i * len));
+    *windows = count;
+    return SRF_OK;
+}
+
+/* What is made of the model before training, from its training text. */
 static srf_status calibrate(const struct inputs *in, struct run *r)
 {
-    struct srf_calibrate_config c = {.windows = in->calibrate / in->config.seq_len,
-                                     .seq_len = in->config.seq_len,
-                                     .balance = true,
-                                     .fit = in->fit,
-                                     .best_of = in->best_of};
+    struct srf_calibrate_config c = {
+        .seq_len = in->config.seq_len, .balance = true, .fit = in->fit, .best_of = in->best_of};
     struct srf_calibrate_result result;
-    int64_t total = srf_tokenset_count(r->data);
     int32_t *tokens;
-    if (c.windows < 1) c.windows = 1;
-    if (c.windows > total / c.seq_len) c.windows = total / c.seq_len;
-    SRF_FAIL_IF(c.windows < 1, SRF_INVALID, "%s: too short to calibrate on", in->data);
-    SRF_TRY(SRF_ALLOC(tokens, c.windows * c.seq_len));
     srf_status st = SRF_OK;
-    for (int64_t i = 0; i < c.windows; i++)
-        SRF_TRY_GO(
-            srf_tokenset_read(r->data, i * (total / c.windows), c.seq_len, tokens + i * c.seq_len));
+    SRF_TRY_GO(sample_text(in, r, in->calibrate, &c.windows, &tokens));
     SRF_TRY_GO(srf_calibrate(r->ctx, r->ck, tokens, &c, &result));
     if (!in->quiet)
         fprintf(stderr, "calibrated on %lld tokens: mean |q+k|^2/sqrt(d) from %.1f to %.1f\n",
@@ -120,6 +127,24 @@ static srf_status calibrate(const struct inputs *in, struct run *r)
     if (!in->quiet && in->best_of > 1)
         fprintf(stderr, "best of %lld draws a head: error of attention from %.3f to %.3f\n",
                 (long long)in->best_of, result.error_first, result.error_chosen);
+cleanup:
+    srf__free(tokens);
+    return st;
+}
+
+static srf_status plan_windows(const struct inputs *in, struct run *r)
+{
+    struct srf_plan_windows_result result;
+    int64_t windows, len = in->config.seq_len;
+    int32_t *tokens;
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(sample_text(in, r, in->plan_windows, &windows, &tokens));
+    SRF_TRY_GO(srf_plan_windows(r->ctx, r->ck, tokens, windows, len, &result));
+    if (!in->quiet)
+        fprintf(stderr,
+                "windows by layer, on %lld tokens: squared error of attention from %.4f to "
+                "%.4f\n",
+                (long long)(windows * len), result.before, result.after);
 cleanup:
     srf__free(tokens);
     return st;
@@ -167,6 +192,7 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
         c->seq_len = in->seq_len;
     else
         c->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;
+    if (in->plan_windows) SRF_TRY(plan_windows(in, r));
     if (in->calibrate) SRF_TRY(calibrate(in, r));
     if (in->micro_batch != CLI_NONE) {
         c->micro_batch = in->micro_batch;
@@ -258,12 +284,15 @@ static void print_warnings(struct run *r)
     const struct srf_attention_config *a = &srf_trainer_model(r->trainer)->attention;
     int64_t len = srf_trainer_config(r->trainer)->seq_len;
     int64_t threads = srf_trainer_resumed_threads(r->trainer);
-    if (srf_attention_has_features(a) && a->window > 0 && 2 * a->window >= len)
+    int64_t window = a->window;
+    for (int64_t i = 0; i < a->n_windows; i++)
+        if (a->windows[i] < window) window = a->windows[i];
+    if (srf_attention_has_features(a) && window > 0 && 2 * window >= len)
         fprintf(
             stderr,
             "srf: warning: window %lld attends exactly to all of a sequence of %lld tokens: the "
             "features are not trained for; try --window %lld\n",
-            (long long)a->window, (long long)len, (long long)len / 8);
+            (long long)window, (long long)len, (long long)len / 8);
     if (threads && threads != r->ctx->n_threads)
         fprintf(stderr,
                 "srf: note: resumed on %d threads, begun on %lld: equal up to rounding, not "
@@ -532,6 +561,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          "part of the run after which the draw stays", 0, 1},
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
+        {"plan-windows", 0, CLI_INT, &in.plan_windows, "N",
+         "by the error on N tokens, each layer's own window, of the same sum; 0 = off", 0, 1 << 24},
         {"rest-lr", 0, CLI_DOUBLE, &c->rest_lr, "X",
          "learning rate of all but attention, times --lr; 0: attention alone is trained", 0, 1e6},
         {"features-lr", 0, CLI_DOUBLE, &c->features_lr, "X",

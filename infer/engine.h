@@ -52,7 +52,7 @@ bool srf_engine_running(const struct srf_engine *e, int64_t slot);
 /* Tokens fed to a slot. */
 int64_t srf_engine_position(const struct srf_engine *e, int64_t slot);
 
-/* A slot's state as host values, A (n_layers, h, state_count) also where the device keeps it in
+/* A slot's state as host values, A (h, state_count) of each layer, also where the device has it in
  * bf16, all of it that the future of a sequence needs beside the position. Set: the slot must not
  * run; then admit with resume. */
 srf_status srf_engine_state_get(const struct srf_engine *e, int64_t slot, void *values);

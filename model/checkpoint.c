@@ -112,6 +112,7 @@ static srf_status read_native(const char *path, struct srf_checkpoint *ck)
     SRF_TRY_GO(srf_h5_get_str(f, "/attention", "settings", &text));
     SRF_TRY_GO(srf_attention_from_json(text, &ck->attention));
     SRF_TRY_GO(srf_attention_check(&ck->attention, ck->config.c / ck->config.n_heads));
+    SRF_TRY_GO(srf_attention_check_layers(&ck->attention, ck->config.n_layers));
     if (!srf_h5_has(f, "/attention/w")) goto cleanup;
     int64_t sets = ck->attention.per_head ? ck->config.n_heads : 1;
     int64_t d = srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);

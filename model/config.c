@@ -1,6 +1,7 @@
 #include "model/config.h"
 #include "model/arch.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,6 +49,8 @@ srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *o
 /* What is asked of the rivals beyond what is asked of SRF attention. */
 static srf_status check_rival(const struct srf_attention_config *a)
 {
+    SRF_FAIL_IF(a->n_windows && a->kind != SRF_ATTN_SRF, SRF_INVALID,
+                "attention: only srf has windows by layer");
     SRF_FAIL_IF(a->kind == SRF_ATTN_WINDOW && a->window == 0, SRF_INVALID,
                 "attention: a window alone needs a window of at least 1 token");
     SRF_FAIL_IF(a->sinks < 0 || a->sinks > 65536, SRF_INVALID,
@@ -69,16 +72,68 @@ srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
                 "attention: %lld features: expected 1 to 65536", (long long)a->m);
     SRF_FAIL_IF(a->window < 0 || a->window > 65536, SRF_INVALID,
                 "attention: window %lld: expected 0 (pure SRF) to 65536", (long long)a->window);
+    for (int64_t i = 0; i < a->n_windows; i++)
+        SRF_FAIL_IF(a->windows[i] < 0 || a->windows[i] > a->window, SRF_INVALID,
+                    "attention: layer %lld has a window of %d: expected 0 to %lld", (long long)i,
+                    a->windows[i], (long long)a->window);
     SRF_FAIL_IF(d < 2, SRF_INVALID, "attention: heads of %lld: random features need at least 2",
                 (long long)d);
     SRF_FAIL_IF(a->rotation == SRF_ROT_HD && (d & (d - 1)) != 0, SRF_INVALID,
                 "attention: rotation hd needs a head size that is a power of two, found %lld",
                 (long long)d);
-    SRF_FAIL_IF(a->far_none && a->window == 0, SRF_INVALID,
-                "attention: without a far part there must be a window");
+    for (int64_t i = 0; i < (a->n_windows ? a->n_windows : 1); i++)
+        SRF_FAIL_IF(a->far_none && srf_attention_window(a, i) == 0, SRF_INVALID,
+                    "attention: without a far part there must be a window");
     SRF_FAIL_IF(!(a->oprf_a <= 0 && a->oprf_a > -1e6), SRF_INVALID,
                 "attention: OPRF parameter A = %g: expected <= 0", a->oprf_a);
     return SRF_OK;
+}
+
+srf_status srf_attention_check_layers(const struct srf_attention_config *a, int64_t n_layers)
+{
+    SRF_FAIL_IF(a->n_windows && a->n_windows != n_layers, SRF_MISMATCH,
+                "attention: windows of %lld layers: the model has %lld", (long long)a->n_windows,
+                (long long)n_layers);
+    return SRF_OK;
+}
+
+int64_t srf_attention_window(const struct srf_attention_config *a, int64_t layer)
+{
+    return a->n_windows ? a->windows[layer] : a->window;
+}
+
+srf_status srf_attention_set_windows(struct srf_attention_config *a, const char *text)
+{
+    const char *s = text;
+    int64_t n = 0, largest = 0;
+    bool same = true;
+    for (;; s++) {
+        char *end;
+        errno = 0;
+        long value = strtol(s, &end, 10);
+        SRF_FAIL_IF(end == s || *s < '0' || *s > '9' || errno || value > 65536 ||
+                        n == SRF_WINDOWS_MAX || (*end && *end != ','),
+                    SRF_INVALID,
+                    "windows '%s': expected at most %d numbers from 0 to 65536 with "
+                    "commas between",
+                    text, SRF_WINDOWS_MAX);
+        a->windows[n++] = (int32_t)value;
+        largest = value > largest ? value : largest;
+        same = same && value == a->windows[0];
+        s = end;
+        if (!*s) break;
+    }
+    a->n_windows = same && n > 1 ? 0 : n;
+    a->window = largest;
+    return SRF_OK;
+}
+
+/* "32,32,64" */
+static void print_windows(const struct srf_attention_config *a, char *buf, size_t size)
+{
+    buf[0] = '\0';
+    for (int64_t i = 0, at = 0; i < a->n_windows && (size_t)at < size; i++)
+        at += snprintf(buf + at, size - (size_t)at, "%s%d", i ? "," : "", a->windows[i]);
 }
 
 bool srf_attention_same_features(const struct srf_attention_config *a,
@@ -113,7 +168,11 @@ void srf_attention_describe(const struct srf_attention_config *a, char *buf, siz
                      srf_feature_kind_name(a->features), a->rotation == SRF_ROT_HD ? "/hd" : "",
                      (long long)a->m, a->per_head ? "one draw a head" : "one draw a layer",
                      (unsigned long long)a->seed, (unsigned long long)a->draw);
-    if (a->window && n > 0 && (size_t)n < size)
+    char windows[SRF_WINDOWS_MAX * 6 + 1];
+    print_windows(a, windows, sizeof windows);
+    if (a->n_windows && n > 0 && (size_t)n < size)
+        n += snprintf(buf + n, size - (size_t)n, ", windows %s exact", windows);
+    else if (a->window && n > 0 && (size_t)n < size)
         n += snprintf(buf + n, size - (size_t)n, ", window %lld exact", (long long)a->window);
     if (a->oprf_a < 0 && n > 0 && (size_t)n < size)
         n += snprintf(buf + n, size - (size_t)n, ", oprf A=%g", a->oprf_a);
@@ -165,6 +224,9 @@ srf_status srf_attention_to_json(const struct srf_attention_config *a, char **te
         "far_none", (int)a->far_none, "seed", (json_int_t)a->seed, "draw", (json_int_t)a->draw);
     bool ok = root && (!a->sinks ||
                        json_object_set_new(root, "sinks", json_integer((json_int_t)a->sinks)) == 0);
+    char windows[SRF_WINDOWS_MAX * 6 + 1];
+    print_windows(a, windows, sizeof windows);
+    ok = ok && (!a->n_windows || json_object_set_new(root, "windows", json_string(windows)) == 0);
     char *s = ok ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     if (s) *text = srf__strdup(s);
@@ -175,9 +237,9 @@ srf_status srf_attention_to_json(const struct srf_attention_config *a, char **te
 
 static srf_status parse_attention(const json_t *root, struct srf_attention_config *a)
 {
-    static const char *const known[] = {"kind",     "m",        "window",         "features",
-                                        "rotation", "per_head", "normalize_rows", "oprf_a",
-                                        "far_none", "seed",     "draw",           "sinks"};
+    static const char *const known[] = {
+        "kind",   "m",        "window", "features", "rotation", "per_head", "normalize_rows",
+        "oprf_a", "far_none", "seed",   "draw",     "sinks",    "windows"};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)root, key, value)
@@ -193,6 +255,10 @@ static srf_status parse_attention(const json_t *root, struct srf_attention_confi
     SRF_TRY(srf__json_int(root, "m", a->m, 1, 65536, &a->m));
     SRF_TRY(srf__json_int(root, "window", a->window, 0, 65536, &a->window));
     SRF_TRY(srf__json_int(root, "sinks", a->sinks, 0, 65536, &a->sinks));
+    const json_t *windows = json_object_get(root, "windows");
+    SRF_FAIL_IF(windows && !json_is_string(windows), SRF_FORMAT,
+                "attention settings: 'windows' must be a string");
+    if (windows) SRF_TRY(srf_attention_set_windows(a, json_string_value(windows)));
     SRF_TRY(srf__json_bool(root, "per_head", a->per_head, &a->per_head));
     SRF_TRY(srf__json_bool(root, "normalize_rows", a->normalize_rows, &a->normalize_rows));
     SRF_TRY(srf__json_double(root, "oprf_a", a->oprf_a, &a->oprf_a));

@@ -25,11 +25,18 @@ enum srf_attention_kind {
     SRF_ATTN_KINDS
 };
 
+/* Most layers that may have windows of their own. */
+#define SRF_WINDOWS_MAX 96
+
 struct srf_attention_config {
     enum srf_attention_kind kind;
     int64_t m;      /* features; 64 by default */
     int64_t window; /* tokens of a block attended exactly; 0 = pure SRF */
     int64_t sinks;  /* WINDOW only */
+    /* One a layer (n_windows = layers) in place of `window`, which is the largest of them then; or
+     * n_windows = 0. */
+    int64_t n_windows;
+    int32_t windows[SRF_WINDOWS_MAX];
     enum srf_feature_kind features;
     enum srf_rotation rotation;
     bool per_head; /* one draw per head; false: one per layer */
@@ -53,6 +60,11 @@ int64_t srf_attention_columns(const struct srf_attention_config *a, int64_t d);
 /* "softmax", "srf", "window", "hedgehog", "t2r"; SRF_INVALID lists them. */
 const char *srf_attention_kind_name(enum srf_attention_kind kind);
 srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *out);
+/* SRF_MISMATCH if it has windows for another number of layers. */
+srf_status srf_attention_check_layers(const struct srf_attention_config *a, int64_t n_layers);
+int64_t srf_attention_window(const struct srf_attention_config *a, int64_t layer);
+/* Windows of the layers, "32,32,64": sets windows, n_windows and window. All the same: as one. */
+srf_status srf_attention_set_windows(struct srf_attention_config *a, const char *text);
 /* Whether the two draw the same W (kind, m, sharing, key, ...). */
 bool srf_attention_same_features(const struct srf_attention_config *a,
                                  const struct srf_attention_config *b);

@@ -31,6 +31,7 @@ srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *
 {
     *out = NULL;
     SRF_TRY(srf_attention_check(attention, config->c / config->n_heads));
+    SRF_TRY(srf_attention_check_layers(attention, config->n_layers));
     struct srf_model *m;
     SRF_TRY(SRF_CALLOC(m, 1));
     m->ctx = ctx;
@@ -399,7 +400,8 @@ srf_status srf_model_zero_grads(struct srf_model *m)
 
 /* ---- attention: the swap ------------------------------------------------------------------- */
 
-static struct srf_attn_shape attn_shape(const struct srf_model *m, const struct srf_batch *batch)
+static struct srf_attn_shape attn_shape(const struct srf_model *m, int64_t layer,
+                                        const struct srf_batch *batch)
 {
     return (struct srf_attn_shape){.b = batch->b,
                                    .t = batch->t,
@@ -407,7 +409,7 @@ static struct srf_attn_shape attn_shape(const struct srf_model *m, const struct 
                                    .d = head_size(m),
                                    .m = m->attention.m,
                                    .n_sets = m->n_sets,
-                                   .window = m->attention.window,
+                                   .window = srf_attention_window(&m->attention, layer),
                                    .causal = true};
 }
 
@@ -422,13 +424,27 @@ static const void *features_bias(const struct srf_model *m, int64_t layer)
     return srf__model_acc_at(m, m->slot_bias, layer * m->n_sets * m->attention.m);
 }
 
-/* Of a sequence in one layer. */
-static int64_t layer_state_bytes(const struct srf_model *m, bool bf16)
+int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer)
 {
-    int64_t d = head_size(m), n = m->attention.m, window = m->attention.window;
+    return m->config.n_heads * srf_attn_state_count(m->attention.m, head_size(m),
+                                                    srf_attention_window(&m->attention, layer));
+}
+
+int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16)
+{
     int64_t size = (int64_t)srf_dtype_bytes(srf_ctx_acc(m->ctx));
-    return m->config.n_heads * (bf16 ? srf_attn_state_bf16_bytes(n, d, window)
-                                     : srf_attn_state_count(n, d, window) * size);
+    if (!bf16) return srf_model_layer_state_count(m, layer) * size;
+    return m->config.n_heads *
+           srf_attn_state_bf16_bytes(m->attention.m, head_size(m),
+                                     srf_attention_window(&m->attention, layer));
+}
+
+int64_t srf_model_state_place(const struct srf_model *m, int64_t layer, int64_t slot,
+                              int64_t n_slots, bool bf16)
+{
+    int64_t at = slot * srf_model_layer_state_bytes(m, layer, bf16);
+    for (int64_t l = 0; l < layer; l++) at += n_slots * srf_model_layer_state_bytes(m, l, bf16);
+    return at;
 }
 
 /* Layer l's piece of a batch's recurrent state. */
@@ -436,7 +452,7 @@ static void *layer_state(const struct srf_model *m, int64_t layer, const struct 
 {
     if (!batch->state) return NULL;
     int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
-    return (char *)batch->state + layer * slots * layer_state_bytes(m, batch->state_bf16);
+    return (char *)batch->state + srf_model_state_place(m, layer, 0, slots, batch->state_bf16);
 }
 
 /* Of softmax attention; whatever SRF attention's window is, softmax itself has none. */
@@ -459,7 +475,7 @@ srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
                             int64_t ld_o, void *stat)
 {
-    struct srf_attn_shape s = attn_shape(m, batch);
+    struct srf_attn_shape s = attn_shape(m, layer, batch);
     const void *w = features(m, layer), *bias = features_bias(m, layer);
     const struct srf_attention_config *a = &m->attention;
     SRF_FAIL_IF(a->kind != SRF_ATTN_SRF && batch->mode != SRF_MODE_PARALLEL, SRF_UNSUPPORTED,
@@ -497,7 +513,7 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
                                 const void *o, const void *d_o, int64_t ld_o, const void *stat,
                                 void *dq, void *dk, void *dv)
 {
-    struct srf_attn_shape s = attn_shape(m, batch);
+    struct srf_attn_shape s = attn_shape(m, layer, batch);
     const struct srf_attention_config *a = &m->attention;
     if (!srf_attention_has_features(a))
         return SRF_RUN(m->ctx, softmax_attn_bwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
@@ -517,13 +533,16 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
 
 int64_t srf_model_state_count(const struct srf_model *m)
 {
-    return m->config.n_layers * m->config.n_heads *
-           srf_attn_state_count(m->attention.m, head_size(m), m->attention.window);
+    int64_t n = 0;
+    for (int64_t l = 0; l < m->config.n_layers; l++) n += srf_model_layer_state_count(m, l);
+    return n;
 }
 
 int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16)
 {
-    return m->config.n_layers * layer_state_bytes(m, bf16);
+    int64_t n = 0;
+    for (int64_t l = 0; l < m->config.n_layers; l++) n += srf_model_layer_state_bytes(m, l, bf16);
+    return n;
 }
 
 const void *srf_model_qkv(const struct srf_model *m, int64_t layer)

@@ -22,7 +22,9 @@ struct srf_batch {
     int64_t b, t;          /* sequences, tokens of each in this call */
     const int32_t *tokens; /* host (b, t) */
     enum srf_attn_mode mode;
-    void *state;        /* PREFILL, STEP: device A (n_layers, slots, h, state_count), in/out */
+    /* PREFILL, STEP: device A, in/out: layers one after another, (slots, h, state_count) each, the
+     * count by the layer's window; srf_model_state_place. */
+    void *state;
     bool state_bf16;    /* the same stored in bf16 (ops.h) */
     const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before; negative in a STEP: idle */
     /* STEP: tokens and positions are where srf_model_inputs says, and the host has none. Who put
@@ -184,3 +186,9 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
 /* Values of recurrent state that one sequence needs in all layers; bytes of it on the device. */
 int64_t srf_model_state_count(const struct srf_model *m);
 int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16);
+/* The same of one layer. */
+int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer);
+int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16);
+/* Bytes from the start of a batch's state to what sequence `slot` has in a layer. */
+int64_t srf_model_state_place(const struct srf_model *m, int64_t layer, int64_t slot,
+                              int64_t n_slots, bool bf16);

@@ -12,7 +12,7 @@ enum { V = 509, N_POS = 256, SLOTS = 6, PROMPT = 21, NEW = 90, STOP = 7 };
 
 struct engine_case {
     enum srf_dtype dtype;
-    int64_t d, m, window, slots;
+    int64_t d, m, window, second, slots; /* second: the window of the second layer */
     bool state_bf16;
     struct srf_sampler_config sampler;
 };
@@ -35,7 +35,9 @@ static struct engine_on engine_new(const struct engine_case *c, bool state_bf16,
     for (int64_t i = 0; i < on.ck->table.total; i++) on.ck->params[i] *= 4;
     on.ck->attention.kind = SRF_ATTN_SRF;
     on.ck->attention.m = c->m;
-    on.ck->attention.window = c->window;
+    char windows[32];
+    snprintf(windows, sizeof windows, "%d,%d", (int)c->window, (int)c->second);
+    test_ok(srf_attention_set_windows(&on.ck->attention, windows));
     struct srf_engine_config config = {.slots = c->slots,
                                        .prefill_rows = 64,
                                        .state_bf16 = state_bf16,
@@ -298,10 +300,10 @@ static void add(struct gpu_suite *suite, const struct engine_case *c, const char
                 void (*body)(void **state), double work)
 {
     gpu_add(suite, body, c, sizeof *c, work,
-            "engine %s d=%d m=%d window=%d slots=%d%s temperature=%g top_k=%d top_p=%g: %s",
-            srf_dtype_name(c->dtype), (int)c->d, (int)c->m, (int)c->window, (int)c->slots,
-            c->state_bf16 ? " bf16 states" : "", c->sampler.temperature, (int)c->sampler.top_k,
-            c->sampler.top_p, what);
+            "engine %s d=%d m=%d window=%d,%d slots=%d%s temperature=%g top_k=%d top_p=%g: %s",
+            srf_dtype_name(c->dtype), (int)c->d, (int)c->m, (int)c->window, (int)c->second,
+            (int)c->slots, c->state_bf16 ? " bf16 states" : "", c->sampler.temperature,
+            (int)c->sampler.top_k, c->sampler.top_p, what);
 }
 
 int main(int argc, char **argv)
@@ -315,6 +317,9 @@ int main(int argc, char **argv)
                                         .d = shape % 2 ? 32 : 64,
                                         .m = shape % 2 ? 20 : 64,
                                         .window = shape / 2 ? 16 : 0,
+                                        .second = shape == 3  ? 4
+                                                  : shape / 2 ? 16
+                                                              : 0,
                                         .slots = SLOTS,
                                         .state_bf16 = bf16};
                 for (int s = 0; s < 3; s++) {

@@ -94,18 +94,24 @@ ok "$SRF" export run/last.h5 last.h5 --format recurrent
 same recurrent.h5 last.h5 "recurrent from the training checkpoint: another file"
 ok "$SRF" export run/model.h5 hf-srf --format hf
 grep -q "readers will use softmax" stdout || fail "hf: no word on the lost attention: $(cat stdout)"
-for mode in parallel recurrent; do
-    ok "$SRF" eval --model recurrent.h5 --data text.txt --mode $mode --max-tokens 512 --seq-len 64 \
-        --threads 1 --quiet --json
-    sed 's/.*"ppl": \([0-9.]*\).*/\1/' stdout >$mode
+ok "$SRF" retrofit --model model.h5 --data text.txt --out by-layer --steps 2 --batch 2 --seq-len 32 \
+    --m 8 --layer-windows 8,2 --threads 1 --quiet
+ok "$SRF" export by-layer/model.h5 by-layer.h5 --format recurrent
+for model in recurrent by-layer; do
+    for mode in parallel recurrent; do
+        ok "$SRF" eval --model $model.h5 --data text.txt --mode $mode --max-tokens 512 \
+            --seq-len 64 --threads 1 --quiet --json
+        sed 's/.*"ppl": \([0-9.]*\).*/\1/' stdout >$mode
+    done
+    awk '{ p = $1; getline <"parallel"; d = p / $1 - 1; exit !(d < 1e-4 && d > -1e-4) }' recurrent ||
+        fail "$model: perplexity parallel $(cat parallel), recurrent $(cat recurrent)"
 done
-awk '{ p = $1; getline <"parallel"; d = p / $1 - 1; exit !(d < 1e-4 && d > -1e-4) }' recurrent ||
-    fail "perplexity parallel $(cat parallel), recurrent $(cat recurrent)"
 
 # info
 info model.h5 '"kind": "weights"' '"layers": 2' '"attention": "softmax"' '"tokenizer_tokens": 2048'
 info run/last.h5 '"kind": "training"' '"step": 2' '"features_stored": true'
 info recurrent.h5 '"kind": "recurrent"' '"state_bytes_per_sequence": 10496' '"tokenizer": true'
+info by-layer.h5 'windows 8,2 exact' '"state_bytes_per_sequence": 7424'
 info hf '"format": "transformers directory"' '"types": "F32"' '"parameters": 93056'
 info hf-bf16/model.safetensors '"format": "safetensors file"' '"types": "BF16"'
 info bare.safetensors '"tensors": 28' '"tokenizer": false'

@@ -21,6 +21,7 @@ struct fixture {
     double ce, kl, mse;
 };
 
+/* window < 0: one a layer */
 static struct srf_attention_config attention(enum srf_attention_kind kind, int64_t window)
 {
     struct srf_attention_config a = srf_attention_default();
@@ -28,6 +29,7 @@ static struct srf_attention_config attention(enum srf_attention_kind kind, int64
     a.m = 7;
     a.window = window;
     a.seed = 5;
+    if (window < 0) test_ok(srf_attention_set_windows(&a, "5,2"));
     return a;
 }
 
@@ -215,6 +217,7 @@ static void gradients_hybrid(void **state)
     (void)state;
     check_gradients(attention(SRF_ATTN_SRF, 3), false, false);
     check_gradients(attention(SRF_ATTN_SRF, 3), true, false);
+    check_gradients(attention(SRF_ATTN_SRF, -1), false, false);
     struct srf_attention_config shared = attention(SRF_ATTN_SRF, 4);
     shared.per_head = false;
     shared.oprf_a = -0.05;
@@ -375,12 +378,55 @@ static void micro_batches(void **state)
     }
 }
 
+static void test_fails(srf_status st, srf_status want, const char *says)
+{
+    assert_int_equal(st, want);
+    assert_non_null(strstr(srf_error_message(), says));
+}
+
+/* Windows of the layers: as text, in files, and refused where they fit nothing. */
+static void layer_windows(void **state)
+{
+    (void)state;
+    struct srf_attention_config a = attention(SRF_ATTN_SRF, 3), b;
+    char *text, *again, line[200];
+    test_ok(srf_attention_set_windows(&a, "5,0"));
+    assert_int_equal(a.n_windows, 2);
+    assert_int_equal(a.window, 5);
+    assert_int_equal(srf_attention_window(&a, 0), 5);
+    assert_int_equal(srf_attention_window(&a, 1), 0);
+    srf_attention_describe(&a, line, sizeof line);
+    assert_non_null(strstr(line, "windows 5,0 exact"));
+    test_ok(srf_attention_to_json(&a, &text));
+    test_ok(srf_attention_from_json(text, &b));
+    test_ok(srf_attention_to_json(&b, &again));
+    assert_string_equal(text, again);
+    assert_int_equal(b.n_windows, 2);
+    srf__free(text);
+    srf__free(again);
+    test_ok(srf_attention_check(&a, 6));
+    test_ok(srf_attention_check_layers(&a, 2));
+    test_fails(srf_attention_check_layers(&a, 3), SRF_MISMATCH, "windows of 2 layers");
+    a.far_none = true;
+    test_fails(srf_attention_check(&a, 6), SRF_INVALID, "there must be a window");
+    test_ok(srf_attention_set_windows(&a, "8,8,8"));
+    assert_int_equal(a.n_windows, 0);
+    assert_int_equal(a.window, 8);
+    const char *bad[] = {"", ",", "4,", ",4", "4,,4", "4 ,4", "-1,4", "4;4", "65537", "1e3", "x"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        test_fails(srf_attention_set_windows(&a, bad[i]), SRF_INVALID, "windows '");
+    test_fails(srf_attention_from_json("{\"kind\": \"srf\", \"windows\": [4]}", &a), SRF_FORMAT,
+               "must be a string");
+    test_fails(srf_attention_from_json("{\"kind\": \"srf\", \"windows\": \"4,\"}", &a), SRF_INVALID,
+               "windows '4,'");
+}
+
 /* The whole model in its parallel form, by prefill split anywhere, and token by token. */
 static void forms_agree(void **state)
 {
     (void)state;
-    const int64_t windows[] = {0, 3, 8};
-    for (int w = 0; w < 3; w++) {
+    const int64_t windows[] = {0, 3, 8, -1};
+    for (int w = 0; w < 4; w++) {
         struct fixture f;
         open_fixture(&f, SRF_F32, attention(SRF_ATTN_SRF, windows[w]), 2, 31, false);
         const int64_t b = 2, t = 31, c = 12;
@@ -546,17 +592,12 @@ static void stretched_positions(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(gradients_softmax),
-        cmocka_unit_test(gradients_srf),
-        cmocka_unit_test(gradients_hybrid),
-        cmocka_unit_test(gradients_rivals),
-        cmocka_unit_test(gradients_distillation),
-        cmocka_unit_test(recomputation),
-        cmocka_unit_test(memory_of_gpt2),
-        cmocka_unit_test(micro_batches),
-        cmocka_unit_test(forms_agree),
-        cmocka_unit_test(packed_prefill),
-        cmocka_unit_test(last_only),
+        cmocka_unit_test(gradients_softmax),      cmocka_unit_test(gradients_srf),
+        cmocka_unit_test(gradients_hybrid),       cmocka_unit_test(gradients_rivals),
+        cmocka_unit_test(gradients_distillation), cmocka_unit_test(recomputation),
+        cmocka_unit_test(memory_of_gpt2),         cmocka_unit_test(micro_batches),
+        cmocka_unit_test(layer_windows),          cmocka_unit_test(forms_agree),
+        cmocka_unit_test(packed_prefill),         cmocka_unit_test(last_only),
         cmocka_unit_test(stretched_positions),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -91,15 +91,16 @@ static void round_trip(void **state)
     char path[96];
     const enum srf_dtype types[] = {SRF_F32, SRF_F64};
     struct srf_checkpoint *ck = checkpoint(1);
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 4; k++) {
         struct srf_ctx *ctx;
         struct srf_states *s;
         struct srf_state_info infos[SLOTS], read;
-        test_ok(srf_ctx_create("cpu", types[k], 1, &ctx));
+        if (k == 2) test_ok(srf_attention_set_windows(&ck->attention, "3,5"));
+        test_ok(srf_ctx_create("cpu", types[k % 2], 1, &ctx));
         struct srf_engine *e = engine(ctx, ck, SRF_POS_ERROR), *f = engine(ctx, ck, SRF_POS_ERROR);
         begin(e, 0, infos);
         test_ok(srf_states_save(test_at(path, "s.h5"), ck, e, SLOTS, infos));
-        expect_dtype(path, srf_dtype_name(types[k]));
+        expect_dtype(path, srf_dtype_name(types[k % 2]));
         test_ok(srf_states_open(path, ck, &s));
         assert_int_equal(srf_states_count(s), SLOTS);
         for (int64_t i = 0; i < SLOTS; i++) {

@@ -77,6 +77,10 @@ run "${retrofit[@]}" --out wide --window 16
 run "${retrofit[@]}" --out narrow --window 15
 grep -q warning stderr && fail "narrow window: $(cat stderr)"
 
+refuse 1 "windows of 3 layers" "${retrofit[@]/--window/--threads}" --out t --layer-windows 8,4,8
+refuse 1 "a plan of windows" "${retrofit[@]}" --out t --window 0 --plan-windows 512
+refuse 1 "not both" "${retrofit[@]}" --out t --layer-windows 8,4
+
 # The command after Ctrl-C can be pasted, whatever the names, and goes on in the same way.
 odd="it's a \$run; x"
 mkdir "$odd"
@@ -136,6 +140,8 @@ run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-l
 [ $status -eq 0 ] || fail "--attention softmax: $(cat stderr)"
 recipe again --recipe pure --model recipe-pure/model.h5 --teacher model.h5
 ! grep -q calibrated stderr || fail "calibrated again: $(cat stderr)"
+recipe planned --window 8 --plan-windows 512
+grep -q "windows by layer, on 512 tokens" stderr || fail "--plan-windows: $(cat stderr)"
 recipe window --recipe window --window 8
 grep -q "nothing older" stderr || fail "--recipe window: $(cat stderr)"
 refuse 2 "hybrid, pure, faithful, window" "${retrofit[@]}" --out t --recipe best

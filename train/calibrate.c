@@ -274,7 +274,8 @@ static srf_status softmax_outputs(struct run *r, const void *q, const void *k, c
                    .o = srf_arena_ptr(r->arena, r->slot_o), .ld_o = r->c);
 }
 
-static srf_status srf_outputs(struct run *r, const void *q, const void *k, const void *v)
+static srf_status srf_outputs(struct run *r, int64_t layer, const void *q, const void *k,
+                              const void *v)
 {
     struct srf_attn_shape s = {.b = r->config->windows,
                                .t = r->config->seq_len,
@@ -282,7 +283,7 @@ static srf_status srf_outputs(struct run *r, const void *q, const void *k, const
                                .d = r->d,
                                .m = r->ck->attention.m,
                                .n_sets = r->h,
-                               .window = r->ck->attention.window,
+                               .window = srf_attention_window(&r->ck->attention, layer),
                                .causal = true};
     return SRF_RUN(r->ctx, srf_attn_fwd, .s = s, .q = q, .k = k, .v = v, .ld = 3 * r->c,
                    .w = srf_arena_ptr(r->arena, r->slot_w),
@@ -333,7 +334,7 @@ static srf_status choose_layer(struct run *r, int64_t layer, float *w, float *bi
                                    r->h * count));
             SRF_TRY(srf_upload_f32(r->ctx, srf_arena_ptr(r->arena, r->slot_bias),
                                    srf_ctx_acc(r->ctx), bias, r->h * m));
-            SRF_TRY(srf_outputs(r, q, q + step, q + 2 * step));
+            SRF_TRY(srf_outputs(r, layer, q, q + step, q + 2 * step));
             SRF_TRY(download_outputs(r, r->o));
         }
         for (int64_t head = 0; head < r->h; head++) {
@@ -394,7 +395,8 @@ static srf_status open_run(struct run *r)
     ctx->plan = true;
     ctx->plan_workspace = 0;
     srf_status st = softmax_outputs(r, NULL, NULL, NULL);
-    if (st == SRF_OK) st = srf_outputs(r, NULL, NULL, NULL);
+    for (int64_t l = 0; l < r->ck->config.n_layers && st == SRF_OK; l++)
+        st = srf_outputs(r, l, NULL, NULL, NULL);
     ctx->plan = false;
     SRF_TRY(st);
     srf_arena_workspace(r->arena, ctx->plan_workspace);

@@ -115,7 +115,7 @@ static srf_status srf_outputs(struct run *r, enum form form, int64_t layer, cons
                                .d = r->d,
                                .m = m,
                                .n_sets = r->n_sets,
-                               .window = r->config->attention.window,
+                               .window = srf_attention_window(&r->config->attention, layer),
                                .causal = true};
     const void *w = slot_at(r, r->slot_w, layer * r->n_sets * m * r->d);
     const void *bias = bias_at(r, layer * r->n_sets * m);
@@ -144,13 +144,14 @@ static srf_status plan_ops(struct run *r)
     r->ctx->plan = true;
     r->ctx->plan_workspace = 0;
     SRF_TRY_GO(softmax_outputs(r, NULL));
-    for (int64_t i = 0; i < c->n_m; i++) {
-        SRF_TRY_GO(draw_features(r, c->m[i], 0));
-        SRF_TRY_GO(srf_outputs(r, CHUNKED, 0, NULL, c->m[i], c->windows, 0, c->seq_len));
+    for (int64_t i = 0; i < c->n_m; i++) SRF_TRY_GO(draw_features(r, c->m[i], 0));
+    for (int64_t l = 0; l < r->model->config.n_layers; l++) {
+        for (int64_t i = 0; i < c->n_m; i++)
+            SRF_TRY_GO(srf_outputs(r, CHUNKED, l, NULL, c->m[i], c->windows, 0, c->seq_len));
+        SRF_TRY_GO(srf_outputs(r, CHUNKED, l, NULL, c->main_m, 1, 0, c->seq_len));
+        SRF_TRY_GO(srf_outputs(r, PREFILL, l, NULL, c->main_m, 1, 0, c->seq_len));
+        SRF_TRY_GO(srf_outputs(r, STEP, l, NULL, c->main_m, 1, 0, 1));
     }
-    SRF_TRY_GO(srf_outputs(r, CHUNKED, 0, NULL, c->main_m, 1, 0, c->seq_len));
-    SRF_TRY_GO(srf_outputs(r, PREFILL, 0, NULL, c->main_m, 1, 0, c->seq_len));
-    SRF_TRY_GO(srf_outputs(r, STEP, 0, NULL, c->main_m, 1, 0, 1));
 cleanup:
     r->ctx->plan = false;
     srf_arena_workspace(r->arena, r->ctx->plan_workspace);
@@ -421,6 +422,7 @@ srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoi
     *out = (struct srf_validate_result){
         .n_layers = cfg->n_layers, .n_heads = cfg->n_heads, .n_m = config->n_m};
     SRF_TRY(check(config, ck));
+    SRF_TRY(srf_attention_check_layers(&config->attention, cfg->n_layers));
     int64_t d = cfg->c / cfg->n_heads;
     struct run r = {.ctx = ctx,
                     .config = config,
