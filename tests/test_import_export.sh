@@ -94,8 +94,8 @@ ok "$SRF" export run/last.h5 last.h5 --format recurrent
 same recurrent.h5 last.h5 "recurrent from the training checkpoint: another file"
 ok "$SRF" export run/model.h5 hf-srf --format hf
 grep -q "readers will use softmax" stdout || fail "hf: no word on the lost attention: $(cat stdout)"
-ok "$SRF" retrofit --model model.h5 --data text.txt --out by-layer --steps 2 --batch 2 --seq-len 32 \
-    --m 8 --layer-windows 8,2 --threads 1 --quiet
+ok "$SRF" retrofit --model model.h5 --data text.txt --out by-layer --steps 2 --batch 2 \
+    --seq-len 32 --m 8 --layer-windows 8,2 --threads 1 --quiet
 ok "$SRF" export by-layer/model.h5 by-layer.h5 --format recurrent
 for model in recurrent by-layer; do
     for mode in parallel recurrent; do
@@ -103,7 +103,8 @@ for model in recurrent by-layer; do
             --seq-len 64 --threads 1 --quiet --json
         sed 's/.*"ppl": \([0-9.]*\).*/\1/' stdout >$mode
     done
-    awk '{ p = $1; getline <"parallel"; d = p / $1 - 1; exit !(d < 1e-4 && d > -1e-4) }' recurrent ||
+    awk '{ p = $1; getline <"parallel"; d = p / $1 - 1; exit !(d < 1e-4 && d > -1e-4) }' \
+        recurrent ||
         fail "$model: perplexity parallel $(cat parallel), recurrent $(cat recurrent)"
 done
 
