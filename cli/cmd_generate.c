@@ -10,7 +10,9 @@ struct run {
     struct srf_engine *engine;
     struct srf_ids prompt;
     char *prompt_text;            /* of --prompt-file */
-    int32_t *tokens, *next;       /* (batch, n), (batch) */
+    int32_t *tokens;              /* (batch, n) */
+    int64_t steps;                /* tokens of each that are asked for at once */
+    int32_t *next;                /* (steps, batch) */
     int64_t *made;                /* (batch): tokens before the end of the sequence */
     struct srf_states *states;    /* of --state-in, or NULL */
     struct srf_state_info *infos; /* (batch): where each text starts, and then ends */
@@ -53,6 +55,8 @@ static srf_status open_run(struct generate_options *in, struct run *r)
     if (r->prompt.n == 0 && !r->states) SRF_TRY(generate_start(&r->m, &r->prompt));
     struct srf_engine_config config = generate_config(in, &r->m);
     config.slots = in->batch;
+    int64_t rows = in->batch * (r->prompt.n + 1); /* memory for no more than there is to feed */
+    if (rows < config.prefill_rows) config.prefill_rows = rows;
     SRF_TRY(srf_engine_create(r->m.ctx, r->m.ck, &config, &r->engine));
     SRF_TRY(srf_engine_reset(r->engine)); /* states that are gone on from without a prompt */
     SRF_TRY(SRF_CALLOC(r->infos, in->batch));
@@ -65,7 +69,8 @@ static srf_status open_run(struct generate_options *in, struct run *r)
     }
     SRF_TRY(generate_room(&r->m, longest, &in->n));
     SRF_TRY(SRF_ALLOC(r->tokens, in->batch * (in->n + 1)));
-    SRF_TRY(SRF_ALLOC(r->next, in->batch));
+    r->steps = generate_steps(&r->m);
+    SRF_TRY(SRF_ALLOC(r->next, r->steps * in->batch));
     return SRF_CALLOC(r->made, in->batch);
 }
 
@@ -152,6 +157,17 @@ cleanup:
     return st;
 }
 
+/* A token of text i; -1: it has ended before. */
+static srf_status take(const struct generate_options *in, struct run *r, int64_t i, int32_t token)
+{
+    if (token < 0) return SRF_OK;
+    r->infos[i].pending = token;
+    r->infos[i].made++;
+    if (!in->ignore_eos && token == r->m.ck->config.eos) return SRF_OK;
+    r->tokens[i * in->n + r->made[i]++] = token;
+    return streams(in) ? stream_token(r, token) : SRF_OK;
+}
+
 static srf_status generate(const struct generate_options *in, struct run *r)
 {
     struct cli_progress progress;
@@ -162,20 +178,14 @@ static srf_status generate(const struct generate_options *in, struct run *r)
     double start = cli_now();
     srf_status st = SRF_OK;
     bool any = in->n > 0;
-    for (int64_t t = 0; any && !cli_interrupted(); t++) {
-        SRF_TRY_GO(srf_engine_decode(r->engine, 1, r->next));
+    for (int64_t t = 0; any && !cli_interrupted(); t += r->steps) {
+        SRF_TRY_GO(srf_engine_decode(r->engine, r->steps, r->next));
+        for (int64_t k = 0; k < r->steps * in->batch; k++)
+            SRF_TRY_GO(take(in, r, k % in->batch, r->next[k]));
         any = false;
-        for (int64_t i = 0; i < in->batch; i++) {
-            any |= srf_engine_running(r->engine, i);
-            if (r->next[i] >= 0) {
-                r->infos[i].pending = r->next[i];
-                r->infos[i].made++;
-            }
-            if (r->next[i] < 0 || (!in->ignore_eos && r->next[i] == r->m.ck->config.eos)) continue;
-            r->tokens[i * in->n + r->made[i]++] = r->next[i];
-            if (streams(in)) SRF_TRY_GO(stream_token(r, r->next[i]));
-        }
-        cli_progress_update(&progress, (double)(t + 1), (double)in->n, "");
+        for (int64_t i = 0; i < in->batch; i++) any |= srf_engine_running(r->engine, i);
+        double done = (double)(t + r->steps), all = (double)in->n;
+        cli_progress_update(&progress, done < all ? done : all, all, "");
     }
 cleanup:
     cli_progress_end(&progress);
@@ -286,7 +296,7 @@ int cmd_generate(int argc, char **argv)
                                   .batch = CLI_NONE,
                                   .order = "input",
                                   .on_error = "stop",
-                                  .chunk = 256,
+                                  .chunk = CLI_NONE,
                                   .sampler = {.temperature = 1, .top_p = 1},
                                   .device = CLI_DEVICE_DEFAULT,
                                   .attention = CLI_ATTENTION_DEFAULT,
@@ -322,8 +332,8 @@ int cmd_generate(int argc, char **argv)
          "only the most likely tokens that make up P (1)", 1e-9, 1},
         {"seed", 0, CLI_U64, &in.seed, "N", "of the sampling (0)", 0, 0},
         {"ignore-eos", 0, CLI_FLAG, &in.ignore_eos, NULL, "do not stop at the end token", 0, 0},
-        {"chunk", 0, CLI_INT, &in.chunk, "N", "tokens of a prefill piece: sets the memory (256)", 1,
-         1 << 20},
+        {"chunk", 0, CLI_INT, &in.chunk, "N",
+         "tokens of a prefill piece: sets the memory (256; CUDA 8192)", 1, 1 << 20},
         {"state-bf16", 0, CLI_FLAG, &in.state_bf16, NULL,
          "states in bf16: half the memory (CUDA, --dtype bf16)", 0, 0},
         CLI_ATTENTION_OPTIONS(in.attention),

@@ -49,6 +49,8 @@ srf_status generate_shared_hash(const struct srf_engine *e, int64_t slot,
 /* The engine's settings but for its slots. */
 struct srf_engine_config generate_config(const struct generate_options *in,
                                          const struct generate_model *m);
+/* Tokens to ask the engine for at once: a GPU has the next step begun before its last is seen. */
+int64_t generate_steps(const struct generate_model *m);
 
 /* For --help. */
 #define GENERATE_STATE_HELP                                                                        \

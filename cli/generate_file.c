@@ -322,8 +322,8 @@ static srf_status settings(const struct run *r, json_t **out)
         "{s:f, s:I, s:f, s:I, s:I, s:I, s:b, s:b, s:O?, s:b, s:s}", "temperature",
         in->sampler.temperature, "top_k", (json_int_t)in->sampler.top_k, "top_p", in->sampler.top_p,
         "seed", (json_int_t)in->seed, "n", (json_int_t)(in->n == CLI_NONE ? 0 : in->n), "chunk",
-        (json_int_t)in->chunk, "state_bf16", in->state_bf16, "ignore_eos", in->ignore_eos, "stop",
-        r->stop, "ids", in->ids, "order", in->order);
+        (json_int_t)generate_config(in, &r->m).prefill_rows, "state_bf16", in->state_bf16,
+        "ignore_eos", in->ignore_eos, "stop", r->stop, "ids", in->ids, "order", in->order);
     bool failed = !*out || !sampling || json_object_update(*out, sampling) != 0;
     json_decref(sampling);
     SRF_FAIL_IF(failed, SRF_NOMEM, "out of memory");
@@ -413,7 +413,7 @@ static srf_status serve(struct run *r)
     struct srf_server server = {.engine = r->engine,
                                 .slots = r->in->batch,
                                 .shared = shares(r->in) ? r->in->batch : -1,
-                                .steps = 1,
+                                .steps = generate_steps(&r->m),
                                 .next = next,
                                 .token = token,
                                 .done = done,

@@ -1,5 +1,7 @@
 #include "cli/generate.h"
 
+#include <string.h>
+
 srf_status generate_open(const struct generate_options *in, struct generate_model *m)
 {
     SRF_TRY(srf_sampler_check(&in->sampler));
@@ -54,9 +56,15 @@ srf_status generate_room(const struct generate_model *m, int64_t n_prompt, int64
 struct srf_engine_config generate_config(const struct generate_options *in,
                                          const struct generate_model *m)
 {
-    return (struct srf_engine_config){.prefill_rows = in->chunk,
+    int64_t rows = strcmp(m->ctx->be->name, "cpu") == 0 ? 256 : 8192;
+    return (struct srf_engine_config){.prefill_rows = in->chunk != CLI_NONE ? in->chunk : rows,
                                       .state_bf16 = in->state_bf16,
                                       .positions = m->positions,
                                       .sampler = in->sampler,
                                       .stop = in->ignore_eos ? -1 : (int32_t)m->ck->config.eos};
+}
+
+int64_t generate_steps(const struct generate_model *m)
+{
+    return strcmp(m->ctx->be->name, "cpu") == 0 ? 1 : 8;
 }
