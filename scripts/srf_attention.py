@@ -9,21 +9,24 @@
     o = attention.prefill(q, k, v, state)
     o = attention.step(q1, k1, v1, state, pos)
 
-q, k, v may be slices of one packed tensor (anything whose last two dimensions are dense). Where they
-are, packed() is faster: PyTorch puts three gradients of slices together by copies. CUDA calls
+q, k, v may be slices of one packed tensor (anything whose last two dimensions are dense). Where
+they are, packed() is faster: PyTorch puts three gradients of slices together by copies. CUDA calls
 go to PyTorch's current stream and return at once. Trained features: attention(q, k, v, w=w) with w
 (sets, m, head size) gives w.grad too.
 
 Run as a program it checks itself or measures:
-    srf_attention.py --library build/libsrf.so --check tests/attention_reference.json [--device cuda]
-    srf_attention.py --library build/libsrf.so --bench [--json]
+    srf_attention.py --library L.so --check tests/attention_reference.json [--device cuda]
+    srf_attention.py --library L.so --bench [--srf build/srf] [--json]
 """
 import argparse
 import ctypes
 import json
 import math
 import os
+import statistics
+import subprocess
 import sys
+import time
 
 import torch
 
@@ -134,6 +137,19 @@ class Attention:
         b, t = q.shape[:2]
         return Tensors(b, t, q.data_ptr(), k.data_ptr(), v.data_ptr(), ld, o.data_ptr(), 0)
 
+    def _packed(self, qkv):
+        """Addresses of q, k, v in a dense packed tensor; views would cost more than the call."""
+        width = self.n_heads * self.head_size * qkv.element_size()
+        first = qkv.data_ptr()
+        return first, first + width, first + 2 * width
+
+    def _check_packed(self, qkv):
+        if (qkv.dim() != 5 or qkv.shape[2:] != (3, self.n_heads, self.head_size) or
+                qkv.dtype != self.dtype or qkv.device.type != self.device.type):
+            raise ValueError(f"expected (b, t, 3, {self.n_heads}, {self.head_size}) of "
+                             f"{self.dtype} on {self.device}, found {tuple(qkv.shape)} of "
+                             f"{qkv.dtype} on {qkv.device}")
+
     def draw(self, number):
         self._ok(self.lib.srf_attn_draw(self.handle, self._stream(), number))
 
@@ -150,27 +166,27 @@ class Attention:
     def reserve(self, b, t, backward=True):
         self._ok(self.lib.srf_attn_reserve(self.handle, b, t, backward))
 
-    def _forward(self, q, k, v, ld, with_stat):
-        """o, and what backward wants of each row."""
-        b, t = q.shape[:2]
-        o = torch.empty(q.shape, dtype=self.dtype, device=q.device)
+    def _forward(self, b, t, qkv, ld, device, with_stat):
+        """o, and what backward wants of each row; qkv: addresses."""
+        o = torch.empty((b, t, self.n_heads, self.head_size), dtype=self.dtype, device=device)
         stat = None
         if with_stat:
-            stat = torch.empty(b, self.n_heads, t, dtype=self.acc, device=q.device)
-        x = self._tensors(q, k, v, o, ld)
+            stat = torch.empty((b, self.n_heads, t), dtype=self.acc, device=device)
+        x = Tensors(b, t, *qkv, ld, o.data_ptr(), 0)
         self._ok(self.lib.srf_attn_forward(self.handle, self._stream(), ctypes.byref(x),
                                            stat.data_ptr() if with_stat else None))
         return o, stat
 
-    def _backward(self, q, k, v, o, ld, d_o, stat, grads, w):
-        """Into grads, three tensors laid out as q, k, v; returns dw if w is not None."""
+    def _backward(self, qkv, o, ld, d_o, stat, grads, w):
+        """Into grads, laid out as q, k, v, all by their addresses; returns dw if w is not None."""
         dw = None
         if w is not None:
-            dw = torch.zeros(self.n_sets, self.m, self.head_size, dtype=self.acc, device=q.device)
-        x = self._tensors(q, k, v, o, ld)
+            dw = torch.zeros(self.n_sets, self.m, self.head_size, dtype=self.acc, device=o.device)
+        b, t = o.shape[:2]
+        x = Tensors(b, t, *qkv, ld, o.data_ptr(), 0)
         self._ok(self.lib.srf_attn_backward(
             self.handle, self._stream(), ctypes.byref(x), d_o.data_ptr(), stat.data_ptr(),
-            *(g.data_ptr() for g in grads), None if dw is None else dw.data_ptr()))
+            *grads, None if dw is None else dw.data_ptr()))
         return None if dw is None else dw.to(w.dtype)
 
     def __call__(self, q, k, v, w=None):
@@ -178,16 +194,22 @@ class Attention:
             self.set_features(w)
         if torch.is_grad_enabled():
             return _Function.apply(self, q, k, v, w)
-        (q, k, v), ld = self._rows(q, k, v)
-        return self._forward(q, k, v, ld, False)[0]
+        qkv, ld = self._rows(q, k, v)
+        return self._forward(*q.shape[:2], _addresses(qkv), ld, q.device, False)[0]
 
     def packed(self, qkv, w=None):
         if w is not None:
             self.set_features(w)
         if torch.is_grad_enabled():
             return _Packed.apply(self, qkv, w)
-        (q, k, v), ld = self._rows(*qkv.unbind(2))
-        return self._forward(q, k, v, ld, False)[0]
+        return self._forward_packed(qkv, False)[1]
+
+    def _forward_packed(self, qkv, with_stat):
+        """The dense packed tensor, o, and what backward wants."""
+        self._check_packed(qkv)
+        qkv = qkv.contiguous()
+        ld = 3 * self.n_heads * self.head_size
+        return qkv, *self._forward(*qkv.shape[:2], self._packed(qkv), ld, qkv.device, with_stat)
 
     def new_state(self, b):
         count = self.lib.srf_attn_state_values(self.handle) // self.n_heads
@@ -216,12 +238,16 @@ class Attention:
         return o
 
 
+def _addresses(tensors):
+    return [x.data_ptr() for x in tensors]
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention, q, k, v, w):
         a = attention
         (q, k, v), ld = a._rows(q, k, v)
-        o, stat = a._forward(q, k, v, ld, True)
+        o, stat = a._forward(*q.shape[:2], _addresses((q, k, v)), ld, q.device, True)
         ctx.save_for_backward(q, k, v, o, stat)
         ctx.attention, ctx.w = a, w
         return o
@@ -246,19 +272,16 @@ class _Function(torch.autograd.Function):
             grads = [torch.empty(b * t * ld, dtype=a.dtype, device=q.device)
                      .as_strided(q.shape, (t * ld, ld, size, 1)) for _ in range(3)]
         w = ctx.w if ctx.needs_input_grad[4] else None
-        dw = a._backward(q, k, v, o, ld, d_o.contiguous(), stat, grads, w)
+        dw = a._backward(_addresses((q, k, v)), o, ld, d_o.contiguous(), stat, _addresses(grads), w)
         return None, *grads, dw
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention, qkv, w):
-        a = attention
-        qkv = qkv.contiguous()
-        (q, k, v), ld = a._rows(*qkv.unbind(2))
-        o, stat = a._forward(q, k, v, ld, True)
+        qkv, o, stat = attention._forward_packed(qkv, True)
         ctx.save_for_backward(qkv, o, stat)
-        ctx.attention, ctx.w = a, w
+        ctx.attention, ctx.w = attention, w
         return o
 
     @staticmethod
@@ -266,10 +289,10 @@ class _Packed(torch.autograd.Function):
     def backward(ctx, d_o):
         a = ctx.attention
         qkv, o, stat = ctx.saved_tensors
-        (q, k, v), ld = a._rows(*qkv.unbind(2))
         grad = torch.empty_like(qkv)
         w = ctx.w if ctx.needs_input_grad[2] else None
-        dw = a._backward(q, k, v, o, ld, d_o.contiguous(), stat, grad.unbind(2), w)
+        ld = 3 * a.n_heads * a.head_size
+        dw = a._backward(a._packed(qkv), o, ld, d_o.contiguous(), stat, a._packed(grad), w)
         return None, grad, dw
 
 
@@ -377,24 +400,65 @@ def check_large(library):
             close(f"cuda bf16 b=2 t=700 d=64 m=64 window {window}: {what}", got, want, 1e-2)
 
 
-def median_ms(run, reps=30, inner=4):
-    """The GPU's time, with calls waiting for it: as in training, where Python runs ahead."""
-    times = []
-    for _ in range(3):
+def host_ms(run, calls=10):
+    """The host's time to ask for a call, while the GPU is busy with something else."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)
+    start = time.perf_counter()
+    for _ in range(calls):
         run()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e3 * seconds / calls
+
+
+def gpu_ms(run, host, reps=20, calls=16):
+    """The GPU's time of a call among many that wait for it: as in training, where Python runs
+    ahead. host: its time to ask for one, which the GPU sleeps through first."""
+    times = []
     for _ in range(reps):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)
+        torch.cuda._sleep(int(2e6 * host * calls * 1.5) + 1_000_000)
         begin.record()
-        for _ in range(inner):
+        for _ in range(calls):
             run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / inner)
-    return sorted(times)[len(times) // 2]
+        times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times)
 
 
-def bench(library, as_json):
+def graph_ms(run, reps=20, calls=16):
+    """The same calls recorded in a CUDA graph: no host between them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    times = []
+    for i in range(reps + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i > 0:
+            times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def bench_in_c(srf):
+    """`srf bench op` on the same shape: case -> ms."""
+    command = [srf, "bench", "op", "--device", "cuda", "--filter", "srf_attn_fwd", "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return {row["case"]: row["us"] * 1e-3 for row in json.loads(done.stdout)["cases"]}
+
+
+def bench(library, srf, as_json):
     """Forward, and forward and backward, of `srf bench op`'s shape; inputs past the L2 cache."""
     b, t, heads, d, m = 32, 1024, 12, 64, 64
     a = Attention(heads, d, m, device="cuda", dtype=torch.bfloat16, library=library)
@@ -405,20 +469,37 @@ def bench(library, as_json):
 
     def forward():
         turn[0] += 1
-        with torch.no_grad():
-            a.packed(inputs[turn[0] % 3])
+        a._forward_packed(inputs[turn[0] % 3], True)  # with what backward wants, as the C bench
 
     def both():
         turn[0] += 1
         x = inputs[turn[0] % 3].detach().requires_grad_()
         a.packed(x).backward(d_o)
 
-    result = {"device": torch.cuda.get_device_name(), "shape": [b, t, heads, d, m],
-              "forward_ms": median_ms(forward), "forward_backward_ms": median_ms(both)}
-    print(json.dumps(result) if as_json else
-          f"{result['device']}, b={b} t={t} h={heads} d={d} m={m} bf16: forward "
-          f"{result['forward_ms']:.4f} ms, forward and backward "
-          f"{result['forward_backward_ms']:.4f} ms")
+    in_c = bench_in_c(srf) if srf else {}
+    rows = []
+    for name, case, run in (("forward", "srf_attn_fwd T=1024", forward),
+                            ("forward and backward", "srf_attn_fwd_bwd T=1024", both)):
+        for _ in range(3):
+            run()
+        host = host_ms(run)
+        rows.append({"pass": name, "ms": gpu_ms(run, host), "graph_ms": graph_ms(run),
+                     "host_ms": host})
+        if case in in_c:
+            rows[-1].update(c_ms=in_c[case], over_c=rows[-1]["ms"] / in_c[case])
+    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+              "shape": [b, t, heads, d, m], "rows": rows}
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{result['device']}, PyTorch {torch.__version__}, b={b} t={t} h={heads} d={d} m={m}, "
+          "bf16")
+    for row in rows:
+        line = (f"  {row['pass']:<21} {row['ms']:.4f} ms on the GPU, {row['graph_ms']:.4f} in a "
+                f"CUDA graph; the host asks for it in {row['host_ms']:.4f}")
+        if "c_ms" in row:
+            line += f"; srf bench op {row['c_ms']:.4f}: {row['over_c']:.3f} x"
+        print(line)
 
 
 def main():
@@ -427,6 +508,7 @@ def main():
     parser.add_argument("--check", metavar="FILE.json", help="compare with recorded results")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--bench", action="store_true", help="measure on the GPU")
+    parser.add_argument("--srf", metavar="PROGRAM", help="--bench: beside `PROGRAM bench op`")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     library = load_library(args.library)
@@ -436,7 +518,7 @@ def main():
         if args.device == "cuda":
             check_large(library)
     if args.bench:
-        bench(library, args.json)
+        bench(library, args.srf, args.json)
 
 
 if __name__ == "__main__":
