@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { POOL = 512 }; /* tokens of a sequence, taken again and again */
+enum { POOL = 2048 }; /* tokens of a sequence, taken again and again */
 
 struct steps_case {
     enum srf_dtype dtype;
@@ -197,8 +197,11 @@ static void test_steps(void **state)
         next *= 10;
         for (int i = 0; i < n; i++) {
             double error = error_of(&r, o[i], now);
-            /* of a bf16 state: the walk of its roundings, see kernels/lab/decode_cuda.md */
-            double tol = k->dtype == SRF_F32 ? 1e-5 : i == 0 ? 1e-2 : 5e-2;
+            /* Roundings of the sums walk: in fp32 past 1e-5 after some 10,000 steps; in bf16 see
+             * kernels/lab/decode_cuda.md. */
+            double tol = k->dtype == SRF_F32 ? 1e-5 * fmax(1, sqrt((double)t / 1e4))
+                         : i == 0            ? 1e-2
+                                             : 5e-2;
             print_message("after %7lld steps, state in %s: %.2e of %.0e\n", (long long)t + 1,
                           i ? "bf16" : "fp32", error, tol);
             if (!(error <= tol)) c->s.failures++;
