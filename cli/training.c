@@ -10,7 +10,8 @@
 struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute, *recipe;
     bool resume, quiet, json, fit;
-    bool calibrate_given; /* on the command line, not by the recipe */
+    /* on the command line, not by the recipe */
+    bool calibrate_given, features_given, features_lr_given;
     int64_t calibrate, best_of, plan_windows;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
@@ -79,7 +80,12 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     if (!in->calibrate_given &&
         (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF || !a->per_head))
         in->calibrate = 0;
-    if (srf_attention_has_map(a)) in->config.train_features = true;
+    /* Its trained features are those of SRF attention that keeps a draw; maps are always trained. */
+    struct srf_train_config *c = &in->config;
+    if (!in->features_given && (a->kind != SRF_ATTN_SRF || a->far_none || c->redraw_every))
+        c->train_features = false;
+    if (!c->train_features && !in->features_lr_given) c->features_lr = 0;
+    if (srf_attention_has_map(a)) c->train_features = true;
     if (!srf_policy_needs_teacher(&in->config)) return SRF_OK;
     /* The teacher: named, or the model itself as it came, with softmax. Weights that were fitted to
      * SRF attention are no good under softmax. */
@@ -445,6 +451,8 @@ static void say_recipe(struct cli_option *options, const struct srf_recipe *r,
             snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->calibrate);
         else if (strcmp(o->name, "fit-features") == 0 && r->fit)
             snprintf(*help, HELP_SIZE, "%s (on)", o->help);
+        else if (strcmp(o->name, "train-features") == 0 && r->features_lr > 0)
+            snprintf(*help, HELP_SIZE, "%s (on)", o->help);
         else if (strcmp(o->name, "best-of") == 0)
             snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->best_of);
         else
@@ -482,6 +490,15 @@ static bool was_given(const struct cli_option *options, const bool *set, const c
     for (const struct cli_option *o = options; o->name; o++)
         if (strcmp(o->name, name) == 0) return set[o - options];
     return false;
+}
+
+/* Features are trained where either option asks for it, or the recipe does. */
+static void settle_features(struct inputs *in, const struct cli_option *options, const bool *set)
+{
+    in->features_lr_given = was_given(options, set, "features-lr");
+    in->features_given = was_given(options, set, "train-features") || in->features_lr_given;
+    if (in->features_lr_given && !was_given(options, set, "train-features"))
+        in->config.train_features = in->config.features_lr > 0;
 }
 
 /* A recipe's features of its own give way to redraws, and to no calibration, if asked for. */
@@ -566,7 +583,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"rest-lr", 0, CLI_DOUBLE, &c->rest_lr, "X",
          "learning rate of all but attention, times --lr; 0: attention alone is trained", 0, 1e6},
         {"features-lr", 0, CLI_DOUBLE, &c->features_lr, "X",
-         "learning rate of trained features, times --lr", 0, 1e6},
+         "peak learning rate of the features; 0 = not trained (with --train-features: as --lr)", 0,
+         10},
         {"calibrate", 0, CLI_INT, &in.calibrate, "N",
          "re-centre and balance q and k on N tokens first, exactly for softmax; 0 = off", 0,
          1 << 24},
@@ -617,6 +635,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
                    &code))
         return code;
     settle_calibration(&in, options, set);
+    settle_features(&in, options, set);
     code = check_usage(defaults, &in, options, set);
     if (code != EXIT_OK) return code;
     if (in.recompute) c->recompute = recompute_of(in.recompute);

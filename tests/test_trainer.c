@@ -200,7 +200,7 @@ static void resume_is_exact(void **state)
             s.config.redraw_every = 1;
             s.config.freeze_at = 0.5;
             s.config.train_features = true;
-            s.config.features_lr = 5;
+            s.config.features_lr = 0.02;
             s.config.rest_lr = 0.5;
         }
         if (cases[k].srf_teacher) srf_teacher(teacher);
@@ -260,16 +260,18 @@ static void learning_rates(void **state)
     s.config.train_features = true;
     s.config.weight_decay = 0.1;
     double *both = after_a_step(&s, &n_params, &n);
-    s.config.features_lr = 0;
-    double *still = after_a_step(&s, &n_params, &n);
-    s.config.features_lr = 3;
+    s.config.features_lr = 2 * s.config.lr;
+    double *twice = after_a_step(&s, &n_params, &n);
+    s.config.features_lr = 4 * s.config.lr;
     s.config.rest_lr = 0;
     double *some = after_a_step(&s, &n_params, &n);
-    for (int64_t i = 0; i < n_params; i++) assert_true(both[i] == still[i]);
+    for (int64_t i = 0; i < n_params; i++) assert_true(both[i] == twice[i]);
     for (int64_t i = n_params; i < n; i++) {
-        double step = both[i] - still[i];
-        assert_true(fabs(step) > 0 && fabs(some[i] - still[i] - 3 * step) < 1e-12);
+        double step = twice[i] - both[i]; /* of a rate of lr */
+        assert_true(fabs(step) > 0 && fabs(some[i] - both[i] - 3 * step) < 1e-12);
     }
+    s.config.lr = 0;
+    assert_true(srf_policy_features_lr(&s.config, 3) == srf_policy_lr(&s.config, 3));
     int64_t moved = 0;
     for (int64_t r = 0; r < s.ck->table.n; r++) {
         const struct srf_tensor *row = &s.ck->table.rows[r];
@@ -281,7 +283,7 @@ static void learning_rates(void **state)
     }
     assert_true(moved > s.ck->table.count / 2);
     srf__free(both);
-    srf__free(still);
+    srf__free(twice);
     srf__free(some);
     close_setup(&s);
 }

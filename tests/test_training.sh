@@ -25,8 +25,8 @@ refuse 1 "run/last.h5 is there" "${retrofit[@]}" --out run
 refuse 2 "--out" "${retrofit[@]}" --out ''
 refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.txt --out text.txt
 
-# The first of 20 steps is one of 2 of warm-up, 1/3 of the peak of 1e-3.
-grep -q '^{"step": 1,.*"lr": 0.000333' run/metrics.jsonl ||
+# The first of 20 steps is one of 2 of warm-up, 1/3 of the peak of 3e-4.
+grep -q '^{"step": 1,.*"lr": 0.0001,' run/metrics.jsonl ||
     fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
 
 # The run's curves, as a page of its own; one that cannot be written costs no run.
@@ -115,6 +115,7 @@ default() {
 }
 [ "$(default retrofit window)" = 64 ] || fail "retrofit --help: window $(default retrofit window)"
 [ "$(default retrofit redraw-every)" = 0 ] || fail "retrofit --help: redraw-every"
+[ "$(default retrofit lr)" = 0.0003 ] && [ "$(default train lr)" = 0.001 ] || fail "--help: lr"
 [ "$(default retrofit kl)" = 3 ] && [ "$(default train kl)" = 0 ] || fail "--help: kl"
 [ "$(default train freeze-at)" = 1 ] && [ "$(default train steps)" = 1000 ] || fail "train --help"
 
@@ -140,6 +141,19 @@ run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-l
 [ $status -eq 0 ] || fail "--attention softmax: $(cat stderr)"
 recipe again --recipe pure --model recipe-pure/model.h5 --teacher model.h5
 ! grep -q calibrated stderr || fail "calibrated again: $(cat stderr)"
+# Features are trained by the hybrid recipe, and where either option says so: the second step's loss
+# is another.
+second_loss() {
+    sed -n 's/^{"step": 2,.*"loss": \([0-9.]*\),.*/\1/p' "recipe-$1/metrics.jsonl"
+}
+recipe trained --window 8
+recipe untrained --window 8 --features-lr 0
+recipe alone --window 8 --features-lr 0 --train-features
+recipe drawn --window 8 --redraw-every 1
+recipe redrawn-untrained --window 8 --redraw-every 1 --features-lr 0
+[ "$(second_loss trained)" != "$(second_loss untrained)" ] || fail "hybrid: features not trained"
+[ "$(second_loss alone)" != "$(second_loss untrained)" ] || fail "--train-features: not trained"
+[ "$(second_loss drawn)" = "$(second_loss redrawn-untrained)" ] || fail "redrawn and trained"
 recipe planned --window 8 --plan-windows 512
 grep -q "windows by layer, on 512 tokens" stderr || fail "--plan-windows: $(cat stderr)"
 recipe window --recipe window --window 8

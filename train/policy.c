@@ -21,7 +21,6 @@ struct srf_train_config srf_train_defaults(void)
         .clip = 1,
         .freeze_at = 1,
         .rest_lr = 1,
-        .features_lr = 1,
         .ce_weight = 1,
         .kl_to = 1,
         .mse_to = 1,
@@ -50,7 +49,7 @@ struct srf_train_config srf_train_defaults(void)
     X(redraw_every, i, 0, 1e12)                                                                    \
     X(freeze_at, f, 0, 1)                                                                          \
     X(rest_lr, f, 0, 1e6)                                                                          \
-    X(features_lr, f, 0, 1e6)                                                                      \
+    X(features_lr, f, 0, 10)                                                                       \
     X(ce_weight, f, 0, 1e9)                                                                        \
     X(kl_weight, f, 0, 1e9)                                                                        \
     X(kl_from, f, 0, 1)                                                                            \
@@ -146,6 +145,12 @@ double srf_policy_lr(const struct srf_train_config *c, int64_t step)
     int64_t span = c->steps - 1 - c->warmup;
     double x = span > 0 ? (double)(step - c->warmup) / (double)span : 1;
     return c->min_lr + (c->lr - c->min_lr) * 0.5 * (1 + cos(3.14159265358979323846 * x));
+}
+
+double srf_policy_features_lr(const struct srf_train_config *c, int64_t step)
+{
+    double lr = srf_policy_lr(c, step);
+    return c->features_lr > 0 && c->lr > 0 ? lr * (c->features_lr / c->lr) : lr;
 }
 
 /* First step that no longer redraws. */

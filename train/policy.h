@@ -20,7 +20,7 @@ struct srf_train_config {
     double freeze_at;     /* fraction of the run after which the draw stays, 0 to 1 */
     bool train_features;  /* once frozen, W is trained as well */
     double rest_lr;       /* learning rate of all but attention, times lr; 0 = stays as it is */
-    double features_lr;   /* learning rate of trained features, times lr */
+    double features_lr;   /* peak learning rate of trained features; 0 = that of the weights */
 
     double ce_weight;      /* cross entropy with the data */
     double kl_weight;      /* KL(teacher || student) of the next token */
@@ -42,6 +42,8 @@ srf_status srf_train_config_from_json(const char *text, struct srf_train_config 
 
 /* All for step 0 .. steps - 1. */
 double srf_policy_lr(const struct srf_train_config *c, int64_t step);
+/* By the same schedule: 0 where lr is 0. */
+double srf_policy_features_lr(const struct srf_train_config *c, int64_t step);
 /* Offset to the first draw's index; constant from the freeze on. */
 uint64_t srf_policy_draw(const struct srf_train_config *c, int64_t step);
 bool srf_policy_frozen(const struct srf_train_config *c, int64_t step);

@@ -4,12 +4,14 @@
 
 static const struct srf_recipe recipes[] = {
     {.name = "hybrid",
-     .about = "a window of 64 exact, features beyond it, one draw from the start",
+     .about = "a window of 64 exact, trained features beyond it",
      .m = 64,
      .window = 64,
      .freeze_at = 1,
      .ce_weight = 1,
      .kl_weight = 3,
+     .lr = 3e-4,
+     .features_lr = 0.03,
      .best_of = 1},
     {.name = "pure",
      .about = "features alone, calibrated and fitted, one draw from the start",
@@ -17,6 +19,7 @@ static const struct srf_recipe recipes[] = {
      .freeze_at = 1,
      .ce_weight = 1,
      .kl_weight = 10,
+     .lr = 1e-3,
      .calibrate = 16384,
      .fit = true,
      .best_of = 16},
@@ -27,6 +30,7 @@ static const struct srf_recipe recipes[] = {
      .freeze_at = 0.75,
      .ce_weight = 1,
      .kl_weight = 3,
+     .lr = 1e-3,
      .best_of = 1},
     {.name = "window",
      .about = "a rival, for comparisons: the window of 64 and nothing beyond it",
@@ -36,6 +40,7 @@ static const struct srf_recipe recipes[] = {
      .freeze_at = 1,
      .ce_weight = 1,
      .kl_weight = 3,
+     .lr = 3e-4,
      .best_of = 1},
 };
 
@@ -63,4 +68,7 @@ void srf_recipe_apply(const struct srf_recipe *r, struct srf_train_config *confi
     config->freeze_at = r->freeze_at;
     config->ce_weight = r->ce_weight;
     config->kl_weight = r->kl_weight;
+    config->lr = r->lr;
+    config->features_lr = r->features_lr;
+    config->train_features = r->features_lr > 0;
 }

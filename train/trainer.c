@@ -298,8 +298,7 @@ static srf_status set_features(struct srf_trainer *t)
                                            srf_policy_frozen(&t->config, t->step));
 }
 
-/* One flat piece of parameters, or of features. at: its place in the moments; lr: times the
- * schedule's; skips: counts the steps skipped, or NULL. */
+/* One flat piece of parameters, or of features. at: its place in the moments; skips: counts the steps skipped, or NULL. */
 static srf_status adamw(struct srf_trainer *t, void *param, void *master, const void *grad,
                         int64_t at, int64_t n, double lr, void *skips)
 {
@@ -307,15 +306,14 @@ static srf_status adamw(struct srf_trainer *t, void *param, void *master, const 
     size_t size = srf_dtype_bytes(srf_ctx_acc(t->ctx));
     bool parameters = at < t->n_params;
     uint8_t *no_decay = srf_arena_ptr(t->arena, t->slot_no_decay);
-    return SRF_RUN(t->ctx, adamw, .n = n, .step = t->step + 1, .lr = lr * srf_policy_lr(c, t->step),
-                   .beta1 = c->beta1, .beta2 = c->beta2, .eps = c->eps,
-                   .weight_decay = parameters ? c->weight_decay : 0, .grad_scale = 1,
-                   .max_norm = c->clip > 0 ? c->clip : INFINITY,
-                   .clip_sumsq = srf_arena_ptr(t->arena, t->slot_sumsq), .skips = skips,
-                   .no_decay = parameters ? no_decay + at / 64 : NULL, .grad = grad, .param = param,
-                   .master = master,
-                   .m = (char *)srf_arena_ptr(t->arena, t->slot_m) + (size_t)at * size,
-                   .v = (char *)srf_arena_ptr(t->arena, t->slot_v) + (size_t)at * size);
+    return SRF_RUN(
+        t->ctx, adamw, .n = n, .step = t->step + 1, .lr = lr, .beta1 = c->beta1, .beta2 = c->beta2,
+        .eps = c->eps, .weight_decay = parameters ? c->weight_decay : 0, .grad_scale = 1,
+        .max_norm = c->clip > 0 ? c->clip : INFINITY,
+        .clip_sumsq = srf_arena_ptr(t->arena, t->slot_sumsq), .skips = skips,
+        .no_decay = parameters ? no_decay + at / 64 : NULL, .grad = grad, .param = param,
+        .master = master, .m = (char *)srf_arena_ptr(t->arena, t->slot_m) + (size_t)at * size,
+        .v = (char *)srf_arena_ptr(t->arena, t->slot_v) + (size_t)at * size);
 }
 
 /* The rows of the table whose learning rate is that of `row`, from it on: *end is the next. */
@@ -335,10 +333,10 @@ static srf_status update_parameters(struct srf_trainer *t)
     size_t size = srf_dtype_bytes(srf_ctx_acc(t->ctx));
     void *skips = srf_arena_ptr(t->arena, t->slot_skips);
     for (int64_t row = 0, end; row < table->n; row = end) {
-        double lr = same_rate(t, row, &end);
+        double lr = same_rate(t, row, &end) * srf_policy_lr(&t->config, t->step);
         int64_t at = table->rows[row].offset;
         int64_t n = (end < table->n ? table->rows[end].offset : table->total) - at;
-        if (lr == 0 && !t->ctx->plan) continue;
+        if (lr == 0 && !t->ctx->plan) continue; /* no weight decay either */
         SRF_TRY(adamw(t, srf_model_param(t->model, row), master ? master + (size_t)at * size : NULL,
                       srf_model_grad(t->model, row), at, n, lr, skips));
         skips = NULL;
@@ -362,7 +360,7 @@ static srf_status update(struct srf_trainer *t)
     int64_t n;
     void *w = srf_model_features(m, &n);
     return adamw(t, w, srf_model_features_master(m), srf_model_features_grad(m), t->n_params, n,
-                 t->config.features_lr, NULL);
+                 srf_policy_features_lr(&t->config, t->step), NULL);
 }
 
 bool srf__due(int64_t step, int64_t every, int64_t last)
