@@ -29,7 +29,7 @@ struct run {
     struct srf_validate_config config;
     struct srf_validate_result result;
     struct srf_kernel_error *kernel;
-    double *closed, *tried;
+    double *closed, *tried, *tried_kl;
     struct srf_validate_place places[SRF_VALIDATE_PLACES];
     double *draw_ppl;
     struct validate_text texts[MAX_TEXTS];
@@ -52,6 +52,7 @@ static void free_run(struct run *r)
     srf__free(r->kernel);
     srf__free(r->closed);
     srf__free(r->tried);
+    srf__free(r->tried_kl);
     srf__free(r->draw_ppl);
     for (int i = 0; i < MAX_TEXTS; i++) {
         struct validate_text *t = &r->texts[i];
@@ -200,6 +201,7 @@ static srf_status try_features(struct run *r)
     double *oprf;
     struct srf_validate_result result = {0};
     SRF_TRY(SRF_CALLOC(r->tried, VALIDATE_TRIED * n));
+    SRF_TRY(SRF_CALLOC(r->tried_kl, VALIDATE_TRIED * n));
     SRF_TRY(SRF_ALLOC(oprf, heads));
     for (int64_t i = 0; i < heads; i++) oprf[i] = srf_oprf_a(whole->v_mean[i], d);
     c.errors_only = true;
@@ -214,8 +216,10 @@ static srf_status try_features(struct run *r)
         c.attention.oprf_a = 0;
         c.oprf_a = own ? oprf : NULL;
         SRF_TRY_GO(srf_validate_attention(r->ctx, r->ck, r->tokens, &c, &result));
-        for (int64_t i = 0; i < n * heads; i++)
+        for (int64_t i = 0; i < n * heads; i++) {
             r->tried[kind * n + i / heads] += result.error[i] / (double)heads;
+            r->tried_kl[kind * n + i / heads] += result.weights_kl[i] / (double)heads;
+        }
         srf_validate_result_free(&result);
     }
 cleanup:
@@ -327,6 +331,7 @@ static srf_status report(const struct inputs *in, struct run *r)
         .kernel = r->kernel,
         .closed = r->closed,
         .tried = r->tried,
+        .tried_kl = r->tried_kl,
         .places = r->places,
         .draw_ppl = r->draw_ppl,
         .texts = r->texts,

@@ -141,22 +141,35 @@ void validate_page_sweep(const struct validate_report *r, FILE *to)
             sqrt(m[n - 1] / m[0]));
 }
 
-void validate_page_tried(const struct validate_report *r, FILE *to)
+/* A row for each kind of features, a column for each m. */
+static void tried_table(const struct validate_report *r, const double *values, FILE *to)
 {
     const struct srf_validate_config *c = r->config;
-    fputs("<h2>Which features</h2>\n<table><tr><th>features</th>", to);
+    fputs("<div class='wide'><table><tr><th>features</th>", to);
     for (int64_t i = 0; i < c->n_m; i++) fprintf(to, "<th>m = %lld</th>", (long long)c->m[i]);
     fputs("</tr>\n", to);
     for (int kind = 0; kind < VALIDATE_TRIED; kind++) {
         fprintf(to, "<tr><td>%s</td>", validate_tried_name(kind));
         for (int64_t i = 0; i < c->n_m; i++)
-            fprintf(to, "<td>%.3f</td>", r->tried[kind * c->n_m + i]);
+            fprintf(to, "<td>%.3f</td>", values[kind * c->n_m + i]);
         fputs("</tr>\n", to);
     }
+    fputs("</table></div>\n", to);
+}
+
+void validate_page_tried(const struct validate_report *r, FILE *to)
+{
+    fputs("<h2>Which features</h2>\n", to);
+    tried_table(r, r->tried, to);
     fprintf(to,
-            "</table>\n<p>The output error again, mean over heads and %d draws, window %lld: which "
-            "features would serve this model best. Good: small. oprf: %s, with each head's own "
-            "parameter A, from its mean |q+k|²/√d.</p>\n",
-            VALIDATE_TRIED_DRAWS, (long long)c->attention.window,
-            srf_feature_kind_name(c->attention.features));
+            "<p>The output error again, mean over heads and %d draws, window %lld: which features "
+            "would serve this model best. Good: small. oprf: %s, with each head's own parameter A, "
+            "from its mean |q+k|²/√d.</p>\n",
+            VALIDATE_TRIED_DRAWS, (long long)r->config->attention.window,
+            srf_feature_kind_name(r->config->attention.features));
+    tried_table(r, r->tried_kl, to);
+    fputs("<p>The same for the attention weights themselves: KL(softmax ‖ SRF) of where a token "
+          "looks, in nats, mean over heads and the first tokens of the text. Good: well below 1; "
+          "an error here that the output does not show is averaged away over many tokens.</p>\n",
+          to);
 }

@@ -75,7 +75,7 @@ static json_t *quantiles_json(const struct validate_report *r)
     return o;
 }
 
-static json_t *tried_json(const struct validate_report *r)
+static json_t *tried_json(const struct validate_report *r, const double *tried)
 {
     json_t *o = json_object(), *m = json_array();
     for (int64_t i = 0; i < r->config->n_m; i++)
@@ -83,7 +83,7 @@ static json_t *tried_json(const struct validate_report *r)
     json_object_set_new(o, "m", m);
     for (int kind = 0; kind < VALIDATE_TRIED; kind++)
         json_object_set_new(o, validate_tried_name(kind),
-                            list(r->tried + kind * r->config->n_m, r->config->n_m));
+                            list(tried + kind * r->config->n_m, r->config->n_m));
     return o;
 }
 
@@ -174,9 +174,11 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "output_error_sd",
                         matrix(r, validate_errors_at(r, res->error_sd, i), 1));
     json_object_set_new(o, "output_error_own", matrix(r, res->error_own, 1));
+    json_object_set_new(o, "weights_kl", matrix(r, validate_errors_at(r, res->weights_kl, i), 1));
+    json_object_set_new(o, "weights_kl_by_features", tried_json(r, r->tried_kl));
     json_object_set_new(o, "output_error_by_m", errors_json(r));
     json_object_set_new(o, "step_error", list(res->step, res->n_layers));
-    json_object_set_new(o, "output_error_by_features", tried_json(r));
+    json_object_set_new(o, "output_error_by_features", tried_json(r, r->tried));
     json_object_set_new(o, "positions", places_json(r));
     json_object_set_new(o, "prefill_error", list(res->prefill, res->n_layers));
     char *dump = json_dumps(o, JSON_COMPACT | JSON_REAL_PRECISION(9));

@@ -29,8 +29,9 @@ struct validate_report {
     const struct srf_validate_result *result;
     /* (VALIDATE_KINDS, config->n_m, VALIDATE_V) */
     const struct srf_kernel_error *kernel;
-    const double *closed; /* NaN where there is no closed form */
-    const double *tried;  /* (VALIDATE_TRIED, config->n_m): output error, mean over heads */
+    const double *closed;   /* NaN where there is no closed form */
+    const double *tried;    /* (VALIDATE_TRIED, config->n_m): output error, mean over heads */
+    const double *tried_kl; /* the same: KL of the attention weights */
     const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */
     const double *draw_ppl;                  /* (config->n_draws) */
     const struct validate_text *texts;       /* (n_texts); none without a tokenizer */

@@ -1,6 +1,7 @@
 /* The measurements of srf validate on a tiny random model, against loops in double. */
 #include "tests/support.h"
 #include "train/validate.h"
+#include "train/validate_weights.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -187,6 +188,114 @@ static void check_errors(const double *qkv, const struct srf_validate_config *c,
         }
 }
 
+/* Mean over t of KL(softmax's weights || the features'), first window, in double. */
+static double weights_kl(const double *qkv, const double *w, const double *bias, int m, int window)
+{
+    double kl = 0, scale = pow(D, -0.25);
+    for (int t = 0; t < T; t++) {
+        double p[T], r[T], of_p = 0, of_r = 0;
+        for (int s = 0; s <= t; s++) {
+            const double *q = qkv + t * 3 * C, *k = qkv + s * 3 * C + C;
+            double score = 0, sq = 0;
+            for (int j = 0; j < D; j++) {
+                score += scale * q[j] * scale * k[j];
+                sq += scale * q[j] * scale * q[j] + scale * k[j] * scale * k[j];
+            }
+            p[s] = r[s] = exp(score);
+            if (!window || t / window - s / window > 1) {
+                r[s] = 0;
+                for (int i = 0; i < m; i++) {
+                    double a = 2 * bias[i] - sq / 2;
+                    for (int j = 0; j < D; j++) a += w[i * D + j] * scale * (q[j] + k[j]);
+                    r[s] += exp(a) / m;
+                }
+            }
+            of_p += p[s];
+            of_r += r[s];
+        }
+        for (int s = 0; s <= t; s++) kl += p[s] / of_p * log(p[s] / of_p / (r[s] / of_r)) / T;
+    }
+    return kl;
+}
+
+static void check_weights(const double *qkv, const struct srf_validate_config *c,
+                          const struct srf_validate_result *r)
+{
+    enum { M_MAX = 21 };
+    double w[M_MAX * D], bias[M_MAX];
+    for (int l = 0; l < L; l++)
+        for (int h = 0; h < H; h++)
+            for (int i = 0; i < N_M; i++) {
+                struct srf_features_draw_args a = {.kind = c->attention.features,
+                                                   .seed = c->attention.seed,
+                                                   .draw = c->attention.draw,
+                                                   .m = c->m[i],
+                                                   .d = D};
+                test_ok(srf_features_draw_one(&a, l, c->attention.per_head ? h : 0,
+                                              c->attention.oprf_a, w, bias));
+                double want = weights_kl(qkv + l * B * T * 3 * C + h * D, w, bias, (int)c->m[i],
+                                         (int)c->attention.window);
+                assert_true(want > 1e-3); /* there is something to compare */
+                test_close("KL of the weights", &r->weights_kl[(i * L + l) * H + h], &want, 1,
+                           1e-4);
+            }
+}
+
+/* Keys and queries so large that products of exponentials are nothing: the logarithms are kept. */
+static void weights_of_large_heads(void **state)
+{
+    (void)state;
+    enum { N = 12, M = 16 };
+    float q[N * 3 * C], w[M * D], bias[M] = {0}, *scratch;
+    double qkv[N * 3 * C], wide[M * D], sum = 0;
+    struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 12, 0, 0);
+    for (int i = 0; i < N * 3 * C; i++) q[i] = (float)(qkv[i] = 40 * (srf_rng_uniform(&rng) - 0.5));
+    for (int i = 0; i < M * D; i++) w[i] = (float)(wide[i] = 4 * (srf_rng_uniform(&rng) - 0.5));
+    test_ok(SRF_ALLOC(scratch, srf_weights_scratch(N, M)));
+    struct srf_weights_args a = {.t = N,
+                                 .d = D,
+                                 .m = M,
+                                 .q = q,
+                                 .k = q + C,
+                                 .ld = 3 * C,
+                                 .w = w,
+                                 .bias = bias,
+                                 .scratch = scratch};
+    for (int t = 0; t < N; t++) { /* the reference, by logarithms */
+        double p[N], r[N], top_p = -INFINITY, top_r = -INFINITY, of_p = 0, of_r = 0;
+        double scale = pow(D, -0.25);
+        for (int s = 0; s <= t; s++) {
+            const double *x = qkv + t * 3 * C, *y = qkv + s * 3 * C + C;
+            double sq = 0, each[M], top = -INFINITY, all = 0;
+            p[s] = 0;
+            for (int j = 0; j < D; j++) {
+                p[s] += scale * x[j] * scale * y[j];
+                sq += scale * scale * (x[j] * x[j] + y[j] * y[j]);
+            }
+            for (int i = 0; i < M; i++) {
+                each[i] = -sq / 2;
+                for (int j = 0; j < D; j++) each[i] += wide[i * D + j] * scale * (x[j] + y[j]);
+                top = fmax(top, each[i]);
+            }
+            for (int i = 0; i < M; i++) all += exp(each[i] - top);
+            r[s] = top + log(all);
+            top_p = fmax(top_p, p[s]);
+            top_r = fmax(top_r, r[s]);
+        }
+        for (int s = 0; s <= t; s++) {
+            of_p += exp(p[s] - top_p);
+            of_r += exp(r[s] - top_r);
+        }
+        for (int s = 0; s <= t; s++)
+            sum += exp(p[s] - top_p) / of_p *
+                   (p[s] - top_p - log(of_p) - (r[s] - top_r - log(of_r))) / N;
+    }
+    double got = srf_weights_kl(&a);
+    assert_true(sum > 10); /* far from what fp32 products can hold */
+    test_close("KL of large heads", &got, &sum, 1, 1e-4);
+    srf__free(scratch);
+}
+
 static void measurements(void **state)
 {
     (void)state;
@@ -207,6 +316,7 @@ static void measurements(void **state)
             assert_int_equal(r.n_m, N_M);
             check_norms(qkv, &r);
             check_errors(qkv, &c, &r);
+            check_weights(qkv, &c, &r);
             for (int l = 0; l < L; l++) {
                 assert_true(r.step[l] <= 1e-5 && r.prefill[l] <= 1e-5);
                 if (!type) assert_true(r.step[l] > 0); /* other roundings: they were compared */
@@ -288,7 +398,7 @@ static void without_far_part(void **state)
         assert_true(without.error_sd[i] < 1e-6 && without.error[i] > 0.01);
         differ += fabs(with.error[i] - without.error[i]);
     }
-    assert_true(differ > 0.01);
+    assert_true(differ > 1e-4);
     srf_validate_result_free(&with);
     srf_validate_result_free(&without);
     srf_checkpoint_free(ck);
@@ -497,13 +607,10 @@ static void bad_arguments_and_progress(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(measurements),
-        cmocka_unit_test(stored_features),
-        cmocka_unit_test(without_far_part),
-        cmocka_unit_test(positions),
-        cmocka_unit_test(draws),
-        cmocka_unit_test(continuations),
-        cmocka_unit_test(bad_arguments_and_progress),
+        cmocka_unit_test(measurements),    cmocka_unit_test(weights_of_large_heads),
+        cmocka_unit_test(stored_features), cmocka_unit_test(without_far_part),
+        cmocka_unit_test(positions),       cmocka_unit_test(draws),
+        cmocka_unit_test(continuations),   cmocka_unit_test(bad_arguments_and_progress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -22,7 +22,8 @@ has stdout 'kernel error' 'median head' 'one/validate.html'
 has one/validate.json '"kernel":[{' '"kind":"simplex+"' '"closed_form":' '"v2":[[' \
     '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' \
     '"output_error_by_features":{"m":[16,' '"iid":[' '"v2_histogram":{"edges":[' '"by_draw":{' \
-    '"texts":[{"prompt":' '"teacher":null' '"oprf":[' '"step_error":[' '"heads":2' '"head_size":16'
+    '"texts":[{"prompt":' '"teacher":null' '"oprf":[' '"weights_kl":[[' '"step_error":[' \
+    '"heads":2' '"head_size":16'
 [ "$(grep -o '"closed_form":null' one/validate.json | wc -l)" -eq 18 ] ||
     fail "simplex+ alone has no closed form"
 has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel'

@@ -2,10 +2,14 @@
  * SRF attention against each other. Everything runs through the ops, on whatever device; only
  * outputs come to the host. */
 #include "train/validate.h"
+#include "train/validate_weights.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* The most tokens whose attention weights are compared: there are their square. */
+enum { WEIGHTS_T = 256 };
 
 struct run {
     struct srf_ctx *ctx;
@@ -16,6 +20,9 @@ struct run {
     int64_t n_heads, d, c, n_sets, state_count;
     int slot_w, slot_bias, slot_exact, slot_o, slot_state, slot_pos;
     float *qkv, *exact, *o; /* host (n, 3c), (layers, n, c), (n, c) */
+    int64_t weights_t;      /* tokens of the first window whose attention weights are compared */
+    float *w, *bias;        /* host, of one layer with the most features */
+    float *scratch;         /* (heads, srf_weights_scratch) */
 };
 
 static void free_run(struct run *r)
@@ -25,6 +32,9 @@ static void free_run(struct run *r)
     srf__free(r->qkv);
     srf__free(r->exact);
     srf__free(r->o);
+    srf__free(r->w);
+    srf__free(r->bias);
+    srf__free(r->scratch);
 }
 
 /* The element at `offset` of a T array on the device; NULL stays NULL while planning. */
@@ -193,6 +203,10 @@ static srf_status open_run(struct run *r, const struct srf_checkpoint *ck, const
     SRF_TRY(SRF_ALLOC(r->qkv, n * 3 * r->c));
     SRF_TRY(SRF_ALLOC(r->exact, ck->config.n_layers * n * r->c));
     SRF_TRY(SRF_ALLOC(r->o, n * r->c));
+    int64_t m = c->m[c->n_m - 1];
+    SRF_TRY(SRF_ALLOC(r->w, r->n_sets * m * r->d));
+    SRF_TRY(SRF_ALLOC(r->bias, r->n_sets * m));
+    SRF_TRY(SRF_ALLOC(r->scratch, r->n_heads * srf_weights_scratch(r->weights_t, m)));
     struct srf_batch batch = {.b = c->windows, .t = c->seq_len, .tokens = tokens};
     return srf_model_forward(r->model, &batch);
 }
@@ -317,6 +331,36 @@ static srf_status errors_of_draw(struct run *r, int64_t m, int64_t draw, double 
     return SRF_OK;
 }
 
+/* KL of each head's attention weights, (layers, heads), with the m features drawn last. */
+static srf_status weights_of_draw(struct run *r, int64_t m, double *kl)
+{
+    int64_t ld = 3 * r->c, t = r->weights_t, count = r->n_sets * m;
+    enum srf_dtype acc = srf_ctx_acc(r->ctx);
+    for (int64_t layer = 0; layer < r->model->config.n_layers; layer++) {
+        SRF_TRY(srf_download_f32(r->ctx, r->qkv, srf_model_qkv(r->model, layer), r->ctx->dtype,
+                                 t * ld));
+        SRF_TRY(srf_download_f32(r->ctx, r->w, slot_at(r, r->slot_w, layer * count * r->d),
+                                 r->ctx->dtype, count * r->d));
+        SRF_TRY(srf_download_f32(r->ctx, r->bias, bias_at(r, layer * count), acc, count));
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t h = 0; h < r->n_heads; h++) {
+            int64_t set = r->n_sets > 1 ? h : 0;
+            struct srf_weights_args a = {.t = t,
+                                         .d = r->d,
+                                         .m = m,
+                                         .window = r->config->attention.window,
+                                         .q = r->qkv + h * r->d,
+                                         .k = r->qkv + r->c + h * r->d,
+                                         .ld = ld,
+                                         .w = r->w + set * m * r->d,
+                                         .bias = r->bias + set * m,
+                                         .scratch = r->scratch + h * srf_weights_scratch(t, m)};
+            kl[layer * r->n_heads + h] = srf_weights_kl(&a);
+        }
+    }
+    return SRF_OK;
+}
+
 /* Progress of this part, 0 to 1; it is most of the time. */
 static void report(const struct run *r, double done)
 {
@@ -337,6 +381,7 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
             bool own = draw == 0 && c->m[i] == c->main_m;
             SRF_TRY(errors_of_draw(r, c->m[i], draw, out->error + i * heads,
                                    out->error_sd + i * heads, own ? out->error_own : NULL));
+            if (draw == 0) SRF_TRY(weights_of_draw(r, c->m[i], out->weights_kl + i * heads));
             done += c->m[i];
             report(r, (double)done / (double)total);
         }
@@ -408,6 +453,7 @@ static srf_status alloc_result(struct srf_validate_result *out)
     SRF_TRY(SRF_CALLOC(out->v_quantile, heads * SRF_VALIDATE_QUANTILES));
     SRF_TRY(SRF_CALLOC(out->v_part, heads * SRF_VALIDATE_BINS));
     SRF_TRY(SRF_CALLOC(out->error_own, heads));
+    SRF_TRY(SRF_CALLOC(out->weights_kl, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->error, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->error_sd, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->step, out->n_layers));
@@ -427,6 +473,7 @@ srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoi
     struct run r = {.ctx = ctx,
                     .config = config,
                     .ck = ck,
+                    .weights_t = config->seq_len < WEIGHTS_T ? config->seq_len : WEIGHTS_T,
                     .n_heads = cfg->n_heads,
                     .d = d,
                     .c = cfg->c,
@@ -447,8 +494,8 @@ cleanup:
 
 void srf_validate_result_free(struct srf_validate_result *r)
 {
-    double *all[] = {r->v_mean,    r->v_quantile, r->v_part, r->error,
-                     r->error_own, r->error_sd,   r->step,   r->prefill};
+    double *all[] = {r->v_mean,     r->v_quantile, r->v_part, r->error,  r->error_own,
+                     r->weights_kl, r->error_sd,   r->step,   r->prefill};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) srf__free(all[i]);
     *r = (struct srf_validate_result){0};
 }
