@@ -96,7 +96,7 @@ void svg_heat(FILE *to, const struct svg_heat_map *m)
 
 /* ---- histograms ------------------------------------------------------------------------------ */
 
-/* The bins that hold anything, [*first, *last). */
+/* The bins that hold anything, and those up to the mark: [*first, *last). */
 static void used_bins(const struct svg_histograms *m, int64_t *first, int64_t *last)
 {
     *first = m->bins;
@@ -107,6 +107,8 @@ static void used_bins(const struct svg_histograms *m, int64_t *first, int64_t *l
             *last = i % m->bins >= *last ? i % m->bins + 1 : *last;
         }
     if (*first >= *last) *first = 0, *last = m->bins;
+    while (*last < m->bins && m->edges[*last] <= m->mark) ++*last;
+    while (*first > 0 && m->edges[*first] >= m->mark) --*first;
 }
 
 /* One histogram: its own largest part has the full height. */

@@ -31,13 +31,14 @@ static void histograms(const struct validate_report *r, double limit, FILE *to)
                                   .mark = limit};
     fputs("<div class='wide'>", to);
     svg_histogram_grid(to, &grid);
-    fprintf(to,
-            "</div>\n<p>The same, pair by pair: how many pairs of each head have which |q+k|²/√d "
-            "(a logarithmic axis; every head by its own height). Dashed: ln(1 + m). Good: the hill "
-            "lies left of it. Here %.3g %% of all pairs lie right of it, where a single weight is "
-            "mostly noise: averages over many tokens, training, or an exact window must mend "
-            "those.</p>\n",
-            100 * past);
+    fprintf(
+        to,
+        "</div>\n<p>The same, pair by pair: how many pairs of each head have which |q+k|²/√d "
+        "(a logarithmic axis; every head by its own height). Dashed: ln(1 + m). Good: the hill "
+        "lies left of it. Here %.3g&nbsp;%% of all pairs lie right of it, where a single weight is "
+        "mostly noise: averages over many tokens, training, or an exact window must mend "
+        "those.</p>\n",
+        100 * past);
 }
 
 void validate_page_norms(const struct validate_report *r, FILE *to)
