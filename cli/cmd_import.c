@@ -44,7 +44,7 @@ struct imported {
 };
 
 static srf_status import(const char *src, const char *out, const char *config_path,
-                         const char *tokenizer, struct imported *r)
+                         const char *tokenizer, int64_t max_positions, struct imported *r)
 {
     char *config = NULL;
     struct srf_source *source;
@@ -61,6 +61,7 @@ static srf_status import(const char *src, const char *out, const char *config_pa
     }
     srf__free(config);
     SRF_TRY(st);
+    if (max_positions != CLI_NONE) SRF_TRY(srf_checkpoint_stretch_positions(r->ck, max_positions));
     if (tokenizer) SRF_TRY(attach_tokenizer(r->ck, tokenizer));
     st = check_tokenizer(r->ck, &r->tokens);
     if (st != SRF_OK) srf__error_prefix("%s", tokenizer ? tokenizer : src);
@@ -101,12 +102,15 @@ static void report(const struct imported *r, const char *src, const char *out, b
 int cmd_import(int argc, char **argv)
 {
     const char *paths[2], *config = NULL, *tokenizer = NULL;
+    int64_t max_positions = CLI_NONE;
     bool json = false;
     const struct cli_option options[] = {
         {"config", 0, CLI_STRING, &config, "C.json",
          "the model's config.json (beside the weights, or in the file)", 0, 0},
         {"tokenizer", 0, CLI_STRING, &tokenizer, "T",
          "tokenizer.json, a directory, vocab.json, or a checkpoint (the source's)", 0, 0},
+        {"max-positions", 0, CLI_INT, &max_positions, "N",
+         "stretch the learned positions to N, to train on for longer contexts", 2, 1 << 24},
         {"json", 0, CLI_FLAG, &json, NULL, "print the result as JSON", 0, 0},
         {0}};
     int code;
@@ -118,7 +122,7 @@ int cmd_import(int argc, char **argv)
             options, paths, 2, 2, NULL, NULL, &code))
         return code;
     struct imported r = {0};
-    if (import(paths[0], paths[1], config, tokenizer, &r) == SRF_OK)
+    if (import(paths[0], paths[1], config, tokenizer, max_positions, &r) == SRF_OK)
         report(&r, paths[0], paths[1], json);
     else
         code = cli_fail();

@@ -67,6 +67,16 @@ for tokenizer in "$T" "$(dirname "$T")" hf model.h5; do # the format has no plac
     ok "$SRF" eval --model attached.h5 --data text.txt --max-tokens 64 --quiet
 done
 cp -r hf own
+# Longer: what eval's interpolation computes with, for training to go on from.
+ok "$SRF" import hf long.h5 --max-positions 96
+run "$SRF" eval --model long.h5 --data "$WORK/text.txt" --seq-len 96 --json --quiet
+stretched="$(grep -o '"ppl": [0-9.]*' stdout)"
+run "$SRF" eval --model hf --data "$WORK/text.txt" --seq-len 96 --json --quiet \
+    --positions interpolate --max-positions 96
+[ -n "$stretched" ] && grep -qF "$stretched" stdout || fail "stretched: $stretched, $(cat stdout)"
+run "$SRF" import hf short.h5 --max-positions 8
+[ $status -eq 1 ] && [ ! -e short.h5 ] || fail "positions are cut off: exit $status"
+
 run "$SRF" import own own/model.safetensors
 [ $status -eq 1 ] && cmp -s hf/model.safetensors own/model.safetensors ||
     fail "import replaces the weights that it reads: exit $status"
