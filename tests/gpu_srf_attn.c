@@ -27,6 +27,7 @@ static const struct srf_attn_shape shapes[] = {
     {.b = 2, .t = 256, .h = 2, .d = 64, .m = 64, .n_sets = 1},
     {.b = 1, .t = 577, .h = 1, .d = 32, .m = 32, .n_sets = 1},
     {.b = 1, .t = 600, .h = 1, .d = 64, .m = 48, .n_sets = 1},
+    {.b = 1, .t = 1100, .h = 2, .d = 64, .m = 64, .n_sets = 2},
     {.b = 0, .t = 64, .h = 2, .d = 64, .m = 64, .n_sets = 1},
     {.b = 2, .t = 0, .h = 2, .d = 64, .m = 64, .n_sets = 1},
 };
@@ -223,6 +224,7 @@ static void add_light(struct gpu_suite *suite, enum srf_dtype dtype)
         bool f32;
     } light[] = {
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 0, true},
+        {{.b = 1, .t = 520, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 0, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 32, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 64, true},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 128, false},

@@ -49,6 +49,7 @@ static __global__ WALK_BOUNDS(3) void pure_states_kernel(const __grid_constant__
     const int64_t set = p.n_sets == 1 ? 0 : head;
     const float to_log2 = SRF__LOG2E * p.scale;
     float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
+    chain_next();
     auto fill = [&](int i) {
         const int s = i % STATE_STAGES, t0 = (first + p.seg_chunks - 1 - i) * CHUNK;
         const uint32_t full = base + at::bar + 8 * s;
@@ -145,6 +146,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         fill(first);
     }
     if (tid < 64) bias[tid] = tid < p.m ? SRF__LOG2E * p.bias[set * p.m + tid] : -INFINITY;
+    chain_wait();
     struct pure_state<64> st;
     pure_state_start(&st, seg > 0, 1, p.states + (head_i * p.n_seg + seg) * pure_state_count(64, 1),
                      f0, pair);
@@ -273,7 +275,9 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
 static __global__ void prefix_kernel(float *states, int64_t n, int n_seg)
 {
     constexpr int ahead = 8; /* segments whose loads are on their way at once */
-    constexpr int count = (int)64 * (64 + 3), columns = 64 * 65;
+    constexpr int count = 64 * (64 + 3), columns = 64 * 65;
+    chain_next();
+    chain_wait();
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const int j = (int)(i % columns), f = j < 64 * 64 ? j / 64 : j - 64 * 64;
@@ -335,7 +339,8 @@ static srf_status launch_states(struct srf_ctx *ctx, const struct walk *p,
     CUDA_TRY(cudaFuncSetAttribute(pure_states_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   bytes));
     pure_states_kernel<<<(unsigned)(heads * (p->n_seg - 1)), 128, bytes, stream_of(ctx)>>>(*p, *m);
-    prefix_kernel<<<(unsigned)div_up(n, 128), 128, 0, stream_of(ctx)>>>(p->states, n, p->n_seg);
+    struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};
+    chain_launch(ctx, shape, prefix_kernel, p->states, n, p->n_seg);
     return srf__cuda_launched("srf_attn");
 }
 
@@ -368,6 +373,11 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     if (p.n_seg > 1) SRF_TRY(launch_states(ctx, &p, &m, heads));
     CUDA_TRY(
         cudaFuncSetAttribute(pure_walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    pure_walk_kernel<<<(unsigned)(heads * p.n_seg), 128, bytes, stream_of(ctx)>>>(p, m);
+    if (p.n_seg > 1) {
+        struct chain_shape shape = {dim3((unsigned)(heads * p.n_seg)), 128, bytes, 1};
+        chain_launch(ctx, shape, pure_walk_kernel, p, m);
+    } else {
+        pure_walk_kernel<<<(unsigned)heads, 128, bytes, stream_of(ctx)>>>(p, m);
+    }
     return srf__cuda_launched("srf_attn_fwd");
 }

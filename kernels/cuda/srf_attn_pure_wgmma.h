@@ -2,8 +2,12 @@
  * are those of srf_attn_pure.cu and srf_attn_pure_bwd.cu, a block being one warpgroup: 64 tokens of
  * a chunk, or 64 features, are the rows of a product, whose other operand is read once for all of
  * them. Warp w owns tokens 16 w .. and features 16 w ...
+ *
+ * The kernels of an op are a chain (chain.h) whose first is launched as any: once one of them runs,
+ * all before that first one are complete, and inputs may be read before chain_wait.
  */
 #pragma once
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/srf_attn_pure_bwd.h"
 #include "kernels/cuda/wgmma.h"
 
@@ -30,6 +34,17 @@ srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bw
 #endif
 
 #if HAVE_WGMMA
+/* The compiler no longer knows that x is what it was. It else keeps dozens of addresses that derive
+ * from x in registers that the products need. */
+template <typename T> __device__ __forceinline__ void opaque(T &x)
+{
+    asm volatile("" : "+r"(x));
+}
+template <typename T> __device__ __forceinline__ T forget(T x)
+{
+    opaque(x);
+    return x;
+}
 /* Rows 16 warp .. of a tile of inputs, clamped, as the A operand. */
 __device__ __forceinline__ void own_rows(uint32_t a[4][4], uint32_t tile, uint32_t limit, int warp,
                                          int lane)

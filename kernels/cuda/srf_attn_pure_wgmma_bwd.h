@@ -1,0 +1,74 @@
+/* What the kernels of the backward with warpgroup products share (srf_attn_pure_wgmma_bwd.cu). */
+#pragma once
+#include "kernels/cuda/srf_attn_pure_wgmma.h"
+
+struct bwd_maps {
+    CUtensorMap q, k, v, d_o;
+};
+
+#if HAVE_WGMMA
+/* W and the bias of a head to shared memory; a barrier follows. */
+__device__ __forceinline__ void load_features(const struct bwd_params &p, int64_t set, uint32_t w,
+                                              float *bias, int tid)
+{
+    load_tile<64, 128>(w, p.w + set * p.m * 64, 64, 64, p.m, tid);
+    cp_async_commit();
+    if (tid < 64) bias[tid] = tid < p.m ? SRF__LOG2E * p.bias[set * p.m + tid] : -INFINITY;
+    cp_async_wait<0>();
+    async_fence();
+}
+__device__ __forceinline__ void init_barriers(uint32_t bar, int n)
+{
+    for (int i = 0; i < n; i++) barrier_init(bar + 8 * i, 1);
+    barrier_init_done();
+}
+__device__ __forceinline__ uint32_t larger_of_halves(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+/* Values of a tile that are too large are clamped in place. */
+__device__ __forceinline__ void clamp_large(uint32_t tile, uint32_t limit, int tid)
+{
+    uint32_t x[4][4], most = 0;
+    const uint32_t at = tile + tid * 16;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[i][0]), "=r"(x[i][1]), "=r"(x[i][2]), "=r"(x[i][3])
+                     : "r"(at + 2048 * i)
+                     : "memory");
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) most = larger_of_halves(most, x[i][j] & 0x7fff7fffu);
+    /* Magnitudes of bf16 are ordered as their bits; NaN is above all. */
+    if ((most & 0xffffu) <= (limit & 0xffffu) && most >> 16 <= limit >> 16) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) store_shared(at + 2048 * i + 4 * j, clamp_bf16(x[i][j], limit));
+}
+#endif
+
+/* dq, delta, M after each chunk, cuts; with segments what each one's queries add to R. */
+srf_status srf__pure_wgmma_queries(struct srf_ctx *ctx, const struct bwd_params *p,
+                                   const struct bwd_maps *m, int64_t heads);
+/* dk, dv. */
+srf_status srf__pure_wgmma_keys(struct srf_ctx *ctx, const struct bwd_params *p,
+                                const struct bwd_maps *m, int64_t heads);
+
+typedef void kernel(const struct bwd_params, const struct bwd_maps);
+
+static inline srf_status launch(struct srf_ctx *ctx, kernel *f, int64_t blocks, int bytes,
+                                const struct bwd_params *p, const struct bwd_maps *m, bool first)
+{
+    CUDA_TRY(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, 1024 + bytes));
+    struct chain_shape shape = {dim3((unsigned)blocks), 128, (size_t)(1024 + bytes), 1};
+    if (first)
+        f<<<shape.grid, 128, shape.bytes, stream_of(ctx)>>>(*p, *m);
+    else
+        chain_launch(ctx, shape, f, *p, *m);
+    return srf__cuda_launched("srf_attn_bwd");
+}
