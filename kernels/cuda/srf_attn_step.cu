@@ -61,6 +61,17 @@ static SCAN_BOTH struct step_layout step_layout_of(const struct srf_attn_shape &
     return l;
 }
 
+/* These rows are wanted soon: into L2. */
+template <typename E> __device__ __forceinline__ void ask_for(const E *rows, int64_t n, int d)
+{
+#if __CUDA_ARCH__ >= 900
+    int64_t bytes = n * d * (int64_t)sizeof(E);
+    if (bytes > 0 && bytes % 16 == 0 && ((uintptr_t)rows & 15) == 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows), "r"((int)bytes)
+                     : "memory");
+#endif
+}
+
 /* out (count, ld) = products of rows [0, n) of a (n, d) array with the `count` vectors x (count, d)
  * in shared memory. scale > 0: rows are k, and become y. */
 template <int count, int vec, typename E>
@@ -249,9 +260,22 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
         return;
     }
     uint32_t seed = step_seed(head, at_pos);
+    const int odd = hybrid ? at_pos / (int)window & 1 : 0,
+              ring_row = hybrid ? at_pos % (int)window : 0;
+    if (hybrid && tid == 0) { /* all at once: what follows goes from one to the next */
+        const E *k = (const E *)(top + m), *v_rows = k + 2 * window * d;
+        const int64_t here = odd * window * d, there = (1 - odd) * window * d;
+        const int64_t before = at_pos >= window ? window : 0;
+        ask_for(k + here, ring_row, d);
+        ask_for(k + there, before, d);
+        if (at_pos >= 2 * window) ask_for(s, m, d);
+        ask_for(v_rows + here, ring_row, d);
+        ask_for(v_rows + there, before, d);
+    }
     bool far = !hybrid || z[0] != 0.0f;
 
-    if (far) /* wanted soon; more than its start would drive that of other blocks out of L2 */
+    if (far &&
+        !hybrid) /* wanted soon; more than its start would drive that of other blocks out of L2 */
         for (int64_t i = (int64_t)tid * 32; i < min((int64_t)EARLY, (int64_t)m * d);
              i += STEP_THREADS * 32)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(s + i));
@@ -273,7 +297,7 @@ __global__ void __launch_bounds__(STEP_THREADS, hybrid ? 3 : 4)
     E *ring_k[2] = {nullptr, nullptr}; /* own block, the one before */
     float *p = smem + l.p;
     if (hybrid) {
-        int64_t odd = pos / window & 1, row = pos % window;
+        const int64_t row = ring_row;
         ring_k[0] = (E *)(top + m) + odd * window * d;
         ring_k[1] = (E *)(top + m) + (1 - odd) * window * d;
         for (int j = tid; j < d; j += STEP_THREADS) {

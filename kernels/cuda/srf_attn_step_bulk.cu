@@ -1,8 +1,9 @@
 /* SRF attention, one token of every sequence, pure form: states through shared memory by bulk
  * copies (sm_90), for head sizes 64 and 128 and up to 256 features.
  *
- * A block of threads has one sequence and head. Its state, which nothing else decides about, is on
- * its way from the start: z and M on one barrier, S on another. Meanwhile the products with W are
+ * A block of threads has one sequence and head. W's first rows are on their way before the kernel in
+ * front is done, the state from then on: z and M on one barrier, S in PIECES on others, so that the
+ * first of it goes back to memory while the last still comes. Meanwhile the products with W are
  * made, d / 8 lanes a row, a lane's pieces of x and y in registers, and each thread keeps the two
  * exponents of one feature. With M it finds the coefficients (the state becomes step * state +
  * in * v and is read with the weight out) and the block its stabiliser; then S goes through
@@ -17,13 +18,14 @@
 #include "kernels/cuda/wgmma.h"
 
 #define ROWS_AHEAD 4 /* of W, of a thread */
+#define PIECES     4 /* of S */
 
 /* Shared memory of a block, in bytes from its start: S, then z, M as they are in the state; then */
 struct bulk_layout {
     int coef; /* (m) float4: step, in, out of a feature */
     int red;  /* (warps, d) */
     int most; /* (2, warps) */
-    int bars; /* 2 barriers */
+    int bars; /* 1 + PIECES barriers */
     int bytes;
 };
 
@@ -34,14 +36,20 @@ static SCAN_BOTH struct bulk_layout bulk_layout_of(int m, int d, int threads, in
     l.red = l.coef + m * 16;
     l.most = l.red + threads / 32 * d * 4;
     l.bars = l.most + threads / 32 * 8;
-    l.bytes = l.bars + 16;
+    l.bytes = l.bars + 8 * (1 + PIECES);
     return l;
 }
 
-/* 8 neighbours */
-__device__ __forceinline__ void load_8(float to[8], const float *from)
+/* 8 neighbours, as they are and as numbers */
+template <typename T> struct eight {
+    uint4 x[sizeof(T) / 2];
+};
+template <typename T> __device__ __forceinline__ eight<T> eight_of(const T *from)
 {
-    load_vec<8>(to, from);
+    eight<T> e;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) e.x[i] = ((const uint4 *)from)[i];
+    return e;
 }
 __device__ __forceinline__ void unpack_8(float to[8], const uint4 &u)
 {
@@ -52,9 +60,21 @@ __device__ __forceinline__ void unpack_8(float to[8], const uint4 &u)
         to[2 * k + 1] = __uint_as_float(x[k] & 0xffff0000u);
     }
 }
-__device__ __forceinline__ void load_8(float to[8], const bf16 *from)
+__device__ __forceinline__ void numbers(float to[8], const eight<bf16> &e)
 {
-    unpack_8(to, *(const uint4 *)from);
+    unpack_8(to, e.x[0]);
+}
+__device__ __forceinline__ void numbers(float to[8], const eight<float> &e)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        to[4 * i] = __uint_as_float(e.x[i].x), to[4 * i + 1] = __uint_as_float(e.x[i].y);
+        to[4 * i + 2] = __uint_as_float(e.x[i].z), to[4 * i + 3] = __uint_as_float(e.x[i].w);
+    }
+}
+template <typename T> __device__ __forceinline__ void load_8(float to[8], const T *from)
+{
+    numbers(to, eight_of(from));
 }
 
 /* 16 bytes of a state */
@@ -92,7 +112,17 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     const int m = (int)sh.m, tid = threadIdx.x;
     const struct bulk_layout l = bulk_layout_of(m, D, THREADS, sizeof(E));
     int64_t block = blockIdx.x, seq = block / sh.h, head = block - seq * sh.h;
+    const int lane = tid % LANES, group = tid / LANES;
+    const int i = group + lane * GROUPS; /* this thread's feature */
+    const int64_t set = sh.n_sets == 1 ? 0 : head;
+    const T *w = (const T *)a.w + set * m * D + lane * 8;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(smem), bars = base + l.bars;
+    eight<T> rows[ROWS_AHEAD];
     chain_next();
+    /* The features are nothing that kernels of a chain write. */
+#pragma unroll
+    for (int r = 0; r < ROWS_AHEAD; r++) rows[r] = eight_of(w + min(group + r * GROUPS, m - 1) * D);
+    const float bias = i < m ? a.bias[set * m + i] * SCAN_LOG2E : 0.0f;
     chain_wait();
     int32_t pos = a.pos ? a.pos[seq] : 0;
     T *o = (T *)a.o + seq * a.ld_o + head * D;
@@ -101,22 +131,23 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
         return;
     }
     E *state = (E *)(a.state + block * a.state_bytes);
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(smem), bars = base + l.bars;
+    const int piece = (m + PIECES * STREAMS - 1) / (PIECES * STREAMS) * STREAMS; /* features */
     if (tid == 0) {
-        barrier_init(bars, 1);
-        barrier_init(bars + 8, 1);
+        for (int b = 0; b < 1 + PIECES; b++) barrier_init(bars + 8 * b, 1);
         barrier_init_done();
-        int s_bytes = m * D * (int)sizeof(E);
+        int row = D * (int)sizeof(E);
         barrier_expect(bars, 8 * m);
-        bulk_bytes(base + s_bytes, state + m * D, 8 * m, bars);
-        barrier_expect(bars + 8, s_bytes);
-        bulk_bytes(base, state, s_bytes, bars + 8);
+        bulk_bytes(base + m * row, state + m * D, 8 * m, bars);
+        for (int b = 0; b < PIECES; b++) {
+            int bytes = min(piece, m - b * piece) * row;
+            if (bytes <= 0) break;
+            barrier_expect(bars + 8 + 8 * b, bytes);
+            bulk_bytes(base + b * piece * row, state + b * piece * D, bytes, bars + 8 + 8 * b);
+        }
     }
 
     /* Exponents: feature group + r GROUPS in turn r, which lane r keeps. */
-    const int lane = tid % LANES, group = tid / LANES;
-    const int64_t in_row = seq * a.ld + head * D + lane * 8, set = sh.n_sets == 1 ? 0 : head;
-    const T *w = (const T *)a.w + set * m * D + lane * 8;
+    const int64_t in_row = seq * a.ld + head * D + lane * 8;
     float x[8], y[8], half = 0;
     load_8(x, (const T *)a.q + in_row);
     load_8(y, (const T *)a.k + in_row);
@@ -131,17 +162,18 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     half *= 0.5f * SCAN_LOG2E;
     float aq = 0, ak = 0;
     for (int r0 = 0; r0 * GROUPS < m; r0 += ROWS_AHEAD) {
-        float row[ROWS_AHEAD][8];
+        if (r0 > 0)
 #pragma unroll
-        for (int r = 0; r < ROWS_AHEAD; r++)
-            load_8(row[r], w + min(group + (r0 + r) * GROUPS, m - 1) * D);
+            for (int r = 0; r < ROWS_AHEAD; r++)
+                rows[r] = eight_of(w + min(group + (r0 + r) * GROUPS, m - 1) * D);
 #pragma unroll
         for (int r = 0; r < ROWS_AHEAD; r++) {
-            float dq = 0, dk = 0;
+            float dq = 0, dk = 0, row[8];
+            numbers(row, rows[r]);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                dq += row[r][j] * x[j];
-                dk += row[r][j] * y[j];
+                dq += row[j] * x[j];
+                dk += row[j] * y[j];
             }
 #pragma unroll
             for (int b = LANES / 2; b; b >>= 1) {
@@ -159,7 +191,6 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     for (int j = 0; j < VEC; j++) vc[j] = to_float(v[j]);
 
     /* Coefficients of this thread's feature. */
-    const int i = group + lane * GROUPS;
     float4 *coef = (float4 *)(smem + l.coef);
     float *z = (float *)(smem + m * D * (int)sizeof(E)), *top = z + m;
     float *red = (float *)(smem + l.red), *most = (float *)(smem + l.most), *dens = most + WARPS;
@@ -167,7 +198,6 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     __syncthreads(); /* the barriers are there */
     barrier_wait(bars, 0);
     if (i < m) {
-        float bias = a.bias[set * m + i] * SCAN_LOG2E;
         aq = fmaxf(SCAN_LOG2E * aq + bias, SCAN_LOW); /* |x|^2 / 2 cancels */
         ak = fmaxf(SCAN_LOG2E * ak + (bias - half), SCAN_LOW);
         z_i = z[i];
@@ -194,19 +224,21 @@ static __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 8 : 3)
     const uint32_t seed = step_seed(head, pos);
     const E *s = (const E *)smem;
     float acc[VEC] = {};
-    barrier_wait(bars + 8, 0);
+    for (int b = 0, f = stream; b * piece < m; b++) {
+        barrier_wait(bars + 8 + 8 * b, 0);
 #pragma unroll 4
-    for (int f = stream; f < m; f += STREAMS) {
-        float row[VEC];
-        float4 by = coef[f];
-        int at = f * D + col;
-        load_16(row, s + at);
+        for (; f < min((b + 1) * piece, m); f += STREAMS) {
+            float row[VEC];
+            float4 by = coef[f];
+            int at = f * D + col;
+            load_16(row, s + at);
 #pragma unroll
-        for (int j = 0; j < VEC; j++) {
-            row[j] = by.x * row[j] + by.y * vc[j];
-            acc[j] += by.z * row[j];
+            for (int j = 0; j < VEC; j++) {
+                row[j] = by.x * row[j] + by.y * vc[j];
+                acc[j] += by.z * row[j];
+            }
+            store_16(state, at, row, seed);
         }
-        store_16(state, at, row, seed);
     }
 #pragma unroll
     for (int b = COLS; b < 32; b <<= 1)
