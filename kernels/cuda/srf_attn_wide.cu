@@ -1,38 +1,40 @@
 /* SRF attention with more than 128 features on Hopper's warpgroup products, forward: pure, causal,
  * bf16, d = 64 (sm_90a). Forms and names are those of srf_attn_pure.cu.
  *
- * One block per sequence, head and segment of tokens; a warpgroup per 64 features, four of them,
- * which does for its features all that there is to do, M, S, z in its registers: of a chunk of 64
- * tokens
- *     ak = W y^T, features as rows: maxima over tokens stay in quads, kf^T goes to shared memory
- *     S to shared memory as it was before the chunk, in the scale of the new M
- *     aq = x W^T, tokens as rows: r_t is the maximum over the warpgroup's own features, qf stays
- *     P = qf kf,   (num, den) = qf (S, z) + P (v, 1),   (S, z) += kf^T (v, 1)
- * The second operands of the last line have 8 columns more, the first two of which are z as the sum
- * of two bf16 values, or 1 and 0. Then (r, num, den) of all warpgroups are merged through shared
- * memory, each finishing 16 columns. One barrier of the block a chunk; with it goes the vote
- * whether the chunk must be taken again in pieces of half the size. 128 registers a thread hold S
- * and what half of num takes, therefore num comes in two halves.
- * With more than 256 features, launches follow each other that keep the triples in the workspace.
+ * One block per sequence, head and segment of tokens walks chunks of 64 tokens, 256 features at a
+ * time. Its four warpgroups have two parts, so that products, exponentials and shared memory are
+ * busy with different things at the same time:
+ *     owners of features (two, 128 each; srf_attn_wide_walk.h)
+ *         ak = W y^T, features as rows: maxima over tokens stay in quads; kf^T, and S as it was
+ *         before the chunk, in the scale of the new M, to one of two buffers in shared memory;
+ *         S += kf^T v, whose sums stay in registers
+ *     owners of tokens (two, that take chunks in turn and each their own buffer)
+ *         for 64 features after the other: aq = x W^T, qf;  P += qf kf,  (num, den) += qf (S, z)
+ *         num += P v,  den += sum P,  o = num / den
+ * A token has all features in one thread's quad, so that nothing is merged between warpgroups: r_t
+ * grows from feature to feature as in an online softmax, and is left alone (LAZY) while that is
+ * safe. The second operands of num have 8 columns more: z as the sum of two bf16 values, or ones.
+ * Barriers in shared memory say that a buffer is full or empty.
  *
- * Floor: 8 b t h d bytes as ever, but from m = 128 on arithmetic counts: b t h (12 m + 256) d
+ * A chunk in which some den is tiny must be taken in pieces, but S has gone on by then: the block
+ * finishes its pass, and walks again with that chunk in halves, until no den is tiny.
+ * With more than 256 features, launches follow each other that keep (r, num, den) in the workspace.
+ *
+ * Floor: 8 b t h d bytes as ever, but from m = 128 on arithmetic counts: b t h (10 m + 128) d
  * flops, 2 m exponentials a token and head: at b = 32, t = 1024, h = 12, m = 256
- * 84 GFLOP and 201M, 0.11 and 0.054 ms on an H100.
+ * 68 GFLOP and 201M, 0.07 and 0.054 ms on an H100.
  */
-#include "kernels/cuda/srf_attn_wide.h"
-
-#define D    64
-#define NW   WIDE_GROUPS
-#define TILE WIDE_TILE
+#include "kernels/cuda/srf_attn_wide_walk.h"
 
 struct wide_fwd {
     const bf16 *q, *k, *v, *w;
     const float *bias;
     bf16 *o;
-    float *stat;   /* (b, h, t), or NULL */
-    float *states; /* states before the segments, 128 features at a time; NULL: one segment */
-    float *num;    /* (b h, t, d): of the features before these; NULL: all are done at once */
-    float *den;    /* (b h, t, 2): den, r of the same */
+    float *stat;    /* (b, h, t), or NULL */
+    float *states;  /* states before the segments, 128 features at a time; NULL: one segment */
+    float *num;     /* (b h, t, d): of the features before these; NULL: all are done at once */
+    float *den;     /* (b h, t, 2): den, r of the same */
+    uint8_t *sizes; /* (b h, n_seg, seg_chunks): of pieces */
     int64_t ld, ld_o, state_group; /* floats from the states of 128 features to the next */
     int t, h, m, n_sets;
     int first, count;      /* features [first, first + count) */
@@ -41,312 +43,296 @@ struct wide_fwd {
     uint32_t limit;        /* the clamp of q and k, twice bf16 */
 };
 
-/* Shared memory: tiles, then rows of floats. */
-enum {
-    AT_K = 0, /* K, V, Q twice */
-    AT_V = 2 * TILE,
-    AT_Q = 4 * TILE,
-    AT_W = 6 * TILE,
-    AT_KF = AT_W + NW * TILE, /* (features, tokens) */
-    AT_S = AT_KF + NW * TILE, /* (features, d) */
-    AT_Z = AT_S + NW * TILE,  /* rows of 8 pieces: z of warpgroup i in piece i, ones in piece 4 */
-    AT_SENT = AT_Z + TILE,    /* what warpgroups send each other */
-    AT_HALF = AT_SENT + (NW - 1) * 2 * TILE, /* (2, tokens) */
-    AT_TOP = AT_HALF + 2 * CHUNK * 4,        /* bias + M */
-    AT_BIAS = AT_TOP + NW * 256,
-    AT_DEN = AT_BIAS + NW * 256, /* (NW, tokens, 2): den, r */
-    AT_TAKEN = AT_DEN + NW * 512,
-    AT_PLACE = AT_TAKEN + 8, /* first elements of the head in q and o, first token */
-    AT_BYTES = AT_PLACE + 24 + 1024,
+/* r_t may stay behind the maximum by this, as log2, before num and P are brought to another. */
+#define LAZY 4.0f
+
+/* Shared memory: see srf_attn_wide_walk.h. */
+struct fwd_at {
+    enum {
+        W = 0,
+        KF = 4 * TILE,
+        S = KF + 8 * TILE,
+        Z = S + 8 * TILE, /* rows of 8 pieces: z of buffer b, group g in piece 4 b + g */
+        N_V = 3,
+        V = Z + TILE,
+        K = V + N_V * TILE,
+        V_FREE = 0,   /* none */
+        Q = K + TILE, /* one for each warpgroup that owns tokens */
+        ONES = Q + 2 * TILE,
+        HALF = ONES + 2048,
+        TOP = HALF + 2 * CHUNK * 4,
+        BIAS = TOP + 2 * WIDE_FEATURES * 4,
+        M = BIAS + WIDE_FEATURES * 4,
+        ZS = M + WIDE_FEATURES * 4, /* z */
+        FULL = ZS + WIDE_FEATURES * 4,
+        EMPTY = FULL + 16,
+        PLACE = EMPTY + 16,
+        RANGE = PLACE + 24, /* struct wide_range */
+        COUNT = RANGE + 24, /* pieces so far */
+        AGAIN = COUNT + 4,  /* some pieces were too large */
+        BYTES = AGAIN + 4,
+    };
 };
+
+#if HAVE_WGMMA
+/* The owners of tokens: every other piece of the range, from the one that is the block's turn-th or
+ * the next. */
+__device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t base,
+                                             const volatile struct wide_range &range, int turn)
+{
+    using At = fwd_at;
+    const float to_log2 = SRF__LOG2E * p.scale;
+    struct wide_piece piece = first_piece(range);
+    if ((turn & 1) != (wide_here().wg & 1)) {
+        piece = next_piece(piece, range, p.t);
+        turn++;
+    }
+    auto load = [&](int c) {
+        const struct wide_thread at = wide_here();
+        load_tile<D, 128>(base + At::Q + (at.wg & 1) * TILE,
+                          p.q + load_i64(base + At::PLACE) + (int64_t)c * CHUNK * p.ld, p.ld, CHUNK,
+                          chunk_tokens(p.t, c), at.tid & 127);
+        cp_async_commit();
+    };
+    /* The next of this warpgroup's. */
+    auto next_of = [&](const struct wide_piece &at) {
+        const struct wide_piece one = next_piece(at, range, p.t);
+        return one.c < range.end ? next_piece(one, range, p.t) : one;
+    };
+    if (piece.c < range.end) load(piece.c);
+    for (; piece.c < range.end; turn += 2) {
+        const int b = turn & 1; /* always the same */
+        const uint32_t q_tile = base + At::Q + b * TILE;
+        float num[36], weights[32], aq[32], r[2];
+        cp_async_wait<0>();
+        {
+            const struct wide_thread at = wide_here();
+            const uint32_t own = q_tile + tile_at<D>(at.tid >> 3 & 15, at.tid & 7);
+#pragma unroll
+            for (int i = 0; i < 4; i++) clamp_piece(own + i * (TILE / 4), p.limit);
+            fence_products();
+            warpgroup_barrier(at.wg);
+        }
+        warpgroup_fence();
+        tiles_product<false, false>(aq, q_tile, base + At::W, false);
+        warpgroup_commit();
+        barrier_wait(base + At::FULL + 8 * b, turn >> 1 & 1);
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            uint32_t qf[4][4];
+            float most[2] = {-3e38f, -3e38f};
+            warpgroup_wait<0>();
+            if (g > 0) {
+                wide_hold(num);
+                wide_hold(weights);
+                warpgroup_fence();
+                tiles_product<false, false>(aq, q_tile, base + At::W + g * TILE, false);
+                warpgroup_commit();
+                warpgroup_wait<0>();
+            }
+            wide_hold(aq);
+            {
+                const struct wide_thread at = wide_here();
+                const uint32_t top_row = base + At::TOP + 1024 * b + 256 * g + 8 * at.pair;
+                if (g == 3) {
+                    warpgroup_barrier(at.wg); /* all are done with Q */
+                    const int next = next_of(piece).c;
+                    if (next < range.end) load(next);
+                }
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const float2 shift = load_shared_8(top_row + 32 * j);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        aq[4 * j + i] = fmaf(aq[4 * j + i], to_log2, i & 1 ? shift.y : shift.x);
+                        most[i >> 1] = fmaxf(most[i >> 1], aq[4 * j + i]);
+                    }
+                }
+            }
+            most[0] = quad_max(most[0]);
+            most[1] = quad_max(most[1]);
+            if (g == 0) {
+                r[0] = most[0];
+                r[1] = most[1];
+            } else if (__any_sync(0xffffffffu, most[0] > r[0] + LAZY || most[1] > r[1] + LAZY)) {
+                float by[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    most[i] = fmaxf(most[i], r[i]);
+                    by[i] = exp2_fast(r[i] - most[i]);
+                    r[i] = most[i];
+                }
+#pragma unroll
+                for (int i = 0; i < 36; i++) num[i] *= by[i >> 1 & 1];
+#pragma unroll
+                for (int i = 0; i < 32; i++) weights[i] *= by[i >> 1 & 1];
+            }
+#pragma unroll
+            for (int i = 0; i < 32; i++) aq[i] = exp2_fast(aq[i] - r[i >> 1 & 1]);
+            pack_wide(qf, aq);
+            warpgroup_fence();
+            packed_product<true>(weights, qf, base + At::KF + (4 * b + g) * TILE, g > 0);
+            packed_72<false>(num, qf, base + At::S + (4 * b + g) * TILE,
+                             base + At::Z + 16 * (4 * b + g), g > 0);
+            warpgroup_commit();
+        }
+        warpgroup_wait<0>();
+        wide_hold(num);
+        wide_hold(weights);
+        {
+            const struct wide_thread at = wide_here();
+            uint32_t weight[4][4];
+            pack_wide(weight, weights);
+            keep_earlier(weight, at.warp, at.lane);
+            warpgroup_fence();
+            packed_72<true>(num, weight, base + At::V + turn % At::N_V * TILE, base + At::ONES,
+                            true);
+            warpgroup_commit();
+            warpgroup_wait<0>();
+            wide_hold(num);
+        }
+        barrier_arrive(base + At::EMPTY + 8 * b);
+
+        const struct wide_thread at = wide_here();
+        const int hi = piece_end(piece, p.t);
+        const int64_t token = load_i64(base + At::PLACE + 16) + piece.c * CHUNK + at.row;
+        const bool in[2] = {at.row >= piece.lo && at.row < hi,
+                            at.row + 8 >= piece.lo && at.row + 8 < hi};
+        const float den_here[2] = {num[32] + num[33], num[34] + num[35]};
+        float den[2], mine[2] = {1.0f, 1.0f}, before[2] = {0.0f, 0.0f};
+        bool bad = false;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            den[i] = __shfl_sync(0xffffffffu, den_here[i], at.lane & ~3);
+            bad = bad || (in[i] && den[i] < SRF__MIN_DEN);
+            if (p.first > 0 && in[i]) {
+                const float2 part = ((const float2 *)p.den)[token + 8 * i]; /* den, r */
+                const float with = fmaxf(r[i], part.y);
+                mine[i] = exp2_fast(r[i] - with);
+                before[i] = exp2_fast(part.y - with);
+                den[i] = fmaf(den[i], mine[i], part.x * before[i]);
+                r[i] = with;
+            }
+        }
+        if (bad && piece.size > 1) {
+            mark_piece(range, piece);
+            store_shared(base + At::AGAIN, 1);
+        }
+        const bool last = p.first + p.count >= p.m;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (at.pair == 0 && in[i]) {
+                if (!last)
+                    ((float2 *)p.den)[token + 8 * i] = make_float2(den[i], r[i]);
+                else if (p.stat)
+                    p.stat[token + 8 * i] = r[i] + log2f(den[i]);
+            }
+            if (last) {
+                mine[i] /= den[i];
+                before[i] /= den[i];
+            }
+        }
+        bf16 *o =
+            p.o + load_i64(base + At::PLACE + 8) + (int64_t)(piece.c * CHUNK + at.row) * p.ld_o;
+        float *sums = p.num + token * D + 2 * at.pair;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float(&part)[8] = *(float(*)[8]) & num[8 * k];
+#pragma unroll
+            for (int i = 0; i < 8; i++) part[i] *= mine[i >> 1 & 1];
+            if (p.first > 0) merge_before(part, sums + 16 * k, before, in[0], in[1]);
+            if (last)
+                store_columns(o + 16 * k, p.ld_o, part, in[0], in[1], at.pair);
+            else
+                store_sums(sums + 16 * k, part, in[0], in[1]);
+        }
+        piece = next_of(piece);
+    }
+}
+#endif
 
 static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struct wide_fwd p)
 {
 #if HAVE_WGMMA
-    extern __shared__ char raw[];
-    const uint32_t base = smem_addr(raw) + (-smem_addr(raw) & 1023u);
-    const float to_log2 = SRF__LOG2E * p.scale;
-    const uint32_t taken = base + AT_TAKEN;
+    using At = fwd_at;
+    extern __shared__ __align__(1024) char raw[];
+    const uint32_t base = smem_addr(raw);
     const int head_i = blockIdx.x / p.n_seg, seg = blockIdx.x % p.n_seg;
-    const int c_end = min((seg + 1) * p.seg_chunks, (p.t + CHUNK - 1) / CHUNK);
-    int c = seg * p.seg_chunks;
-
-    auto load_chunk = [&](int c) {
-        const int tid = wide_here().tid;
-        const int64_t from = load_i64(base + AT_PLACE) + (int64_t)c * CHUNK * p.ld;
-        const int n = min(CHUNK, p.t - c * CHUNK);
-        const uint32_t to = base + (c & 1) * TILE;
-        load_tile<D, WIDE_THREADS>(to + AT_K, p.k + from, p.ld, CHUNK, n, tid);
-        load_tile<D, WIDE_THREADS>(to + AT_V, p.v + from, p.ld, CHUNK, n, tid);
-        load_tile<D, WIDE_THREADS>(to + AT_Q, p.q + from, p.ld, CHUNK, n, tid);
-        cp_async_commit();
-    };
-    /* This thread's pieces of K and Q have come: clamp them. Keys outside [lo, hi) get weight 0. */
-    auto prepare = [&](int c, int lo, int hi) {
-        const int tid = wide_here().tid, stage = c & 1, key = tid >> 3;
-        const uint32_t own = base + stage * TILE + tile_at<D>(key, tid & 7);
-        const float half = clamp_key(own + AT_K, p.scale, p.limit);
-        clamp_piece(own + AT_Q, p.limit);
-        if ((tid & 7) == 0)
-            store_shared(base + AT_HALF + 4 * (stage * CHUNK + key),
-                         __float_as_uint(key >= lo && key < hi ? half : -INFINITY));
-        fence_products();
-    };
-
-    float s[36], top[2];
+    const int seq = head_i / p.h, head = head_i % p.h, set = p.n_sets == 1 ? 0 : head;
+    volatile struct wide_range &range = *(volatile struct wide_range *)(raw + At::RANGE);
     {
-        const struct wide_thread at = wide_here();
-        const int seq = head_i / p.h, head = head_i % p.h, set = p.n_sets == 1 ? 0 : head;
-        if (at.tid == 0) {
-            barrier_init(taken, WIDE_THREADS);
-            barrier_init_done();
-            store_i64(base + AT_PLACE, (int64_t)seq * p.t * p.ld + head * D);
-            store_i64(base + AT_PLACE + 8, (int64_t)seq * p.t * p.ld_o + head * D);
-            store_i64(base + AT_PLACE + 16, (int64_t)head_i * p.t);
-        }
-        __syncthreads();
-        load_tile<D, WIDE_THREADS>(base + AT_W, p.w + ((int64_t)set * p.m + p.first) * D, D,
-                                   NW * 64, p.count, at.tid);
-        load_chunk(c);
-        {
-            const int r = at.tid >> 3, piece = (at.tid & 7) ^ (r & 7);
-            store_shared_16(base + AT_Z + 16 * at.tid,
-                            make_uint4(piece == 4 ? 0x3f80 : 0, 0, 0, 0));
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int f = 64 * at.wg + at.row + 8 * i;
-            const int nf = min(128, p.count - (at.wg >> 1) * 128) > 64 ? 2 : 1;
-            const bool given = seg > 0 && f < p.count;
-            /* States are made of 128 features at a time. */
-            const float *from = p.states + (at.wg >> 1) * p.state_group +
-                                (int64_t)(head_i * p.n_seg + seg) * pure_state_count(D, nf);
-            const float bias =
-                f < p.count ? SRF__LOG2E * p.bias[(int64_t)set * p.m + p.first + f] : -INFINITY;
-            if (at.pair == 0)
-                store_shared(base + AT_BIAS + 256 * at.wg + 4 * (at.row + 8 * i),
-                             __float_as_uint(bias));
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float2 x = make_float2(0.0f, 0.0f);
-                if (given) x = *(const float2 *)(from + (f & 127) * D + 8 * j + 2 * at.pair);
-                s[4 * j + 2 * i] = x.x;
-                s[4 * j + 2 * i + 1] = x.y;
+        const int tid = wide_here().tid;
+        if (tid == 0) {
+            range.sizes = p.sizes + (int64_t)blockIdx.x * p.seg_chunks;
+            range.begin = seg * p.seg_chunks;
+            range.end = min(seg * p.seg_chunks + p.seg_chunks, (p.t + CHUNK - 1) / CHUNK);
+            range.careful = 0;
+            for (int b = 0; b < 2; b++) {
+                barrier_init(base + At::FULL + 8 * b, WIDE_OWNERS);
+                barrier_init(base + At::EMPTY + 8 * b, 128);
             }
-            s[32 + 2 * i] = given && at.pair == 0 ? from[64 * nf * D + (f & 127)] : 0.0f;
-            s[33 + 2 * i] = 0.0f;
-            top[i] = given ? from[64 * nf * (D + 2) + (f & 127)] : SRF__UNSET;
+            barrier_init_done();
+            store_i64(base + At::PLACE, (int64_t)seq * p.t * p.ld + head * D);
+            store_i64(base + At::PLACE + 8, (int64_t)seq * p.t * p.ld_o + head * D);
+            store_i64(base + At::PLACE + 16, (int64_t)head_i * p.t);
+            store_shared(base + At::AGAIN, 0);
         }
+        load_tile<D, WIDE_THREADS>(base + At::W, p.w + ((int64_t)set * p.m + p.first) * D, D,
+                                   WIDE_FEATURES, p.count, tid);
+        cp_async_commit();
+        for (int i = tid; i < p.seg_chunks; i += WIDE_THREADS)
+            p.sizes[(int64_t)blockIdx.x * p.seg_chunks + i] = CHUNK;
+        if (tid < WIDE_FEATURES)
+            store_shared(base + At::BIAS + 4 * tid,
+                         __float_as_uint(
+                             tid < p.count ? SRF__LOG2E * p.bias[(int64_t)set * p.m + p.first + tid]
+                                           : -INFINITY));
+        store_shared_16(base + At::Z + 16 * tid, make_uint4(0, 0, 0, 0));
+        put_ones(base + At::ONES, tid);
+        cp_async_wait<0>();
+        fence_products();
     }
-    cp_async_wait<0>();
-    prepare(c, 0, min(CHUNK, p.t - c * CHUNK));
     __syncthreads();
-
-    int lo = 0, size = CHUNK, turn = 1;
-    while (c < c_end) {
-        const int n = min(CHUNK, p.t - c * CHUNK), hi = min(lo + size, n), stage = c & 1;
-        const uint32_t k_tile = base + stage * TILE;
-        const uint32_t v_tile = k_tile + AT_V, q_tile = k_tile + AT_Q;
-        float top_now[2], aq[32];
-        {
-            const struct wide_thread at = wide_here();
-            float ak[32];
-            uint32_t kf[8][2];
-            warpgroup_fence();
-            tiles_product<false, false>(ak, base + AT_W + at.wg * TILE, k_tile, false);
-            warpgroup_commit();
-            warpgroup_wait<0>();
-            wide_hold(ak);
-            key_exponents(ak, top_now, top, to_log2, base + AT_HALF + 4 * stage * CHUNK,
-                          base + AT_BIAS + 256 * at.wg, at.row, at.pair);
-            key_weights(kf, ak, top_now, base + AT_BIAS + 256 * at.wg, base + AT_TOP + 256 * at.wg,
-                        at.row, at.pair);
-            /* All have taken what was sent in the last turn, and left its tiles. */
-            barrier_wait(taken, turn);
-            turn ^= 1;
-            put_tile(base + AT_KF + at.wg * TILE, kf, at.warp, at.lane);
-            warpgroup_fence();
-            tiles_product<false, false>(aq, q_tile, base + AT_W + at.wg * TILE, false);
-            warpgroup_commit();
-        }
-        if (lo == 0 && size == CHUNK && c + 1 < c_end) load_chunk(c + 1);
-        {
-            const struct wide_thread at = wide_here();
-            const float step[2] = {exp2_fast(top[0] - top_now[0]), exp2_fast(top[1] - top_now[1])};
-            put_scaled(base + AT_S + at.wg * TILE, s, step[0], step[1], at.warp, at.lane);
+    /* States before the segment: made of 128 features at a time, which a warpgroup owns. */
+    auto start = [&](float(&s)[2][32]) {
+        const struct wide_thread at = wide_here();
+        const int nf = min(128, p.count - at.wg * 128) > 64 ? 2 : 1;
+        const float *from = p.states + at.wg * p.state_group +
+                            (int64_t)(head_i * p.n_seg + seg) * pure_state_count(D, nf);
+#pragma unroll
+        for (int g = 0; g < 2; g++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float z = s[32 + 2 * i] * step[i];
-                const float rest = z - __bfloat162float(__float2bfloat16_rn(z));
-                if (at.pair == 0)
-                    store_shared(base + AT_Z + tile_at<D>(at.row + 8 * i, at.wg),
-                                 pack_bf16(z, rest));
-            }
-        }
-        fence_products();
-        warpgroup_barrier(wide_here().wg);
-
-        /* Queries: qf, then num and den over this warpgroup's features. */
-        float r[2] = {-3e38f, -3e38f};
-        uint32_t qf[4][4], weight[4][4];
-        warpgroup_wait<0>();
-        wide_hold(aq);
-        {
-            const struct wide_thread at = wide_here();
+                const int f = 64 * g + at.row + 8 * i;
+                const uint32_t to = base + 4 * (128 * at.wg + f);
+                const bool given = seg > 0 && 128 * at.wg + f < p.count;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const float2 shift =
-                    load_shared_8(base + AT_TOP + 256 * at.wg + 4 * (8 * j + 2 * at.pair));
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    aq[4 * j + i] = fmaf(aq[4 * j + i], to_log2, i & 1 ? shift.y : shift.x);
-                    r[i >> 1] = fmaxf(r[i >> 1], aq[4 * j + i]);
+                for (int j = 0; j < 8; j++) {
+                    float2 x = make_float2(0.0f, 0.0f);
+                    if (given) x = *(const float2 *)(from + f * D + 8 * j + 2 * at.pair);
+                    s[g][4 * j + 2 * i] = x.x;
+                    s[g][4 * j + 2 * i + 1] = x.y;
+                }
+                if (at.pair == 0) {
+                    store_f32(to + At::ZS, given ? from[64 * nf * D + f] : 0.0f);
+                    store_f32(to + At::M, given ? from[64 * nf * (D + 2) + f] : SRF__UNSET);
                 }
             }
-        }
-        r[0] = quad_max(r[0]);
-        r[1] = quad_max(r[1]);
-#pragma unroll
-        for (int i = 0; i < 32; i++) aq[i] = exp2_fast(aq[i] - r[i >> 1 & 1]);
-        pack_wide(qf, aq);
-        {
-            const struct wide_thread at = wide_here();
-            float w[32];
-            warpgroup_fence();
-            packed_product<true>(w, qf, base + AT_KF + at.wg * TILE, false);
-            warpgroup_commit();
-            warpgroup_wait<0>();
-            wide_hold(w);
-            pack_wide(weight, w);
-            keep_earlier(weight, at.warp, at.lane);
-        }
-        float sums[4], own[8];
-#pragma unroll
-        for (int left = 0; left < D; left += 32) {
-            const struct wide_thread at = wide_here();
-            float num[16];
-            const uint32_t s_word = tile_word(base + AT_S + at.wg * TILE + 2 * left);
-            const uint32_t v_word = tile_word(v_tile + 2 * left);
-            const uint32_t z_word = tile_word(base + AT_Z + 16 * at.wg);
-            warpgroup_fence();
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) {
-                wgmma_32(num, qf[kk], s_word + 128 * kk, kk > 0);
-                if (left == 0) wgmma_8(sums, qf[kk], z_word + 128 * kk, kk > 0);
-            }
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) {
-                wgmma_32(num, weight[kk], v_word + 128 * kk, true);
-                if (left == 0) wgmma_8(sums, weight[kk], tile_word(base + AT_Z + 64), true);
-            }
-            warpgroup_commit();
-            warpgroup_wait<0>();
-            wide_hold(num);
-            if (left == 0) wide_hold(sums);
-            send_columns(base + AT_SENT + 16 * (at.tid & 127) + at.wg * (NW - 1) * 4096, num, own,
-                         left, at.wg);
-        }
-        float den[2];
-        bool bad = false;
-        {
-            const struct wide_thread at = wide_here();
-            den[0] = __shfl_sync(0xffffffffu, sums[0] + sums[1], at.lane & ~3);
-            den[1] = __shfl_sync(0xffffffffu, sums[2] + sums[3], at.lane & ~3);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int token = at.row + 8 * i;
-                if (at.pair == 0)
-                    store_shared_8(base + AT_DEN + 8 * (64 * at.wg + token),
-                                   make_float2(den[i], r[i]));
-                if (token >= lo && token < hi && 64 * at.wg < p.count)
-                    bad = bad || den[i] < SRF__MIN_DEN;
-            }
-        }
-        cp_async_wait<0>();
-        if (c + 1 < c_end) prepare(c + 1, 0, min(CHUNK, p.t - (c + 1) * CHUNK));
-        if (__syncthreads_or(bad && size > 1)) {
-            barrier_arrive(taken);
-            size >>= 1;
-            prepare(c, lo, min(lo + size, n));
-            __syncthreads();
-            continue;
-        }
-
-        const struct wide_thread at = wide_here();
-        /* The keys go into the state, while num is merged. */
-        if (__any_sync(0xffffffffu, top[0] != top_now[0] || top[1] != top_now[1])) {
-            const float step[2] = {exp2_fast(top[0] - top_now[0]), exp2_fast(top[1] - top_now[1])};
-#pragma unroll
-            for (int i = 0; i < 36; i++) s[i] *= step[i >> 1 & 1];
-        }
-        top[0] = top_now[0];
-        top[1] = top_now[1];
-        warpgroup_fence();
-        product_72(s, base + AT_KF + at.wg * TILE, v_tile, base + AT_Z + 64);
-        warpgroup_commit();
-
-        const int64_t token = load_i64(base + AT_PLACE + 16) + c * CHUNK + at.row;
-        const bool in0 = at.row >= lo && at.row < hi, in1 = at.row + 8 >= lo && at.row + 8 < hi;
-        float by[NW + 1][2]; /* of the warpgroup i on, and of the features before these */
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float2 part[NW + 1]; /* den, r */
-            part[0] = make_float2(den[i], r[i]);
-#pragma unroll
-            for (int d = 1; d < NW; d++)
-                part[d] = load_shared_8(base + AT_DEN +
-                                        8 * (64 * ((at.wg + d) & (NW - 1)) + at.row + 8 * i));
-            part[NW] = make_float2(0.0f, -INFINITY);
-            if (p.first > 0 && (i ? in1 : in0)) part[NW] = ((const float2 *)p.den)[token + 8 * i];
-#pragma unroll
-            for (int d = 1; d <= NW; d++) r[i] = fmaxf(r[i], part[d].y);
-            den[i] = 0;
-#pragma unroll
-            for (int d = 0; d <= NW; d++) {
-                by[d][i] = exp2_fast(part[d].y - r[i]);
-                den[i] = fmaf(by[d][i], part[d].x, den[i]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) own[i] *= by[0][i >> 1 & 1];
-#pragma unroll
-        for (int d = 1; d < NW; d++)
-            merge_columns(own, base + AT_SENT + 16 * (at.tid & 127), (NW - 1) * 4096, at.wg, d,
-                          by[d]);
-        if (p.first > 0)
-            merge_before(own, p.num + token * D + 16 * at.wg + 2 * at.pair, by[NW], in0, in1);
-        if (p.first + p.count < p.m) {
-            store_sums(p.num + token * D + 16 * at.wg + 2 * at.pair, own, in0, in1);
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                if ((i ? in1 : in0) && at.wg == 0 && at.pair == 0)
-                    ((float2 *)p.den)[token + 8 * i] = make_float2(den[i], r[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (p.stat && (i ? in1 : in0) && at.wg == 0 && at.pair == 0)
-                    p.stat[token + 8 * i] = r[i] + log2f(den[i]);
-            const float once[2] = {1.0f / den[0], 1.0f / den[1]};
-#pragma unroll
-            for (int i = 0; i < 8; i++) own[i] *= once[i >> 1 & 1];
-            store_columns(p.o + load_i64(base + AT_PLACE + 8) +
-                              (int64_t)(c * CHUNK + at.row) * p.ld_o + 16 * at.wg,
-                          p.ld_o, own, in0, in1, at.pair);
-        }
-        warpgroup_wait<0>();
-        wide_hold(s);
         __syncwarp();
-        barrier_arrive(taken);
-        lo += size;
-        size = lo & -lo;
-        if (lo >= n) {
-            c++;
-            lo = 0;
-            size = CHUNK;
-        } else {
-            prepare(c, lo, min(lo + size, n));
-            __syncthreads();
-        }
+    };
+    /* z as the sum of two bf16 values. */
+    auto put = [&](float z, float, int b, int f, const struct wide_piece &) {
+        const float rest = z - __bfloat162float(__float2bfloat16_rn(z));
+        store_shared(base + At::Z + tile_at<D>(f & 63, 4 * b + (f >> 6)), pack_bf16(z, rest));
+    };
+    if (wide_here().wg < 2) {
+        int turn = 0;
+        do turn = walk_keys<At>(p, base, range, turn, start, put);
+        while (pass_again<At>(base, range, &turn));
+    } else {
+        int turn = 0;
+        do walk_queries(p, base, range, turn);
+        while (pass_again<At>(base, range, &turn));
     }
 #endif
 }
@@ -364,6 +350,7 @@ bool srf__wide_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 struct fwd_plan {
     struct pure_plan plan;
     float *states, *num, *den;
+    uint8_t *sizes;
     int64_t state_group;
     size_t bytes;
 };
@@ -376,6 +363,7 @@ static struct fwd_plan plan_fwd(const struct srf_ctx *ctx, const struct srf_attn
     f.plan = srf__pure_plan(ctx, s, 1);
     f.state_group = heads * f.plan.n_seg * pure_state_count(D, 2);
     f.states = f.num = f.den = NULL;
+    f.sizes = (uint8_t *)bump_bytes(&bump, (size_t)(heads * f.plan.n_seg * f.plan.seg_chunks));
     if (f.plan.n_seg > 1)
         f.states = (float *)bump_bytes(&bump, (size_t)(f.state_group * 2) * sizeof(float));
     if (s->m > 256) {
@@ -407,6 +395,7 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     p.states = f.states;
     p.num = f.num;
     p.den = f.den;
+    p.sizes = f.sizes;
     p.ld = a->ld;
     p.ld_o = a->ld_o;
     p.state_group = f.state_group;
@@ -419,7 +408,7 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     p.scale = f.plan.scale;
     p.limit = f.plan.limit;
     CUDA_TRY(cudaFuncSetAttribute(wide_fwd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  AT_BYTES));
+                                  fwd_at::BYTES));
     struct srf_srf_attn_bwd_args keys = {};
     keys.s = *s;
     keys.k = a->k;
@@ -434,7 +423,8 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
                 SRF_TRY(srf__pure_states(ctx, &keys, p.first + i,
                                          p.count - i < 128 ? p.count - i : 128, &f.plan,
                                          f.states + i / 128 * f.state_group));
-        wide_fwd_kernel<<<(unsigned)(heads * p.n_seg), WIDE_THREADS, AT_BYTES, stream_of(ctx)>>>(p);
+        wide_fwd_kernel<<<(unsigned)(heads * p.n_seg), WIDE_THREADS, fwd_at::BYTES,
+                          stream_of(ctx)>>>(p);
         SRF_TRY(srf__cuda_launched("srf_attn_fwd"));
     }
     return SRF_OK;

@@ -10,9 +10,11 @@
 #include "kernels/cuda/srf_attn_pure.h"
 #include "kernels/cuda/wgmma.h"
 
-#define WIDE_GROUPS  4 /* warpgroups of a block, 64 features each */
-#define WIDE_THREADS (128 * WIDE_GROUPS)
-#define WIDE_TILE    (64 * 64 * (int)sizeof(bf16))
+#define D             64
+#define TILE          (64 * 64 * (int)sizeof(bf16))
+#define WIDE_GROUPS   4   /* warpgroups of a block */
+#define WIDE_FEATURES 256 /* of a launch */
+#define WIDE_THREADS  (128 * WIDE_GROUPS)
 
 /* The launcher asks for this bound to learn whether a kernel was compiled for its device. */
 #if defined(__CUDA_ARCH__) && !HAVE_WGMMA
@@ -131,7 +133,8 @@ __device__ __forceinline__ void product_72(float (&c)[36], uint32_t a, uint32_t 
                      : "l"(tile_of(a + 2 * kk)), "l"(tile_of(tile_word(more))));
     }
 }
-/* c (64, 32) or (64, 8) = A B or += A B: B at `word`, its rows being k. */
+/* c (64, 32) or (64, 8) = A B or += A B: B at `word`, its rows being k, or (!B_COLS) its columns. */
+template <bool B_COLS = true>
 __device__ __forceinline__ void wgmma_32(float (&c)[16], const uint32_t a[4], uint32_t word,
                                          bool add)
 {
@@ -140,10 +143,11 @@ __device__ __forceinline__ void wgmma_32(float (&c)[16], const uint32_t a[4], ui
                  "setp.ne.b32 p, %21, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, "
                  "%6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                 "{%16, %17, %18, %19}, %20, p, 1, 1, 1;\n"
+                 "{%16, %17, %18, %19}, %20, p, 1, 1, %22;\n"
                  "}\n"
                  : WIDE_IO4(c, 0), WIDE_IO4(c, 4), WIDE_IO4(c, 8), WIDE_IO4(c, 12)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_of(word)), "r"((int)add));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_of(word)), "r"((int)add),
+                   "n"(B_COLS));
 }
 __device__ __forceinline__ void wgmma_8(float (&c)[4], const uint32_t a[4], uint32_t word, bool add)
 {
@@ -155,6 +159,39 @@ __device__ __forceinline__ void wgmma_8(float (&c)[4], const uint32_t a[4], uint
                  "}\n"
                  : WIDE_IO4(c, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_of(word)), "r"((int)add));
+}
+/* c (64, 72) = A B or += A B, A packed; B's 64 rows have 64 columns in a tile and 8 more in the rows
+ * from `more` on (every: or in 16 rows, the same for all). */
+template <bool every>
+__device__ __forceinline__ void packed_72(float (&c)[36], const uint32_t (&a)[4][4], uint32_t tile,
+                                          uint32_t more, bool add)
+{
+    float(&left)[32] = *(float(*)[32]) & c[0];
+    float(&right)[4] = *(float(*)[4]) & c[32];
+    tile = tile_word(tile);
+    more = tile_word(more);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        wgmma_64<true>(left, a[kk], tile_of(tile + 128 * kk), add || kk > 0);
+        wgmma_8(right, a[kk], every ? more : more + 128 * kk, add || kk > 0);
+    }
+}
+/* c (64, 32) = A B^T: rows of A's tile, and 32 rows of another from `b` on. */
+__device__ __forceinline__ void tiles_32(float (&c)[16], uint32_t a, uint32_t b)
+{
+    a = tile_word(a);
+    b = tile_word(b);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        asm volatile("{\n"
+                     ".reg .pred p;\n"
+                     "setp.ne.b32 p, %18, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, "
+                     "%5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "%16, %17, p, 1, 1, 0, 0;\n"
+                     "}\n"
+                     : WIDE_IO4(c, 0), WIDE_IO4(c, 4), WIDE_IO4(c, 8), WIDE_IO4(c, 12)
+                     : "l"(tile_of(a + 2 * kk)), "l"(tile_of(b + 2 * kk)), "r"((int)(kk > 0)));
 }
 template <int n> __device__ __forceinline__ void wide_hold(float (&c)[n])
 {
@@ -170,6 +207,14 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t addr)
                  : "r"(addr)
                  : "memory");
     return x;
+}
+__device__ __forceinline__ float load_f32(uint32_t addr)
+{
+    return __uint_as_float(load_shared(addr));
+}
+__device__ __forceinline__ void store_f32(uint32_t addr, float x)
+{
+    store_shared(addr, __float_as_uint(x));
 }
 __device__ __forceinline__ void store_shared_16(uint32_t addr, uint4 x)
 {

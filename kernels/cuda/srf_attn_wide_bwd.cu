@@ -12,251 +12,263 @@
  */
 #include "kernels/cuda/srf_attn_wide_bwd.h"
 
-/* Shared memory: tiles, then rows of floats. */
-enum {
-    Q_K = 0, /* K, V, Q, dO twice */
-    Q_V = 2 * TILE,
-    Q_Q = 4 * TILE,
-    Q_DO = 6 * TILE,
-    Q_O = 8 * TILE,
-    Q_W = 9 * TILE,
-    Q_KF = Q_W + NW * TILE,
-    Q_S = Q_KF + NW * TILE,
-    Q_SENT = Q_S + NW * TILE,
-    Q_ONES = Q_SENT + (NW - 1) * 2 * TILE,
-    Q_HALF = Q_ONES + 2048,
-    Q_LSE = Q_HALF + 2 * CHUNK * 4,
-    Q_DELTA = Q_LSE + 2 * CHUNK * 4,
-    Q_TOP = Q_DELTA + 2 * CHUNK * 4, /* bias + M */
-    Q_BIAS = Q_TOP + NW * 256,
-    Q_Z = Q_BIAS + NW * 256,
-    Q_TAKEN = Q_Z + NW * 256,
-    Q_PLACE = Q_TAKEN + 8,
-    Q_BYTES = Q_PLACE + 24 + 1024,
+/* Shared memory: see srf_attn_wide_walk.h. */
+struct dq_at {
+    enum {
+        W = 0,
+        KF = 4 * TILE,
+        S = KF + 8 * TILE,
+        N_V = 2,
+        V = S + 8 * TILE,
+        K = V + N_V * TILE,
+        Q = K + TILE, /* one for each warpgroup that owns tokens, as dO */
+        DO = Q + 2 * TILE,
+        HALF = DO + 2 * TILE,
+        TOP = HALF + 2 * CHUNK * 4,
+        Z = TOP + 2 * WIDE_FEATURES * 4, /* z before the piece of buffer b */
+        BIAS = Z + 2 * WIDE_FEATURES * 4,
+        M = BIAS + WIDE_FEATURES * 4,
+        ZS = M + WIDE_FEATURES * 4,
+        DELTA = ZS + WIDE_FEATURES * 4,
+        FULL = DELTA + 2 * CHUNK * 4,
+        EMPTY = FULL + 16,
+        V_FREE = EMPTY + 16,
+        PLACE = V_FREE + 16,
+        RANGE = PLACE + 24,
+        COUNT = RANGE + 24,
+        AGAIN = COUNT + 4,
+        BYTES = AGAIN + 4,
+    };
 };
+
+#if HAVE_WGMMA
+/* The owners of tokens, dq: see walk_queries of srf_attn_wide.cu. */
+__device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
+                                        const volatile struct wide_range &range, int turn)
+{
+    using At = dq_at;
+    const float to_log2 = SRF__LOG2E * p.scale;
+    struct wide_piece piece = first_piece(range);
+    if ((turn & 1) != (wide_here().wg & 1)) {
+        piece = next_piece(piece, range, p.t);
+        turn++;
+    }
+    auto next_of = [&](const struct wide_piece &at) {
+        const struct wide_piece one = next_piece(at, range, p.t);
+        return one.c < range.end ? next_piece(one, range, p.t) : one;
+    };
+    auto load = [&](int c) {
+        const struct wide_thread at = wide_here();
+        const uint32_t to = base + (at.wg & 1) * TILE;
+        load_tile<D, 128>(to + At::Q, p.q + load_i64(base + At::PLACE) + (int64_t)c * CHUNK * p.ld,
+                          p.ld, CHUNK, chunk_tokens(p.t, c), at.tid & 127);
+        load_tile<D, 128>(to + At::DO,
+                          p.d_o + load_i64(base + At::PLACE + 8) + (int64_t)c * CHUNK * p.ld_o,
+                          p.ld_o, CHUNK, chunk_tokens(p.t, c), at.tid & 127);
+        cp_async_commit();
+    };
+    if (piece.c < range.end) load(piece.c);
+    for (; piece.c < range.end; turn += 2) {
+        const int b = turn & 1; /* always the same */
+        const uint32_t q_tile = base + At::Q + b * TILE, do_tile = base + At::DO + b * TILE;
+        const int hi = piece_end(piece, p.t);
+        float dq[32], delta[2], lse[2], most = -INFINITY;
+        uint32_t x[4][4];
+        {
+            const struct wide_thread at = wide_here();
+            const int row = at.tid >> 3 & 15, n = chunk_tokens(p.t, piece.c);
+            const int64_t token = load_i64(base + At::PLACE + 16) + piece.c * CHUNK;
+            const uint32_t own = tile_at<D>(row, at.tid & 7);
+            const bf16 *o = p.o + load_i64(base + At::PLACE + 8) +
+                            (int64_t)(piece.c * CHUNK + row) * p.ld_o + 8 * (at.tid & 7);
+            uint4 y[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                y[i] = make_uint4(0, 0, 0, 0);
+                if (row + 16 * i < n) y[i] = *(const uint4 *)(o + 16 * i * p.ld_o);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = at.row + 8 * i;
+                lse[i] = t >= piece.lo && t < hi ? p.stat[token + t] : INFINITY;
+            }
+            cp_async_wait<0>();
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                clamp_piece(q_tile + own + i * (TILE / 4), p.limit);
+                const uint4 g = load_shared_16(do_tile + own + i * (TILE / 4));
+                const uint32_t gs[4] = {g.x, g.y, g.z, g.w};
+                const uint32_t ys[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
+                float sum = 0;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float2 f = unpack_bf16(gs[j]), h = unpack_bf16(ys[j]);
+                    sum -= f.x * h.x + f.y * h.y;
+                }
+#pragma unroll
+                for (int lanes = 1; lanes < 8; lanes <<= 1)
+                    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+                if ((at.tid & 7) == 0) {
+                    store_f32(base + At::DELTA + 4 * (CHUNK * b + row + 16 * i), sum);
+                    if (row + 16 * i < n) p.delta[token + row + 16 * i] = sum;
+                }
+            }
+            fence_products();
+            warpgroup_barrier(at.wg);
+            delta[0] = load_f32(base + At::DELTA + 4 * (CHUNK * b + at.row));
+            delta[1] = load_f32(base + At::DELTA + 4 * (CHUNK * b + at.row + 8));
+        }
+        barrier_wait(base + At::FULL + 8 * b, turn >> 1 & 1);
+        {
+            const struct wide_thread at = wide_here();
+            float dp[32];
+            warpgroup_fence();
+            tiles_product<false, false>(dp, do_tile, base + At::V + turn % At::N_V * TILE, false);
+            warpgroup_commit();
+            warpgroup_wait<0>();
+            wide_hold(dp);
+            barrier_arrive(base + At::V_FREE + 8 * b);
+#pragma unroll
+            for (int i = 0; i < 32; i++) dp[i] += delta[i >> 1 & 1];
+            pack_wide(x, dp);
+            keep_earlier(x, at.warp, at.lane);
+        }
+#pragma unroll
+        for (int i = 0; i < 32; i++) dq[i] = 0.0f;
+            /* 32 features at a time: registers are short. */
+#pragma unroll 1
+        for (int g = 0; g < 8; g++) {
+            const uint32_t rows = base + 1024 * b + 128 * g + 8 * wide_here().pair;
+            const uint32_t w_rows = base + At::W + g * (TILE / 2);
+            float aq[16], dphi[16];
+            uint32_t da[2][4];
+            warpgroup_fence();
+            tiles_32(aq, q_tile, w_rows);
+            tiles_32(dphi, do_tile, base + At::S + (8 * b + g) * (TILE / 2));
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+                wgmma_32<false>(dphi, x[kk],
+                                tile_word(base + At::KF + (8 * b + g) * (TILE / 2)) + 2 * kk, true);
+            warpgroup_commit();
+            warpgroup_wait<0>();
+            wide_hold(aq);
+            wide_hold(dphi);
+            wide_hold(dq);
+            /* da = psi dphi; rows outside the piece have psi = 0. */
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 shift = load_shared_8(rows + At::TOP + 32 * j);
+                const float2 z = load_shared_8(rows + At::Z + 32 * j);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float e =
+                        fmaf(aq[4 * j + i], to_log2, i & 1 ? shift.y : shift.x) - lse[i >> 1];
+                    most = fmaxf(most, e);
+                    aq[4 * j + i] =
+                        exp2_psi(e) * fmaf(delta[i >> 1], i & 1 ? z.y : z.x, dphi[4 * j + i]);
+                }
+            }
+#pragma unroll
+            for (int kk = 0; kk < 2; kk++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    da[kk][i] = pack_bf16(aq[8 * kk + 2 * i], aq[8 * kk + 2 * i + 1]);
+            warpgroup_fence();
+#pragma unroll
+            for (int kk = 0; kk < 2; kk++)
+                wgmma_64<true>(dq, da[kk], tile_of(tile_word(w_rows) + 128 * kk), true);
+            warpgroup_commit();
+        }
+        barrier_arrive(base + At::EMPTY + 8 * b); /* products with W are left */
+        warpgroup_wait<0>();
+        wide_hold(dq);
+        const struct wide_thread at = wide_here();
+        warpgroup_barrier(at.wg); /* all are done with Q, dO */
+        const struct wide_piece next = next_of(piece);
+        if (next.c < range.end) load(next.c);
+        if (most > -SRF__MIN_DEN_LOG2 && piece.size > 1) {
+            mark_piece(range, piece);
+            store_shared(base + At::AGAIN, 1);
+        }
+#pragma unroll
+        for (int i = 0; i < 32; i++) dq[i] *= p.scale;
+        finish_rows(p, base + At::PLACE, dq, p.sum[0], p.dq, piece.c, piece.lo, hi);
+        piece = next;
+    }
+}
+#endif
+
 static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ struct wide_bwd p)
 {
 #if HAVE_WGMMA
-    extern __shared__ char raw[];
-    const uint32_t base = smem_addr(raw) + (-smem_addr(raw) & 1023u);
-    const float to_log2 = SRF__LOG2E * p.scale;
-    const uint32_t taken = base + Q_TAKEN, place = base + Q_PLACE;
+    using At = dq_at;
+    extern __shared__ __align__(1024) char raw[];
+    const uint32_t base = smem_addr(raw);
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
-
-    auto load_chunk = [&](int c) {
-        const struct wide_thread at = wide_here();
-        const int64_t in = load_i64(place) + (int64_t)c * CHUNK * p.ld;
-        const int64_t out = load_i64(place + 8) + (int64_t)c * CHUNK * p.ld_o;
-        const int n = min(CHUNK, p.t - c * CHUNK);
-        const uint32_t to = base + (c & 1) * TILE;
-        load_tile<D, WIDE_THREADS>(to + Q_K, p.k + in, p.ld, CHUNK, n, at.tid);
-        load_tile<D, WIDE_THREADS>(to + Q_V, p.v + in, p.ld, CHUNK, n, at.tid);
-        load_tile<D, WIDE_THREADS>(to + Q_Q, p.q + in, p.ld, CHUNK, n, at.tid);
-        load_tile<D, WIDE_THREADS>(to + Q_DO, p.d_o + out, p.ld_o, CHUNK, n, at.tid);
-        load_tile<D, WIDE_THREADS>(base + Q_O, p.o + out, p.ld_o, CHUNK, n, at.tid);
-        cp_async_commit();
-    };
-    /* This thread's pieces of the tiles have come, O's is read by it alone: clamp K and Q, fill the
-     * rows of the tokens; those outside [lo, hi) have weight 0. */
-    auto prepare = [&](int c, int lo, int hi, bool fresh) {
-        const struct wide_thread at = wide_here();
-        const int token = at.tid >> 3;
-        const uint32_t own = base + (c & 1) * TILE + tile_at<D>(token, at.tid & 7);
-        const uint32_t to = base + 4 * ((c & 1) * CHUNK + token);
-        const bool in = token >= lo && token < hi;
-        const float half = clamp_key(own + Q_K, p.scale, p.limit);
-        clamp_piece(own + Q_Q, p.limit);
-        if (fresh) {
-            const uint4 x = load_shared_16(own + Q_DO);
-            const uint4 y = load_shared_16(base + Q_O + tile_at<D>(token, at.tid & 7));
-            const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-            float delta = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 f = unpack_bf16(xs[i]), g = unpack_bf16(ys[i]);
-                delta -= f.x * g.x + f.y * g.y;
-            }
-#pragma unroll
-            for (int o = 1; o < 8; o <<= 1) delta += __shfl_xor_sync(0xffffffffu, delta, o);
-            if ((at.tid & 7) == 0) {
-                store_f32(to + Q_DELTA, delta);
-                if (in) p.delta[load_i64(place + 16) + c * CHUNK + token] = delta;
-            }
-        }
-        if ((at.tid & 7) == 0) {
-            store_f32(to + Q_HALF, in ? half : -INFINITY);
-            store_f32(to + Q_LSE, in ? p.stat[load_i64(place + 16) + c * CHUNK + token] : INFINITY);
-        }
-        fence_products();
-    };
-
+    volatile struct wide_range &range = *(volatile struct wide_range *)(raw + At::RANGE);
     {
-        const struct wide_thread at = wide_here();
-        const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
-        if (at.tid == 0) {
-            barrier_init(taken, WIDE_THREADS);
+        const int tid = wide_here().tid;
+        if (tid == 0) {
+            range.sizes = p.sizes + (int64_t)blockIdx.x * n_chunks;
+            range.begin = 0;
+            range.end = n_chunks;
+            range.careful = 0;
+            for (int b = 0; b < 2; b++) {
+                barrier_init(base + At::FULL + 8 * b, WIDE_OWNERS);
+                barrier_init(base + At::EMPTY + 8 * b, 128);
+                barrier_init(base + At::V_FREE + 8 * b, 128);
+            }
             barrier_init_done();
-            put_place(p, place);
+            put_place(p, base + At::PLACE);
+            store_shared(base + At::AGAIN, 0);
         }
-        __syncthreads();
-        load_tile<D, WIDE_THREADS>(base + Q_W, p.w + (set * p.m + p.first) * D, D, NW * 64, p.count,
-                                   at.tid);
-        load_chunk(0);
-        if (at.tid < 16 * 8)
-            store_shared_16(base + Q_ONES + 16 * at.tid,
-                            make_uint4((at.tid & 7) == (at.tid >> 3 & 7) ? 0x3f80 : 0, 0, 0, 0));
-        put_bias(p, at, base + Q_BIAS + 256 * at.wg);
-    }
-    float s[36], top[2] = {SRF__UNSET, SRF__UNSET};
-#pragma unroll
-    for (int i = 0; i < 36; i++) s[i] = 0.0f;
-    cp_async_wait<0>();
-    prepare(0, 0, min(CHUNK, p.t), true);
-    __syncthreads();
-
-    int c = 0, lo = 0, size = CHUNK, turn = 1;
-    uint64_t cuts = 0;
-    while (c < n_chunks) {
-        const int n = min(CHUNK, p.t - c * CHUNK), hi = min(lo + size, n);
-        const uint32_t stage = base + (c & 1) * TILE, rows = base + 4 * (c & 1) * CHUNK;
-        float top_now[2], delta[2], own[8], most = -INFINITY;
-        uint32_t a[4][4];
-        {
-            const struct wide_thread at = wide_here();
-            float ak[32], dp[32];
-            warpgroup_fence();
-            tiles_product<false, false>(ak, base + Q_W + at.wg * TILE, stage + Q_K, false);
-            warpgroup_commit();
-            warpgroup_wait<0>();
-            wide_hold(ak);
-            key_exponents(ak, top_now, top, to_log2, rows + Q_HALF, base + Q_BIAS + 256 * at.wg,
-                          at.row, at.pair);
-            uint32_t kf[8][2];
-            key_weights(kf, ak, top_now, base + Q_BIAS + 256 * at.wg, base + Q_TOP + 256 * at.wg,
-                        at.row, at.pair);
-            /* All have taken what was sent in the last turn, and left its tiles. */
-            barrier_wait(taken, turn);
-            turn ^= 1;
-            put_tile(base + Q_KF + at.wg * TILE, kf, at.warp, at.lane);
-            warpgroup_fence();
-            tiles_product<false, false>(dp, stage + Q_DO, stage + Q_V, false);
-            warpgroup_commit();
-            if (lo == 0 && size == CHUNK && c + 1 < n_chunks) load_chunk(c + 1);
-            const float step[2] = {exp2_fast(top[0] - top_now[0]), exp2_fast(top[1] - top_now[1])};
-            put_scaled(base + Q_S + at.wg * TILE, s, step[0], step[1], at.warp, at.lane);
-            if (at.pair == 0) {
-                store_f32(base + Q_Z + 256 * at.wg + 4 * at.row, s[32] * step[0]);
-                store_f32(base + Q_Z + 256 * at.wg + 4 * at.row + 32, s[34] * step[1]);
-            }
-            warpgroup_wait<0>();
-            wide_hold(dp);
-            delta[0] = load_f32(rows + Q_DELTA + 4 * at.row);
-            delta[1] = load_f32(rows + Q_DELTA + 4 * at.row + 32);
-#pragma unroll
-            for (int i = 0; i < 32; i++) dp[i] += delta[i >> 1 & 1];
-            pack_wide(a, dp);
-            keep_earlier(a, at.warp, at.lane);
-        }
-        fence_products();
-        warpgroup_barrier(wide_here().wg);
-        {
-            const struct wide_thread at = wide_here();
-            float dphi[32];
-            warpgroup_fence();
-            tiles_product<false, false>(dphi, stage + Q_DO, base + Q_S + at.wg * TILE, false);
-            packed_product<false>(dphi, a, base + Q_KF + at.wg * TILE, true);
-            warpgroup_commit();
-            warpgroup_wait<0>();
-            wide_hold(dphi);
-            {
-                /* da = psi dphi; rows outside the piece have psi = 0. */
-                float aq[32];
-                warpgroup_fence();
-                tiles_product<false, false>(aq, stage + Q_Q, base + Q_W + at.wg * TILE, false);
-                warpgroup_commit();
-                const float lse0 = load_f32(rows + Q_LSE + 4 * at.row);
-                const float lse1 = load_f32(rows + Q_LSE + 4 * at.row + 32);
-                warpgroup_wait<0>();
-                wide_hold(aq);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    const float2 shift =
-                        load_shared_8(base + Q_TOP + 256 * at.wg + 4 * (8 * j + 2 * at.pair));
-                    const float2 z =
-                        load_shared_8(base + Q_Z + 256 * at.wg + 4 * (8 * j + 2 * at.pair));
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float e = fmaf(aq[4 * j + i], to_log2, i & 1 ? shift.y : shift.x) -
-                                        (i & 2 ? lse1 : lse0);
-                        most = fmaxf(most, e);
-                        aq[4 * j + i] =
-                            exp2_psi(e) * fmaf(delta[i >> 1], i & 1 ? z.y : z.x, dphi[4 * j + i]);
-                    }
-                }
-                pack_wide(a, aq);
-            }
-        }
-#pragma unroll
-        for (int left = 0; left < D; left += 32) {
-            const struct wide_thread at = wide_here();
-            float dq[16];
-            const uint32_t w_word = tile_word(base + Q_W + at.wg * TILE + 2 * left);
-            warpgroup_fence();
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) wgmma_32(dq, a[kk], w_word + 128 * kk, kk > 0);
-            warpgroup_commit();
-            warpgroup_wait<0>();
-            wide_hold(dq);
-            send_columns(base + Q_SENT + 16 * (at.tid & 127) + at.wg * (NW - 1) * 4096, dq, own,
-                         left, at.wg);
-        }
+        const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
+        load_tile<D, WIDE_THREADS>(base + At::W, p.w + (set * p.m + p.first) * D, D, WIDE_FEATURES,
+                                   p.count, tid);
+        cp_async_commit();
+        for (int i = tid; i < n_chunks; i += WIDE_THREADS)
+            p.sizes[(int64_t)blockIdx.x * n_chunks + i] = CHUNK;
+        if (tid < WIDE_FEATURES)
+            store_f32(base + At::BIAS + 4 * tid,
+                      tid < p.count ? SRF__LOG2E * p.bias[set * p.m + p.first + tid] : -INFINITY);
         cp_async_wait<0>();
-        if (c + 1 < n_chunks) prepare(c + 1, 0, min(CHUNK, p.t - (c + 1) * CHUNK), true);
-        if (__syncthreads_or(most > -SRF__MIN_DEN_LOG2 && size > 1)) {
-            barrier_arrive(taken);
-            size >>= 1;
-            prepare(c, lo, min(lo + size, n), false);
-            __syncthreads();
-            continue;
-        }
+        fence_products();
+    }
+    __syncthreads();
+    auto start = [&](float(&s)[2][32]) {
         const struct wide_thread at = wide_here();
-        /* The keys go into the state, while dq is summed. */
-        if (__any_sync(0xffffffffu, top[0] != top_now[0] || top[1] != top_now[1])) {
-            const float step[2] = {exp2_fast(top[0] - top_now[0]), exp2_fast(top[1] - top_now[1])};
 #pragma unroll
-            for (int i = 0; i < 36; i++) s[i] *= step[i >> 1 & 1];
+        for (int g = 0; g < 2; g++) {
+#pragma unroll
+            for (int i = 0; i < 32; i++) s[g][i] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t to = base + 4 * (128 * at.wg + 64 * g + at.row + 8 * i);
+                if (at.pair == 0) {
+                    store_f32(to + At::ZS, 0.0f);
+                    store_f32(to + At::M, SRF__UNSET);
+                }
+            }
         }
-        warpgroup_fence();
-        product_72(s, base + Q_KF + at.wg * TILE, stage + Q_V, base + Q_ONES);
-        warpgroup_commit();
-        sum_columns(own, base + Q_SENT + 16 * (at.tid & 127), (NW - 1) * 4096, at.wg);
-#pragma unroll
-        for (int i = 0; i < 8; i++) own[i] *= p.scale;
-        finish_columns(p, place, own, p.sum[0], p.dq, c, lo, hi);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            top[i] = top_now[i];
-            if (at.pair == 0)
-                p.tops[((int64_t)blockIdx.x * n_chunks + c) * (64 * NW) + 64 * at.wg + at.row +
-                       8 * i] = top[i];
-        }
-        warpgroup_wait<0>();
-        wide_hold(s);
         __syncwarp();
-        barrier_arrive(taken);
-        cuts |= (uint64_t)1 << lo;
-        lo += size;
-        size = lo & -lo;
-        if (lo >= n) {
-            if (wide_here().tid == 0) p.cuts[(int64_t)blockIdx.x * n_chunks + c] = cuts;
-            c++;
-            lo = 0;
-            size = CHUNK;
-            cuts = 0;
-        } else {
-            prepare(c, lo, min(lo + size, n), false);
-            __syncthreads();
-        }
+    };
+    auto put = [&](float z, float top, int b, int f, const struct wide_piece &at) {
+        store_f32(base + At::Z + 4 * (WIDE_FEATURES * b + f), z);
+        p.tops[((int64_t)blockIdx.x * n_chunks + at.c) * WIDE_FEATURES + f] = top;
+    };
+    if (wide_here().wg < 2) {
+        int turn = 0;
+        do turn = walk_keys<At>(p, base, range, turn, start, put);
+        while (pass_again<At>(base, range, &turn));
+    } else {
+        int turn = 0;
+        do walk_dq(p, base, range, turn);
+        while (pass_again<At>(base, range, &turn));
+    }
+    for (int c = wide_here().tid; c < n_chunks; c += WIDE_THREADS) {
+        uint64_t cuts = 0;
+        for (int lo = 0; lo < chunk_tokens(p.t, c); lo += range.sizes[c]) cuts |= (uint64_t)1 << lo;
+        p.cuts[(int64_t)blockIdx.x * n_chunks + c] = cuts;
     }
 #endif
 }
@@ -270,6 +282,7 @@ static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s
     const int64_t heads = s->b * s->h, chunks = div_up(s->t, CHUNK);
     p->cuts = (uint64_t *)bump_bytes(&bump, (size_t)(heads * chunks) * sizeof(uint64_t));
     p->tops = (float *)bump_bytes(&bump, (size_t)(heads * chunks * 64 * NW) * sizeof(float));
+    p->sizes = (uint8_t *)bump_bytes(&bump, (size_t)(heads * chunks));
     p->delta = (float *)bump_bytes(&bump, (size_t)(heads * s->t) * sizeof(float));
     if (s->m > 64 * NW)
         for (int i = 0; i < 3; i++)
@@ -315,10 +328,10 @@ srf_status srf__wide_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     p.scale = plan.scale;
     p.limit = plan.limit;
     CUDA_TRY(cudaFuncSetAttribute(wide_queries_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  Q_BYTES));
+                                  dq_at::BYTES));
     for (p.first = 0; p.first < p.m; p.first += p.count) {
         p.count = p.m - p.first < 64 * NW ? p.m - p.first : 64 * NW;
-        wide_queries_kernel<<<heads, WIDE_THREADS, Q_BYTES, stream_of(ctx)>>>(p);
+        wide_queries_kernel<<<heads, WIDE_THREADS, dq_at::BYTES, stream_of(ctx)>>>(p);
         SRF_TRY(srf__cuda_launched("srf_attn_bwd"));
         SRF_TRY(srf__wide_keys(ctx, &p, heads));
     }

@@ -1,11 +1,9 @@
 /* What the two kernels of the wide backward share. Names and forms are explained in
  * srf_attn_wide_bwd.cu. */
 #pragma once
-#include "kernels/cuda/srf_attn_wide.h"
+#include "kernels/cuda/srf_attn_wide_walk.h"
 
-#define D    64
-#define NW   WIDE_GROUPS
-#define TILE WIDE_TILE
+#define NW WIDE_GROUPS
 
 struct wide_bwd {
     const bf16 *q, *k, *v, *o, *d_o, *w;
@@ -14,6 +12,7 @@ struct wide_bwd {
     float *delta;   /* (b h, t) */
     float *tops;    /* (b h, chunks, 64 NW): M after each chunk */
     uint64_t *cuts; /* (b h, chunks): bit i: a piece of the chunk starts at its token i */
+    uint8_t *sizes; /* (b h, chunks): of pieces */
     float *sum[3];  /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
     int64_t ld, ld_o;
     int t, h, m, n_sets;
@@ -26,14 +25,6 @@ struct wide_bwd {
 srf_status srf__wide_keys(struct srf_ctx *ctx, const struct wide_bwd *p, unsigned heads);
 
 #if HAVE_WGMMA
-__device__ __forceinline__ float load_f32(uint32_t addr)
-{
-    return __uint_as_float(load_shared(addr));
-}
-__device__ __forceinline__ void store_f32(uint32_t addr, float x)
-{
-    store_shared(addr, __float_as_uint(x));
-}
 /* own and what the other warpgroups sent, in the order of merge_columns. */
 __device__ __forceinline__ void sum_columns(float (&own)[8], uint32_t from, uint32_t stride, int wg)
 {
@@ -80,5 +71,26 @@ __device__ __forceinline__ void finish_columns(const struct wide_bwd &p, uint32_
     else
         store_columns(dst + load_i64(place) + (int64_t)token * p.ld + 16 * at.wg, p.ld, c, in0, in1,
                       at.pair);
+}
+/* The same of all 64 columns, of a warpgroup that has them. */
+__device__ __forceinline__ void finish_rows(const struct wide_bwd &p, uint32_t place,
+                                            float (&c)[32], float *sums, bf16 *dst, int chunk,
+                                            int lo, int hi)
+{
+    const struct wide_thread at = wide_here();
+    const bool in0 = at.row >= lo && at.row < hi, in1 = at.row + 8 >= lo && at.row + 8 < hi;
+    const int token = chunk * CHUNK + at.row;
+    const float once[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        float(&part)[8] = *(float(*)[8]) & c[8 * k];
+        float *sum = sums + (load_i64(place + 16) + token) * D + 16 * k + 2 * at.pair;
+        if (p.first > 0) merge_before(part, sum, once, in0, in1);
+        if (p.first + p.count < p.m)
+            store_sums(sum, part, in0, in1);
+        else
+            store_columns(dst + load_i64(place) + (int64_t)token * p.ld + 16 * k, p.ld, part, in0,
+                          in1, at.pair);
+    }
 }
 #endif
