@@ -10,6 +10,7 @@
 #                                             the CPU's side of the comparisons is computed here
 #   there:  mkdir p && tar xf FILE.tar.xz -C p && p/more/scripts/gpu_check.sh --packed p
 #
+# Several GPUs (all, or those of CUDA_VISIBLE_DEVICES) share the programs.
 # SRF_GPU_LOGS: a folder that keeps the programs' output. SRF_GPU_BUILD: the build's folder (build,
 # or build-pack).
 start=$SECONDS
@@ -85,13 +86,19 @@ done
 }
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
 
-# job NAME LIMIT COMMAND...: in the background, output to a log; its exit status to NAME.status and
-# its nanoseconds to NAME.ns. At most `parallel` at once.
+# job NAME LIMIT COMMAND...: in the background on the next GPU, output to a log; its exit status to
+# NAME.status and its nanoseconds to NAME.ns. At most `parallel` at once.
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    IFS=, read -ra cards <<<"$CUDA_VISIBLE_DEVICES"
+else
+    mapfile -t cards < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
+    [ ${#cards[@]} -gt 0 ] || cards=(0)
+fi
 parallel=$((JOBS > 16 ? 16 : JOBS))
 names=()
 passed=0 failed=0
 job() {
-    local name="$1" limit="$2"
+    local name="$1" limit="$2" card="${cards[${#names[@]} % ${#cards[@]}]}"
     shift 2
     names+=("$name")
     rm -f "$logs/$name".{status,ns}
@@ -99,7 +106,7 @@ job() {
     (
         began=$(date +%s%N)
         status=0
-        timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 </dev/null &
+        CUDA_VISIBLE_DEVICES=$card timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 </dev/null &
         pid=$!
         trap 'kill "$pid"; exit 143' TERM # timeout passes it on
         wait "$pid" || status=$?
