@@ -564,8 +564,8 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
     int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
     SRF_FAIL_IF((batch->lens || batch->slots) && !prefill, SRF_INVALID,
                 "only a prefill takes lengths and slots");
-    SRF_FAIL_IF(batch->on_device && batch->mode != SRF_MODE_STEP, SRF_INVALID,
-                "only a step finds its tokens on the device");
+    SRF_FAIL_IF(batch->on_device && prefill, SRF_INVALID,
+                "a prefill does not find its tokens on the device");
     for (int64_t i = 0; i < batch->b && batch->lens; i++)
         SRF_FAIL_IF(batch->lens[i] < 1 || batch->lens[i] > batch->t, SRF_INVALID,
                     "sequence %lld has %d tokens: expected 1 to %lld", (long long)i, batch->lens[i],
@@ -614,6 +614,16 @@ static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *
         st = ctx->be->upload(ctx, PTR(m->slot_seq), seq, (size_t)(3 * b + 1) * sizeof *seq);
     srf__free(pos);
     return st;
+}
+
+srf_status srf_model_load(struct srf_model *m, const struct srf_batch *batch,
+                          const int32_t *targets)
+{
+    const struct srf_backend *be = m->ctx->be;
+    size_t size = (size_t)srf_batch_rows(batch) * sizeof *batch->tokens;
+    SRF_TRY(check_batch(m, batch));
+    SRF_TRY(be->upload(m->ctx, PTR(m->slot_tokens), batch->tokens, size));
+    return targets ? be->upload(m->ctx, PTR(m->slot_targets), targets, size) : SRF_OK;
 }
 
 srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)

@@ -27,8 +27,8 @@ struct srf_batch {
     void *state;
     bool state_bf16;    /* the same stored in bf16 (ops.h) */
     const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before; negative in a STEP: idle */
-    /* STEP: tokens and positions are where srf_model_inputs says, and the host has none. Who put
-     * them there has checked them. */
+    /* STEP: tokens and positions are where srf_model_inputs says; PARALLEL: tokens are where
+     * srf_model_load has put them. The host has none, and who put them there has checked them. */
     bool on_device;
     int64_t n_slots; /* PREFILL, STEP: sequences that `state` has room for; 0 = b */
     /* PREFILL of sequences of several lengths: sequence i has lens[i] >= 1 tokens, and tokens are
@@ -119,24 +119,29 @@ srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *
 /* Draw the features of attention.draw for all layers. */
 srf_status srf_model_draw(struct srf_model *m);
 
+/* Tokens of a PARALLEL batch and, if not NULL, targets to the device: a forward of the batch with
+ * on_device and a loss without targets then launch ops only, always the same ones. */
+srf_status srf_model_load(struct srf_model *m, const struct srf_batch *batch,
+                          const int32_t *targets);
 /* Hidden states before the output head, (b * t, c), stay on the device. Token ids are checked. */
 srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch);
 
 /* Loss over the rows of the last forward, logits never held for more than logit_rows rows. */
 struct srf_loss_args {
     int64_t n;                   /* b * t */
-    const int32_t *targets;      /* host (n), -1 = ignore */
+    const int32_t *targets;      /* host (n), -1 = ignore; NULL: those of srf_model_load */
     double scale;                /* of the gradient: 1 / predictions of the optimizer step */
     double ce_weight, kl_weight; /* gradient weights */
     struct srf_model *teacher;   /* after its own forward on the same batch; NULL without KL */
     bool backward;               /* also: hidden gradient and head gradient; then call backward */
     float *nll;                  /* host (n) out, or NULL */
     float *logits;               /* host (n, vocab) out, or NULL */
-    int64_t first;               /* place of row 0 among the losses that the device keeps */
     bool queue;                  /* do not wait for the device: no nll, no sums; srf_model_losses */
     double nll_sum, kl_sum;      /* out */
 };
 srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args);
+/* The losses of the last n rows are also kept in rows [to, to + n), to >= n. */
+srf_status srf_model_keep_losses(struct srf_model *m, int64_t n, int64_t to);
 /* The losses of rows [first, first + n), as the device keeps them: nll to the host (n) if not NULL,
  * sums in double; kl_sum NULL where there was no teacher. */
 srf_status srf_model_losses(const struct srf_model *m, int64_t first, int64_t n, float *nll,

@@ -42,7 +42,7 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
 {
     struct srf_ctx *ctx = m->ctx;
     const struct srf_model_config *cfg = &m->config;
-    int64_t row = cfg->arch->head_row(cfg), ld = srf_padded_vocab(cfg), first = args->first + at;
+    int64_t row = cfg->arch->head_row(cfg), ld = srf_padded_vocab(cfg);
     void *logits = PTR(m->slot_logits);
     void *teacher = args->teacher ? PTR(m->slot_teacher_logits) : NULL;
     SRF_TRY(head(m, at, n, logits));
@@ -52,8 +52,8 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
     SRF_TRY(SRF_RUN(ctx, xent, .n = n, .v = cfg->vocab, .ld = ld, .logits = logits,
                     .targets = targets + at * 4, .teacher = teacher, .scale = args->scale,
                     .ce_weight = args->ce_weight, .kl_weight = args->kl_weight,
-                    .nll = srf__model_acc_at(m, m->slot_nll, first),
-                    .kl = args->teacher ? srf__model_acc_at(m, m->slot_kl, first) : NULL,
+                    .nll = srf__model_acc_at(m, m->slot_nll, at),
+                    .kl = args->teacher ? srf__model_acc_at(m, m->slot_kl, at) : NULL,
                     .dlogits = args->backward ? logits : NULL));
     if (!args->backward) return SRF_OK;
     return SRF_RUN(ctx, linear_bwd, .n = n, .in = cfg->c, .out = ld,
@@ -67,19 +67,30 @@ srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args)
 {
     struct srf_ctx *ctx = m->ctx;
     args->nll_sum = args->kl_sum = 0;
-    SRF_FAIL_IF(args->first + args->n > m->loss_rows, SRF_INVALID,
-                "losses of rows to %lld: %lld were planned", (long long)(args->first + args->n),
-                (long long)m->loss_rows);
+    SRF_FAIL_IF(args->n > m->loss_rows, SRF_INVALID, "losses of %lld rows: %lld were planned",
+                (long long)args->n, (long long)m->loss_rows);
     SRF_FAIL_IF(args->teacher && !m->plan.teacher, SRF_INVALID, "a teacher was not planned for");
-    if (!ctx->plan)
+    if (!ctx->plan && args->targets)
         SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_targets), args->targets,
                                 (size_t)args->n * sizeof *args->targets));
     for (int64_t at = 0; at < args->n; at += m->logit_rows)
         SRF_TRY(
             loss_rows(m, args, at, args->n - at < m->logit_rows ? args->n - at : m->logit_rows));
     if (ctx->plan || args->queue) return SRF_OK;
-    return srf_model_losses(m, args->first, args->n, args->nll, &args->nll_sum,
+    return srf_model_losses(m, 0, args->n, args->nll, &args->nll_sum,
                             args->teacher ? &args->kl_sum : NULL);
+}
+
+srf_status srf_model_keep_losses(struct srf_model *m, int64_t n, int64_t to)
+{
+    struct srf_ctx *ctx = m->ctx;
+    size_t bytes = (size_t)n * srf_dtype_bytes(srf_ctx_acc(ctx));
+    SRF_FAIL_IF(to < n || to + n > m->loss_rows, SRF_INVALID,
+                "losses of %lld rows to row %lld: %lld were planned", (long long)n, (long long)to,
+                (long long)m->loss_rows);
+    SRF_TRY(ctx->be->copy(ctx, srf__model_acc_at(m, m->slot_nll, to), PTR(m->slot_nll), bytes));
+    if (!m->plan.teacher) return SRF_OK;
+    return ctx->be->copy(ctx, srf__model_acc_at(m, m->slot_kl, to), PTR(m->slot_kl), bytes);
 }
 
 /* n values of A to the host, summed in double; out (n) may be NULL. scratch holds n of A. */

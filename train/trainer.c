@@ -59,7 +59,7 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
                                .train = true,
                                .train_features = c->train_features,
                                .teacher = teacher,
-                               .loss_rows = c->batch * c->seq_len,
+                               .loss_rows = srf__loss_row(c) + c->batch * c->seq_len,
                                .recompute = (enum srf_recompute)c->recompute};
     SRF_TRY(srf_model_plan(t->model, t->arena, &p));
     if (teacher) {
@@ -207,6 +207,7 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
     t->data = data;
     t->val = val;
     t->first_draw = ck->attention.draw;
+    t->loaded_step = -1;
     srf_status st = SRF_OK;
     if (ck->tokenizer_json) {
         t->tokenizer_json = srf__strdup(ck->tokenizer_json);
@@ -223,6 +224,7 @@ cleanup:
 void srf_trainer_free(struct srf_trainer *t)
 {
     if (!t) return;
+    srf__micro_batch_free(t);
     srf_model_free(t->model);
     srf_model_free(t->teacher);
     srf_arena_free(t->arena);
@@ -234,54 +236,6 @@ void srf_trainer_free(struct srf_trainer *t)
 }
 
 /* ---- one step ------------------------------------------------------------------------------ */
-
-/* Sequences [first, first + n) of a step: each starts anywhere, by (seed, step, sequence) alone. */
-static srf_status load_batch(struct srf_trainer *t, int64_t first, int64_t n)
-{
-    int64_t len = t->config.seq_len;
-    uint64_t starts = (uint64_t)(srf_tokenset_count(t->data) - len);
-    for (int64_t i = 0; i < n; i++) {
-        struct srf_rng rng =
-            srf_rng_at(t->config.seed, SRF_RNG_DATA, (uint64_t)t->step, (uint32_t)(first + i), 0);
-        int64_t start = (int64_t)srf_rng_below(&rng, starts);
-        SRF_TRY(srf_tokenset_read(t->data, start, len + 1, t->window));
-        memcpy(t->tokens + i * len, t->window, (size_t)len * sizeof *t->tokens);
-        memcpy(t->targets + i * len, t->window + 1, (size_t)len * sizeof *t->targets);
-    }
-    return SRF_OK;
-}
-
-static double mean_scale(const struct srf_train_config *c)
-{
-    return 1.0 / (double)(c->batch * c->seq_len);
-}
-
-/* Forward and backward of one micro-batch, queued. */
-static srf_status micro_batch(struct srf_trainer *t, int64_t first)
-{
-    const struct srf_train_config *c = &t->config;
-    struct srf_model *m = t->model;
-    double kl_weight = srf_policy_kl(c, t->step), mse_weight = srf_policy_mse(c, t->step);
-    SRF_TRY(load_batch(t, first, c->micro_batch));
-    struct srf_batch batch = {.b = c->micro_batch, .t = c->seq_len, .tokens = t->tokens};
-    bool teach = kl_weight > 0 || mse_weight > 0;
-    if (teach) SRF_TRY(srf_model_forward(t->teacher, &batch));
-    SRF_TRY(srf_model_forward(m, &batch));
-    struct srf_loss_args loss = {.n = batch.b * batch.t,
-                                 .targets = t->targets,
-                                 .scale = mean_scale(c),
-                                 .ce_weight = c->ce_weight,
-                                 .kl_weight = kl_weight,
-                                 .teacher = kl_weight > 0 ? t->teacher : NULL,
-                                 .backward = true,
-                                 .first = first * c->seq_len,
-                                 .queue = true};
-    SRF_TRY(srf_model_loss(m, &loss));
-    /* Mean over layers, rows and channels, as the loss is a mean over rows. */
-    m->attention_teacher = mse_weight > 0 ? t->teacher : NULL;
-    m->attention_scale = mse_weight * mean_scale(c) / (double)(m->config.n_layers * m->config.c);
-    return srf_model_backward(m, &batch);
-}
 
 /* Redraw, or keep the draw, as the policy says for this step. */
 static srf_status set_features(struct srf_trainer *t)
@@ -379,12 +333,12 @@ static srf_status read_metrics(struct srf_trainer *t, struct srf_train_metrics *
     float sumsq;
     int32_t skips[2];
     out->known = true;
-    SRF_TRY(srf_model_losses(m, 0, rows, NULL, &out->loss, kl ? &out->kl : NULL));
-    out->loss *= mean_scale(c);
-    out->kl *= mean_scale(c);
+    SRF_TRY(srf_model_losses(m, srf__loss_row(c), rows, NULL, &out->loss, kl ? &out->kl : NULL));
+    out->loss *= srf__mean_scale(c);
+    out->kl *= srf__mean_scale(c);
     if (srf_policy_mse(c, before) > 0) {
         SRF_TRY(srf_model_attention_mse(m, &out->mse));
-        out->mse *= mean_scale(c) / (double)(m->config.n_layers * m->config.c);
+        out->mse *= srf__mean_scale(c) / (double)(m->config.n_layers * m->config.c);
     }
     SRF_TRY(
         srf_download_f32(ctx, &sumsq, srf_arena_ptr(t->arena, t->slot_sumsq), srf_ctx_acc(ctx), 1));
@@ -414,11 +368,12 @@ srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out
     SRF_TRY(set_features(t));
     SRF_TRY(srf_model_zero_grads(t->model));
     for (int64_t first = 0; first < c->batch; first += c->micro_batch)
-        SRF_TRY(micro_batch(t, first));
+        SRF_TRY(srf__micro_batch(t, first));
     SRF_TRY(update(t));
     out->lr = srf_policy_lr(c, t->step);
     out->draw = t->model->attention.draw;
     t->step++;
+    srf__micro_batch_ahead(t);
     out->step = t->step;
     out->tokens = t->step * c->batch * c->seq_len;
     bool read = srf__due(t->step, c->log_every, c->steps) ||

@@ -1,7 +1,15 @@
-/* Inside train/: the trainer's fields, shared by the step (trainer.c), its files (trainer_file.c)
- * and the loop (run.c). */
+/* Inside train/: the trainer's fields, shared by the step (trainer.c, micro_batch.c), its files
+ * (trainer_file.c) and the loop (run.c). */
 #pragma once
 #include "train/trainer.h"
+
+/* What the ops of a micro-batch depend on, but for what is uploaded. */
+struct srf__micro_batch_key {
+    double kl_weight, mse_weight;
+    enum srf_attention_kind attention;
+    bool features_trained;
+    const void *workspace;
+};
 
 struct srf_trainer {
     struct srf_ctx *ctx;
@@ -23,7 +31,20 @@ struct srf_trainer {
     char data_id[96];        /* tells training sets apart: length, tokenizer, some ids */
     uint64_t first_draw;     /* draw index of step 0 */
     int32_t *window, *tokens, *targets;
+    int64_t loaded_step, loaded_first; /* whose sequences tokens and targets hold; -1: nobody's */
+    void *graph;                       /* of the ops of a micro-batch, or NULL */
+    struct srf__micro_batch_key graph_key; /* what it was, or is to be, recorded for */
 };
+
+/* Forward and backward of the sequences from `first` on, queued: gradients +=. The step's losses are
+ * in the device's rows from srf__loss_row on. */
+srf_status srf__micro_batch(struct srf_trainer *t, int64_t first);
+/* Reads what the next step begins with, while the device works. */
+void srf__micro_batch_ahead(struct srf_trainer *t);
+void srf__micro_batch_free(struct srf_trainer *t);
+int64_t srf__loss_row(const struct srf_train_config *c);
+/* 1 / predictions of a step */
+double srf__mean_scale(const struct srf_train_config *c);
 
 /* Whether what is done every `every` steps (0 = at the end only) is done after `step` of `last`. */
 bool srf__due(int64_t step, int64_t every, int64_t last);
