@@ -8,8 +8,10 @@
  * 4096), 16 bytes a load; the variance is the mean of (x - mean)^2, from registers, so a large mean
  * costs no precision. Warps and blocks stay and go from row to row: gamma and beta are loaded once,
  * forward loads the next row while it works on this one, and backward keeps the sums over rows in
- * registers. Each block leaves its sums in the workspace, and those are added in order. Rows that
- * are longer, or not in 16-byte pieces, go through kernels that read a row several times.
+ * registers. Each block leaves its sums in the workspace, and those are added in order. The last
+ * rows come first: they are what the product before has left in the L2 cache, and the product
+ * behind begins with the first. Rows that are longer, or not in 16-byte pieces, go through kernels
+ * that read a row several times.
  * Floor: memory; forward reads x and writes y, backward reads x and dy and updates dx, and writes y
  * where that is wanted. */
 #include "kernels/cuda/chain.h"
@@ -43,6 +45,12 @@ static __device__ __forceinline__ void load_row(pack<T, PACK(T)> to[NP], const T
     }
 }
 
+/* The last of rows row, row + step, ... below n; row itself where it is not below n. */
+static __device__ __forceinline__ int64_t last_row(int64_t row, int64_t step, int64_t n)
+{
+    return row < n ? row + (n - 1 - row) / step * step : row;
+}
+
 /* Sum over the LANES threads that share a row, for each of them. */
 template <int LANES> static __device__ __forceinline__ float row_sum(float x, float *scratch)
 {
@@ -58,20 +66,21 @@ static __global__ __launch_bounds__(THREADS, fwd_blocks(NP)) void fwd_kernel(
     constexpr int N = PACK(T), ROWS = THREADS / LANES;
     __shared__ float scratch[33];
     int lane = threadIdx.x % LANES, packs = c / N;
-    int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / LANES;
     int64_t step = (int64_t)gridDim.x * ROWS;
+    int64_t row = last_row((int64_t)blockIdx.x * ROWS + threadIdx.x / LANES, step, n);
     pack<T, N> ga[NP], be[NP], next[NP];
     chain_next();
     load_row<T, LANES, NP>(ga, gamma, lane, packs);
     load_row<T, LANES, NP>(be, beta, lane, packs);
     chain_wait();
-    if (row < n) load_row<T, LANES, NP>(next, x + row * c, lane, packs);
-    for (; row < n; row += step) {
+    if (row >= n) return;
+    load_row<T, LANES, NP>(next, x + row * c, lane, packs);
+    for (; row >= 0; row -= step) {
         pack<T, N> in[NP];
         float sum = 0.0f, sq = 0.0f;
 #pragma unroll
         for (int i = 0; i < NP; i++) in[i] = next[i];
-        if (row + step < n) load_row<T, LANES, NP>(next, x + (row + step) * c, lane, packs);
+        if (row >= step) load_row<T, LANES, NP>(next, x + (row - step) * c, lane, packs);
 #pragma unroll
         for (int i = 0; i < NP; i++)
 #pragma unroll
@@ -118,11 +127,12 @@ static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
     __shared__ float scratch[33];
     __shared__ float sums[3][LANES == 32 ? LANES * NP * N : 1];
     int lane = threadIdx.x % LANES, packs = c / N, group = threadIdx.x / LANES;
-    int64_t row = (int64_t)blockIdx.x * ROWS + group, step = (int64_t)gridDim.x * ROWS;
+    int64_t step = (int64_t)gridDim.x * ROWS;
+    int64_t row = last_row((int64_t)blockIdx.x * ROWS + group, step, n);
     float dga[NP][N] = {}, dbe[NP][N] = {}, dxs[NP][N] = {};
     pack<T, N> ga[NP];
     load_row<T, LANES, NP>(ga, gamma, lane, packs);
-    for (; row < n; row += step) {
+    for (; row >= 0 && row < n; row -= step) {
         pack<T, N> in[NP], d_out[NP], d_in[NP];
         load_row<T, LANES, NP>(in, x + row * c, lane, packs);
         load_row<T, LANES, NP>(d_out, dy + row * c, lane, packs);

@@ -302,7 +302,7 @@ static __global__ __launch_bounds__(THREADS) void finish_dx_kernel(int64_t count
 }
 
 /* parts[blockIdx.y] = column sums of the rows that this block takes. A lane has N columns, a warp
- * every (WARPS gridDim.y)-th row. */
+ * every (WARPS gridDim.y)-th row, the last first: the product before has left them in L2. */
 template <typename T, int N>
 static __global__ __launch_bounds__(THREADS,
                                     SUM_BLOCKS) void column_sums_kernel(int64_t n, int64_t out,
@@ -314,17 +314,18 @@ static __global__ __launch_bounds__(THREADS,
     int64_t first = (int64_t)blockIdx.x * 32 * N, j = first + lane * N;
     float sum[N] = {};
     if (j < out) {
-        int64_t step = (int64_t)gridDim.y * WARPS, i = (int64_t)blockIdx.y * WARPS + warp;
-        for (; i + 3 * step < n; i += 4 * step) {
+        int64_t step = (int64_t)gridDim.y * WARPS;
+        int64_t i = n - 1 - ((int64_t)blockIdx.y * WARPS + warp);
+        for (; i >= 3 * step; i -= 4 * step) {
             pack<T, N> p[4]; /* under way at once */
 #pragma unroll
-            for (int r = 0; r < 4; r++) p[r] = load_pack<T, N>(dy + (i + r * step) * out + j);
+            for (int r = 0; r < 4; r++) p[r] = load_pack<T, N>(dy + (i - r * step) * out + j);
 #pragma unroll
             for (int r = 0; r < 4; r++)
 #pragma unroll
                 for (int k = 0; k < N; k++) sum[k] += element(p[r], k);
         }
-        for (; i < n; i += step) {
+        for (; i >= 0; i -= step) {
             pack<T, N> p = load_pack<T, N>(dy + i * out + j);
 #pragma unroll
             for (int k = 0; k < N; k++) sum[k] += element(p, k);

@@ -14,6 +14,8 @@
  * are 100 KB: two blocks a multiprocessor), all of it under way at once; what has no place is read
  * again, from L2. Differences of shifted logits keep their precision when a common offset is large.
  * Arithmetic is fp32, the last logarithms fp64.
+ * The last rows come first: they are what the product before has left in L2, and the product behind
+ * begins with the first.
  * Rows of an odd vocabulary begin anywhere: the elements before the first 16-byte boundary and
  * after the last are loose, a thread takes one of them at most.
  *
@@ -231,11 +233,12 @@ static __global__ void __launch_bounds__(1024) xent_kernel(const __grid_constant
     extern __shared__ __align__(16) char shared[];
     __shared__ float scratch[33];
     const struct srf_xent_args &a = p.a;
-    int64_t at = (int64_t)blockIdx.x * p.ld;
-    int v = (int)a.v, target = ((const int32_t *)a.targets)[blockIdx.x];
+    unsigned row = gridDim.x - 1 - blockIdx.x;
+    int64_t at = (int64_t)row * p.ld;
+    int v = (int)a.v, target = ((const int32_t *)a.targets)[row];
     T *out = a.dlogits ? (T *)a.dlogits + at : NULL;
-    float *nll = (float *)a.nll + blockIdx.x;
-    float *kl = a.teacher && a.kl ? (float *)a.kl + blockIdx.x : NULL;
+    float *nll = (float *)a.nll + row;
+    float *kl = a.teacher && a.kl ? (float *)a.kl + row : NULL;
     if (target < 0) {
         if (threadIdx.x == 0) {
             *nll = 0;
