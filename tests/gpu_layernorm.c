@@ -23,6 +23,10 @@ static const struct layernorm_case cases[] = {
     {.n = 6, .c = 1600, .scale = 1},
     {.n = 3, .c = 4099, .scale = 1},
     {.n = 1100, .c = 128, .scale = 1},
+    /* more rows than there are warps or blocks for */
+    {.n = 6007, .c = 64, .scale = 1},
+    {.n = 5003, .c = 768, .scale = 1},
+    {.n = 2003, .c = 2056, .scale = 1},
     {.n = 9, .c = 64, .scale = 1e-3},
     {.n = 9, .c = 64, .scale = 1e4},
     {.n = 9, .c = 96, .scale = 1e12},

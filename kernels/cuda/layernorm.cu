@@ -7,7 +7,7 @@
  * A row is held in the registers of a warp (up to 1024 bf16) or of a block of 128 threads (up to
  * 4096), 16 bytes a load; the variance is the mean of (x - mean)^2, from registers, so a large mean
  * costs no precision. Warps and blocks stay and go from row to row: gamma and beta are loaded once,
- * forward loads the next row while it works on this one, and backward keeps the sums over rows in
+ * the next row is on its way while they work on this one, and backward keeps the sums over rows in
  * registers. Each block leaves its sums in the workspace, and those are added in order. The last
  * rows come first: they are what the product before has left in the L2 cache, and the product
  * behind begins with the first. Rows that are longer, or not in 16-byte pieces, go through kernels
@@ -42,6 +42,20 @@ static __device__ __forceinline__ void load_row(pack<T, PACK(T)> to[NP], const T
     for (int i = 0; i < NP; i++) {
         int at = lane + LANES * i;
         to[i] = at < packs ? load_pack<T, PACK(T)>(row + at * PACK(T)) : zero_pack<T, PACK(T)>();
+    }
+}
+
+/* The same for later: a thread's packs are on their way to its own places in shared memory. */
+template <typename T, int LANES, int NP>
+static __device__ __forceinline__ void send_for(pack<T, PACK(T)> *to, const T *row, int lane,
+                                                int packs)
+{
+#pragma unroll
+    for (int i = 0; i < NP; i++) {
+        int at = lane + LANES * i;
+        bool there = at < packs;
+        cp_async_16(smem_addr(to + i * THREADS + threadIdx.x), row + (there ? at : 0) * PACK(T),
+                    there);
     }
 }
 
@@ -126,41 +140,58 @@ static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
     constexpr int N = PACK(T), ROWS = THREADS / LANES;
     __shared__ float scratch[33];
     __shared__ float sums[3][LANES == 32 ? LANES * NP * N : 1];
+    __shared__ pack<T, N> ring[2][2][NP * THREADS]; /* x and dy of this row and of the next */
     int lane = threadIdx.x % LANES, packs = c / N, group = threadIdx.x / LANES;
     int64_t step = (int64_t)gridDim.x * ROWS;
     int64_t row = last_row((int64_t)blockIdx.x * ROWS + group, step, n);
-    float dga[NP][N] = {}, dbe[NP][N] = {}, dxs[NP][N] = {};
+    float dga[NP][N] = {}, dbe[NP][N] = {}, dxs[NP][N] = {}, next_mu = 0.0f, next_rs = 0.0f;
     pack<T, N> ga[NP];
+    int slot = 0;
     load_row<T, LANES, NP>(ga, gamma, lane, packs);
-    for (; row >= 0 && row < n; row -= step) {
-        pack<T, N> in[NP], d_out[NP], d_in[NP];
-        load_row<T, LANES, NP>(in, x + row * c, lane, packs);
-        load_row<T, LANES, NP>(d_out, dy + row * c, lane, packs);
+    if (row < n) {
+        send_for<T, LANES, NP>(ring[0][0], x + row * c, lane, packs);
+        send_for<T, LANES, NP>(ring[0][1], dy + row * c, lane, packs);
+        next_mu = mean[row], next_rs = rstd[row];
+    }
+    cp_async_commit();
+    for (; row >= 0 && row < n; row -= step, slot ^= 1) {
+        pack<T, N> d_in[NP];
+        const pack<T, N> *in = ring[slot][0] + threadIdx.x, *d_out = ring[slot][1] + threadIdx.x;
+        float mu = next_mu, rs = next_rs, sum_g = 0.0f, sum_gx = 0.0f;
         load_row<T, LANES, NP>(d_in, dx + row * c, lane, packs);
-        float mu = mean[row], rs = rstd[row], sum_g = 0.0f, sum_gx = 0.0f;
+        if (row >= step) {
+            send_for<T, LANES, NP>(ring[slot ^ 1][0], x + (row - step) * c, lane, packs);
+            send_for<T, LANES, NP>(ring[slot ^ 1][1], dy + (row - step) * c, lane, packs);
+            next_mu = mean[row - step], next_rs = rstd[row - step];
+        }
+        cp_async_commit();
+        cp_async_wait<1>();
 #pragma unroll
-        for (int i = 0; i < NP; i++)
+        for (int i = 0; i < NP; i++) {
+            pack<T, N> px = in[i * THREADS], pd = d_out[i * THREADS];
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                float xhat = (element(in[i], j) - mu) * rs, d = element(d_out[i], j);
+                float xhat = (element(px, j) - mu) * rs, d = element(pd, j);
                 float g = d * element(ga[i], j);
                 sum_g += g;
                 sum_gx = fmaf(g, xhat, sum_gx);
                 dga[i][j] = fmaf(d, xhat, dga[i][j]);
                 dbe[i][j] += d;
             }
+        }
         float mean_g = row_sum<LANES>(sum_g, scratch) / (float)c;
         float mean_gx = row_sum<LANES>(sum_gx, scratch) / (float)c;
-        asm volatile("" : "+f"(mu)); /* compute xhat again: there is no room to keep a row of it */
+        asm volatile("" ::: "memory"); /* the row again: there is no room to keep it */
 #pragma unroll
         for (int i = 0; i < NP; i++) {
             int at = lane + LANES * i;
             if (at >= packs) continue;
+            pack<T, N> px = in[i * THREADS], pd = d_out[i * THREADS];
             float sum[N];
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                float xhat = (element(in[i], j) - mu) * rs;
-                float g = element(d_out[i], j) * element(ga[i], j);
+                float xhat = (element(px, j) - mu) * rs;
+                float g = element(pd, j) * element(ga[i], j);
                 float d = g - mean_g - xhat * mean_gx;
                 sum[j] = fmaf(rs, d, element(d_in[i], j));
             }
@@ -172,9 +203,9 @@ static __global__ __launch_bounds__(THREADS, bwd_blocks(NP)) void bwd_kernel(
             pack<T, N> be = load_pack<T, N>(beta + at * N); /* from L1: no registers to keep it */
 #pragma unroll
             for (int j = 0; j < N; j++)
-                sum[j] = fmaf((element(in[i], j) - mu) * rs, element(ga[i], j), element(be, j));
-            round_to(&in[i], sum);
-            store_pack<T, N>(y + row * c + at * N, in[i]);
+                sum[j] = fmaf((element(px, j) - mu) * rs, element(ga[i], j), element(be, j));
+            round_to(&px, sum);
+            store_pack<T, N>(y + row * c + at * N, px);
         }
     }
     /* the block's warps add their sums one after the other */
