@@ -149,7 +149,9 @@ static srf_status plan_shape(struct srf_model *m, const struct srf_batch *batch)
 }
 
 /* Rows of logits held at once. On the CPU about 16 MB of fp32: enough rows for the matrix product,
- * few enough to stay near the cache. Elsewhere about 512 MB, in pieces of one size. */
+ * few enough to stay near the cache. Elsewhere about 550 MB, in pieces of one size: 32768 rows of
+ * GPT-2's vocabulary are then 6 pieces, whose gradient makes as many tiles as an H100 works on at
+ * once (kernels/lab/step_cuda.md). */
 static int64_t choose_logit_rows(const struct srf_model *m, int64_t n)
 {
     const struct srf_model_config *cfg = &m->config;
@@ -157,7 +159,7 @@ static int64_t choose_logit_rows(const struct srf_model *m, int64_t n)
     if (!rows && strcmp(m->ctx->be->name, "cpu") == 0) {
         rows = (4 << 20) / cfg->vocab;
     } else if (!rows) {
-        rows = (512 << 20) / (srf_padded_vocab(cfg) * (int64_t)srf_dtype_bytes(m->ctx->dtype));
+        rows = (544 << 20) / (srf_padded_vocab(cfg) * (int64_t)srf_dtype_bytes(m->ctx->dtype));
         int64_t pieces = rows > 0 ? (n + rows - 1) / rows : n;
         rows = ((n + pieces - 1) / pieces + 127) / 128 * 128;
     }
