@@ -36,8 +36,8 @@ struct srf_trainer {
     struct srf__micro_batch_key graph_key; /* what it was, or is to be, recorded for */
 };
 
-/* Forward and backward of the sequences from `first` on, queued: gradients +=. The step's losses are
- * in the device's rows from srf__loss_row on. */
+/* Forward and backward of the sequences from `first` on, queued: gradients +=. The step's losses
+ * are in the device's rows from srf__loss_row on. */
 srf_status srf__micro_batch(struct srf_trainer *t, int64_t first);
 /* Reads what the next step begins with, while the device works. */
 void srf__micro_batch_ahead(struct srf_trainer *t);
