@@ -11,7 +11,7 @@ struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute, *recipe;
     bool resume, quiet, json, fit;
     /* on the command line, not by the recipe */
-    bool calibrate_given, features_given, features_lr_given;
+    bool calibrate_given, features_given, features_lr_given, plan_given;
     int64_t calibrate, best_of, plan_windows;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
@@ -80,6 +80,10 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     if (!in->calibrate_given &&
         (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF || !a->per_head))
         in->calibrate = 0;
+    /* Its plan is for one window that all layers have. */
+    if (!in->plan_given && (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF ||
+                            a->n_windows || a->window < 2))
+        in->plan_windows = 0;
     /* Its trained features are those of SRF attention that keeps a draw; maps are always trained. */
     struct srf_train_config *c = &in->config;
     if (!in->features_given && (a->kind != SRF_ATTN_SRF || a->far_none || c->redraw_every))
@@ -449,6 +453,8 @@ static void say_recipe(struct cli_option *options, const struct srf_recipe *r,
             snprintf(*help, HELP_SIZE, "beyond the window: srf, or none, for comparisons (none)");
         else if (strcmp(o->name, "calibrate") == 0)
             snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->calibrate);
+        else if (strcmp(o->name, "plan-windows") == 0)
+            snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->plan_windows);
         else if (strcmp(o->name, "fit-features") == 0 && r->fit)
             snprintf(*help, HELP_SIZE, "%s (on)", o->help);
         else if (strcmp(o->name, "train-features") == 0 && r->features_lr > 0)
@@ -492,9 +498,11 @@ static bool was_given(const struct cli_option *options, const bool *set, const c
     return false;
 }
 
-/* Features are trained where either option asks for it, or the recipe does. */
-static void settle_features(struct inputs *in, const struct cli_option *options, const bool *set)
+/* What the recipe asks for, or the command line. Features are trained where either option says
+ * so. */
+static void settle_recipe(struct inputs *in, const struct cli_option *options, const bool *set)
 {
+    in->plan_given = was_given(options, set, "plan-windows");
     in->features_lr_given = was_given(options, set, "features-lr");
     in->features_given = was_given(options, set, "train-features") || in->features_lr_given;
     if (in->features_lr_given && !was_given(options, set, "train-features"))
@@ -616,7 +624,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
         {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
-         "what the other options begin with: hybrid, pure, faithful or window (hybrid)", 0, 0},
+         "what the other options begin with: hybrid, planned, pure, faithful or window (hybrid)", 0,
+         0},
         {0}};
     enum { RECIPE = sizeof options / sizeof *options - 2 };
     if (!defaults->recipe) options[RECIPE] = (struct cli_option){0}; /* train has none */
@@ -629,13 +638,14 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         in.calibrate = defaults->recipe->calibrate;
         in.fit = defaults->recipe->fit;
         in.best_of = defaults->recipe->best_of;
+        in.plan_windows = defaults->recipe->plan_windows;
         say_recipe(options, defaults->recipe, help);
     }
     if (!cli_parse(argc, argv, defaults->usage, defaults->about, options, NULL, 0, 0, NULL, set,
                    &code))
         return code;
     settle_calibration(&in, options, set);
-    settle_features(&in, options, set);
+    settle_recipe(&in, options, set);
     code = check_usage(defaults, &in, options, set);
     if (code != EXIT_OK) return code;
     if (in.recompute) c->recompute = recompute_of(in.recompute);

@@ -136,9 +136,11 @@ recipe plain --recipe pure --calibrate 0
 recipe redrawn --recipe pure --redraw-every 1
 grep -q calibrated stderr && ! grep -q "best of" stderr || fail "pure, redrawn: $(cat stderr)"
 recipe shared --recipe pure --share-heads
-run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 --threads 1 \
-    --out recipe-softmax --recipe pure --attention softmax
-[ $status -eq 0 ] || fail "--attention softmax: $(cat stderr)"
+for name in pure planned; do
+    run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 \
+        --threads 1 --out softmax-$name --recipe $name --attention softmax
+    [ $status -eq 0 ] || fail "--recipe $name --attention softmax: $(cat stderr)"
+done
 recipe again --recipe pure --model recipe-pure/model.h5 --teacher model.h5
 ! grep -q calibrated stderr || fail "calibrated again: $(cat stderr)"
 # Features are trained by the hybrid recipe, and where either option says so: the second step's loss
@@ -154,11 +156,17 @@ recipe redrawn-untrained --window 8 --redraw-every 1 --features-lr 0
 [ "$(second_loss trained)" != "$(second_loss untrained)" ] || fail "hybrid: features not trained"
 [ "$(second_loss alone)" != "$(second_loss untrained)" ] || fail "--train-features: not trained"
 [ "$(second_loss drawn)" = "$(second_loss redrawn-untrained)" ] || fail "redrawn and trained"
-recipe planned --window 8 --plan-windows 512
-grep -q "windows by layer, on 512 tokens" stderr || fail "--plan-windows: $(cat stderr)"
+for how in '--recipe planned' '--plan-windows 512' '--recipe planned --plan-windows 512'; do
+    recipe "${how// /}" --window 8 $how
+    grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
+done
+recipe given --recipe planned --layer-windows 4,8
+! grep -q "windows by layer" stderr || fail "windows given: $(cat stderr)"
+recipe no-window --recipe planned --window 0
+! grep -q "windows by layer" stderr || fail "no window: $(cat stderr)"
 recipe window --recipe window --window 8
 grep -q "nothing older" stderr || fail "--recipe window: $(cat stderr)"
-refuse 2 "hybrid, pure, faithful, window" "${retrofit[@]}" --out t --recipe best
+refuse 2 "hybrid, planned, pure, faithful, window" "${retrofit[@]}" --out t --recipe best
 refuse 2 "--recipe" "$SRF" train --model model.h5 --data text.txt --out t --recipe pure
 
 finish

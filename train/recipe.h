@@ -10,8 +10,9 @@ struct srf_recipe {
     int64_t redraw_every; /* as in struct srf_train_config */
     double freeze_at, ce_weight, kl_weight;
     double lr;
-    double features_lr; /* 0 = they are not trained */
-    int64_t calibrate;  /* tokens, 0 = off; fit, best_of: train/calibrate.h */
+    double features_lr;   /* 0 = they are not trained */
+    int64_t plan_windows; /* tokens, 0 = off: train/plan_windows.h */
+    int64_t calibrate;    /* tokens, 0 = off; fit, best_of: train/calibrate.h */
     bool fit;
     int64_t best_of;
 };
