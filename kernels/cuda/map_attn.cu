@@ -69,12 +69,12 @@ static __device__ void make_u(const struct map_attn *a, const T *w, const float 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 x[i] = *(const float4 *)(xs + (ty + 16 * i) * n + j);
-                y[i] = *(const float4 *)(ws + (tx + 16 * i) * n + j);
+                if (16 * i < r - f0) y[i] = *(const float4 *)(ws + (tx + 16 * i) * n + j);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int k = 0; k < 4; k++)
 #pragma unroll
-                for (int k = 0; k < 4; k++)
+                for (int i = 0; i < 4 && 16 * k < r - f0; i++)
                     acc[i][k] = fmaf(x[i].x, y[k].x,
                                      fmaf(x[i].y, y[k].y,
                                           fmaf(x[i].z, y[k].z, fmaf(x[i].w, y[k].w, acc[i][k]))));
@@ -138,6 +138,14 @@ static __global__ __launch_bounds__(THREADS) void features_kernel(const struct m
     }
 }
 
+__device__ __forceinline__ void add4(float acc[4], float x, float4 y)
+{
+    acc[0] = fmaf(x, y.x, acc[0]);
+    acc[1] = fmaf(x, y.y, acc[1]);
+    acc[2] = fmaf(x, y.z, acc[2]);
+    acc[3] = fmaf(x, y.w, acc[3]);
+}
+
 /* df -> du, dc in its place; dx += du W. */
 template <typename T>
 static __global__ __launch_bounds__(THREADS) void features_bwd_kernel(const struct map_attn a)
@@ -155,10 +163,9 @@ static __global__ __launch_bounds__(THREADS) void features_bwd_kernel(const stru
     make_u(&a, w, xs, ws, u);
     for (int t = threadIdx.x >> 5; t < ROWS; t += THREADS / 32) {
         float *own = u + t * nu, *d_own = df + (int64_t)t * a.m;
-        if (t >= valid) {
-            for (int i = lane; i < r; i += 32) own[i] = 0.0f;
-            continue;
-        }
+        int first = t < valid ? r : 0; /* behind them, zeros: rows are multiplied by fours */
+        for (int i = first + lane; i < nu; i += 32) own[i] = 0.0f;
+        if (t >= valid) continue;
         if (a.t2r) {
             for (int i = lane; i < r; i += 32) {
                 float y = own[i] + to_float(w[(int64_t)i * (a.d + 1) + a.d]);
@@ -188,31 +195,35 @@ static __global__ __launch_bounds__(THREADS) void features_bwd_kernel(const stru
     int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
     for (int c0 = 0; c0 < a.d; c0 += 64) {
         float acc[4][4] = {};
+        int c = c0 + 4 * tx;
         for (int f0 = 0; f0 < r; f0 += ROWS) {
             __syncthreads();
             load_rows(ws, w + (int64_t)f0 * (a.d + 1), a.d + 1, r - f0, a.d);
             __syncthreads();
-            for (int f = 0; f < min(ROWS, r - f0); f++) {
-                float x[4], y[4];
+            for (int f = 0; f < min(ROWS, r - f0); f += 4) {
+                float4 x[4], y[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    int c = c0 + tx + 16 * i;
-                    x[i] = u[(ty + 16 * i) * nu + f0 + f];
-                    y[i] = c < a.d ? ws[f * n + c] : 0.0f;
+                    x[i] = *(const float4 *)(u + (ty + 16 * i) * nu + f0 + f);
+                    y[i] =
+                        c < n ? *(const float4 *)(ws + (f + i) * n + c) : make_float4(0, 0, 0, 0);
                 }
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int k = 0; k < 4; k++) acc[i][k] = fmaf(x[i], y[k], acc[i][k]);
+                for (int i = 0; i < 4; i++) {
+                    add4(acc[i], x[i].x, y[0]);
+                    add4(acc[i], x[i].y, y[1]);
+                    add4(acc[i], x[i].z, y[2]);
+                    add4(acc[i], x[i].w, y[3]);
+                }
             }
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                int t = ty + 16 * i, c = c0 + tx + 16 * k;
-                if (t >= valid || c >= a.d) continue;
-                T *to = dx + t * a.ld + c;
+                int t = ty + 16 * i;
+                if (t >= valid || c + k >= a.d) continue;
+                T *to = dx + t * a.ld + c + k;
                 *to = from_float<T>(to_float(*to) + acc[i][k]);
             }
     }
@@ -228,39 +239,38 @@ template <typename T>
 static __global__ __launch_bounds__(THREADS) void dw_kernel(const struct map_attn a,
                                                             const struct dw_args p)
 {
-    __shared__ float xs[CHUNK][64 + 4], du[CHUNK][64 + 4], dc[CHUNK][64 + 4];
+    __shared__ __align__(16) float xs[CHUNK][64 + 4], du[CHUNK][64 + 4], dc[CHUNK][64 + 4];
     int r = side_rows(&a), row_tiles = (r + 63) / 64, col_tiles = (a.d + 63) / 64;
     int head = (int)blockIdx.x / row_tiles, f0 = (int)blockIdx.x % row_tiles * 64;
     int piece = (int)blockIdx.y, side = (int)blockIdx.z / col_tiles;
     int c0 = (int)blockIdx.z % col_tiles * 64, tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
     int64_t each = (p.count + p.pieces - 1) / p.pieces, first = piece * each;
     int64_t last = first + each < p.count ? first + each : p.count;
+    const float *df = side ? a.dfk : a.dfq;
     float acc[4][4] = {}, sum = 0.0f;
     for (int64_t n0 = first; n0 < last; n0 += CHUNK) {
+        int64_t b0 = n0 / a.t;
+        int at0 = (int)(n0 - b0 * a.t), j = threadIdx.x % 64;
         __syncthreads();
-        for (int i = threadIdx.x; i < CHUNK * 64; i += THREADS) {
-            int64_t row = n0 + i / 64, b = row / a.t, t = row % a.t;
-            int j = i % 64, all = (int)b * a.h + head;
-            const T *x = (const T *)(side ? a.k : a.q) + b * a.t * a.ld + t * a.ld + head * a.d;
-            const float *f = (side ? a.dfk : a.dfq) + ((int64_t)all * a.t + t) * a.m;
-            bool there = row < last;
-            xs[i / 64][j] = there && c0 + j < a.d ? to_float(x[c0 + j]) : 0.0f;
-            du[i / 64][j] = there && f0 + j < r ? f[f0 + j] : 0.0f;
-            dc[i / 64][j] = there && f0 + j < r ? f[(a.t2r ? 0 : r) + f0 + j] : 0.0f;
+        for (int row = threadIdx.x / 64; row < CHUNK; row += THREADS / 64) {
+            int64_t b = b0;
+            int t = at0 + row;
+            for (; t >= a.t; t -= a.t) b++;
+            const T *x = (const T *)(side ? a.k : a.q) + (b * a.t + t) * a.ld + head * a.d;
+            const float *f = df + ((b * a.h + head) * a.t + t) * a.m;
+            bool there = n0 + row < last, has_row = there && f0 + j < r;
+            xs[row][j] = there && c0 + j < a.d ? to_float(x[c0 + j]) : 0.0f;
+            du[row][j] = has_row ? f[f0 + j] : 0.0f;
+            if (c0 == 0) dc[row][j] = has_row ? f[(a.t2r ? 0 : r) + f0 + j] : 0.0f;
         }
         __syncthreads();
         for (int t = 0; t < CHUNK; t++) {
-            float x[4], y[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                x[i] = du[t][ty + 16 * i];
-                y[i] = xs[t][tx + 16 * i];
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) acc[i][k] = fmaf(x[i], y[k], acc[i][k]);
-            if (threadIdx.x < 64) sum += dc[t][threadIdx.x];
+            float4 x = *(const float4 *)&du[t][4 * ty], y = *(const float4 *)&xs[t][4 * tx];
+            add4(acc[0], x.x, y);
+            add4(acc[1], x.y, y);
+            add4(acc[2], x.z, y);
+            add4(acc[3], x.w, y);
+            if (c0 == 0 && threadIdx.x < 64) sum += dc[t][threadIdx.x];
         }
     }
     int row0 = (a.t2r ? 0 : side * r) + f0;
@@ -269,7 +279,7 @@ static __global__ __launch_bounds__(THREADS) void dw_kernel(const struct map_att
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            int f = ty + 16 * i, c = c0 + tx + 16 * k;
+            int f = 4 * ty + i, c = c0 + 4 * tx + k;
             if (f0 + f < r && c < a.d) to[(int64_t)(row0 + f) * (a.d + 1) + c] = acc[i][k];
         }
     if (c0 == 0 && threadIdx.x < 64 && f0 + (int)threadIdx.x < r)

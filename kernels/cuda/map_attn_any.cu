@@ -4,82 +4,12 @@
  * (d)); beside exact weights the far ones go through their logarithm, so that one online softmax
  * takes both. It only has to be right: for comparisons.
  */
+#include "kernels/cuda/attn_any.h"
 #include "kernels/cuda/map_attn.h"
 
-#define WARPS   8
-#define THREADS (32 * WARPS)
-#define COLS    32
 /* Weight 0 in log scale: -inf would make NaN of a row that has seen nothing yet. What it leaves is
  * wiped when a row sees a key; beside a window each sees itself. */
 #define UNSEEN -3e38f
-
-/* Floats from one row in shared memory to the next: an odd multiple of 4, so that 8 lanes that read
- * 16 bytes of 8 rows meet no bank twice. */
-__host__ __device__ __forceinline__ int row_floats(int d)
-{
-    int n = (d + 3) / 4 * 4;
-    return n % 8 ? n : n + 4;
-}
-
-template <typename T>
-static __device__ void load_rows(float *to, const T *src, int64_t ld, int rows, int valid, int d)
-{
-    int n = row_floats(d);
-    for (int i = threadIdx.x; i < rows * n; i += THREADS) {
-        int r = i / n, j = i % n;
-        to[i] = r < valid && j < d ? to_float(src[r * ld + j]) : 0.0f;
-    }
-}
-/* s[r] = row r of the warp . this lane's column */
-template <int R>
-static __device__ __forceinline__ void scores(float s[R], const float *rows, const float *cols,
-                                              int d)
-{
-    int n = row_floats(d);
-    const float *col = cols + (threadIdx.x & 31) * n;
-#pragma unroll
-    for (int r = 0; r < R; r++) s[r] = 0.0f;
-    for (int j = 0; j < d; j += 4) {
-        float4 c = *(const float4 *)(col + j);
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            float4 x = *(const float4 *)(rows + r * n + j);
-            s[r] = fmaf(x.x, c.x, fmaf(x.y, c.y, fmaf(x.z, c.z, fmaf(x.w, c.w, s[r]))));
-        }
-    }
-}
-/* acc[r][i] += sum over columns of p[r] (each lane its column's) times element lane + 32 i of it */
-template <int NJ, int R>
-static __device__ __forceinline__ void mix(float acc[R][NJ], const float p[R], const float *cols,
-                                           int d)
-{
-    int n = row_floats(d), lane = threadIdx.x & 31;
-    for (int c = 0; c < COLS; c++) {
-        float w[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) w[r] = __shfl_sync(0xffffffffu, p[r], c);
-#pragma unroll
-        for (int i = 0; i < NJ; i++) {
-            int j = lane + 32 * i;
-            float x = j < d ? cols[c * n + j] : 0.0f;
-#pragma unroll
-            for (int r = 0; r < R; r++) acc[r][i] = fmaf(w[r], x, acc[r][i]);
-        }
-    }
-}
-template <typename T, int NJ, int R>
-static __device__ __forceinline__ void store_rows(T *to, int64_t ld, const float acc[R][NJ],
-                                                  const float by[R], int valid, int d)
-{
-    int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int i = 0; i < NJ; i++) {
-            int j = lane + 32 * i;
-            if (r < valid && j < d) to[r * ld + j] = from_float<T>(acc[r][i] * by[r]);
-        }
-}
 
 /* Which rows of which head a block has: the most work first. */
 static __device__ __forceinline__ void block_of(const struct map_attn *a, int rows, bool backwards,
