@@ -2,10 +2,10 @@
  * the length, as softmax attention is; it has to say how good such models get, not how fast.
  *
  * Forward: the features f, g of all tokens into the workspace, in T; then attention over them
- * (map_attn_mma.cu, map_attn_any.cu). Backward: features again, attention's dQ, dK, dV and the features' gradients,
- * then through the maps, which adds to dQ and dK what came through the features; the gradients of
- * W come from sums over pieces of the tokens, which are added in order: results do not depend on
- * timing.
+ * (map_attn_mma.cu, map_attn_any.cu). Backward: features again, attention's dQ, dK, dV and the
+ * features' gradients, then through the maps, which adds to dQ and dK what came through the
+ * features; the gradients of W come from sums over pieces of the tokens, which are added in order:
+ * results do not depend on timing.
  *
  * What a map makes of u = W x, and backward of df: a row of m floats of the workspace becomes
  *     T2R       du_i
