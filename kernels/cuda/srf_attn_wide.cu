@@ -9,12 +9,13 @@
  *         before the chunk, in the scale of the new M, to one of two buffers in shared memory;
  *         S += kf^T v, whose sums stay in registers
  *     owners of tokens (two, that take chunks in turn and each their own buffer)
- *         for 64 features after the other: aq = x W^T, qf;  P += qf kf,  (num, den) += qf (S, z)
+ *         for 32 features after the other: aq = x W^T, qf;  P += qf kf,  (num, den) += qf (S, z)
  *         num += P v,  den += sum P,  o = num / den
  * A token has all features in one thread's quad, so that nothing is merged between warpgroups: r_t
  * grows from feature to feature as in an online softmax, and is left alone (LAZY) while that is
  * safe. The second operands of num have 8 columns more: z as the sum of two bf16 values, or ones.
- * Barriers in shared memory say that a buffer is full or empty.
+ * Barriers in shared memory say that half of a buffer, 128 features, is full or empty. K, V, Q come
+ * by the copy engine.
  *
  * A chunk in which some den is tiny must be taken in pieces, but S has gone on by then: the block
  * finishes its pass, and walks again with that chunk in halves, until no den is tiny.
@@ -27,7 +28,7 @@
 #include "kernels/cuda/srf_attn_wide_walk.h"
 
 struct wide_fwd {
-    const bf16 *q, *k, *v, *w;
+    const bf16 *w;
     const float *bias;
     bf16 *o;
     float *stat;    /* (b, h, t), or NULL */
@@ -35,12 +36,16 @@ struct wide_fwd {
     float *num;     /* (b h, t, d): of the features before these; NULL: all are done at once */
     float *den;     /* (b h, t, 2): den, r of the same */
     uint8_t *sizes; /* (b h, n_seg, seg_chunks): of pieces */
-    int64_t ld, ld_o, state_group; /* floats from the states of 128 features to the next */
+    int64_t ld_o, state_group; /* floats from the states of 128 features to the next */
     int t, h, m, n_sets;
     int first, count;      /* features [first, first + count) */
     int n_seg, seg_chunks; /* segments, chunks in each */
     float scale;           /* d^(-1/4) */
     uint32_t limit;        /* the clamp of q and k, twice bf16 */
+};
+
+struct fwd_maps {
+    CUtensorMap q, k, v;
 };
 
 /* r_t may stay behind the maximum by this, as log2, before num and P are brought to another. */
@@ -56,7 +61,6 @@ struct fwd_at {
         N_V = 3,
         V = Z + TILE,
         K = V + N_V * TILE,
-        V_FREE = 0,   /* none */
         Q = K + TILE, /* one for each warpgroup that owns tokens */
         ONES = Q + 2 * TILE,
         HALF = ONES + 2048,
@@ -65,11 +69,15 @@ struct fwd_at {
         M = BIAS + WIDE_FEATURES * 4,
         ZS = M + WIDE_FEATURES * 4, /* z */
         FULL = ZS + WIDE_FEATURES * 4,
-        EMPTY = FULL + 16,
-        PLACE = EMPTY + 16,
-        RANGE = PLACE + 24, /* struct wide_range */
-        COUNT = RANGE + 24, /* pieces so far */
-        AGAIN = COUNT + 4,  /* some pieces were too large */
+        EMPTY = FULL + 32,
+        K_FULL = EMPTY + 32,
+        V_FULL = K_FULL + 8,
+        V_FREE = V_FULL + 8,
+        Q_FULL = V_FREE + 8 * N_V, /* one for each Q */
+        PLACE = Q_FULL + 16,       /* first element of the head in o, first token */
+        RANGE = PLACE + 16,        /* struct wide_range */
+        COUNT = RANGE + 24,        /* pieces so far */
+        AGAIN = COUNT + 4,         /* some pieces were too large */
         BYTES = AGAIN + 4,
     };
 };
@@ -77,8 +85,9 @@ struct fwd_at {
 #if HAVE_WGMMA
 /* The owners of tokens: every other piece of the range, from the one that is the block's turn-th or
  * the next. */
-__device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t base,
-                                             const volatile struct wide_range &range, int turn)
+__device__ __forceinline__ void walk_queries(const struct wide_fwd &p, const struct fwd_maps &m,
+                                             uint32_t base, const volatile struct wide_range &range,
+                                             int turn)
 {
     using At = fwd_at;
     const float to_log2 = SRF__LOG2E * p.scale;
@@ -89,10 +98,12 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
     }
     auto load = [&](int c) {
         const struct wide_thread at = wide_here();
-        load_tile<D, 128>(base + At::Q + (at.wg & 1) * TILE,
-                          p.q + load_i64(base + At::PLACE) + (int64_t)c * CHUNK * p.ld, p.ld, CHUNK,
-                          chunk_tokens(p.t, c), at.tid & 127);
-        cp_async_commit();
+        if ((at.tid & 127) != 0) return;
+        const uint32_t bar = base + At::Q_FULL + 8 * (at.wg & 1);
+        const int head_i = blockIdx.x / p.n_seg;
+        barrier_expect(bar, TILE);
+        bulk_tile(base + At::Q + (at.wg & 1) * TILE, &m.q, head_i % p.h * D, c * CHUNK,
+                  head_i / p.h, bar);
     };
     /* The next of this warpgroup's. */
     auto next_of = [&](const struct wide_piece &at) {
@@ -103,8 +114,8 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
     for (; piece.c < range.end; turn += 2) {
         const int b = turn & 1; /* always the same */
         const uint32_t q_tile = base + At::Q + b * TILE;
-        float num[36], weights[32], aq[32], r[2];
-        cp_async_wait<0>();
+        float num[36], weights[32], aq[16], r[2];
+        barrier_wait(base + At::Q_FULL + 8 * b, turn >> 1 & 1);
         {
             const struct wide_thread at = wide_here();
             const uint32_t own = q_tile + tile_at<D>(at.tid >> 3 & 15, at.tid & 7);
@@ -114,33 +125,32 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
             warpgroup_barrier(at.wg);
         }
         warpgroup_fence();
-        tiles_product<false, false>(aq, q_tile, base + At::W, false);
+        tiles_32(aq, q_tile, base + At::W);
         warpgroup_commit();
-        barrier_wait(base + At::FULL + 8 * b, turn >> 1 & 1);
+        /* 32 features at a time: registers are short. */
 #pragma unroll
-        for (int g = 0; g < 4; g++) {
-            uint32_t qf[4][4];
+        for (int g = 0; g < 8; g++) {
+            const uint32_t full = base + At::FULL + 8 * (2 * b + g / 4);
+            uint32_t qf[2][4];
             float most[2] = {-3e38f, -3e38f};
+            if (g % 4 == 0) barrier_wait(full, turn >> 1 & 1);
             warpgroup_wait<0>();
+            wide_hold(aq);
             if (g > 0) {
                 wide_hold(num);
                 wide_hold(weights);
-                warpgroup_fence();
-                tiles_product<false, false>(aq, q_tile, base + At::W + g * TILE, false);
-                warpgroup_commit();
-                warpgroup_wait<0>();
             }
-            wide_hold(aq);
+            if (g == 4) barrier_arrive(full + (At::EMPTY - At::FULL) - 8);
             {
                 const struct wide_thread at = wide_here();
-                const uint32_t top_row = base + At::TOP + 1024 * b + 256 * g + 8 * at.pair;
-                if (g == 3) {
+                const uint32_t top_row = base + At::TOP + 1024 * b + 128 * g + 8 * at.pair;
+                if (g == 7) {
                     warpgroup_barrier(at.wg); /* all are done with Q */
                     const int next = next_of(piece).c;
                     if (next < range.end) load(next);
                 }
 #pragma unroll
-                for (int j = 0; j < 8; j++) {
+                for (int j = 0; j < 4; j++) {
                     const float2 shift = load_shared_8(top_row + 32 * j);
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
@@ -149,16 +159,14 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
                     }
                 }
             }
-            most[0] = quad_max(most[0]);
-            most[1] = quad_max(most[1]);
             if (g == 0) {
-                r[0] = most[0];
-                r[1] = most[1];
+                r[0] = quad_max(most[0]);
+                r[1] = quad_max(most[1]);
             } else if (__any_sync(0xffffffffu, most[0] > r[0] + LAZY || most[1] > r[1] + LAZY)) {
                 float by[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    most[i] = fmaxf(most[i], r[i]);
+                    most[i] = fmaxf(quad_max(most[i]), r[i]);
                     by[i] = exp2_fast(r[i] - most[i]);
                     r[i] = most[i];
                 }
@@ -168,17 +176,22 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
                 for (int i = 0; i < 32; i++) weights[i] *= by[i >> 1 & 1];
             }
 #pragma unroll
-            for (int i = 0; i < 32; i++) aq[i] = exp2_fast(aq[i] - r[i >> 1 & 1]);
+            for (int i = 0; i < 16; i++) aq[i] = exp2_fast(aq[i] - r[i >> 1 & 1]);
             pack_wide(qf, aq);
             warpgroup_fence();
-            packed_product<true>(weights, qf, base + At::KF + (4 * b + g) * TILE, g > 0);
-            packed_72<false>(num, qf, base + At::S + (4 * b + g) * TILE,
-                             base + At::Z + 16 * (4 * b + g), g > 0);
+            packed_product<true>(weights, qf, base + At::KF + (8 * b + g) * (TILE / 2), g > 0);
+            packed_72<false>(num, qf, base + At::S + (8 * b + g) * (TILE / 2),
+                             base + At::Z + 16 * (4 * b + g / 2) + g % 2 * (TILE / 2), g > 0);
             warpgroup_commit();
+            if (g < 7) {
+                tiles_32(aq, q_tile, base + At::W + (g + 1) * (TILE / 2));
+                warpgroup_commit();
+            }
         }
         warpgroup_wait<0>();
         wide_hold(num);
         wide_hold(weights);
+        barrier_arrive(base + At::EMPTY + 8 * (2 * b + 1));
         {
             const struct wide_thread at = wide_here();
             uint32_t weight[4][4];
@@ -191,11 +204,11 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
             warpgroup_wait<0>();
             wide_hold(num);
         }
-        barrier_arrive(base + At::EMPTY + 8 * b);
+        barrier_arrive(base + At::V_FREE + 8 * (turn % At::N_V));
 
         const struct wide_thread at = wide_here();
         const int hi = piece_end(piece, p.t);
-        const int64_t token = load_i64(base + At::PLACE + 16) + piece.c * CHUNK + at.row;
+        const int64_t token = load_i64(base + At::PLACE + 8) + piece.c * CHUNK + at.row;
         const bool in[2] = {at.row >= piece.lo && at.row < hi,
                             at.row + 8 >= piece.lo && at.row + 8 < hi};
         const float den_here[2] = {num[32] + num[33], num[34] + num[35]};
@@ -225,33 +238,32 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, uint32_t 
                 if (!last)
                     ((float2 *)p.den)[token + 8 * i] = make_float2(den[i], r[i]);
                 else if (p.stat)
-                    p.stat[token + 8 * i] = r[i] + log2f(den[i]);
+                    p.stat[token + 8 * i] = r[i] + __log2f(den[i]);
             }
             if (last) {
-                mine[i] /= den[i];
-                before[i] /= den[i];
+                const float once = reciprocal(den[i]);
+                mine[i] *= once;
+                before[i] *= once;
             }
         }
-        bf16 *o =
-            p.o + load_i64(base + At::PLACE + 8) + (int64_t)(piece.c * CHUNK + at.row) * p.ld_o;
         float *sums = p.num + token * D + 2 * at.pair;
+        float(&out)[32] = *(float(*)[32]) & num[0];
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            float(&part)[8] = *(float(*)[8]) & num[8 * k];
-#pragma unroll
-            for (int i = 0; i < 8; i++) part[i] *= mine[i >> 1 & 1];
-            if (p.first > 0) merge_before(part, sums + 16 * k, before, in[0], in[1]);
-            if (last)
-                store_columns(o + 16 * k, p.ld_o, part, in[0], in[1], at.pair);
-            else
-                store_sums(sums + 16 * k, part, in[0], in[1]);
-        }
+        for (int i = 0; i < 32; i++) out[i] *= mine[i >> 1 & 1];
+        if (p.first > 0) merge_before(out, sums, before, in);
+        if (last)
+            store_64(p.o + load_i64(base + At::PLACE) +
+                         (int64_t)(piece.c * CHUNK + at.row) * p.ld_o,
+                     p.ld_o, out, in, at.pair);
+        else
+            store_sums(sums, out, in);
         piece = next_of(piece);
     }
 }
 #endif
 
-static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struct wide_fwd p)
+static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struct wide_fwd p,
+                                                   const __grid_constant__ struct fwd_maps m)
 {
 #if HAVE_WGMMA
     using At = fwd_at;
@@ -267,14 +279,11 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
             range.begin = seg * p.seg_chunks;
             range.end = min(seg * p.seg_chunks + p.seg_chunks, (p.t + CHUNK - 1) / CHUNK);
             range.careful = 0;
-            for (int b = 0; b < 2; b++) {
-                barrier_init(base + At::FULL + 8 * b, WIDE_OWNERS);
-                barrier_init(base + At::EMPTY + 8 * b, 128);
-            }
+            init_barriers<At>(base);
+            for (int b = 0; b < 2; b++) barrier_init(base + At::Q_FULL + 8 * b, 1);
             barrier_init_done();
-            store_i64(base + At::PLACE, (int64_t)seq * p.t * p.ld + head * D);
-            store_i64(base + At::PLACE + 8, (int64_t)seq * p.t * p.ld_o + head * D);
-            store_i64(base + At::PLACE + 16, (int64_t)head_i * p.t);
+            store_i64(base + At::PLACE, (int64_t)seq * p.t * p.ld_o + head * D);
+            store_i64(base + At::PLACE + 8, (int64_t)head_i * p.t);
             store_shared(base + At::AGAIN, 0);
         }
         load_tile<D, WIDE_THREADS>(base + At::W, p.w + ((int64_t)set * p.m + p.first) * D, D,
@@ -325,13 +334,19 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         const float rest = z - __bfloat162float(__float2bfloat16_rn(z));
         store_shared(base + At::Z + tile_at<D>(f & 63, 4 * b + (f >> 6)), pack_bf16(z, rest));
     };
+    auto load = [&](uint32_t tile, const CUtensorMap *map, int c, uint32_t bar) {
+        barrier_expect(bar, TILE);
+        bulk_tile(tile, map, head * D, c * CHUNK, seq, bar);
+    };
+    auto load_k = [&](int c) { load(base + At::K, &m.k, c, base + At::K_FULL); };
+    auto load_v = [&](int c, uint32_t tile) { load(tile, &m.v, c, base + At::V_FULL); };
     if (wide_here().wg < 2) {
         int turn = 0;
-        do turn = walk_keys<At>(p, base, range, turn, start, put);
+        do turn = walk_keys<At>(p, base, range, turn, start, put, load_k, load_v);
         while (pass_again<At>(base, range, &turn));
     } else {
         int turn = 0;
-        do walk_queries(p, base, range, turn);
+        do walk_queries(p, m, base, range, turn);
         while (pass_again<At>(base, range, &turn));
     }
 #endif
@@ -385,9 +400,6 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     const int64_t heads = s->b * s->h;
     const struct fwd_plan f = plan_fwd(ctx, s);
     struct wide_fwd p = {};
-    p.q = (const bf16 *)a->q;
-    p.k = (const bf16 *)a->k;
-    p.v = (const bf16 *)a->v;
     p.w = (const bf16 *)a->w;
     p.bias = (const float *)a->bias;
     p.o = (bf16 *)a->o;
@@ -396,7 +408,6 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     p.num = f.num;
     p.den = f.den;
     p.sizes = f.sizes;
-    p.ld = a->ld;
     p.ld_o = a->ld_o;
     p.state_group = f.state_group;
     p.t = (int)s->t;
@@ -409,6 +420,10 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     p.limit = f.plan.limit;
     CUDA_TRY(cudaFuncSetAttribute(wide_fwd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   fwd_at::BYTES));
+    struct fwd_maps m;
+    SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     struct srf_srf_attn_bwd_args keys = {};
     keys.s = *s;
     keys.k = a->k;
@@ -424,7 +439,7 @@ srf_status srf__wide_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
                                          p.count - i < 128 ? p.count - i : 128, &f.plan,
                                          f.states + i / 128 * f.state_group));
         wide_fwd_kernel<<<(unsigned)(heads * p.n_seg), WIDE_THREADS, fwd_at::BYTES,
-                          stream_of(ctx)>>>(p);
+                          stream_of(ctx)>>>(p, m);
         SRF_TRY(srf__cuda_launched("srf_attn_fwd"));
     }
     return SRF_OK;

@@ -108,32 +108,17 @@ __device__ __forceinline__ void tiles_product(float (&c)[32], uint32_t a, uint32
 }
 
 /* The same with A from registers. */
-template <bool B_COLS>
-__device__ __forceinline__ void packed_product(float (&c)[32], const uint32_t (&a)[4][4],
+template <bool B_COLS, int n>
+__device__ __forceinline__ void packed_product(float (&c)[32], const uint32_t (&a)[n][4],
                                                uint32_t b, bool add)
 {
     b = tile_word(b);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++)
+    for (int kk = 0; kk < n; kk++)
         wgmma_64<B_COLS>(c, a[kk], tile_of(b + (B_COLS ? 128 : 2) * kk), add || kk > 0);
 }
-/* c (64, 72) += A B, A rows of a tile, B's 64 columns those of a tile and 8 more those at `more`, a
- * piece of rows of the same kind, of which the first 16 serve for all. */
-__device__ __forceinline__ void product_72(float (&c)[36], uint32_t a, uint32_t b, uint32_t more)
-{
-    float(&left)[32] = *(float(*)[32]) & c[0];
-    a = tile_word(a);
-    b = tile_word(b);
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) {
-        wgmma_tiles<false, true>(left, tile_of(a + 2 * kk), tile_of(b + 128 * kk), true);
-        asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
-                     "%4, %5, 1, 1, 1, 0, 1;\n"
-                     : WIDE_IO4(c, 32)
-                     : "l"(tile_of(a + 2 * kk)), "l"(tile_of(tile_word(more))));
-    }
-}
-/* c (64, 32) or (64, 8) = A B or += A B: B at `word`, its rows being k, or (!B_COLS) its columns. */
+/* c (64, 32) or (64, 8) = A B or += A B: B at `word`, its rows being k, or (!B_COLS) its columns.
+ */
 template <bool B_COLS = true>
 __device__ __forceinline__ void wgmma_32(float (&c)[16], const uint32_t a[4], uint32_t word,
                                          bool add)
@@ -160,10 +145,10 @@ __device__ __forceinline__ void wgmma_8(float (&c)[4], const uint32_t a[4], uint
                  : WIDE_IO4(c, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_of(word)), "r"((int)add));
 }
-/* c (64, 72) = A B or += A B, A packed; B's 64 rows have 64 columns in a tile and 8 more in the rows
- * from `more` on (every: or in 16 rows, the same for all). */
-template <bool every>
-__device__ __forceinline__ void packed_72(float (&c)[36], const uint32_t (&a)[4][4], uint32_t tile,
+/* c (64, 72) = A B or += A B, A packed. B has as many rows as A columns: 64 columns in a tile, and
+ * 8 more in the rows from `more` on (every: in 16 rows there, the same for all). */
+template <bool every, int n>
+__device__ __forceinline__ void packed_72(float (&c)[36], const uint32_t (&a)[n][4], uint32_t tile,
                                           uint32_t more, bool add)
 {
     float(&left)[32] = *(float(*)[32]) & c[0];
@@ -171,7 +156,7 @@ __device__ __forceinline__ void packed_72(float (&c)[36], const uint32_t (&a)[4]
     tile = tile_word(tile);
     more = tile_word(more);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) {
+    for (int kk = 0; kk < n; kk++) {
         wgmma_64<true>(left, a[kk], tile_of(tile + 128 * kk), add || kk > 0);
         wgmma_8(right, a[kk], every ? more : more + 128 * kk, add || kk > 0);
     }
@@ -199,6 +184,13 @@ template <int n> __device__ __forceinline__ void wide_hold(float (&c)[n])
     for (int i = 0; i < n; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 
+/* 1 / x of an ordinary x, to a few units in the last place. */
+__device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ uint4 load_shared_16(uint32_t addr)
 {
     uint4 x;
@@ -228,10 +220,6 @@ __device__ __forceinline__ float2 load_shared_8(uint32_t addr)
     asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
     return x;
 }
-__device__ __forceinline__ void store_shared_8(uint32_t addr, float2 x)
-{
-    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(addr), "f"(x.x), "f"(x.y) : "memory");
-}
 __device__ __forceinline__ uint4 clamp_16(uint4 x, uint32_t limit)
 {
     return make_uint4(clamp_bf16(x.x, limit), clamp_bf16(x.y, limit), clamp_bf16(x.z, limit),
@@ -251,10 +239,11 @@ __device__ __forceinline__ void put_tile(uint32_t tile, const uint32_t (&p)[8][2
                      : "memory");
 }
 /* A C as the A of the next product. */
-__device__ __forceinline__ void pack_wide(uint32_t (&a)[4][4], const float (&c)[32])
+template <int n>
+__device__ __forceinline__ void pack_wide(uint32_t (&a)[n][4], const float (&c)[8 * n])
 {
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++)
+    for (int kk = 0; kk < n; kk++)
 #pragma unroll
         for (int i = 0; i < 4; i++) a[kk][i] = pack_bf16(c[8 * kk + 2 * i], c[8 * kk + 2 * i + 1]);
 }
@@ -372,84 +361,54 @@ __device__ __forceinline__ void put_scaled(uint32_t tile, const float (&c)[n], f
     put_tile(tile, packed, warp, lane);
 }
 
-/* A warpgroup's (64, 32) columns left .. left + 31, to the warpgroups that finish them; what is
- * its own to `own`. A warpgroup finishes 16 columns; `to` is where this thread of this warpgroup
- * writes, 4096 bytes a receiver. */
-__device__ __forceinline__ void send_columns(uint32_t to, const float (&c)[16], float (&own)[8],
-                                             int left, int wg)
-{
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int w = left / 16 + half;
-        const uint32_t at = to + ((w - wg - 1) & (WIDE_GROUPS - 1)) * 4096;
-        const float *x = c + 8 * half;
-        if (w != wg) {
-            store_shared_16(at, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
-                                           __float_as_uint(x[2]), __float_as_uint(x[3])));
-            store_shared_16(at + 2048, make_uint4(__float_as_uint(x[4]), __float_as_uint(x[5]),
-                                                  __float_as_uint(x[6]), __float_as_uint(x[7])));
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (w == wg) own[i] = x[i];
-    }
-}
-/* own += by times what the warpgroup d on has sent: `from` as in send_columns, of warpgroup 0,
- * `stride` on for the next. */
-__device__ __forceinline__ void merge_columns(float (&own)[8], uint32_t from, uint32_t stride,
-                                              int wg, int d, const float (&by)[2])
-{
-    const uint32_t at =
-        from + ((wg + d) & (WIDE_GROUPS - 1)) * stride + (WIDE_GROUPS - 1 - d) * 4096;
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        const uint4 x = load_shared_16(at + 512 * i);
-        own[i] = fmaf(__uint_as_float(x.x), by[0], own[i]);
-        own[i + 1] = fmaf(__uint_as_float(x.y), by[0], own[i + 1]);
-        own[i + 2] = fmaf(__uint_as_float(x.z), by[1], own[i + 2]);
-        own[i + 3] = fmaf(__uint_as_float(x.w), by[1], own[i + 3]);
-    }
-}
 /* Sums over features in global memory, of rows of 64 floats: `at` is this thread's first of its
- * first row. own += by times them; or they become own. */
-__device__ __forceinline__ void merge_before(float (&own)[8], const float *at, const float (&by)[2],
-                                             bool in0, bool in1)
+ * first row. c += by times them; or they become c. */
+__device__ __forceinline__ void merge_before(float (&c)[32], const float *at, const float (&by)[2],
+                                             const bool (&in)[2])
 {
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        if (i ? in1 : in0) {
+        if (in[i]) {
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < 8; j++) {
                 const float2 x = *(const float2 *)(at + 8 * i * 64 + 8 * j);
-                own[4 * j + 2 * i] = fmaf(x.x, by[i], own[4 * j + 2 * i]);
-                own[4 * j + 2 * i + 1] = fmaf(x.y, by[i], own[4 * j + 2 * i + 1]);
+                c[4 * j + 2 * i] = fmaf(x.x, by[i], c[4 * j + 2 * i]);
+                c[4 * j + 2 * i + 1] = fmaf(x.y, by[i], c[4 * j + 2 * i + 1]);
             }
         }
 }
-__device__ __forceinline__ void store_sums(float *at, const float (&own)[8], bool in0, bool in1)
+__device__ __forceinline__ void store_sums(float *at, const float (&c)[32], const bool (&in)[2])
 {
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        if (i ? in1 : in0) {
+        if (in[i]) {
 #pragma unroll
-            for (int j = 0; j < 2; j++)
+            for (int j = 0; j < 8; j++)
                 *(float2 *)(at + 8 * i * 64 + 8 * j) =
-                    make_float2(own[4 * j + 2 * i], own[4 * j + 2 * i + 1]);
+                    make_float2(c[4 * j + 2 * i], c[4 * j + 2 * i + 1]);
         }
 }
-/* This thread's part of 16 columns of rows row and row + 8, as bf16: two lanes exchange halves, so
- * that a quad writes 32 bytes of a row. `to`: row `row`, the first of the columns. */
-__device__ __forceinline__ void store_columns(bf16 *to, int64_t ld, const float (&c)[8], bool in0,
-                                              bool in1, int pair)
+/* Rows of c, as bf16: two lanes exchange halves, so that a quad writes 32 bytes of a row at once.
+ * `to`: row `row`. */
+__device__ __forceinline__ void store_64(bf16 *to, int64_t ld, const float (&c)[32],
+                                         const bool (&in)[2], int pair)
 {
+    uint2 x[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float *at = c + 8 * k + 2 * i;
+            const uint32_t left = pack_bf16(at[0], at[1]), right = pack_bf16(at[4], at[5]);
+            const uint32_t got = __shfl_xor_sync(0xffffffffu, pair & 1 ? left : right, 1);
+            x[i][k] = pair & 1 ? make_uint2(got, right) : make_uint2(left, got);
+        }
     to += 2 * (pair & 2) + 8 * (pair & 1);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t left = pack_bf16(c[2 * i], c[2 * i + 1]);
-        const uint32_t right = pack_bf16(c[4 + 2 * i], c[5 + 2 * i]);
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, pair & 1 ? left : right, 1);
-        const uint2 both = pair & 1 ? make_uint2(got, right) : make_uint2(left, got);
-        if (i ? in1 : in0) *(uint2 *)(to + 8 * i * ld) = both;
-    }
+    for (int i = 0; i < 2; i++)
+        if (in[i]) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) *(uint2 *)(to + 8 * i * ld + 16 * k) = x[i][k];
+        }
 }
 #endif

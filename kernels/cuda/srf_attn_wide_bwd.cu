@@ -1,14 +1,14 @@
 /* SRF attention with more than 128 features on Hopper's warpgroup products, backward: pure, causal,
- * bf16, d = 64 (sm_90a). Forms and names are those of srf_attn_pure_bwd.cu, blocks and what
- * warpgroups send each other those of srf_attn_wide.cu: a warpgroup does for its 64 features all
- * that there is to do, and finishes 16 columns of the sums over all features. Two kernels:
- *   queries  walks forward with S, z, M; writes dq, delta, M after every chunk, and where a chunk
- *            was cut into pieces.
- *   keys     walks backward with R, u; writes dk, dv.
+ * bf16, d = 64 (sm_90a). Forms and names are those of srf_attn_pure_bwd.cu, the parts of a block
+ * and its passes those of srf_attn_wide.cu. Two kernels:
+ *   queries  walks forward with S, z, M; writes dq, delta, M after every chunk, and how chunks were
+ *            cut into pieces
+ *   keys     walks backward with R, u; writes dk, dv (srf_attn_wide_keys.cu)
  * Not here: trained features (dw), and heads so few that tokens are cut into segments.
  *
- * Floor: 24 b t h d bytes as ever; from m = 64 on arithmetic: b t h (30 m + 512) d flops in
- * products of 64: 202 GFLOP at b = 32, t = 1024, h = 12, m = 256, 0.27 ms on an H100.
+ * Floor: 24 b t h d bytes as ever; from m = 64 on arithmetic: b t h (30 m + 384) d flops and 5 m
+ * exponentials a token and head (keys makes kf twice, for want of registers): at b = 32, t = 1024,
+ * h = 12, m = 256 203 GFLOP and 503M, 0.21 and 0.14 ms on an H100.
  */
 #include "kernels/cuda/srf_attn_wide_bwd.h"
 
@@ -31,9 +31,12 @@ struct dq_at {
         ZS = M + WIDE_FEATURES * 4,
         DELTA = ZS + WIDE_FEATURES * 4,
         FULL = DELTA + 2 * CHUNK * 4,
-        EMPTY = FULL + 16,
-        V_FREE = EMPTY + 16,
-        PLACE = V_FREE + 16,
+        EMPTY = FULL + 32,
+        K_FULL = EMPTY + 32,
+        V_FULL = K_FULL + 8,
+        V_FREE = V_FULL + 8,
+        Q_FULL = V_FREE + 8 * N_V, /* one for each Q, with dO */
+        PLACE = Q_FULL + 16,
         RANGE = PLACE + 24,
         COUNT = RANGE + 24,
         AGAIN = COUNT + 4,
@@ -43,8 +46,9 @@ struct dq_at {
 
 #if HAVE_WGMMA
 /* The owners of tokens, dq: see walk_queries of srf_attn_wide.cu. */
-__device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
-                                        const volatile struct wide_range &range, int turn)
+__device__ __forceinline__ void walk_dq(const struct wide_bwd &p, const struct bwd_maps &m,
+                                        uint32_t base, const volatile struct wide_range &range,
+                                        int turn)
 {
     using At = dq_at;
     const float to_log2 = SRF__LOG2E * p.scale;
@@ -59,13 +63,11 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
     };
     auto load = [&](int c) {
         const struct wide_thread at = wide_here();
-        const uint32_t to = base + (at.wg & 1) * TILE;
-        load_tile<D, 128>(to + At::Q, p.q + load_i64(base + At::PLACE) + (int64_t)c * CHUNK * p.ld,
-                          p.ld, CHUNK, chunk_tokens(p.t, c), at.tid & 127);
-        load_tile<D, 128>(to + At::DO,
-                          p.d_o + load_i64(base + At::PLACE + 8) + (int64_t)c * CHUNK * p.ld_o,
-                          p.ld_o, CHUNK, chunk_tokens(p.t, c), at.tid & 127);
-        cp_async_commit();
+        if ((at.tid & 127) != 0) return;
+        const uint32_t bar = base + At::Q_FULL + 8 * (at.wg & 1), to = base + (at.wg & 1) * TILE;
+        barrier_expect(bar, 2 * TILE);
+        load_chunk(p, &m.q, to + At::Q, c, bar);
+        load_chunk(p, &m.d_o, to + At::DO, c, bar);
     };
     if (piece.c < range.end) load(piece.c);
     for (; piece.c < range.end; turn += 2) {
@@ -92,7 +94,7 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
                 const int t = at.row + 8 * i;
                 lse[i] = t >= piece.lo && t < hi ? p.stat[token + t] : INFINITY;
             }
-            cp_async_wait<0>();
+            barrier_wait(base + At::Q_FULL + 8 * b, turn >> 1 & 1);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 clamp_piece(q_tile + own + i * (TILE / 4), p.limit);
@@ -118,7 +120,7 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
             delta[0] = load_f32(base + At::DELTA + 4 * (CHUNK * b + at.row));
             delta[1] = load_f32(base + At::DELTA + 4 * (CHUNK * b + at.row + 8));
         }
-        barrier_wait(base + At::FULL + 8 * b, turn >> 1 & 1);
+        barrier_wait(base + At::FULL + 16 * b, turn >> 1 & 1);
         {
             const struct wide_thread at = wide_here();
             float dp[32];
@@ -127,7 +129,7 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
             warpgroup_commit();
             warpgroup_wait<0>();
             wide_hold(dp);
-            barrier_arrive(base + At::V_FREE + 8 * b);
+            barrier_arrive(base + At::V_FREE + 8 * (turn % At::N_V));
 #pragma unroll
             for (int i = 0; i < 32; i++) dp[i] += delta[i >> 1 & 1];
             pack_wide(x, dp);
@@ -138,35 +140,46 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
             /* 32 features at a time: registers are short. */
 #pragma unroll 1
         for (int g = 0; g < 8; g++) {
+            if (g == 4) {
+                barrier_arrive(base + At::EMPTY + 16 * b); /* products with W are left */
+                barrier_wait(base + At::FULL + 16 * b + 8, turn >> 1 & 1);
+            }
             const uint32_t rows = base + 1024 * b + 128 * g + 8 * wide_here().pair;
             const uint32_t w_rows = base + At::W + g * (TILE / 2);
             float aq[16], dphi[16];
             uint32_t da[2][4];
             warpgroup_fence();
             tiles_32(aq, q_tile, w_rows);
+            warpgroup_commit();
             tiles_32(dphi, do_tile, base + At::S + (8 * b + g) * (TILE / 2));
 #pragma unroll
             for (int kk = 0; kk < 4; kk++)
                 wgmma_32<false>(dphi, x[kk],
                                 tile_word(base + At::KF + (8 * b + g) * (TILE / 2)) + 2 * kk, true);
             warpgroup_commit();
-            warpgroup_wait<0>();
+            warpgroup_wait<1>();
             wide_hold(aq);
-            wide_hold(dphi);
             wide_hold(dq);
-            /* da = psi dphi; rows outside the piece have psi = 0. */
+            /* psi; of rows outside the piece 0. */
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const float2 shift = load_shared_8(rows + At::TOP + 32 * j);
-                const float2 z = load_shared_8(rows + At::Z + 32 * j);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float e =
                         fmaf(aq[4 * j + i], to_log2, i & 1 ? shift.y : shift.x) - lse[i >> 1];
                     most = fmaxf(most, e);
-                    aq[4 * j + i] =
-                        exp2_psi(e) * fmaf(delta[i >> 1], i & 1 ? z.y : z.x, dphi[4 * j + i]);
+                    aq[4 * j + i] = exp2_psi(e);
                 }
+            }
+            warpgroup_wait<0>();
+            wide_hold(dphi);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 z = load_shared_8(rows + At::Z + 32 * j);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    aq[4 * j + i] *= fmaf(delta[i >> 1], i & 1 ? z.y : z.x, dphi[4 * j + i]);
             }
 #pragma unroll
             for (int kk = 0; kk < 2; kk++)
@@ -179,7 +192,7 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
                 wgmma_64<true>(dq, da[kk], tile_of(tile_word(w_rows) + 128 * kk), true);
             warpgroup_commit();
         }
-        barrier_arrive(base + At::EMPTY + 8 * b); /* products with W are left */
+        barrier_arrive(base + At::EMPTY + 16 * b + 8);
         warpgroup_wait<0>();
         wide_hold(dq);
         const struct wide_thread at = wide_here();
@@ -198,7 +211,8 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, uint32_t base,
 }
 #endif
 
-static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ struct wide_bwd p)
+static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ struct wide_bwd p,
+                                                       const __grid_constant__ struct bwd_maps m)
 {
 #if HAVE_WGMMA
     using At = dq_at;
@@ -213,26 +227,14 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
             range.begin = 0;
             range.end = n_chunks;
             range.careful = 0;
-            for (int b = 0; b < 2; b++) {
-                barrier_init(base + At::FULL + 8 * b, WIDE_OWNERS);
-                barrier_init(base + At::EMPTY + 8 * b, 128);
-                barrier_init(base + At::V_FREE + 8 * b, 128);
-            }
+            init_barriers<At>(base);
+            for (int b = 0; b < 2; b++) barrier_init(base + At::Q_FULL + 8 * b, 1);
             barrier_init_done();
-            put_place(p, base + At::PLACE);
             store_shared(base + At::AGAIN, 0);
         }
-        const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
-        load_tile<D, WIDE_THREADS>(base + At::W, p.w + (set * p.m + p.first) * D, D, WIDE_FEATURES,
-                                   p.count, tid);
-        cp_async_commit();
         for (int i = tid; i < n_chunks; i += WIDE_THREADS)
             p.sizes[(int64_t)blockIdx.x * n_chunks + i] = CHUNK;
-        if (tid < WIDE_FEATURES)
-            store_f32(base + At::BIAS + 4 * tid,
-                      tid < p.count ? SRF__LOG2E * p.bias[set * p.m + p.first + tid] : -INFINITY);
-        cp_async_wait<0>();
-        fence_products();
+        start_block(p, base + At::W, base + At::BIAS, base + At::PLACE);
     }
     __syncthreads();
     auto start = [&](float(&s)[2][32]) {
@@ -256,19 +258,20 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
         store_f32(base + At::Z + 4 * (WIDE_FEATURES * b + f), z);
         p.tops[((int64_t)blockIdx.x * n_chunks + at.c) * WIDE_FEATURES + f] = top;
     };
+    auto load = [&](const CUtensorMap *map, uint32_t tile, int c, uint32_t bar) {
+        barrier_expect(bar, TILE);
+        load_chunk(p, map, tile, c, bar);
+    };
+    auto load_k = [&](int c) { load(&m.k, base + At::K, c, base + At::K_FULL); };
+    auto load_v = [&](int c, uint32_t tile) { load(&m.v, tile, c, base + At::V_FULL); };
     if (wide_here().wg < 2) {
         int turn = 0;
-        do turn = walk_keys<At>(p, base, range, turn, start, put);
+        do turn = walk_keys<At>(p, base, range, turn, start, put, load_k, load_v);
         while (pass_again<At>(base, range, &turn));
     } else {
         int turn = 0;
-        do walk_dq(p, base, range, turn);
+        do walk_dq(p, m, base, range, turn);
         while (pass_again<At>(base, range, &turn));
-    }
-    for (int c = wide_here().tid; c < n_chunks; c += WIDE_THREADS) {
-        uint64_t cuts = 0;
-        for (int lo = 0; lo < chunk_tokens(p.t, c); lo += range.sizes[c]) cuts |= (uint64_t)1 << lo;
-        p.cuts[(int64_t)blockIdx.x * n_chunks + c] = cuts;
     }
 #endif
 }
@@ -280,11 +283,10 @@ static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s
 {
     struct cuda_bump bump = {(char *)ctx->workspace, 0};
     const int64_t heads = s->b * s->h, chunks = div_up(s->t, CHUNK);
-    p->cuts = (uint64_t *)bump_bytes(&bump, (size_t)(heads * chunks) * sizeof(uint64_t));
-    p->tops = (float *)bump_bytes(&bump, (size_t)(heads * chunks * 64 * NW) * sizeof(float));
+    p->tops = (float *)bump_bytes(&bump, (size_t)(heads * chunks * WIDE_FEATURES) * sizeof(float));
     p->sizes = (uint8_t *)bump_bytes(&bump, (size_t)(heads * chunks));
     p->delta = (float *)bump_bytes(&bump, (size_t)(heads * s->t) * sizeof(float));
-    if (s->m > 64 * NW)
+    if (s->m > WIDE_FEATURES)
         for (int i = 0; i < 3; i++)
             p->sum[i] = (float *)bump_bytes(&bump, (size_t)(heads * s->t * D) * sizeof(float));
     return bump.used;
@@ -308,11 +310,8 @@ srf_status srf__wide_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     const unsigned heads = (unsigned)(s->b * s->h);
     struct wide_bwd p = {};
     plan_bwd(ctx, s, &p);
-    p.q = (const bf16 *)a->q;
     p.k = (const bf16 *)a->k;
-    p.v = (const bf16 *)a->v;
     p.o = (const bf16 *)a->o;
-    p.d_o = (const bf16 *)a->d_o;
     p.w = (const bf16 *)a->w;
     p.bias = (const float *)a->bias;
     p.stat = (const float *)a->stat;
@@ -329,11 +328,16 @@ srf_status srf__wide_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     p.limit = plan.limit;
     CUDA_TRY(cudaFuncSetAttribute(wide_queries_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   dq_at::BYTES));
+    struct bwd_maps m;
+    SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
     for (p.first = 0; p.first < p.m; p.first += p.count) {
-        p.count = p.m - p.first < 64 * NW ? p.m - p.first : 64 * NW;
-        wide_queries_kernel<<<heads, WIDE_THREADS, dq_at::BYTES, stream_of(ctx)>>>(p);
+        p.count = p.m - p.first < WIDE_FEATURES ? p.m - p.first : WIDE_FEATURES;
+        wide_queries_kernel<<<heads, WIDE_THREADS, dq_at::BYTES, stream_of(ctx)>>>(p, m);
         SRF_TRY(srf__cuda_launched("srf_attn_bwd"));
-        SRF_TRY(srf__wide_keys(ctx, &p, heads));
+        SRF_TRY(srf__wide_keys(ctx, &p, &m, heads));
     }
     return SRF_OK;
 }

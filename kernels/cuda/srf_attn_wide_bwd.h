@@ -3,15 +3,12 @@
 #pragma once
 #include "kernels/cuda/srf_attn_wide_walk.h"
 
-#define NW WIDE_GROUPS
-
 struct wide_bwd {
-    const bf16 *q, *k, *v, *o, *d_o, *w;
+    const bf16 *k, *o, *w;
     const float *bias, *stat;
     bf16 *dq, *dk, *dv;
     float *delta;   /* (b h, t) */
-    float *tops;    /* (b h, chunks, 64 NW): M after each chunk */
-    uint64_t *cuts; /* (b h, chunks): bit i: a piece of the chunk starts at its token i */
+    float *tops;    /* (b h, chunks, 256): M after each chunk */
     uint8_t *sizes; /* (b h, chunks): of pieces */
     float *sum[3];  /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
     int64_t ld, ld_o;
@@ -21,31 +18,15 @@ struct wide_bwd {
     uint32_t limit;
 };
 
+struct bwd_maps {
+    CUtensorMap q, k, v, d_o;
+};
+
 /* dk, dv, when the queries are done with. */
-srf_status srf__wide_keys(struct srf_ctx *ctx, const struct wide_bwd *p, unsigned heads);
+srf_status srf__wide_keys(struct srf_ctx *ctx, const struct wide_bwd *p, const struct bwd_maps *m,
+                          unsigned heads);
 
 #if HAVE_WGMMA
-/* own and what the other warpgroups sent, in the order of merge_columns. */
-__device__ __forceinline__ void sum_columns(float (&own)[8], uint32_t from, uint32_t stride, int wg)
-{
-    const float once[2] = {1.0f, 1.0f};
-#pragma unroll
-    for (int d = 1; d < NW; d++) merge_columns(own, from, stride, wg, d, once);
-}
-/* bias of this thread's features to its row of shared memory. */
-__device__ __forceinline__ void put_bias(const struct wide_bwd &p, const struct wide_thread &at,
-                                         uint32_t bias_row)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
-        const int f = 64 * at.wg + at.row + 8 * i;
-        const float *bias = p.bias + set * p.m + p.first + f;
-        if (at.pair == 0)
-            store_f32(bias_row + 4 * (at.row + 8 * i),
-                      f < p.count ? SRF__LOG2E * *bias : -INFINITY);
-    }
-}
 /* First elements of the head in inputs and outputs, its first token: to shared memory. */
 __device__ __forceinline__ void put_place(const struct wide_bwd &p, uint32_t place)
 {
@@ -54,43 +35,42 @@ __device__ __forceinline__ void put_place(const struct wide_bwd &p, uint32_t pla
     store_i64(place + 8, seq * p.t * p.ld_o + head * D);
     store_i64(place + 16, (int64_t)blockIdx.x * p.t);
 }
-/* 16 columns of a gradient, of this chunk: with the sums over features before these, out as bf16
- * or, if more features follow, as sums again. */
-__device__ __forceinline__ void finish_columns(const struct wide_bwd &p, uint32_t place,
-                                               float (&c)[8], float *sums, bf16 *dst, int chunk,
-                                               int lo, int hi)
+/* Chunk c of an activation's head, to a tile; by one thread. */
+__device__ __forceinline__ void load_chunk(const struct wide_bwd &p, const CUtensorMap *map,
+                                           uint32_t tile, int c, uint32_t bar)
 {
-    const struct wide_thread at = wide_here();
-    const bool in0 = at.row >= lo && at.row < hi, in1 = at.row + 8 >= lo && at.row + 8 < hi;
-    const int token = chunk * CHUNK + at.row;
-    const float once[2] = {1.0f, 1.0f};
-    float *sum = sums + (load_i64(place + 16) + token) * D + 16 * at.wg + 2 * at.pair;
-    if (p.first > 0) merge_before(c, sum, once, in0, in1);
-    if (p.first + p.count < p.m)
-        store_sums(sum, c, in0, in1);
-    else
-        store_columns(dst + load_i64(place) + (int64_t)token * p.ld + 16 * at.wg, p.ld, c, in0, in1,
-                      at.pair);
+    bulk_tile(tile, map, (int)(blockIdx.x % p.h) * D, c * CHUNK, (int)(blockIdx.x / p.h), bar);
 }
-/* The same of all 64 columns, of a warpgroup that has them. */
+/* W of the launch's features, their bias, and where the head is; before a block barrier. */
+__device__ __forceinline__ void start_block(const struct wide_bwd &p, uint32_t w, uint32_t bias,
+                                            uint32_t place)
+{
+    const int tid = wide_here().tid;
+    const int64_t set = p.n_sets == 1 ? 0 : blockIdx.x % p.h;
+    if (tid == 0) put_place(p, place);
+    load_tile<D, WIDE_THREADS>(w, p.w + (set * p.m + p.first) * D, D, WIDE_FEATURES, p.count, tid);
+    cp_async_commit();
+    if (tid < WIDE_FEATURES)
+        store_f32(bias + 4 * tid,
+                  tid < p.count ? SRF__LOG2E * p.bias[set * p.m + p.first + tid] : -INFINITY);
+    cp_async_wait<0>();
+    fence_products();
+}
+/* A warpgroup's rows of a gradient, of this piece: with the sums over features before these, out as
+ * bf16 or, if more features follow, as sums again. */
 __device__ __forceinline__ void finish_rows(const struct wide_bwd &p, uint32_t place,
                                             float (&c)[32], float *sums, bf16 *dst, int chunk,
                                             int lo, int hi)
 {
     const struct wide_thread at = wide_here();
-    const bool in0 = at.row >= lo && at.row < hi, in1 = at.row + 8 >= lo && at.row + 8 < hi;
+    const bool in[2] = {at.row >= lo && at.row < hi, at.row + 8 >= lo && at.row + 8 < hi};
     const int token = chunk * CHUNK + at.row;
     const float once[2] = {1.0f, 1.0f};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        float(&part)[8] = *(float(*)[8]) & c[8 * k];
-        float *sum = sums + (load_i64(place + 16) + token) * D + 16 * k + 2 * at.pair;
-        if (p.first > 0) merge_before(part, sum, once, in0, in1);
-        if (p.first + p.count < p.m)
-            store_sums(sum, part, in0, in1);
-        else
-            store_columns(dst + load_i64(place) + (int64_t)token * p.ld + 16 * k, p.ld, part, in0,
-                          in1, at.pair);
-    }
+    float *sum = sums + (load_i64(place + 16) + token) * D + 2 * at.pair;
+    if (p.first > 0) merge_before(c, sum, once, in);
+    if (p.first + p.count < p.m)
+        store_sums(sum, c, in);
+    else
+        store_64(dst + load_i64(place) + (int64_t)token * p.ld, p.ld, c, in, at.pair);
 }
 #endif

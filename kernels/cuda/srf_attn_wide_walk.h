@@ -6,9 +6,9 @@
  * buffers. A piece is a chunk of 64 tokens or, in a pass that must be careful, an aligned part of
  * it. Layout `At` says where things lie in shared memory:
  *     W (4 tiles), KF, S (2 x 4 tiles), V (N_V tiles), K (a tile), and rows
- *     HALF (2 x 64 floats), TOP (2 x 256: bias + M), BIAS, M, ZS (256), PLACE (int64: first elements of
- *     the head in inputs and outputs, its first token), FULL, EMPTY (2 barriers each)
- * With two V, V_FREE are the barriers that say when a piece's is done with before the rest.
+ *     HALF (2 x 64 floats), TOP (2 x 256: bias + M), BIAS, M, ZS (256), and barriers
+ *     K_FULL, V_FULL: the copy engine has brought them; V_FREE (N_V): a V is done with;
+ *     FULL, EMPTY (2 x 2): a half of the features of a buffer
  */
 #pragma once
 #include "kernels/cuda/srf_attn_wide.h"
@@ -57,8 +57,8 @@ __device__ __forceinline__ void mark_piece(const volatile struct wide_range &ran
 {
     range.sizes[at.c - range.begin] = (uint8_t)(at.size | 128);
 }
-/* A pass is over. True: some pieces were too large, and there must be another; *turn becomes that of
- * the owners of features. */
+/* A pass is over. True: some pieces were too large, and there must be another; *turn becomes what
+ * it is for the owners of features. */
 template <class At>
 __device__ __forceinline__ bool pass_again(uint32_t base, volatile struct wide_range &range,
                                            int *turn)
@@ -86,6 +86,16 @@ __device__ __forceinline__ void owners_barrier()
     asm volatile("bar.sync 5, %0;" ::"n"(WIDE_OWNERS) : "memory");
 }
 
+template <class At> __device__ __forceinline__ void init_barriers(uint32_t base)
+{
+    for (int i = 0; i < 4; i++) {
+        barrier_init(base + At::FULL + 8 * i, 128);
+        barrier_init(base + At::EMPTY + 8 * i, 128);
+    }
+    for (int i = 0; i < At::N_V; i++) barrier_init(base + At::V_FREE + 8 * i, 128);
+    barrier_init(base + At::K_FULL, 1);
+    barrier_init(base + At::V_FULL, 1);
+}
 /* ones (16 rows of 8 columns) for sums: a first column of ones. */
 __device__ __forceinline__ void put_ones(uint32_t ones, int tid)
 {
@@ -95,30 +105,28 @@ __device__ __forceinline__ void put_ones(uint32_t ones, int tid)
 }
 
 /* The owners of features: all pieces of the range, `turn` pieces having gone before. `start` fills
- * S of 128 features, and M and z; `put` publishes z before a piece and M with it. Returns how many
- * pieces have gone now. */
-template <class At, class Params, class Start, class Put>
+ * S of 128 features, and M and z; `put` publishes z before a piece and M with it; `load_k`,
+ * `load_v` fetch K and V of a chunk, by one thread. Returns how many pieces have gone now. */
+template <class At, class Params, class Start, class Put, class LoadK, class LoadV>
 __device__ __forceinline__ int walk_keys(const Params &p, uint32_t base,
                                          const volatile struct wide_range &range, int turn,
-                                         Start start, Put put)
+                                         Start start, Put put, LoadK load_k, LoadV load_v)
 {
     const float to_log2 = SRF__LOG2E * p.scale;
     float s[2][32];
     start(s);
-    auto load = [&](int c, int slot) {
-        const int tid = wide_here().tid, n = chunk_tokens(p.t, c);
-        const int64_t from = load_i64(base + At::PLACE) + (int64_t)c * CHUNK * p.ld;
-        load_tile<D, WIDE_OWNERS>(base + At::K, p.k + from, p.ld, CHUNK, n, tid);
-        load_tile<D, WIDE_OWNERS>(base + At::V + slot * TILE, p.v + from, p.ld, CHUNK, n, tid);
-        cp_async_commit();
-    };
     struct wide_piece at_piece = first_piece(range);
-    load(at_piece.c, turn % At::N_V);
+    if (wide_here().tid == 0) load_k(at_piece.c);
     while (at_piece.c < range.end) {
         const int b = turn & 1;
         const uint32_t v_tile = base + At::V + turn % At::N_V * TILE;
-        /* This thread's pieces of K and V have come. Keys outside the piece get weight 0. */
-        cp_async_wait<0>();
+        const uint32_t full = base + At::FULL + 8 * (2 * b + wide_here().wg);
+        if (wide_here().tid == 0) {
+            barrier_wait(base + At::V_FREE + 8 * (turn % At::N_V), (turn / At::N_V & 1) ^ 1);
+            load_v(at_piece.c, v_tile);
+        }
+        /* Keys outside the piece get weight 0. */
+        barrier_wait(base + At::K_FULL, turn & 1);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int tid = wide_here().tid, key = (tid >> 3) + 32 * i;
@@ -152,13 +160,13 @@ __device__ __forceinline__ int walk_keys(const Params &p, uint32_t base,
             key_exponents(ak, top_now, top, to_log2, base + At::HALF + 4 * b * CHUNK, bias_row,
                           at.row, at.pair);
             if (g == 0)
-                barrier_wait(base + At::EMPTY + 8 * b, (turn >> 1 & 1) ^ 1);
+                barrier_wait(full + (At::EMPTY - At::FULL), (turn >> 1 & 1) ^ 1);
             else {
                 owners_barrier(); /* all are done with K */
-                const int next = next_piece(at_piece, range, p.t).c;
-                if (At::N_V == 2 && turn > 0)
-                    barrier_wait(base + At::V_FREE + 8 * (1 - b), (turn - 1) >> 1 & 1);
-                if (next < range.end) load(next, (turn + 1) % At::N_V);
+                if (at.tid == 0) {
+                    const int next = next_piece(at_piece, range, p.t).c;
+                    if (next < range.end) load_k(next);
+                }
             }
             key_weights(kf, ak, top_now, bias_row, base + At::TOP + 1024 * b + 256 * group, at.row,
                         at.pair);
@@ -190,11 +198,12 @@ __device__ __forceinline__ int walk_keys(const Params &p, uint32_t base,
             }
             fence_products();
             warpgroup_barrier(at.wg);
+            if (g == 0) barrier_wait(base + At::V_FULL, turn & 1);
             warpgroup_fence();
             tiles_product<false, true>(s[g], kf_tile, v_tile, true);
             warpgroup_commit();
         }
-        barrier_arrive(base + At::FULL + 8 * b);
+        barrier_arrive(full);
         at_piece = next_piece(at_piece, range, p.t);
         turn++;
     }
