@@ -84,7 +84,7 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     if (!in->plan_given && (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF ||
                             a->n_windows || a->window < 2))
         in->plan_windows = 0;
-    /* Its trained features are those of SRF attention that keeps a draw; maps are always trained. */
+    /* Its trained features are those of SRF attention that keeps a draw; maps always are. */
     struct srf_train_config *c = &in->config;
     if (!in->features_given && (a->kind != SRF_ATTN_SRF || a->far_none || c->redraw_every))
         c->train_features = false;

@@ -10,8 +10,9 @@ with:
     srf retrofit --model softmax/model.h5 --data OUT/train.npy --out hybrid ...
     srf eval --model hybrid/model.h5 --data OUT/heldout.npy --recall --recall-from ID
 
-with the ID that it prints; train/RECIPES.md, "Far recall", has numbers of steps that suffice. Both are filler (16 ids in turn, learned at once) with events in it,
-each event a repeat of an earlier one at a distance uniform in its logarithm from LOW to HIGH:
+with the ID that it prints (train/RECIPES.md, "Far recall": how many steps suffice). Both are filler
+(16 ids in turn, learned at once) with events in it, each event a repeat of an earlier one at a
+distance uniform in its logarithm from LOW to HIGH:
 
     recall   a key and its value; some keys are in use at a time (--live), each for about 8 events.
              A value's id names its key too: one look at the right earlier token answers, and all
