@@ -170,6 +170,43 @@ static void test_company(void **state)
     engine_done(&on);
 }
 
+/* In fp32 a prompt leaves the same state behind, and gets the same text, whatever is packed with it
+ * and however many slots there are. */
+static void test_packing(void **state)
+{
+    const struct engine_case *c = *state;
+    struct engine_case single = *c;
+    single.slots = 1;
+    struct engine_on on = engine_new(c, false, -1), one = engine_new(&single, false, -1);
+    int64_t n = c->slots, count = srf_engine_state_values(on.e);
+    float *packed = srf__alloc((size_t)count, 4), *alone = srf__alloc((size_t)count, 4);
+    int32_t *text = srf__alloc((size_t)(NEW * n), 4), *other = srf__alloc(NEW, 4);
+    int32_t tokens[SLOTS][PROMPT];
+    struct srf_engine_prompt p[SLOTS];
+    for (int round = 0; round < 3; round++) {
+        for (int64_t i = 0; i < n; i++)
+            p[i] = prompt_of(round * n + i, i, round == 2 ? NEW : 0, tokens[i]);
+        test_ok(srf_engine_admit(on.e, n, p));
+        if (round == 2) test_ok(srf_engine_decode(on.e, NEW, text));
+        for (int64_t i = 0; i < n; i++) {
+            p[i].slot = 0;
+            test_ok(srf_engine_admit(one.e, 1, &p[i]));
+            if (round == 2) test_ok(srf_engine_decode(one.e, NEW, other));
+            for (int64_t t = 0; t < NEW && round == 2; t++)
+                assert_int_equal(text[t * n + i], other[t]);
+            test_ok(srf_engine_state_get(on.e, i, packed));
+            test_ok(srf_engine_state_get(one.e, 0, alone));
+            assert_memory_equal(packed, alone, (size_t)count * 4);
+        }
+    }
+    srf__free(packed);
+    srf__free(alone);
+    srf__free(text);
+    srf__free(other);
+    engine_done(&on);
+    engine_done(&one);
+}
+
 /* A state that goes over the host, or to another slot, has the same future; one that does not run
  * stays what it is. */
 static void test_states(void **state)
@@ -332,6 +369,7 @@ int main(int argc, char **argv)
                 add(&suite, &c, "company", test_company, shape ? 1e7 : GPU_LIGHT);
                 add(&suite, &c, "states", test_states, 1e7);
                 add(&suite, &c, "files", test_files, 1e7);
+                if (c.dtype == SRF_F32) add(&suite, &c, "packing", test_packing, 1e7);
                 if (bf16) add(&suite, &c, "against fp32", test_state_bf16, 1e7);
             }
     if (test_make_root(NULL) != 0) return 1;

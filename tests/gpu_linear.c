@@ -14,7 +14,7 @@ static const int64_t shapes[][3] = {
 struct linear_case {
     enum srf_dtype dtype;
     int64_t n, in, out;
-    bool transposed, bias;
+    bool transposed, bias, exact_rows;
     enum { NO_RESIDUAL, OTHER, ITSELF } residual;
     bool act, keep_pre;         /* forward */
     bool activated, accumulate; /* backward: x was an activation, dx += */
@@ -31,6 +31,7 @@ static void test_fwd(void **state)
     bool itself = k->residual == ITSELF;
     struct twin y = itself ? twin_normal(&s, n * out, 1) : twin_fill(&s, n * out, NAN);
     struct twin r = itself ? y : twin_normal(&s, n * out, 1);
+    s.ctx->exact_rows = k->exact_rows;
 #define ARGS(side)                                                                                 \
     .n = n, .in = in, .out = out, .x = x.side, .w = w.side, .w_transposed = k->transposed,         \
     .b = k->bias ? b.side : NULL, .residual = k->residual ? r.side : NULL,                         \
@@ -41,6 +42,41 @@ static void test_fwd(void **state)
 #undef ARGS
     twin_close(&s, "y", y, twin_tol(&s, in), sqrt((double)in));
     twin_close(&s, "pre", pre, twin_tol(&s, in), sqrt((double)in));
+    twins_free(&s);
+}
+
+/* exact_rows, fp32: a row is the same whatever the number of rows. */
+static void test_exact(void **state)
+{
+    const struct linear_case *k = *state;
+    static const int64_t some[] = {1, 2, 5, 64, 256, 300, 1200, 8190};
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    int64_t n = k->n, in = k->in, out = k->out;
+    struct twin x = twin_normal(&s, n * in, 1), w = twin_normal(&s, in * out, 1);
+    struct twin b = twin_normal(&s, out, 1), r = twin_normal(&s, n * out, 1);
+    struct twin y = twin_fill(&s, n * out, NAN), part = twin_fill(&s, n * out, NAN);
+    s.ctx->exact_rows = true;
+    s.twice = false;
+#define ARGS(rows, side)                                                                           \
+    .n = rows, .in = in, .out = out, .x = x.side, .w = w.side, .w_transposed = k->transposed,      \
+    .b = k->bias ? b.side : NULL, .residual = k->residual ? r.side : NULL,                         \
+    .act = k->act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE
+    twin_run(&s, linear_fwd, ARGS(n, dev), .y = y.dev);
+    double *all = twin_values(&s, y);
+    for (size_t i = 0; i < sizeof some / sizeof *some && some[i] <= n; i++) {
+        twin_run(&s, linear_fwd, ARGS(some[i], dev), .y = part.dev);
+        double *got = twin_values(&s, part);
+        int64_t other = 0;
+        for (int64_t j = 0; j < some[i] * out; j++) other += !(got[j] == all[j]);
+        if (other) {
+            print_error("%d rows of %d: %d elements have other bits\n", (int)some[i], (int)n,
+                        (int)other);
+            s.failures++;
+        }
+        srf__free(got);
+    }
+#undef ARGS
+    srf__free(all);
     twins_free(&s);
 }
 
@@ -122,8 +158,9 @@ static void add(struct gpu_suite *suite, const struct linear_case *k, bool bwd)
                 k->accumulate ? " accumulate" : "", k->want_dx ? " dx" : "",
                 k->want_dw ? " dw" : "", k->want_db ? " db" : "");
     else
-        gpu_add(suite, test_fwd, k, sizeof *k, work, "linear_fwd %s n=%d in=%d out=%d%s%s%s%s%s",
-                dtype, (int)k->n, (int)k->in, (int)k->out, layout, k->bias ? " bias" : "",
+        gpu_add(suite, test_fwd, k, sizeof *k, work, "linear_fwd %s n=%d in=%d out=%d%s%s%s%s%s%s",
+                dtype, (int)k->n, (int)k->in, (int)k->out, layout, k->exact_rows ? " as infer" : "",
+                k->bias ? " bias" : "",
                 k->residual == ITSELF  ? " residual=y"
                 : k->residual == OTHER ? " residual"
                                        : "",
@@ -136,6 +173,35 @@ int main(int argc, char **argv)
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         struct linear_case gelu = {.dtype = gpu_dtype(type)};
         gpu_add(&suite, test_gelu, &gelu, sizeof gelu, 0, "gelu %s", srf_dtype_name(gelu.dtype));
+        static const int64_t exact[][2] = {
+            {384, 1152}, {384, 384}, {384, 1536}, {1536, 384}, {384, 2048}};
+        for (int i = 0; i < 5 && gelu.dtype == SRF_F32; i++)
+            for (int turn = 0; turn < 3; turn++) {
+                struct linear_case k = {.dtype = SRF_F32,
+                                        .n = i == 3 ? 9000 : 1200,
+                                        .in = exact[i][0],
+                                        .out = exact[i][1],
+                                        .transposed = i == 4,
+                                        .bias = turn > 0,
+                                        .act = turn == 2,
+                                        .residual = turn == 1 ? OTHER : NO_RESIDUAL};
+                gpu_add(&suite, test_exact, &k, sizeof k, 2e9,
+                        "linear_fwd f32 in=%d out=%d%s%s: exact", (int)k.in, (int)k.out,
+                        k.bias ? " bias" : "", k.act ? " gelu" : "");
+            }
+        /* As the engine asks for. */
+        for (int turn = 0; turn < 6; turn++) {
+            struct linear_case k = {.dtype = gpu_dtype(type),
+                                    .n = 257 + 111 * turn,
+                                    .in = turn % 2 ? 64 : 256,
+                                    .out = 192,
+                                    .exact_rows = true,
+                                    .transposed = turn == 3,
+                                    .bias = turn != 3,
+                                    .act = turn == 2 || turn == 5,
+                                    .residual = turn == 1 ? ITSELF : NO_RESIDUAL};
+            add(&suite, &k, false);
+        }
         /* Every shape, the options in turn. */
         for (int i = 0; i < N_SHAPES; i++)
             for (int turn = 0; turn < 4; turn++) {

@@ -1,10 +1,7 @@
 /* Continuous batching on the GPU: requests of random lengths through engines of several sizes, none
  * lost, none repeated, each with the text it gets alone from an engine of one slot.
  *
- * The products of another number of rows add in another order: a token may come out differently
- * where two are as likely to rounding, in one of some 10,000 texts.
- *
- * SRF_SERVE_N=10000 in the environment: so many requests (1000). */
+ * SRF_SERVE_N=10000 in the environment: so many requests (300). */
 #include "tests/ref/gpu.h"
 #include "tests/ref/serving.h"
 
@@ -19,7 +16,7 @@ static void test_serve(void **state)
     const struct serve_case *c = *state;
     const char *text = getenv("SRF_SERVE_N");
     bool small = getenv("SRF_GPU_SMALL") != NULL;
-    int64_t n = small ? 6 : text ? atoll(text) : 1000;
+    int64_t n = small ? 6 : text ? atoll(text) : 300;
     struct serving_work *work = serving_new(n);
     struct srf_checkpoint *ck = serving_model(2, 2, c->head_size, c->m, c->window);
     struct srf_ctx *ctx;
@@ -35,7 +32,7 @@ static void test_serve(void **state)
         int64_t other = serving_all(e, cases[k].slots, cases[k].steps, cases[k].withhold, work, n);
         print_message("%d requests, %d slots: %d texts are others\n", (int)n, (int)cases[k].slots,
                       (int)other);
-        assert_true(other * 2000 <= n);
+        assert_int_equal(other, 0);
         srf_engine_free(e);
     }
     srf_ctx_free(ctx);

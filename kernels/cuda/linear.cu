@@ -24,8 +24,10 @@
 #define PIECE_BYTES ((size_t)16 << 20) /* of the workspace: products that we finish */
 #define THREADS     256
 #define WARPS       (THREADS / 32)
-#define CANDIDATES  8 /* algorithms that cuBLASLt is asked for */
-#define SUM_BLOCKS  6 /* of a multiprocessor, for db */
+#define CANDIDATES  8   /* algorithms that cuBLASLt is asked for */
+#define SUM_BLOCKS  6   /* of a multiprocessor, for db */
+#define ANY_ROWS    256 /* fp32: whose algorithm makes any number of rows */
+#define LIKE_ROWS   256 /* bf16: one algorithm for so many numbers of rows */
 
 /* ---- products ------------------------------------------------------------------------------- */
 
@@ -41,11 +43,12 @@ struct product {
     cublasLtEpilogue_t epilogue;
     const void *bias; /* T (m) */
     const void *aux;  /* T (m, n): out (GELU_AUX) or in (DGELU) */
+    int64_t like;     /* the algorithm is that of so many columns, for any n; 0: of n */
 };
 
 /* Everything that the choice of an algorithm depends on. No padding: compared as bytes. */
 struct plan_key {
-    int64_t m, n, k;
+    int64_t m, n, k, any_n;
     int32_t a_trans, b_trans, type_ab, type_d, has_c, epilogue;
     int32_t align[4]; /* of a, b, c, d in bytes */
 };
@@ -85,7 +88,7 @@ static struct plan_key key_of(const struct srf_ctx *ctx, const struct product *p
 {
     struct plan_key key;
     memset(&key, 0, sizeof key);
-    key.m = p->m, key.n = p->n, key.k = p->k;
+    key.m = p->m, key.n = p->like ? p->like : p->n, key.k = p->k, key.any_n = p->like != 0;
     key.a_trans = p->a_trans, key.b_trans = p->b_trans;
     key.type_ab = ctx->dtype == SRF_BF16 ? CUDA_R_16BF : CUDA_R_32F;
     key.type_d = p->d_f32 ? CUDA_R_32F : key.type_ab;
@@ -128,10 +131,20 @@ static srf_status set_pointers(struct plan *plan, const struct product *p)
     return SRF_OK;
 }
 
+/* The layouts that have to do with the number of columns, for n of them. */
+static srf_status set_columns(struct plan *plan, const struct product *p, int64_t n)
+{
+    cudaDataType_t ab = (cudaDataType_t)plan->key.type_ab, d = (cudaDataType_t)plan->key.type_d;
+    int64_t rows_b = p->b_trans ? n : p->k, cols_b = p->b_trans ? p->k : n;
+    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->b, ab, (uint64_t)rows_b, (uint64_t)cols_b, rows_b));
+    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->d, d, (uint64_t)p->m, (uint64_t)n, p->m));
+    return SRF_OK;
+}
+
 static srf_status describe(struct plan *plan, const struct product *p)
 {
     const struct plan_key *key = &plan->key;
-    cudaDataType_t ab = (cudaDataType_t)key->type_ab, d = (cudaDataType_t)key->type_d;
+    cudaDataType_t ab = (cudaDataType_t)key->type_ab;
     int32_t op_a = p->a_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
     int32_t op_b = p->b_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
     uint32_t epilogue = p->epilogue;
@@ -142,10 +155,7 @@ static srf_status describe(struct plan *plan, const struct product *p)
     if (p->aux) SRF_TRY(set_desc(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &p->m, sizeof p->m));
     SRF_TRY(set_pointers(plan, p));
     int64_t rows_a = p->a_trans ? p->k : p->m, cols_a = p->a_trans ? p->m : p->k;
-    int64_t rows_b = p->b_trans ? p->n : p->k, cols_b = p->b_trans ? p->k : p->n;
     BLAS_TRY(cublasLtMatrixLayoutInit(&plan->a, ab, (uint64_t)rows_a, (uint64_t)cols_a, rows_a));
-    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->b, ab, (uint64_t)rows_b, (uint64_t)cols_b, rows_b));
-    BLAS_TRY(cublasLtMatrixLayoutInit(&plan->d, d, (uint64_t)p->m, (uint64_t)p->n, p->m));
     return SRF_OK;
 }
 
@@ -193,6 +203,9 @@ static srf_status search(struct srf_ctx *ctx, struct plan *plan)
     size_t workspace = BLAS_BYTES;
     /* parts of a split k must not be rounded to bf16 before they are added */
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    /* and where one algorithm makes any number of rows they would need room for them */
+    if (plan->key.any_n && plan->key.type_ab == CUDA_R_32F)
+        schemes = CUBLASLT_REDUCTION_SCHEME_NONE;
     BLAS_TRY(cublasLtMatmulPreferenceInit(&pref));
     SRF_TRY(
         set_pref(&pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
@@ -240,6 +253,7 @@ static srf_status plan_for(struct srf_ctx *ctx, const struct product *p, struct 
     memset(plan, 0, sizeof *plan);
     plan->key = key;
     SRF_TRY(describe(plan, p));
+    SRF_TRY(set_columns(plan, p, key.n));
     SRF_TRY(search(ctx, plan));
     plan->used = true;
     *out = plan;
@@ -250,7 +264,7 @@ static srf_status plan_for(struct srf_ctx *ctx, const struct product *p, struct 
  * error. */
 static srf_status multiply(struct srf_ctx *ctx, const struct product *p, bool *done)
 {
-    struct plan *plan;
+    struct plan *plan = NULL;
     SRF_TRY(plan_for(ctx, p, &plan));
     bool found = plan->status == CUBLAS_STATUS_SUCCESS;
     if (done) *done = found;
@@ -260,9 +274,17 @@ static srf_status multiply(struct srf_ctx *ctx, const struct product *p, bool *d
                 cublasGetStatusString(plan->status));
     if (!found) return SRF_OK;
     float alpha = 1.0f, beta = p->c ? 1.0f : 0.0f;
-    BLAS_TRY(cublasLtMatmul(cuda_of(ctx)->lt, &plan->desc, &alpha, p->a, &plan->a, p->b, &plan->b,
-                            &beta, p->c ? p->c : p->d, &plan->d, p->d, &plan->d, &plan->algo,
-                            ctx->workspace, BLAS_BYTES, stream_of(ctx)));
+    if (p->like) SRF_TRY(set_columns(plan, p, p->n));
+    cublasStatus_t st =
+        cublasLtMatmul(cuda_of(ctx)->lt, &plan->desc, &alpha, p->a, &plan->a, p->b, &plan->b, &beta,
+                       p->c ? p->c : p->d, &plan->d, p->d, &plan->d, &plan->algo, ctx->workspace,
+                       BLAS_BYTES, stream_of(ctx));
+    if (p->like && st != CUBLAS_STATUS_SUCCESS) { /* not for this n, after all */
+        struct product own = *p;
+        own.like = 0;
+        return multiply(ctx, &own, done);
+    }
+    BLAS_TRY(st);
     return SRF_OK;
 }
 
@@ -372,6 +394,14 @@ static char *row_of(const struct srf_ctx *ctx, const void *p, int64_t row, int64
     return p ? (char *)(uintptr_t)p + bytes : NULL;
 }
 
+/* Whether a row is to be what it is alone, bit for bit, so that a sequence's text does not depend
+ * on the batch (ctx->exact_rows): then one algorithm makes any number of rows. In fp32, which is for
+ * checks; in bf16 that would cost what decoding a few sequences gains. */
+static bool exact(const struct srf_ctx *ctx)
+{
+    return ctx->exact_rows && ctx->dtype == SRF_F32;
+}
+
 /* y^T (out, n) = W^T (out, in) x^T (in, n), of `rows` rows from `begin` on. */
 static struct product forward_product(const struct srf_ctx *ctx,
                                       const struct srf_linear_fwd_args *a, int64_t begin,
@@ -382,6 +412,11 @@ static struct product forward_product(const struct srf_ctx *ctx,
     p.a = a->w, p.a_trans = a->w_transposed;
     p.b = row_of(ctx, a->x, begin, a->in);
     p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    /* Prompts are packed into ever new numbers of rows: no new question for each. */
+    if (exact(ctx))
+        p.like = ANY_ROWS;
+    else if (ctx->exact_rows && rows > LIKE_ROWS)
+        p.like = div_up(rows, LIKE_ROWS) * LIKE_ROWS;
     return p;
 }
 
@@ -441,7 +476,7 @@ extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_line
     SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
     bool act = a->act != SRF_ACT_NONE, done = false;
     SRF_FAIL_IF(a->residual && act, SRF_INVALID, "linear_fwd: a residual goes with no activation");
-    if (a->n <= LINEAR_FEW_ROWS && srf__linear_few_fwd(ctx, a))
+    if (a->n <= LINEAR_FEW_ROWS && !exact(ctx) && srf__linear_few_fwd(ctx, a))
         return srf__cuda_launched("linear_fwd");
     if (!a->b && !act) return forward_fused(ctx, a, NULL);
     if (!(act && ctx->dtype == SRF_F32) && takes_epilogue(ctx, a->b, act ? a->pre : NULL, a->out))
