@@ -130,7 +130,7 @@ static void test_range(void **state)
     const struct attn_kind *kind = &attn_kinds[k->kind];
     struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
     struct srf_rng rng = srf_rng_at(test_seed(), SRF_RNG_TEST, 0, 80, (uint32_t)k->kind);
-    int32_t order[8] = {0};
+    int32_t order[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     double tol = kind->eps * sqrt((double)k->shape.d / 16) * 0x1p-24 * 4 + 1e-2;
     if (k->dtype == SRF_F32) tol = kind->eps * sqrt((double)k->shape.d / 16) * 0x1p-24;
     kind->fill(&c);
@@ -300,6 +300,9 @@ int main(int argc, char **argv)
         .b = 1, .t = 520, .h = 1, .d = 64, .m = 48, .n_sets = 1, .causal = true};
     static const struct srf_attn_shape ranges = {
         .b = 1, .t = 150, .h = 1, .d = 64, .m = 64, .n_sets = 1, .causal = true};
+    /* Of more heads, with two more sequences, than a card has multiprocessors: in turns. */
+    static const struct srf_attn_shape many = {
+        .b = 1, .t = 330, .h = 48, .d = 64, .m = 8, .n_sets = 48, .causal = true};
     /* For slow checkers. */
     static const struct srf_attn_shape light[] = {
         {.b = 2, .t = 20, .h = 1, .d = 64, .m = 64, .n_sets = 1, .causal = true},
@@ -328,6 +331,18 @@ int main(int argc, char **argv)
                 k.shape.window = windows[w];
                 gpu_add(&suite, test_range, &k, sizeof k, 1e7, "srf_attn %s window=%d: range, %s",
                         srf_dtype_name(k.dtype), (int)windows[w], attn_kinds[kind].name);
+            }
+        }
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int w = 0; w < 2 && gpu_dtype(type) == SRF_BF16; w++) {
+            add(&suite, SRF_BF16, many, windows[w], "turns", test_packed, 1e8);
+            for (int kind = 1; kind < ATTN_N_KINDS; kind += 5) { /* the references are slow */
+                struct recurrent_case k = {SRF_BF16, many, kind};
+                k.shape.b = 3;
+                k.shape.window = windows[w];
+                gpu_add(&suite, test_range, &k, sizeof k, 1e8,
+                        "srf_attn window=%d: turns, range, %s", (int)windows[w],
+                        attn_kinds[kind].name);
             }
         }
     for (int type = 0; type < gpu_n_dtypes(); type++)

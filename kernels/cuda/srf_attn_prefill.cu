@@ -29,91 +29,171 @@
  */
 #include "kernels/cuda/srf_attn_prefill_parts.h"
 
-#define V_TILES 3 /* the keys are at most one chunk ahead, and load the next */
+/* Shared memory, from a multiple of 1024. V of chunks that some queries may still want (their two
+ * warpgroups have two each), of the keys' own, and of two that are on their way. */
+struct pure_form {
+    static constexpr int groups = 4; /* keys, sums, two of queries */
+    static constexpr int k_tiles = 3, v_tiles = 7;
+    static constexpr int k = 0, v = k + k_tiles * TILE;
+    static constexpr int w = v + v_tiles * TILE, q = w + 2 * TILE; /* of queries: (2), (2, 2) */
+    static constexpr int kf = q + 4 * TILE, s = kf + 4 * TILE;     /* to queries: (2, 2) */
+    static constexpr int small = s + 4 * TILE;
 
-/* Shared memory, from a multiple of 1024. */
-enum {
-    AT_W = 0,
-    AT_K = AT_W + TILE,           /* 2 */
-    AT_V = AT_K + 2 * TILE,       /* V_TILES */
-    AT_Q = AT_V + V_TILES * TILE, /* 2 */
-    AT_KF = AT_Q + 2 * TILE,      /* 2 */
-    AT_S = AT_KF + 2 * TILE,      /* 2 */
-    AT_SMALL = AT_S + 2 * TILE
+    template <bool totals>
+    static __device__ void run(const struct prefill &p, const struct prefill_maps &m, int64_t items,
+                               uint32_t base, struct prefill_small *sm, int group);
 };
 
 #if HAVE_WGMMA
-/* The first warpgroup. */
+/* The warpgroup of keys. */
 template <bool totals>
-static __device__ __forceinline__ void keys_role(const struct prefill &p, const struct work &w,
+static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_t items,
                                                  uint32_t base, struct prefill_small *sm)
 {
+    using at = pure_form;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int f0 = 16 * warp + (lane >> 2);
+    const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
     const float to_log2 = SRF__LOG2E * p.scale;
-    const int64_t in = w.first * p.ld + w.head * D;
-    auto load_chunk = [&](int c) {
-        const int64_t at = in + (int64_t)c * CHUNK * p.ld;
-        const int n = min(CHUNK, w.stop - c * CHUNK);
-        load_tile<D, GROUP>(base + AT_K + (c & 1) * TILE, p.k + at, p.ld, CHUNK, n, tid);
-        load_tile<D, GROUP>(base + AT_V + c % V_TILES * TILE, p.v + at, p.ld, CHUNK, n, tid);
-        cp_async_commit();
-    };
-    load_chunk(w.begin);
-    struct pure_state<D> st;
-    if (totals)
-        pure_state_start(&st, false, 1, NULL, f0, pair);
-    else
-        read_state(&st, p, w, f0, pair);
-    const float bias[2] = {sm->bias[f0], sm->bias[f0 + 8]};
-
-    int item = 0;
-    for (int c = w.begin; c < w.end; c++) {
-        const int n = min(CHUNK, w.stop - c * CHUNK);
-        const uint32_t k_tile = base + AT_K + (c & 1) * TILE;
-        const uint32_t v_tile = base + AT_V + c % V_TILES * TILE;
-        float *half = sm->half[c & 3];
-        cp_async_wait<0>();
-        own_norms(k_tile, half, p, n, tid);
-        async_fence();
-        group_barrier<1>();
-        if (!totals) wait_empty(sm, item);
-        if (c + 1 < w.end) load_chunk(c + 1);
-        for (int lo = 0, size = CHUNK; lo < n;) {
-            struct pure_keys keys;
-            float a[32];
-            key_exponents(a, base + AT_W, k_tile, half, bias, to_log2, lo, lo + size);
-            const bool fits = key_tops(&keys, &st, a, lo, pair);
-            if (!totals && group_any<1>(!fits) && size > 1) {
-                size >>= 1;
-                continue;
-            }
-            key_weights(&keys, &st, a);
-            if (!totals) {
-                const int buffer = item & 1;
-                const float top[2] = {bias[0] + keys.top[0], bias[1] + keys.top[1]};
-                const uint32_t kf = base + AT_KF + buffer * TILE + tile_at<CHUNK>(f0, 0) + 4 * pair;
-                wait_empty(sm, item);
+    struct place now = {};
+    now.item = blockIdx.x;
+    int i = 0, item[2] = {0, 0}; /* chunks before this one; of what has been given out */
+    for (bool any = find_place(p, &now, items, segs); any;) {
+        const int64_t own = now.item;
+        const int end = now.end;
+        int turn;
+        const struct work w = turn_of(p, own, items, segs, &turn);
+        struct key_features f;
+        struct pure_state<D> st;
+        read_features(&f, p, w, f0, pair);
+        begin_turn<TOPS, totals>(&st, p, w, turn, 2, f0, tid, 1);
+        for (bool same = true; same; i++) {
+            const int n = min(CHUNK, now.stop - now.c * CHUNK), to = i & 1;
+            const uint32_t k_tile = base + at::k + i % at::k_tiles * TILE;
+            struct prefill_given *given = &sm->given[to];
+            barrier_wait(smem_addr(&sm->keys[i & 3]), i >> 2 & 1);
+            for (int lo = 0, size = CHUNK; lo < n;) {
+                struct pure_keys keys;
+                uint32_t kf[4][4];
+                float a[32];
+                products(a, f.w, k_tile);
+                key_exponents(a, sm->half[i & 3], f.bias, to_log2, lo, lo + size);
+                const bool fits = key_tops(&keys, &st, a, lo, pair);
+                if (!totals && group_any(1, !fits) && size > 1) {
+                    size >>= 1;
+                    continue;
+                }
+                key_weights(kf, &keys, a);
+                const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
+                const uint32_t kf_at =
+                    base + at::kf + (2 * to + buffer) * TILE + tile_at<CHUNK>(f0, 0) + 4 * pair;
+                wait_empty(given, number);
 #pragma unroll
-                for (int i = 0; i < 2; i++)
+                for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int j = 0; j < 8; j++)
-                        store_shared(tile_on<CHUNK>(kf, j) + i * 16 * CHUNK, keys.kf[j][i]);
-                publish_state(&st, keys.step, top, base + AT_S + buffer * TILE, sm, buffer, f0,
-                              pair);
-                if (tid == 0) sm->piece[buffer] = lo + 256 * min(lo + size, n);
+                        store_shared(tile_on<CHUNK>(kf_at, j) + r * 16 * CHUNK,
+                                     kf[j >> 1][2 * (j & 1) + r]);
+                scale_tops(&st, &keys);
+                publish_tops(&st, 0, f.bias, given, buffer, f0, pair);
+                if (pair == 0) {
+                    given->step[buffer][f0] = keys.step[0];
+                    given->step[buffer][f0 + 8] = keys.step[1];
+                }
+                if (tid == 0) given->piece[buffer] = lo + 256 * min(lo + size, n);
                 async_fence();
-                arrive(sm->full, item++);
+                arrive(given->weights, number);
+                if (!totals) arrive(given->full, number);
+                add_tops(&st, kf, lane);
+                lo += size;
+                size = lo < CHUNK ? lo & -lo : size;
             }
-            state_add(&st, &keys, v_tile);
-            lo += size;
-            size = lo < CHUNK ? lo & -lo : size;
+            any = next_place(p, &now, items, segs);
+            same = any && now.item == own;
         }
+        end_turn<TOPS, totals>(&st, p, w, end == w.end, f0, tid, 1);
     }
-    if (totals)
-        pure_state_end(&st, 1, segment_state(p, w), f0, pair);
-    else if (w.last)
-        write_state(&st, p, w, f0, pair);
+}
+
+/* The warpgroup of sums, which loads keys and values too. */
+template <bool totals>
+static __device__ __forceinline__ void sums_role(const struct prefill &p,
+                                                 const struct prefill_maps &m, int64_t items,
+                                                 uint32_t base, struct prefill_small *sm)
+{
+    using at = pure_form;
+    const int tid = threadIdx.x - GROUP, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
+    const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
+    struct place now = {}, ahead;
+    now.item = blockIdx.x;
+    if (!find_place(p, &now, items, segs)) return;
+    ahead = now;
+    bool more = true;
+    int loads = 0, normed = 0, n[2]; /* n: rows of the chunks on their way */
+    auto load_next = [&] {
+        if (!more) return;
+        n[1] = min(CHUNK, ahead.stop - ahead.c * CHUNK);
+        load_keys(m, base + at::k + loads % at::k_tiles * TILE,
+                  base + at::v + loads % at::v_tiles * TILE, ahead, &sm->loads[loads & 3], tid);
+        more = next_place(p, &ahead, items, segs);
+        loads++;
+    };
+    /* The older of two chunks on their way goes to the keys. */
+    auto give_keys = [&] {
+        if (normed >= loads) return;
+        const uint32_t k_tile = base + at::k + normed % at::k_tiles * TILE;
+        barrier_wait(smem_addr(&sm->loads[normed & 3]), normed >> 2 & 1);
+        clear_tail(k_tile, base + at::v + normed % at::v_tiles * TILE, n[0], tid);
+        own_norms(k_tile, sm->half[normed & 3], p, n[0], tid);
+        async_fence();
+        barrier_arrive(smem_addr(&sm->keys[normed++ & 3]));
+    };
+    load_next();
+    n[0] = n[1];
+    load_next();
+    give_keys();
+    n[0] = n[1];
+    load_next();
+
+    int i = 0, item[2] = {0, 0};
+    for (bool any = true; any;) {
+        const int64_t own = now.item;
+        const int end = now.end;
+        int turn;
+        const struct work w = turn_of(p, own, items, segs, &turn);
+        struct pure_state<D> st;
+        begin_turn<SUMS, totals>(&st, p, w, turn, 2, f0, tid, 4);
+        for (bool same = true; same; i++) {
+            const int rows = min(CHUNK, now.stop - now.c * CHUNK), to = i & 1;
+            const uint32_t v_tile = base + at::v + i % at::v_tiles * TILE;
+            struct prefill_given *given = &sm->given[to];
+            give_keys();
+            for (int hi = 0; hi < rows;) {
+                const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
+                const int tile = (2 * to + buffer) * TILE;
+                wait_for(given->weights, number);
+                hi = given->piece[buffer] >> 8;
+                const float step[2] = {given->step[buffer][f0], given->step[buffer][f0 + 8]};
+                scale_sums(&st, step);
+                if (!totals) {
+                    publish_sums(&st, base + at::s + tile, f0, pair);
+                    async_fence();
+                    arrive(given->full, number);
+                }
+                warpgroup_fence();
+                wgmma_tile_mix(&st.s[0][0], base + at::kf + tile, v_tile);
+                warpgroup_commit();
+                warpgroup_wait<0>();
+                wgmma_hold(&st.s[0][0]);
+                arrive(given->empty, number);
+            }
+            /* The keys are done with this chunk's tile; queries are at most three behind. */
+            n[0] = n[1];
+            load_next();
+            any = next_place(p, &now, items, segs);
+            same = any && now.item == own;
+        }
+        end_turn<SUMS, totals>(&st, p, w, end == w.end, f0, tid, 4);
+    }
 }
 
 /* qf of this warp's 16 tokens, r_t taken out. */
@@ -140,53 +220,78 @@ static __device__ __forceinline__ void query_weights(uint32_t qf[4][4], float r[
                                                     exp2_fast(a[4 * j + 2 * i + 1] - r[i]));
 }
 
-/* The second warpgroup. */
-static __device__ __forceinline__ void queries_role(const struct prefill &p, const struct work &w,
-                                                    uint32_t base, struct prefill_small *sm)
+/* One of two warpgroups of queries, for every other chunk. */
+static __device__ __forceinline__ void queries_role(const struct prefill &p, int64_t items,
+                                                    uint32_t base, struct prefill_small *sm,
+                                                    int group)
 {
-    const int tid = threadIdx.x - GROUP, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int row = 16 * warp + (lane >> 2);
+    using at = pure_form;
+    const int tid = threadIdx.x & (GROUP - 1), lane = tid & 31, warp = tid >> 5, pair = lane & 3;
+    const int row = 16 * warp + (lane >> 2), id = 2 + group;
     const float to_log2 = SRF__LOG2E * p.scale;
-    const bf16 *q = p.q + w.first * p.ld + w.head * D;
-    auto load_chunk = [&](int c) {
-        load_tile<D, GROUP>(base + AT_Q + (c & 1) * TILE, q + (int64_t)c * CHUNK * p.ld, p.ld,
-                            CHUNK, min(CHUNK, w.stop - c * CHUNK), tid);
+    const uint32_t w_tile = base + at::w + group * TILE;
+    struct prefill_given *given = &sm->given[group];
+    auto next = [&](struct place *x) { return next_place(p, x, items, p.n_seg); };
+    struct place now = {}, ahead;
+    now.item = blockIdx.x;
+    bool any = find_place(p, &now, items, p.n_seg);
+    if (any && group) any = next(&now);
+    ahead = now;
+    bool more = any;
+    int loads = 0;
+    auto load_next = [&] {
+        if (!more) return;
+        load_tile<D, GROUP>(base + at::q + (2 * group + (loads & 1)) * TILE,
+                            p.q + (ahead.row + ahead.c * CHUNK) * p.ld + ahead.head * D, p.ld,
+                            CHUNK, min(CHUNK, ahead.stop - ahead.c * CHUNK), tid);
         cp_async_commit();
+        more = next(&ahead) && next(&ahead);
+        loads++;
     };
-    load_chunk(w.begin);
-    int item = 0;
-    for (int c = w.begin; c < w.end; c++) {
-        const int n = min(CHUNK, w.stop - c * CHUNK);
-        const uint32_t q_tile = base + AT_Q + (c & 1) * TILE;
-        const uint32_t v_tile = base + AT_V + c % V_TILES * TILE;
+    load_next();
+    int64_t features = -1;
+    for (int i = 0, item = 0; any; i++, any = next(&now) && next(&now)) {
+        const int n = min(CHUNK, now.stop - now.c * CHUNK);
+        const uint32_t q_tile = base + at::q + (2 * group + (i & 1)) * TILE;
+        const uint32_t v_tile = base + at::v + (2 * i + group) % at::v_tiles * TILE;
+        if (features_of(p, now.head) != features) {
+            features = features_of(p, now.head);
+            group_barrier(id); /* all are done with the old ones */
+            load_tile<D, GROUP>(w_tile, p.w + features * D, D, 64, p.count, tid);
+            cp_async_commit();
+            cp_async_wait<0>();
+            async_fence();
+        }
         cp_async_wait<0>();
-        group_barrier<2>();
-        if (c + 1 < w.end) load_chunk(c + 1);
+        group_barrier(id);
+        load_next();
         for (int hi = 0; hi < n; item++) {
             const int buffer = item & 1;
-            float a[32], num[D / 8][4], den[4] = {0, 0, 0, 0}, r[2];
+            const uint32_t tile = (2 * group + buffer) * TILE;
+            /* with qf kf^T in a as well the compiler would wait for each product */
+            float a[32], seen[32], num[D / 8][4], den[4] = {0, 0, 0, 0}, r[2];
             uint32_t x[4][4], qf[4][4], weight[4][4];
             query_rows(x, q_tile, p.limit, warp, lane);
-            products(a, x, base + AT_W);
-            wait_full(sm, item);
-            const int lo = sm->piece[buffer] & 255;
-            hi = sm->piece[buffer] >> 8;
-            query_weights(qf, r, a, sm->top[buffer], to_log2, pair);
+            products(a, x, w_tile);
+            wait_for(given->full, item);
+            const int lo = given->piece[buffer] & 255;
+            hi = given->piece[buffer] >> 8;
+            query_weights(qf, r, a, given->top[buffer], to_log2, pair);
             warpgroup_fence();
-            wgmma_mix(a, qf, base + AT_KF + buffer * TILE, false);
+            wgmma_mix(seen, qf, base + at::kf + tile, false);
             warpgroup_commit();
-            wgmma_mix(&num[0][0], qf, base + AT_S + buffer * TILE, false);
+            wgmma_mix(&num[0][0], qf, base + at::s + tile, false);
             warpgroup_commit();
-            add_z(den, qf, sm->z[buffer], lane);
+            add_z(den, qf, given->z[buffer], lane);
             warpgroup_wait<1>();
-            wgmma_hold(a);
+            wgmma_hold(seen);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    if (8 * j + 2 * pair + (e & 1) > row + 8 * (e >> 1)) a[4 * j + e] = 0.0f;
-                weight[j >> 1][(j & 1) * 2] = pack_bf16(a[4 * j], a[4 * j + 1]);
-                weight[j >> 1][(j & 1) * 2 + 1] = pack_bf16(a[4 * j + 2], a[4 * j + 3]);
+                    if (8 * j + 2 * pair + (e & 1) > row + 8 * (e >> 1)) seen[4 * j + e] = 0.0f;
+                weight[j >> 1][(j & 1) * 2] = pack_bf16(seen[4 * j], seen[4 * j + 1]);
+                weight[j >> 1][(j & 1) * 2 + 1] = pack_bf16(seen[4 * j + 2], seen[4 * j + 3]);
             }
             warpgroup_wait<0>();
             wgmma_hold(&num[0][0]);
@@ -196,35 +301,31 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, con
             add_ones(den, weight, lane);
             warpgroup_wait<0>();
             wgmma_hold(&num[0][0]);
-            arrive(sm->empty, item);
-            give_rows(p, w, c, num, den, r, q_tile, warp, lo, hi, lane);
+            arrive(given->empty, item);
+            give_rows(p, now.row + now.c * CHUNK, now.head, num, den, r, q_tile, warp, lo, hi,
+                      lane);
         }
     }
 }
-#endif
 
-enum { SMEM = AT_SMALL + 4096 }; /* and what a base that is no multiple of 1024 wants */
-
-/* totals: the sums of each segment's own keys, by the first warpgroup alone. */
 template <bool totals>
-static __global__ BOUNDS(totals ? GROUP : 2 * GROUP,
-                         2) void prefill_kernel(const __grid_constant__ struct prefill p)
+__device__ __forceinline__ void pure_form::run(const struct prefill &p,
+                                               const struct prefill_maps &m, int64_t items,
+                                               uint32_t base, struct prefill_small *sm, int group)
 {
-#if HAVE_WGMMA
-    static_assert(sizeof(struct prefill_small) + 1024 <= SMEM - AT_SMALL, "room behind the tiles");
-    extern __shared__ char raw[];
-    char *smem = raw + (-smem_addr(raw) & 1023u);
-    struct prefill_small *sm = (struct prefill_small *)(smem + AT_SMALL);
-    const int n_segs = totals ? p.n_seg - 1 : p.n_seg;
-    const struct work w = work_of(p, blockIdx.x / n_segs, blockIdx.x % n_segs);
-    if (w.begin >= w.end) return;
-    start_block<totals ? GROUP : 2 * GROUP>(p, w, sm, smem_addr(smem) + AT_W);
-    if (totals || threadIdx.x < GROUP)
-        keys_role<totals>(p, w, smem_addr(smem), sm);
-    else
-        queries_role(p, w, smem_addr(smem), sm);
-#endif
+    start_barriers(sm, 2, totals ? 1 : 2);
+    if (group == 0) {
+        if (!totals) asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
+        keys_role<totals>(p, items, base, sm);
+    } else if (totals || group == 1) {
+        if (!totals) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        sums_role<totals>(p, m, items, base, sm);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
+        queries_role(p, items, base, sm, group - 2);
+    }
 }
+#endif
 
 /* The states before each segment: the caller's, and the segments before. One thread a feature and
  * column of S or z. */
@@ -271,8 +372,9 @@ static __global__ void prefix_kernel(const __grid_constant__ struct prefill p, i
 static bool compiled(void)
 {
     struct cudaFuncAttributes f;
-    return cudaFuncGetAttributes(&f, (const void *)prefill_kernel<false>) == cudaSuccess &&
-           f.maxThreadsPerBlock == 2 * GROUP;
+    return cudaFuncGetAttributes(&f, (const void *)prefill_kernel<pure_form, false>) ==
+               cudaSuccess &&
+           f.maxThreadsPerBlock == pure_form::groups * GROUP;
 }
 
 bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a)
@@ -287,16 +389,34 @@ bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_pre
            pointers % 16 == 0 && cuda_of(ctx)->cc == 90 && compiled();
 }
 
+/* Turns such that blocks, one a multiprocessor, end at about the same time; a turn begins with what
+ * takes as long as two chunks. */
+static void plan_turns(struct prefill *p, int64_t blocks)
+{
+    int64_t chunks = p->seg_chunks, least = 0;
+    p->n_turns = 1;
+    p->turn_chunks = p->seg_chunks;
+    if (p->heads * p->n_seg <= blocks) return;
+    for (int64_t size = chunks; size > 1; size--) {
+        int64_t turns = div_up(chunks, size), rounds = div_up(p->heads * turns, blocks);
+        if (size < chunks && rounds * (size + 2) >= least) continue;
+        least = rounds * (size + 2);
+        p->n_turns = (int)turns;
+        p->turn_chunks = (int)size;
+    }
+}
+
 /* Segments only where heads leave half the card idle, and of some length. */
 static struct prefill plan(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     struct prefill p = {};
     int64_t heads = s->b * s->h, chunks = div_up(s->t + (s->window ? CHUNK - 1 : 0), CHUNK);
-    int64_t n_seg = heads > 0 ? 2 * cuda_of(ctx)->n_sm / heads : 1;
+    int64_t n_sm = cuda_of(ctx)->n_sm, n_seg = n_sm / (heads ? heads : 1);
     n_seg = n_seg > chunks / 4 ? chunks / 4 : n_seg;
     n_seg = n_seg < 2 ? 1 : n_seg;
     p.seg_chunks = (int)(chunks > 0 ? div_up(chunks, n_seg) : 1);
     p.n_seg = (int)div_up(chunks, p.seg_chunks);
+    p.heads = heads;
     p.t = (int)s->t;
     p.h = (int)s->h;
     p.m = (int)s->m;
@@ -305,6 +425,7 @@ static struct prefill plan(const struct srf_ctx *ctx, const struct srf_attn_shap
     p.scale = (float)pow((double)D, -0.25);
     uint32_t limit = __bfloat16_as_ushort(__float2bfloat16_rn(SRF__X_LIMIT / p.scale));
     p.limit = limit << 16 | limit;
+    plan_turns(&p, n_sm);
     return p;
 }
 
@@ -316,6 +437,10 @@ static size_t carve(const struct srf_srf_attn_prefill_args *a, void *base, struc
     if (p->n_seg > 1)
         p->sums = (float *)bump_bytes(&bump, (size_t)(heads * p->n_seg * pure_state_count(D, 1)) *
                                                  sizeof(float));
+    if (p->n_turns > 1) {
+        p->turns = (float *)bump_bytes(&bump, (size_t)(heads * TURN_FLOATS) * sizeof(float));
+        p->turns_done = (int *)bump_bytes(&bump, (size_t)heads * sizeof(int));
+    }
     if (p->m > 64) {
         p->num = (float2 *)bump_bytes(&bump, (size_t)(rows * D / 2) * sizeof(float2));
         p->den = (float2 *)bump_bytes(&bump, (size_t)rows * sizeof(float2));
@@ -327,16 +452,6 @@ size_t srf__prefill_workspace(const struct srf_ctx *ctx, const struct srf_srf_at
 {
     struct prefill p = plan(ctx, &a->s);
     return carve(a, NULL, &p);
-}
-
-template <bool totals>
-static srf_status launch(struct srf_ctx *ctx, const struct prefill *p, int64_t blocks)
-{
-    CUDA_TRY(cudaFuncSetAttribute(prefill_kernel<totals>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM));
-    prefill_kernel<totals>
-        <<<(unsigned)blocks, totals ? GROUP : 2 * GROUP, SMEM, stream_of(ctx)>>>(*p);
-    return srf__cuda_launched("srf_attn_prefill");
 }
 
 srf_status srf__prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a)
@@ -361,17 +476,19 @@ srf_status srf__prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_a
     p.offsets = (const int32_t *)a->offsets;
     p.slots = (const int32_t *)a->slots;
     carve(a, ctx->workspace, &p);
+    struct prefill_maps m;
+    int64_t rows = a->offsets ? a->rows : s->b * s->t;
+    SRF_TRY(srf__tile_map(&m.k, a->k, 1, rows, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.v, a->v, 1, rows, s->h, a->ld, CHUNK));
     for (p.first = 0; p.first < p.m; p.first += p.count) {
         p.count = p.m - p.first < 64 ? p.m - p.first : 64;
         if (p.n_seg > 1) {
-            if (s->window)
-                SRF_TRY(srf__prefill_window_totals(ctx, &p, heads));
-            else
-                SRF_TRY((launch<true>(ctx, &p, heads * (p.n_seg - 1))));
+            SRF_TRY((s->window ? srf__prefill_window_totals(ctx, &p, &m)
+                               : prefill_launch<pure_form, true>(ctx, &p, &m)));
             prefix_kernel<<<(unsigned)div_up(n, 128), 128, 0, stream_of(ctx)>>>(p, n);
         }
-        SRF_TRY(s->window ? srf__prefill_window(ctx, &p, heads)
-                          : launch<false>(ctx, &p, heads * p.n_seg));
+        SRF_TRY((s->window ? srf__prefill_window(ctx, &p, &m)
+                           : prefill_launch<pure_form, false>(ctx, &p, &m)));
     }
     return SRF_OK;
 }

@@ -20,21 +20,33 @@ struct prefill {
     bool state_bf16;
     const int32_t *pos, *offsets, *slots; /* as in the op's arguments */
     float *sums; /* (b h, n_seg, pure_state_count): segments' states; NULL: one segment */
+    /* (heads, TURN_FLOATS), (heads): what one turn leaves to the next of the same head, and how
+     * many have; NULL: one turn. */
+    float *turns;
+    int *turns_done;
     /* (rows, h, D), (rows, h): numerators; denominators and r. Of the features before these; NULL:
      * all are done at once. */
     float2 *num, *den;
-    int64_t ld, ld_o;
+    int64_t ld, ld_o, heads; /* heads of all sequences */
     int t, h, m, n_sets, window;
-    int first, count;      /* features [first, first + count) */
-    int n_seg, seg_chunks; /* segments, chunks in each */
-    float scale;           /* d^(-1/4) */
-    uint32_t limit;        /* the clamp of q and k, twice bf16 */
+    int first, count;         /* features [first, first + count) */
+    int n_seg, seg_chunks;    /* segments, chunks in each */
+    int n_turns, turn_chunks; /* turns of a segment, chunks in each */
+    float scale;              /* d^(-1/4) */
+    uint32_t limit;           /* the clamp of q and k, twice bf16 */
+};
+
+/* k and v as the copy engine sees them: all rows as one sequence. */
+struct prefill_maps {
+    CUtensorMap k, v;
 };
 
 /* srf_attn_prefill_window.cu: blocks of segments; keys of the caller's into the rings, where they
  * are in segments. */
-srf_status srf__prefill_window(struct srf_ctx *ctx, const struct prefill *p, int64_t heads);
-srf_status srf__prefill_window_totals(struct srf_ctx *ctx, const struct prefill *p, int64_t heads);
+srf_status srf__prefill_window(struct srf_ctx *ctx, const struct prefill *p,
+                               const struct prefill_maps *m);
+srf_status srf__prefill_window_totals(struct srf_ctx *ctx, const struct prefill *p,
+                                      const struct prefill_maps *m);
 
 #ifdef __CUDACC__
 /* The launcher asks for this bound to learn whether a kernel was compiled for its device. */
@@ -77,6 +89,54 @@ static __device__ __forceinline__ struct work work_of(const struct prefill &p, i
     return w;
 }
 
+/* A block's way through its turns: segments (or what a turn has of one) of all heads, the first
+ * turns of all before the second of any. What else is to be known of one, turn_of says. */
+struct place {
+    int64_t item; /* turn * segments of all heads + segment */
+    int64_t row;  /* of position 0 */
+    int64_t slot;
+    int head, pos, stop; /* all as in struct work */
+    int c, end;          /* this chunk, the turn's end */
+    bool before;         /* hybrid: the block before the turn's first, for its keys */
+};
+static __device__ __forceinline__ struct work turn_of(const struct prefill &p, int64_t item,
+                                                      int64_t items, int segs, int *turn)
+{
+    const int64_t all = items / p.n_turns, i = item % all;
+    *turn = (int)(item / all);
+    return work_of(p, i / segs, (int)(i % segs));
+}
+/* The first chunk of place->item or of the block's next turn that has any; false: none is left.
+ * segs: of a head. */
+static __device__ __forceinline__ bool find_place(const struct prefill &p, struct place *at,
+                                                  int64_t items, int segs)
+{
+    for (; at->item < items; at->item += gridDim.x) {
+        int turn;
+        const struct work w = turn_of(p, at->item, items, segs, &turn);
+        at->row = w.first;
+        at->head = w.head;
+        at->slot = w.slot;
+        at->pos = w.pos;
+        at->stop = w.stop;
+        at->c = w.begin + turn * p.turn_chunks;
+        at->end = min(w.end, at->c + p.turn_chunks);
+        if (at->c >= at->end) continue;
+        at->before = p.window && at->c > 0;
+        at->c -= at->before;
+        return true;
+    }
+    return false;
+}
+static __device__ __forceinline__ bool next_place(const struct prefill &p, struct place *at,
+                                                  int64_t items, int segs)
+{
+    at->before = false;
+    if (++at->c < at->end) return true;
+    at->item += gridDim.x;
+    return find_place(p, at, items, segs);
+}
+
 /* ---- states as they are stored --------------------------------------------------------------- */
 
 /* S of feature f. */
@@ -96,34 +156,45 @@ static __device__ __forceinline__ float *segment_state(const struct prefill &p,
     return p.sums + (w.head_i * p.n_seg + w.seg) * pure_state_count(D, 1);
 }
 
+/* What of a state is meant: z and M, S. */
+enum { TOPS = 1, SUMS = 2 };
+
 /* The state before the first chunk: the caller's, or what the prefixes left. */
+template <int what>
 static __device__ __forceinline__ void read_state(struct pure_state<D> *st, const struct prefill &p,
                                                   const struct work &w, int f0, int pair)
 {
-    if (p.sums) {
-        pure_state_start(st, true, 1, segment_state(p, w), f0, pair);
-        return;
-    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const bool there = f0 + 8 * i < p.count;
         const int f = p.first + (there ? f0 + 8 * i : 0);
+        const float *seg = p.sums ? segment_state(p, w) + (f0 + 8 * i) * D : NULL;
         const char *s = state_row(p, w.slot, f);
         const float *z = state_z(p, w.slot, f);
 #pragma unroll
-        for (int j = 0; j < D / 8; j++) {
+        for (int j = 0; j < D / 8 && (what & SUMS); j++) {
             float2 x = make_float2(0, 0);
-            if (there)
+            if (seg)
+                x = ((const float2 *)seg)[4 * j + pair];
+            else if (there)
                 x = p.state_bf16 ? unpack_bf16(((const uint32_t *)s)[4 * j + pair])
                                  : ((const float2 *)s)[4 * j + pair];
             st->s[j][2 * i] = x.x;
             st->s[j][2 * i + 1] = x.y;
         }
-        st->z[i] = there ? z[0] : 0.0f;
-        st->top[i] = st->z[i] != 0.0f ? z[p.m] : SRF__UNSET;
+        if (!(what & TOPS)) continue;
+        if (seg) {
+            const float *tops = segment_state(p, w) + 64 * D + f0 + 8 * i;
+            st->z[i] = tops[0];
+            st->top[i] = tops[128];
+        } else {
+            st->z[i] = there ? z[0] : 0.0f;
+            st->top[i] = st->z[i] != 0.0f ? z[p.m] : SRF__UNSET;
+        }
     }
 }
 /* In the pure form no feature of a sequence with tokens is unset; in the hybrid z = 0 says so. */
+template <int what>
 static __device__ __forceinline__ void write_state(const struct pure_state<D> *st,
                                                    const struct prefill &p, const struct work &w,
                                                    int f0, int pair)
@@ -135,38 +206,104 @@ static __device__ __forceinline__ void write_state(const struct pure_state<D> *s
         char *s = state_row(p, w.slot, f);
         float *z = state_z(p, w.slot, f);
 #pragma unroll
-        for (int j = 0; j < D / 8; j++) {
+        for (int j = 0; j < D / 8 && (what & SUMS); j++) {
             float x = st->s[j][2 * i], y = st->s[j][2 * i + 1];
             if (p.state_bf16)
                 ((uint32_t *)s)[4 * j + pair] = pack_bf16(x, y);
             else
                 ((float2 *)s)[4 * j + pair] = make_float2(x, y);
         }
-        if (pair == 0) {
+        if ((what & TOPS) && pair == 0) {
             z[0] = st->z[i];
             z[p.m] = st->z[i] != 0.0f ? st->top[i] : 0.0f;
         }
     }
 }
+/* What a segment's own keys make, to the workspace. */
+template <int what>
+static __device__ __forceinline__ void write_segment(const struct pure_state<D> *st,
+                                                     const struct prefill &p, const struct work &w,
+                                                     int f0, int pair)
+{
+    float *to = segment_state(p, w);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < D / 8 && (what & SUMS); j++)
+            ((float2 *)(to + f * D))[4 * j + pair] =
+                make_float2(st->s[j][2 * i], st->s[j][2 * i + 1]);
+        if ((what & TOPS) && pair == 0) {
+            to[64 * D + f] = st->z[i];
+            to[64 * (D + 1) + f] = st->top[i];
+        }
+    }
+}
 
-#if HAVE_WGMMA
+/* From one turn to the next: all registers of all threads as they are. */
+#define TURN_FLOATS ((D / 2 + 4) * GROUP)
+template <int what>
+static __device__ __forceinline__ void give_turn(const struct prefill &p, int64_t head_i,
+                                                 const struct pure_state<D> *st, int tid)
+{
+    float4 *to = (float4 *)(p.turns + head_i * TURN_FLOATS) + tid;
+#pragma unroll
+    for (int j = 0; j < D / 8 && (what & SUMS); j++)
+        to[j * GROUP] = make_float4(st->s[j][0], st->s[j][1], st->s[j][2], st->s[j][3]);
+    if (what & TOPS) to[D / 8 * GROUP] = make_float4(st->z[0], st->z[1], st->top[0], st->top[1]);
+    __threadfence();
+}
+template <int what>
+static __device__ __forceinline__ void take_turn(const struct prefill &p, int64_t head_i,
+                                                 struct pure_state<D> *st, int tid)
+{
+    const float4 *from = (const float4 *)(p.turns + head_i * TURN_FLOATS) + tid;
+#pragma unroll
+    for (int j = 0; j < D / 8 && (what & SUMS); j++) {
+        const float4 x = __ldcg(from + j * GROUP);
+        st->s[j][0] = x.x, st->s[j][1] = x.y, st->s[j][2] = x.z, st->s[j][3] = x.w;
+    }
+    if (!(what & TOPS)) return;
+    const float4 x = __ldcg(from + D / 8 * GROUP);
+    st->z[0] = x.x, st->z[1] = x.y, st->top[0] = x.z, st->top[1] = x.w;
+}
+static __device__ __forceinline__ void wait_turn(const int *done, int turn)
+{
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
+    } while (now < turn);
+}
+static __device__ __forceinline__ void turn_done(int *done)
+{
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
+}
+
 /* ---- shared memory --------------------------------------------------------------------------- */
 
-/* Behind the tiles. Two of what is given out, in turns. */
-struct prefill_small {
-    float half[4][64]; /* log2(e) |y|^2 / 2 of the keys of chunks c % 4 */
-    float bias[64];    /* log2(e) times the caller's */
+/* What the keys give out to a warpgroup of queries, beside tiles: two of it, in turns. */
+struct prefill_given {
     float top[2][64];  /* bias + M */
+    float step[2][64]; /* 2^(M before - M), for the sums */
     bf16 z[2][2][64];  /* z as a sum of two */
     int piece[2];      /* rows lo + 256 hi of a chunk */
-    uint64_t full[2], empty[2];
+    /* All of it is there; weights alone are; nobody needs it any more. */
+    uint64_t full[2], weights[2], empty[2];
+};
+/* Behind the tiles. */
+struct prefill_small {
+    float half[4][64]; /* log2(e) |y|^2 / 2 of the keys of chunks c % 4 */
+    struct prefill_given given[2];
+    uint64_t loads[4]; /* keys and values number i % 4 have come */
+    uint64_t keys[4];  /* keys, and their norms, are as they are used */
 };
 
-template <int id> static __device__ __forceinline__ void group_barrier()
+#if HAVE_WGMMA
+static __device__ __forceinline__ void group_barrier(int id)
 {
-    asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(GROUP) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(GROUP) : "memory");
 }
-template <int id> static __device__ __forceinline__ bool group_any(bool x)
+static __device__ __forceinline__ bool group_any(int id, bool x)
 {
     uint32_t any;
     asm volatile("{\n"
@@ -176,7 +313,7 @@ template <int id> static __device__ __forceinline__ bool group_any(bool x)
                  "selp.u32 %0, 1, 0, q;\n"
                  "}\n"
                  : "=r"(any)
-                 : "r"((uint32_t)x), "n"(id), "n"(GROUP)
+                 : "r"((uint32_t)x), "r"(id), "n"(GROUP)
                  : "memory");
     return any;
 }
@@ -186,36 +323,68 @@ static __device__ __forceinline__ void arrive(uint64_t barrier[2], int i)
 {
     barrier_arrive(smem_addr(&barrier[i & 1]));
 }
-static __device__ __forceinline__ void wait_full(struct prefill_small *sm, int i)
+static __device__ __forceinline__ void wait_for(uint64_t barrier[2], int i)
 {
-    barrier_wait(smem_addr(&sm->full[i & 1]), i >> 1 & 1);
+    barrier_wait(smem_addr(&barrier[i & 1]), i >> 1 & 1);
 }
 /* Before number i is filled: what was there two before has been emptied. */
-static __device__ __forceinline__ void wait_empty(struct prefill_small *sm, int i)
+static __device__ __forceinline__ void wait_empty(struct prefill_given *given, int i)
 {
-    if (i >= 2) barrier_wait(smem_addr(&sm->empty[i & 1]), (i >> 1 & 1) ^ 1);
+    if (i >= 2) barrier_wait(smem_addr(&given->empty[i & 1]), (i >> 1 & 1) ^ 1);
 }
 
-/* W, biases, barriers; by all threads of the block. */
-template <int threads>
-static __device__ __forceinline__ void start_block(const struct prefill &p, const struct work &w,
-                                                   struct prefill_small *sm, uint32_t w_tile)
+/* The state as a turn begins and ends; `parts` warpgroups have parts of it. id: of a barrier. */
+template <int what, bool totals>
+static __device__ __forceinline__ void begin_turn(struct pure_state<D> *st, const struct prefill &p,
+                                                  const struct work &w, int turn, int parts, int f0,
+                                                  int tid, int id)
 {
-    const int64_t row = (p.n_sets == 1 ? 0 : (int64_t)w.head * p.m) + p.first;
+    if (totals) {
+        pure_state_start(st, false, 1, NULL, f0, tid & 3);
+    } else if (turn > 0) {
+        if (tid == 0) wait_turn(p.turns_done + w.head_i, turn * parts);
+        group_barrier(id);
+        take_turn<what>(p, w.head_i, st, tid);
+    } else {
+        read_state<what>(st, p, w, f0, tid & 3);
+    }
+}
+template <int what, bool totals>
+static __device__ __forceinline__ void end_turn(const struct pure_state<D> *st,
+                                                const struct prefill &p, const struct work &w,
+                                                bool last, int f0, int tid, int id)
+{
+    if (totals) {
+        write_segment<what>(st, p, w, f0, tid & 3);
+    } else if (!last) {
+        give_turn<what>(p, w.head_i, st, tid);
+        group_barrier(id);
+        if (tid == 0) turn_done(p.turns_done + w.head_i);
+    } else if (w.last) {
+        write_state<what>(st, p, w, f0, tid & 3);
+    }
+}
+
+/* Barriers, by all threads of the block; arrivals of warpgroups. */
+static __device__ __forceinline__ void start_barriers(struct prefill_small *sm, int full, int empty)
+{
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) {
-            barrier_init(smem_addr(&sm->full[i]), GROUP);
-            barrier_init(smem_addr(&sm->empty[i]), GROUP);
+        for (int i = 0; i < 4; i++) {
+            struct prefill_given *given = &sm->given[i >> 1];
+            barrier_init(smem_addr(&given->full[i & 1]), full * GROUP);
+            barrier_init(smem_addr(&given->weights[i & 1]), GROUP);
+            barrier_init(smem_addr(&given->empty[i & 1]), empty * GROUP);
+            barrier_init(smem_addr(&sm->loads[i]), GROUP);
+            barrier_init(smem_addr(&sm->keys[i]), GROUP);
         }
         barrier_init_done();
     }
-    load_tile<D, threads>(w_tile, p.w + row * D, D, 64, p.count, threadIdx.x);
-    cp_async_commit();
-    for (int f = threadIdx.x; f < 64; f += threads)
-        sm->bias[f] = f < p.count ? SRF__LOG2E * p.bias[row + f] : -INFINITY;
-    cp_async_wait<0>();
-    async_fence();
     __syncthreads();
+}
+/* The first of a head's features among all rows of W. */
+static __device__ __forceinline__ int64_t features_of(const struct prefill &p, int head)
+{
+    return (p.n_sets == 1 ? 0 : (int64_t)head * p.m) + p.first;
 }
 
 /* a = x tile^T */
@@ -228,10 +397,46 @@ static __device__ __forceinline__ void products(float a[32], const uint32_t x[4]
     wgmma_hold(a);
 }
 
+/* c (64, 64) += P B: P a tile of 64 rows, B another's 64 rows. */
+static __device__ __forceinline__ void wgmma_tile_mix(float c[32], uint32_t p, uint32_t tile)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<false, true>(c, wgmma_tile(p + 32 * kk), wgmma_tile(tile + 2048 * kk), true);
+}
+
 /* ---- keys ------------------------------------------------------------------------------------ */
 
-/* half of the rows whose pieces this thread has loaded (load_tile), which have arrived; infinite,
- * weight 0, from row n on. They are clamped in place. */
+/* Keys and values of the chunk where `at` is, by the copy engine: loads of a thread's own would have
+ * to come before each of its fences is passed. Rows of other sequences behind the end come too. */
+static __device__ __forceinline__ void load_keys(const struct prefill_maps &m, uint32_t k_tile,
+                                                 uint32_t v_tile, const struct place &at,
+                                                 uint64_t *barrier, int tid)
+{
+    const uint32_t bar = smem_addr(barrier);
+    if (tid == 0) {
+        const int row = (int)(at.row + at.c * CHUNK);
+        barrier_expect(bar, 2 * TILE);
+        bulk_tile(k_tile, &m.k, at.head * D, row, 0, bar);
+        bulk_tile(v_tile, &m.v, at.head * D, row, 0, bar);
+    } else {
+        barrier_arrive(bar);
+    }
+}
+/* A thread has 16-byte pieces tid % 8 of rows tid / 8 + 16 i. Zeros from row n on: no weight makes
+ * a number of what is none. */
+static __device__ __forceinline__ void clear_tail(uint32_t k_tile, uint32_t v_tile, int n, int tid)
+{
+    for (int row = tid / 8; row < CHUNK && n < CHUNK; row += 16)
+        if (row >= n) {
+            const uint32_t at = tile_at<D>(row, tid % 8);
+            asm volatile("st.shared.v4.b32 [%0], {%2,%2,%2,%2};\n"
+                         "st.shared.v4.b32 [%1], {%2,%2,%2,%2};" ::"r"(k_tile + at),
+                         "r"(v_tile + at), "r"(0)
+                         : "memory");
+        }
+}
+/* half of rows of keys; infinite, weight 0, from row n on. They are clamped in place. */
 static __device__ __forceinline__ void own_norms(uint32_t k_tile, float *half,
                                                  const struct prefill &p, int n, int tid)
 {
@@ -264,17 +469,32 @@ static __device__ __forceinline__ void own_norms(uint32_t k_tile, float *half,
     }
 }
 
-/* Exponents of a chunk's keys for this thread's two features: a. Rows outside [lo, hi) have no
- * weight. */
-static __device__ __forceinline__ void key_exponents(float a[32], uint32_t w_tile, uint32_t k_tile,
-                                                     const float *half, const float bias[2],
-                                                     float to_log2, int lo, int hi)
-{
-    const int lane = threadIdx.x & 31, pair = lane & 3;
+/* What a thread of the keys keeps of its two features: W's rows as an operand, log2(e) bias. */
+struct key_features {
     uint32_t w[4][4];
+    float bias[2];
+};
+static __device__ __forceinline__ void read_features(struct key_features *f,
+                                                     const struct prefill &p, const struct work &w,
+                                                     int f0, int pair)
+{
+    const int64_t row = features_of(p, w.head);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) load_a<D>(w[kk], w_tile + (threadIdx.x >> 5) * 32 * D, kk, lane);
-    products(a, w, k_tile);
+    for (int i = 0; i < 2; i++) {
+        const bool there = f0 + 8 * i < p.count;
+        const uint32_t *from = (const uint32_t *)(p.w + (row + (there ? f0 + 8 * i : 0)) * D);
+#pragma unroll
+        for (int j = 0; j < 8; j++) f->w[j >> 1][2 * (j & 1) + i] = there ? from[4 * j + pair] : 0;
+        f->bias[i] = there ? SRF__LOG2E * p.bias[row + f0 + 8 * i] : -INFINITY;
+    }
+}
+
+/* Exponents of a chunk's keys for this thread's two features, a = W K^T before. Rows outside
+ * [lo, hi) have no weight. */
+static __device__ __forceinline__ void
+key_exponents(float a[32], const float *half, const float bias[2], float to_log2, int lo, int hi)
+{
+    const int pair = threadIdx.x & 3;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         float2 sub = *(const float2 *)(half + 8 * j + 2 * pair);
@@ -320,69 +540,77 @@ static __device__ __forceinline__ bool key_tops(struct pure_keys *keys,
     return fits;
 }
 
-static __device__ __forceinline__ void
-key_weights(struct pure_keys *keys, const struct pure_state<D> *st, const float a[32])
+/* Weights, as the operand of products. */
+static __device__ __forceinline__ void key_weights(uint32_t kf[4][4], const struct pure_keys *keys,
+                                                   const float a[32])
 {
-    float sum[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t kf = pack_bf16(exp2_fast(a[4 * j + 2 * i] - keys->top[i]),
-                                    exp2_fast(a[4 * j + 2 * i + 1] - keys->top[i]));
-            float2 rounded = unpack_bf16(kf);
-            keys->kf[j][i] = kf;
-            sum[i] += rounded.x + rounded.y;
-        }
+        for (int i = 0; i < 2; i++)
+            kf[j >> 1][2 * (j & 1) + i] = pack_bf16(exp2_fast(a[4 * j + 2 * i] - keys->top[i]),
+                                                    exp2_fast(a[4 * j + 2 * i + 1] - keys->top[i]));
+}
+/* S in the new M, which is soon the old one. */
+static __device__ __forceinline__ void scale_sums(struct pure_state<D> *st, const float step[2])
+{
+    if (__any_sync(0xffffffffu, step[0] != 1.0f || step[1] != 1.0f))
+        scale_rows(st->s, step[0], step[1]);
+}
+/* den += sums of weights, a product with a column of ones: where pair is 0, of den[0], den[2]. */
+static __device__ __forceinline__ void add_ones(float den[4], const uint32_t weight[4][4], int lane)
+{
+    const uint32_t ones = lane < 4 ? 0x3f803f80u : 0;
 #pragma unroll
-    for (int i = 0; i < 2; i++) keys->z[i] = fmaf(st->z[i], keys->step[i], quad_sum(sum[i]));
+    for (int kk = 0; kk < 4; kk++) mma_bf16(den, weight[kk], ones, ones);
 }
 
-/* S += kf V; z and M too. */
-static __device__ __forceinline__ void state_add(struct pure_state<D> *st,
-                                                 const struct pure_keys *keys, uint32_t v_tile)
+/* z and M in the scale of these keys. */
+static __device__ __forceinline__ void scale_tops(struct pure_state<D> *st,
+                                                  const struct pure_keys *keys)
 {
-    uint32_t kf[4][4];
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) kf[kk][i] = keys->kf[2 * kk + (i >> 1)][i & 1];
-    /* M soon stands still. */
-    if (__any_sync(0xffffffffu, keys->step[0] != 1.0f || keys->step[1] != 1.0f))
-        scale_rows(st->s, keys->step[0], keys->step[1]);
-    warpgroup_fence();
-    wgmma_mix(&st->s[0][0], kf, v_tile, true);
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    wgmma_hold(&st->s[0][0]);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        st->z[i] = keys->z[i];
-        st->top[i] = keys->top[i];
+    for (int k = 0; k < 2; k++) {
+        st->z[k] *= keys->step[k];
+        st->top[k] = keys->top[k];
     }
 }
+/* z, and bias + M - less, in buffer i for the queries. */
+static __device__ __forceinline__ void publish_tops(const struct pure_state<D> *st, float less,
+                                                    const float bias[2],
+                                                    struct prefill_given *given, int i, int f0,
+                                                    int pair)
+{
+#pragma unroll
+    for (int k = 0; k < 2 && pair == 0; k++) {
+        const float z = st->z[k];
+        const bf16 most = __float2bfloat16_rn(z);
+        given->top[i][f0 + 8 * k] = bias[k] + st->top[k] - less;
+        given->z[i][0][f0 + 8 * k] = most;
+        given->z[i][1][f0 + 8 * k] = __float2bfloat16_rn(z - __bfloat162float(most));
+    }
+}
+/* z with the weights of these keys, where pair is 0. */
+static __device__ __forceinline__ void add_tops(struct pure_state<D> *st, const uint32_t kf[4][4],
+                                                int lane)
+{
+    float sum[4] = {0, 0, 0, 0};
+    add_ones(sum, kf, lane);
+    st->z[0] += sum[0];
+    st->z[1] += sum[2];
+}
 
-/* S and z times `step`, and top, in buffer i for the queries. */
-static __device__ __forceinline__ void publish_state(const struct pure_state<D> *st,
-                                                     const float step[2], const float top[2],
-                                                     uint32_t s_tile, struct prefill_small *sm,
-                                                     int i, int f0, int pair)
+/* S in bf16, for the queries. */
+static __device__ __forceinline__ void publish_sums(const struct pure_state<D> *st, uint32_t s_tile,
+                                                    int f0, int pair)
 {
     const uint32_t s = s_tile + tile_at<D>(f0, 0) + 4 * pair;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 2; k++)
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             store_shared(tile_on<D>(s, j) + k * 16 * D,
-                         pack_bf16(st->s[j][2 * k] * step[k], st->s[j][2 * k + 1] * step[k]));
-        if (pair == 0) {
-            const float z = st->z[k] * step[k];
-            const bf16 most = __float2bfloat16_rn(z);
-            sm->top[i][f0 + 8 * k] = top[k];
-            sm->z[i][0][f0 + 8 * k] = most;
-            sm->z[i][1][f0 + 8 * k] = __float2bfloat16_rn(z - __bfloat162float(most));
-        }
-    }
+                         pack_bf16(st->s[j][2 * k], st->s[j][2 * k + 1]));
 }
 
 /* ---- queries --------------------------------------------------------------------------------- */
@@ -410,13 +638,6 @@ static __device__ __forceinline__ void add_z(float den[4], const uint32_t weight
         mma_bf16(den, weight[kk], g < 2 ? z0 : 0, g < 2 ? z1 : 0);
     }
 }
-/* den += sums of weights, a product with a column of ones. */
-static __device__ __forceinline__ void add_ones(float den[4], const uint32_t weight[4][4], int lane)
-{
-    const uint32_t ones = lane < 4 ? 0x3f803f80u : 0;
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) mma_bf16(den, weight[kk], ones, ones);
-}
 /* Row i of a quad's two takes what other features have of the same token. */
 static __device__ __forceinline__ void merge_row(float (&num)[D / 8][4], float den[2], float r[2],
                                                  int i, const float2 *other, float2 other_den)
@@ -432,10 +653,10 @@ static __device__ __forceinline__ void merge_row(float (&num)[D / 8][4], float d
     den[i] = den[i] * mine + other_den.x * with;
     r[i] = top;
 }
-/* num / sums of rows lo .. hi - 1 of chunk c to the output, through the tile they came from; or,
- * with r, to where the next features find them. */
-static __device__ __forceinline__ void give_rows(const struct prefill &p, const struct work &w,
-                                                 int c, float (&num)[D / 8][4], const float sums[4],
+/* num / sums of rows lo .. hi - 1 of the chunk that begins at row `first` to the output, through the
+ * tile they came from; or, with r, to where the next features find them. */
+static __device__ __forceinline__ void give_rows(const struct prefill &p, int64_t first, int head,
+                                                 float (&num)[D / 8][4], const float sums[4],
                                                  float r[2], uint32_t tile, int warp, int lo,
                                                  int hi, int lane)
 {
@@ -444,7 +665,7 @@ static __device__ __forceinline__ void give_rows(const struct prefill &p, const 
                     __shfl_sync(0xffffffffu, sums[2] + sums[3], lane & ~3)};
     const bool last = p.first + p.count == p.m;
     for (int i = 0; i < 2 && p.num; i++) {
-        const int64_t at = (w.first + c * CHUNK + row + 8 * i) * p.h + w.head;
+        const int64_t at = (first + row + 8 * i) * p.h + head;
         const bool there = row + 8 * i >= lo && row + 8 * i < hi;
         float2 *part = p.num + at * (D / 2) + pair;
         if (p.first > 0 && there) {
@@ -463,8 +684,42 @@ static __device__ __forceinline__ void give_rows(const struct prefill &p, const 
     }
     if (!last) return;
     scale_rows(num, 1.0f / den[0], 1.0f / den[1]);
-    store_rows<D>(p.o + (w.first + c * CHUNK) * p.ld_o + w.head * D, p.ld_o, num, tile, warp, lo,
-                  hi, lane);
+    store_rows<D>(p.o + first * p.ld_o + head * D, p.ld_o, num, tile, warp, lo, hi, lane);
 }
 #endif
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* form: the layout of its shared memory, its warpgroups and their roles. totals: the sums of each
+ * segment's own keys, without queries. */
+template <class form, bool totals>
+static __global__ BOUNDS(GROUP *(totals ? form::groups - 2 : form::groups),
+                         1) void prefill_kernel(const __grid_constant__ struct prefill p,
+                                                const __grid_constant__ struct prefill_maps m)
+{
+#if HAVE_WGMMA
+    extern __shared__ char raw[];
+    const uint32_t skip = -smem_addr(raw) & 1023u, base = smem_addr(raw) + skip;
+    struct prefill_small *sm = (struct prefill_small *)(raw + skip + form::small);
+    const int64_t items = p.heads * (p.n_seg - totals) * p.n_turns; /* of all blocks */
+    form::template run<totals>(p, m, items, base, sm, threadIdx.x / GROUP);
+#endif
+}
+
+template <class form, bool totals>
+static srf_status prefill_launch(struct srf_ctx *ctx, const struct prefill *p,
+                                 const struct prefill_maps *m)
+{
+    /* And what a base that is no multiple of 1024 wants. */
+    constexpr int bytes = form::small + 1024 + (int)sizeof(struct prefill_small);
+    constexpr int threads = GROUP * (totals ? form::groups - 2 : form::groups);
+    int64_t items = p->heads * (p->n_seg - totals) * p->n_turns, n_sm = cuda_of(ctx)->n_sm;
+    int64_t blocks = items < n_sm ? items : n_sm;
+    auto kernel = prefill_kernel<form, totals>;
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    if (p->n_turns > 1)
+        CUDA_TRY(cudaMemsetAsync(p->turns_done, 0, (size_t)p->heads * sizeof(int), stream_of(ctx)));
+    kernel<<<(unsigned)blocks, threads, bytes, stream_of(ctx)>>>(*p, *m);
+    return srf__cuda_launched("srf_attn_prefill");
+}
 #endif

@@ -11,15 +11,19 @@
  */
 #include "kernels/cuda/srf_attn_prefill_parts.h"
 
-/* Shared memory: tiles of blocks c - 2 to c + 1, the queries being at most one behind. */
-enum {
-    AT_W = 0,
-    AT_K = AT_W + TILE,     /* 4 */
-    AT_V = AT_K + 4 * TILE, /* 4 */
-    AT_Q = AT_V + 4 * TILE, /* 2 */
-    AT_S = AT_Q + 2 * TILE, /* 2 */
-    AT_SMALL = AT_S + 2 * TILE,
-    SMEM = AT_SMALL + 4096
+/* Shared memory, from a multiple of 1024. Tiles of blocks that queries may still want, the one
+ * before each of them, the keys' own, and two that are on their way. */
+struct window_form {
+    static constexpr int groups = 3; /* keys, two of queries */
+    static constexpr int tiles = 8;
+    static constexpr int k = 0, v = k + tiles * TILE;
+    static constexpr int w = v + tiles * TILE, q = w + 2 * TILE; /* of queries: (2), (2, 2) */
+    static constexpr int s = q + 4 * TILE;                       /* to queries: (2, 2) */
+    static constexpr int small = s + 4 * TILE;
+
+    template <bool totals>
+    static __device__ void run(const struct prefill &p, const struct prefill_maps &m, int64_t items,
+                               uint32_t base, struct prefill_small *sm, int group);
 };
 #define RING (2 * CHUNK)
 
@@ -53,93 +57,140 @@ static __device__ __forceinline__ void write_ring(const struct prefill &p, const
 }
 
 #if HAVE_WGMMA
-/* As load_tile: rows of block c, from the ring where they are older than the call, zeros behind its
- * end. */
-static __device__ __forceinline__ void load_keys(uint32_t tile, const bf16 *rows, int part,
-                                                 const struct prefill &p, const struct work &w,
-                                                 int c, int tid)
+/* 16 bytes of bf16 from the ring. */
+static __device__ __forceinline__ uint4 read_ring(const struct prefill &p, const char *from)
+{
+    if (p.state_bf16) return *(const uint4 *)from;
+    const float4 a = ((const float4 *)from)[0], b = ((const float4 *)from)[1];
+    return make_uint4(pack_bf16(a.x, a.y), pack_bf16(a.z, a.w), pack_bf16(b.x, b.y),
+                      pack_bf16(b.z, b.w));
+}
+/* Keys and values of a block of which rows are older than the call: those from the ring. */
+static __device__ __forceinline__ void load_older(const struct prefill &p, uint32_t k_tile,
+                                                  uint32_t v_tile, const struct place &at,
+                                                  uint64_t *barrier, int tid)
 {
     const int piece = tid % 8;
-    const bf16 *src = rows + (w.first + c * CHUNK) * p.ld + w.head * D + 8 * piece;
-#pragma unroll
-    for (int i = 0; i < CHUNK / 16; i++) {
-        const int row = tid / 8 + 16 * i, at = c * CHUNK + row;
-        const uint32_t to = tile + tile_at<D>(row, piece);
-        if (at >= w.pos) {
-            cp_async_16(to, src + row * p.ld, at < w.stop);
-            continue;
-        }
-        const char *from = ring_piece(p, w.slot, part, at % RING, piece);
-        uint4 x;
-        if (p.state_bf16) {
-            x = *(const uint4 *)from;
-        } else {
-            const float4 a = ((const float4 *)from)[0], b = ((const float4 *)from)[1];
-            x = make_uint4(pack_bf16(a.x, a.y), pack_bf16(a.z, a.w), pack_bf16(b.x, b.y),
-                           pack_bf16(b.z, b.w));
-        }
+    for (int i = 0; i < CHUNK / 8; i++) {
+        const int part = i & 1, r = tid / 8 + 8 * (i & ~1), t = at.c * CHUNK + r;
+        const uint32_t to = (part ? v_tile : k_tile) + tile_at<D>(r, piece);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (t < at.pos)
+            x = read_ring(p, ring_piece(p, at.slot, part, t % RING, piece));
+        else if (t < at.stop)
+            x = *(const uint4 *)((part ? p.v : p.k) + (at.row + t) * p.ld + at.head * D +
+                                 8 * piece);
         asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(x.x), "r"(x.y),
                      "r"(x.z), "r"(x.w)
                      : "memory");
     }
+    barrier_arrive(smem_addr(barrier));
 }
 
-/* The first warpgroup. */
+/* The warpgroup of keys, and of sums. */
 template <bool totals>
-static __device__ __forceinline__ void keys_role(const struct prefill &p, const struct work &w,
+static __device__ __forceinline__ void keys_role(const struct prefill &p,
+                                                 const struct prefill_maps &m, int64_t items,
                                                  uint32_t base, struct prefill_small *sm)
 {
+    using at = window_form;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int f0 = 16 * warp + (lane >> 2);
-    const float to_log2 = SRF__LOG2E * p.scale, log2_m = log2f((float)p.m), same[2] = {1, 1};
-    auto load_block = [&](int c) {
-        load_keys(base + AT_K + (c & 3) * TILE, p.k, 0, p, w, c, tid);
-        load_keys(base + AT_V + (c & 3) * TILE, p.v, 1, p, w, c, tid);
+    const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
+    const float to_log2 = SRF__LOG2E * p.scale, log2_m = log2f((float)p.m);
+    struct place now = {}, ahead;
+    now.item = blockIdx.x;
+    if (!find_place(p, &now, items, segs)) return;
+    ahead = now;
+    bool more = true;
+    int loads = 0;
+    auto load_next = [&] {
+        if (!more) return;
+        const uint32_t k_tile = base + at::k + loads % at::tiles * TILE;
+        const uint32_t v_tile = base + at::v + loads % at::tiles * TILE;
+        if (ahead.c * CHUNK >= ahead.pos)
+            load_keys(m, k_tile, v_tile, ahead, &sm->loads[loads & 3], tid);
+        else
+            load_older(p, k_tile, v_tile, ahead, &sm->loads[loads & 3], tid);
+        more = next_place(p, &ahead, items, segs);
+        loads++;
     };
-    auto norms = [&](int c) {
-        own_norms(base + AT_K + (c & 3) * TILE, sm->half[c & 3], p, w.stop - c * CHUNK, tid);
-    };
-    if (w.begin > 0) load_block(w.begin - 1);
-    load_block(w.begin);
-    cp_async_commit();
-    struct pure_state<D> st;
-    if (totals)
-        pure_state_start(&st, false, 1, NULL, f0, pair);
-    else
-        read_state(&st, p, w, f0, pair);
-    const float bias[2] = {sm->bias[f0], sm->bias[f0 + 8]};
-
-    for (int c = w.begin, item = 0; c < w.end; c++, item++) {
-        cp_async_wait<0>();
-        norms(c);
-        if (c == w.begin && c > 0) norms(c - 1);
+    /* Block number `block`, where `now` is, has come. */
+    auto start = [&](int block) {
+        const uint32_t k_tile = base + at::k + block % at::tiles * TILE;
+        const int n = now.stop - now.c * CHUNK;
+        barrier_wait(smem_addr(&sm->loads[block & 3]), block >> 2 & 1);
+        clear_tail(k_tile, base + at::v + block % at::tiles * TILE, n, tid);
+        own_norms(k_tile, sm->half[block & 3], p, n, tid);
         async_fence();
-        group_barrier<1>();
-        if (!totals) {
-            const float top[2] = {bias[0] + st.top[0] - log2_m, bias[1] + st.top[1] - log2_m};
-            wait_empty(sm, item);
-            publish_state(&st, same, top, base + AT_S + (item & 1) * TILE, sm, item & 1, f0, pair);
-            async_fence();
-            arrive(sm->full, item);
+        group_barrier(1);
+        load_next();
+    };
+    struct key_features f;
+    struct pure_state<D> st;
+    int i = 0, item[2] = {0, 0}; /* blocks before this one; of what has been given out */
+    load_next();
+    load_next();
+
+    for (bool any = true; any;) {
+        const int64_t own = now.item;
+        const int end = now.end;
+        int turn;
+        const struct work w = turn_of(p, own, items, segs, &turn);
+        read_features(&f, p, w, f0, pair);
+        begin_turn<TOPS | SUMS, totals>(&st, p, w, turn, 1, f0, tid, 1);
+        start(i);
+        if (now.before) {
+            /* Queries of this number there are none: what they had last must be done, or they
+             * would be more than four blocks behind. */
+            if (!totals) wait_empty(&sm->given[i & 1], (i & 1 ? item[1] : item[0]) + 1);
+            i++;
+            next_place(p, &now, items, segs);
+            start(i);
         }
-        if (c + 1 < w.end) load_block(c + 1);
-        cp_async_commit();
-        if (c > 0 && (c + 1) * CHUNK <= w.stop) {
-            struct pure_keys keys;
+        bool same = true;
+        auto go_on = [&] {
+            any = next_place(p, &now, items, segs);
+            same = any && now.item == own;
+            if (same) start(i + 1);
+        };
+        for (; same; i++) {
+            const int c = now.c, to = i & 1;
+            const bool full = c > 0 && (c + 1) * CHUNK <= now.stop;
+            const int tile = (i - 1) % at::tiles * TILE; /* of the block before */
             float a[32];
-            key_exponents(a, base + AT_W, base + AT_K + ((c - 1) & 3) * TILE, sm->half[(c - 1) & 3],
-                          bias, to_log2, 0, CHUNK);
-            key_tops(&keys, &st, a, 0, pair);
-            key_weights(&keys, &st, a);
-            state_add(&st, &keys, base + AT_V + ((c - 1) & 3) * TILE);
+            if (!totals) {
+                const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
+                struct prefill_given *given = &sm->given[to];
+                wait_empty(given, number);
+                publish_tops(&st, log2_m, f.bias, given, buffer, f0, pair);
+                publish_sums(&st, base + at::s + (2 * to + buffer) * TILE, f0, pair);
+                async_fence();
+                arrive(given->full, number);
+            }
+            if (full) {
+                struct pure_keys keys;
+                uint32_t kf[4][4];
+                products(a, f.w, base + at::k + tile);
+                key_exponents(a, sm->half[(i - 1) & 3], f.bias, to_log2, 0, CHUNK);
+                key_tops(&keys, &st, a, 0, pair);
+                key_weights(kf, &keys, a);
+                scale_sums(&st, keys.step);
+                warpgroup_fence();
+                wgmma_mix(&st.s[0][0], kf, base + at::v + tile, true);
+                warpgroup_commit();
+                scale_tops(&st, &keys);
+                add_tops(&st, kf, lane);
+                go_on();
+                warpgroup_wait<0>();
+                wgmma_hold(&st.s[0][0]);
+            } else {
+                go_on();
+            }
         }
-    }
-    if (totals) {
-        pure_state_end(&st, 1, segment_state(p, w), f0, pair);
-    } else if (w.last) {
-        write_state(&st, p, w, f0, pair);
+        end_turn<TOPS | SUMS, totals>(&st, p, w, end == w.end, f0, tid, 1);
         /* Else another segment, or the next features, may still have to read it. */
-        if (!p.sums && p.first + p.count == p.m) write_ring(p, w, tid, GROUP);
+        if (!totals && end == w.end && w.last && !p.sums && p.first + p.count == p.m)
+            write_ring(p, w, tid, GROUP);
     }
 }
 
@@ -181,31 +232,62 @@ static __device__ __forceinline__ void mix(float (&num)[D / 8][4], const uint32_
     wgmma_hold(&num[0][0]);
 }
 
-/* The second warpgroup. */
-static __device__ __forceinline__ void queries_role(const struct prefill &p, const struct work &w,
-                                                    uint32_t base, struct prefill_small *sm)
+/* One of two warpgroups of queries, for every other block. */
+static __device__ __forceinline__ void queries_role(const struct prefill &p, int64_t items,
+                                                    uint32_t base, struct prefill_small *sm,
+                                                    int group)
 {
-    const int tid = threadIdx.x - GROUP, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int row = 16 * warp + (lane >> 2);
+    using at = window_form;
+    const int tid = threadIdx.x & (GROUP - 1), lane = tid & 31, warp = tid >> 5, pair = lane & 3;
+    const int row = 16 * warp + (lane >> 2), id = 2 + group;
     const float to_log2 = SRF__LOG2E * p.scale, exact = to_log2 * p.scale;
-    const bf16 *q = p.q + w.first * p.ld + w.head * D;
-    auto load_block = [&](int c) {
-        const bf16 *src = q + (int64_t)c * CHUNK * p.ld + tid % 8 * 8;
+    const uint32_t w_tile = base + at::w + group * TILE;
+    struct prefill_given *given = &sm->given[group];
+    /* The next block for this warpgroup; n counts them all, as the keys do. */
+    auto next = [&](struct place *x, int *n) {
+        bool any;
+        do {
+            any = next_place(p, x, items, p.n_seg);
+            ++*n;
+        } while (any && (x->before || (*n & 1) != group));
+        return any;
+    };
+    struct place now = {}, ahead;
+    now.item = blockIdx.x;
+    int number = 0, number_ahead, loads = 0;
+    bool any = find_place(p, &now, items, p.n_seg);
+    if (any && (now.before || group)) any = next(&now, &number);
+    ahead = now, number_ahead = number;
+    bool more = any;
+    auto load_next = [&] {
+        if (!more) return;
+        const bf16 *src = p.q + (ahead.row + ahead.c * CHUNK) * p.ld + ahead.head * D + tid % 8 * 8;
+        const uint32_t tile = base + at::q + (2 * group + (loads++ & 1)) * TILE;
 #pragma unroll
-        for (int i = 0; i < CHUNK / 16; i++) {
-            const int r = tid / 8 + 16 * i, at = c * CHUNK + r;
-            const bool there = at >= w.pos && at < w.stop;
-            cp_async_16(base + AT_Q + (c & 1) * TILE + tile_at<D>(r, tid % 8),
-                        there ? src + r * p.ld : p.q, there);
+        for (int r = tid / 8; r < CHUNK; r += 16) {
+            const int t = ahead.c * CHUNK + r;
+            const bool there = t >= ahead.pos && t < ahead.stop;
+            cp_async_16(tile + tile_at<D>(r, tid % 8), there ? src + r * p.ld : p.q, there);
         }
         cp_async_commit();
+        more = next(&ahead, &number_ahead);
     };
-    load_block(w.begin);
-    for (int c = w.begin, item = 0; c < w.end; c++, item++) {
-        const uint32_t q_tile = base + AT_Q + (c & 1) * TILE;
+    load_next();
+    int64_t features = -1;
+    for (int item = 0; any; item++, any = next(&now, &number)) {
+        const int c = now.c;
+        const uint32_t q_tile = base + at::q + (2 * group + (item & 1)) * TILE;
+        if (features_of(p, now.head) != features) {
+            features = features_of(p, now.head);
+            group_barrier(id); /* all are done with the old ones */
+            load_tile<D, GROUP>(w_tile, p.w + features * D, D, 64, p.count, tid);
+            cp_async_commit();
+            cp_async_wait<0>();
+            async_fence();
+        }
         cp_async_wait<0>();
-        group_barrier<2>();
-        if (c + 1 < w.end) load_block(c + 1);
+        group_barrier(id);
+        load_next();
         uint32_t x[4][4], weight[4][4];
         float a[32], num[D / 8][4], den[4] = {0, 0, 0, 0}, half[2] = {0, 0};
         float most[2] = {-INFINITY, -INFINITY};
@@ -220,9 +302,10 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, con
             if (half[i] > SRF__HALF_LIMIT) half[i] = SRF__HALF_LIMIT;
         }
         clear(num);
-        wait_full(sm, item);
+        wait_for(given->full, item);
         for (int b = c; b >= max(c - 1, 0) && p.first == 0; b--) {
-            products(a, x, base + AT_K + (b & 3) * TILE);
+            const int tile = (number - c + b) % at::tiles * TILE;
+            products(a, x, base + at::k + tile);
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -233,48 +316,43 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, con
                 }
             row_weights(weight, a, most, num, den);
             add_ones(den, weight, lane);
-            mix(num, weight, base + AT_V + (b & 3) * TILE);
+            mix(num, weight, base + at::v + tile);
         }
         if (c > 1) {
-            products(a, x, base + AT_W);
+            products(a, x, w_tile);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                float2 shift = *(const float2 *)(sm->top[item & 1] + 8 * j + 2 * pair);
+                float2 shift = *(const float2 *)(given->top[item & 1] + 8 * j + 2 * pair);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     a[4 * j + e] =
                         fmaf(a[4 * j + e], to_log2, (e & 1 ? shift.y : shift.x) - half[e >> 1]);
             }
             row_weights(weight, a, most, num, den);
-            add_z(den, weight, sm->z[item & 1], lane);
-            mix(num, weight, base + AT_S + (item & 1) * TILE);
+            add_z(den, weight, given->z[item & 1], lane);
+            mix(num, weight, base + at::s + (2 * group + (item & 1)) * TILE);
         }
-        arrive(sm->empty, item);
-        give_rows(p, w, c, num, den, most, q_tile, warp, max(0, w.pos - c * CHUNK),
-                  min(CHUNK, w.stop - c * CHUNK), lane);
+        arrive(given->empty, item);
+        give_rows(p, now.row + c * CHUNK, now.head, num, den, most, q_tile, warp,
+                  max(0, now.pos - c * CHUNK), min(CHUNK, now.stop - c * CHUNK), lane);
+    }
+}
+
+template <bool totals>
+__device__ __forceinline__ void window_form::run(const struct prefill &p,
+                                                 const struct prefill_maps &m, int64_t items,
+                                                 uint32_t base, struct prefill_small *sm, int group)
+{
+    start_barriers(sm, 1, 1);
+    if (totals || group == 0) {
+        if (!totals) asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+        keys_role<totals>(p, m, items, base, sm);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 160;");
+        queries_role(p, items, base, sm, group - 1);
     }
 }
 #endif
-
-template <bool totals>
-static __global__ BOUNDS(totals ? GROUP : 2 * GROUP,
-                         2) void window_kernel(const __grid_constant__ struct prefill p)
-{
-#if HAVE_WGMMA
-    static_assert(sizeof(struct prefill_small) + 1024 <= SMEM - AT_SMALL, "room behind the tiles");
-    extern __shared__ char raw[];
-    char *smem = raw + (-smem_addr(raw) & 1023u);
-    struct prefill_small *sm = (struct prefill_small *)(smem + AT_SMALL);
-    const int n_segs = totals ? p.n_seg - 1 : p.n_seg;
-    const struct work w = work_of(p, blockIdx.x / n_segs, blockIdx.x % n_segs);
-    if (w.begin >= w.end) return;
-    start_block<totals ? GROUP : 2 * GROUP>(p, w, sm, smem_addr(smem) + AT_W);
-    if (totals || threadIdx.x < GROUP)
-        keys_role<totals>(p, w, smem_addr(smem), sm);
-    else
-        queries_role(p, w, smem_addr(smem), sm);
-#endif
-}
 
 static __global__ void ring_kernel(const __grid_constant__ struct prefill p)
 {
@@ -283,25 +361,17 @@ static __global__ void ring_kernel(const __grid_constant__ struct prefill p)
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
-template <bool totals>
-static srf_status launch(struct srf_ctx *ctx, const struct prefill *p, int64_t blocks)
+srf_status srf__prefill_window_totals(struct srf_ctx *ctx, const struct prefill *p,
+                                      const struct prefill_maps *m)
 {
-    CUDA_TRY(cudaFuncSetAttribute(window_kernel<totals>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM));
-    window_kernel<totals>
-        <<<(unsigned)blocks, totals ? GROUP : 2 * GROUP, SMEM, stream_of(ctx)>>>(*p);
-    return srf__cuda_launched("srf_attn_prefill");
+    return prefill_launch<window_form, true>(ctx, p, m);
 }
 
-srf_status srf__prefill_window_totals(struct srf_ctx *ctx, const struct prefill *p, int64_t heads)
+srf_status srf__prefill_window(struct srf_ctx *ctx, const struct prefill *p,
+                               const struct prefill_maps *m)
 {
-    return launch<true>(ctx, p, heads * (p->n_seg - 1));
-}
-
-srf_status srf__prefill_window(struct srf_ctx *ctx, const struct prefill *p, int64_t heads)
-{
-    SRF_TRY(launch<false>(ctx, p, heads * p->n_seg));
+    SRF_TRY((prefill_launch<window_form, false>(ctx, p, m)));
     if (p->n_seg == 1 || p->first + p->count < p->m) return SRF_OK;
-    ring_kernel<<<(unsigned)heads, 256, 0, stream_of(ctx)>>>(*p);
+    ring_kernel<<<(unsigned)p->heads, 256, 0, stream_of(ctx)>>>(*p);
     return srf__cuda_launched("srf_attn_prefill");
 }
