@@ -7,8 +7,8 @@
  *
  * What a sequence gets depends on the model, its prompt, its seed and its sampling stream: in f32
  * and f64 bit for bit, whatever runs beside it, with any number of slots and threads
- * (config.prefill_rows decides where long prompts are cut, which is rounding). In bf16, on CUDA, the
- * number of slots and what is packed into a prefill are rounding, too. */
+ * (config.prefill_rows decides where long prompts are cut, which is rounding). In bf16, on CUDA,
+ * the number of slots and what is packed into a prefill are rounding, too. */
 #pragma once
 #include "infer/sampler.h"
 #include "model/model.h"

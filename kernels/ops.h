@@ -240,9 +240,9 @@ struct srf_srf_attn_step_args {
     bool state_bf16;
 };
 
-/* Linear attention with feature maps that are trained: rivals of SRF attention, for comparisons, and
- * so in the parallel form alone. As SRF attention, causal, pure or hybrid with the same blocks, but
- * P_ts = f(q_t).g(k_s) where that has its features. With row i of a head's w being (w_i, c_i):
+/* Linear attention with feature maps that are trained: rivals of SRF attention, for comparisons,
+ * and so in the parallel form alone. As SRF attention, causal, pure or hybrid with the same blocks,
+ * but P_ts = f(q_t).g(k_s) where that has its features. With row i of a head's w being (w_i, c_i):
  *     T2R       (arXiv 2103.13076)  f_i(x) = g_i(x) = max(w_i.x + c_i, 0), i < m
  *     HEDGEHOG  (arXiv 2402.04347)  f(x) = (e^c_i softmax_i(u), e^c_i softmax_i(-u)), u_i = w_i.x,
  *                                   i < m / 2; g alike with the other m / 2 rows. m is even

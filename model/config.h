@@ -15,7 +15,7 @@ struct srf_model_config {
     int64_t bos, eos; /* token ids, -1 = none */
 };
 
-/* WINDOW and what follows are rivals of SRF attention, for comparisons: in the parallel form only. */
+/* WINDOW and what follows are rivals of SRF attention, for comparisons: the parallel form only. */
 enum srf_attention_kind {
     SRF_ATTN_SOFTMAX,
     SRF_ATTN_SRF,

@@ -252,7 +252,8 @@ static srf_status set_features(struct srf_trainer *t)
                                            srf_policy_frozen(&t->config, t->step));
 }
 
-/* One flat piece of parameters, or of features. at: its place in the moments; skips: counts the steps skipped, or NULL. */
+/* One flat piece of parameters, or of features. at: its place in the moments; skips: counts the
+ * steps skipped, or NULL. */
 static srf_status adamw(struct srf_trainer *t, void *param, void *master, const void *grad,
                         int64_t at, int64_t n, double lr, void *skips)
 {

@@ -59,8 +59,8 @@ struct srf_validate_result {
     double *error_sd; /* the same: standard deviation between draws */
     /* (layers, heads): with main_m of the first draw, or the features that the checkpoint holds. */
     double *error_own;
-    /* (n_m, layers, heads): KL(softmax's attention weights || these), mean over the first 256 tokens
-     * of the first window, with the first draw. */
+    /* (n_m, layers, heads): KL(softmax's attention weights || these), mean over the first 256
+     * tokens of the first window, with the first draw. */
     double *weights_kl;
     /* (layers): |o - o_chunked| / |o_chunked| on the first window, where o is made one token at a
      * time, or by a prefill of a third of the window and then one token at a time. */

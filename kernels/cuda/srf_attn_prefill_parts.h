@@ -407,8 +407,9 @@ static __device__ __forceinline__ void wgmma_tile_mix(float c[32], uint32_t p, u
 
 /* ---- keys ------------------------------------------------------------------------------------ */
 
-/* Keys and values of the chunk where `at` is, by the copy engine: loads of a thread's own would have
- * to come before each of its fences is passed. Rows of other sequences behind the end come too. */
+/* Keys and values of the chunk where `at` is, by the copy engine: loads of a thread's own would
+ * have to come before each of its fences is passed. Rows of other sequences behind the end come
+ * too. */
 static __device__ __forceinline__ void load_keys(const struct prefill_maps &m, uint32_t k_tile,
                                                  uint32_t v_tile, const struct place &at,
                                                  uint64_t *barrier, int tid)
@@ -653,8 +654,8 @@ static __device__ __forceinline__ void merge_row(float (&num)[D / 8][4], float d
     den[i] = den[i] * mine + other_den.x * with;
     r[i] = top;
 }
-/* num / sums of rows lo .. hi - 1 of the chunk that begins at row `first` to the output, through the
- * tile they came from; or, with r, to where the next features find them. */
+/* num / sums of rows lo .. hi - 1 of the chunk that begins at row `first` to the output, through
+ * the tile they came from; or, with r, to where the next features find them. */
 static __device__ __forceinline__ void give_rows(const struct prefill &p, int64_t first, int head,
                                                  float (&num)[D / 8][4], const float sums[4],
                                                  float r[2], uint32_t tile, int warp, int lo,

@@ -1,9 +1,9 @@
 /* SRF attention, one token of every sequence, pure form: states through shared memory by bulk
  * copies (sm_90), for head sizes 64 and 128 and up to 256 features.
  *
- * A block of threads has one sequence and head. W's first rows are on their way before the kernel in
- * front is done, the state from then on: z and M on one barrier, S in PIECES on others, so that the
- * first of it goes back to memory while the last still comes. Meanwhile the products with W are
+ * A block of threads has one sequence and head. W's first rows are on their way before the kernel
+ * in front is done, the state from then on: z and M on one barrier, S in PIECES on others, so that
+ * the first of it goes back to memory while the last still comes. Meanwhile the products with W are
  * made, d / 8 lanes a row, a lane's pieces of x and y in registers, and each thread keeps the two
  * exponents of one feature. With M it finds the coefficients (the state becomes step * state +
  * in * v and is read with the weight out) and the block its stabiliser; then S goes through
