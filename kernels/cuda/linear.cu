@@ -395,8 +395,8 @@ static char *row_of(const struct srf_ctx *ctx, const void *p, int64_t row, int64
 }
 
 /* Whether a row is to be what it is alone, bit for bit, so that a sequence's text does not depend
- * on the batch (ctx->exact_rows): then one algorithm makes any number of rows. In fp32, which is for
- * checks; in bf16 that would cost what decoding a few sequences gains. */
+ * on the batch (ctx->exact_rows): then one algorithm makes any number of rows. In fp32, which is
+ * for checks; in bf16 that would cost what decoding a few sequences gains. */
 static bool exact(const struct srf_ctx *ctx)
 {
     return ctx->exact_rows && ctx->dtype == SRF_F32;
