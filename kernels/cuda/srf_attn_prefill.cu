@@ -3,13 +3,16 @@
  * segments and states is true as well.
  *
  * The forms are those of srf_attn_pure.cu: chunks of 64 tokens, S, z, M before them, everything in
- * log2 units, M_i an integer. A block of threads has a head of one sequence, or a segment of it,
- * and two warpgroups that work on different chunks:
- *     keys     a = W K^T, the maxima M, kf = 2^(a - M); gives kf, S (bf16), z, M to the other
- *              through shared memory, two buffers; S += kf V, sums in registers
- *     queries  a = Q W^T, r = max_i (a_i + M_i), qf = 2^(a + M - r); P = qf kf^T below the
- *              diagonal; o = (qf S + P V) / (qf z + sum P)
- * All products are wgmma: a warpgroup reads B once for 64 rows.
+ * log2 units, M_i an integer. A block of threads, one a multiprocessor, has a head of one sequence,
+ * or a part of it, and four warpgroups that work on different chunks:
+ *     keys     a = W K^T, the maxima M, kf = 2^(a - M); z; gives kf, z, M to the others through
+ *              shared memory, two buffers for each warpgroup of queries
+ *     sums     loads k, v and makes |k|^2 for the keys; gives S (bf16) to the queries; S += kf V,
+ *              in registers
+ *     queries  two, every other chunk: a = Q W^T, r = max_i (a_i + M_i), qf = 2^(a + M - r);
+ *              P = qf kf^T below the diagonal; o = (qf S + P V) / (qf z + sum P)
+ * All products are wgmma: a warpgroup reads B once for 64 rows. Only keys and sums have to go in
+ * order, and a chunk is with each of them no longer than it must.
  *
  * The keys know before a chunk is given out whether some token of it might see next to nothing: a
  * feature's M after the chunk is more than SPREAD above both its M before and its exponent of the
@@ -19,7 +22,9 @@
  *
  * Sequences of several lengths: a block finds its rows in `offsets`, and where there are none it
  * ends. Few heads: segments, their keys' own sums by a first launch, the states before each by a
- * second.
+ * second. More heads than multiprocessors: turns (plan_turns). A block takes a turn of a head, then
+ * of another; what a head's turn leaves, registers as they are, the next one waits for, which comes
+ * later in the order that all blocks go by: so none waits for one that has not begun.
  *
  * More than 64 features: launches for 64 at a time, which keep (num, den, r) of each token in the
  * workspace.
@@ -29,8 +34,8 @@
  */
 #include "kernels/cuda/srf_attn_prefill_parts.h"
 
-/* Shared memory, from a multiple of 1024. V of chunks that some queries may still want (their two
- * warpgroups have two each), of the keys' own, and of two that are on their way. */
+/* Shared memory, from a multiple of 1024. V of chunks that queries may still want (three behind the
+ * sums' own), and of three ahead: one with the keys, two on their way. */
 struct pure_form {
     static constexpr int groups = 4; /* keys, sums, two of queries */
     static constexpr int k_tiles = 3, v_tiles = 7;

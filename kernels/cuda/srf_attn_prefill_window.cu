@@ -1,8 +1,8 @@
 /* Prefill of the window hybrid with blocks of 64 tokens: see srf_attn_prefill.cu, and for the forms
  * srf_attn_hybrid.cu. Chunks are the blocks: the queries of block c see blocks c - 1 and c exactly,
- * older ones through the state. The keys' warpgroup gives out the state of the blocks up to c - 2
- * with the tiles of block c, and then takes block c - 1 in if block c is complete, as the
- * recurrent form does. Denominators have exact terms: no block has to be cut.
+ * older ones through the state. Keys and sums are one warpgroup here: it gives out the state of the
+ * blocks up to c - 2 with the tiles of block c, and then takes block c - 1 in if block c is
+ * complete, as the recurrent form does. Denominators have exact terms: no block has to be cut.
  *
  * The exact terms go with the first 64 features. Rows of positions before the call come from the
  * ring; the last 128 rows go there in the end.
