@@ -147,7 +147,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 # The checkers' long kernels come after the programs: all share the GPU by turns.
 say "Programs"
 job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
-while read -r program; do job "$program" 240 "$bin/$program"; done < <(
+while read -r program; do job "$program" 400 "$bin/$program"; done < <(
     printf '%s\n' "${programs[@]}" | sort -r # SRF attention, which takes longest, sorts last
 )
 report
