@@ -5,6 +5,8 @@
 #include <signal.h>
 #include <string.h>
 
+#include "kernels/numeric.h"
+
 static const struct {
     const char *name, *summary;
     int (*run)(int argc, char **argv);
@@ -26,6 +28,7 @@ static void usage(FILE *to)
 
 int main(int argc, char **argv)
 {
+    srf_flush_subnormals();
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is an I/O error like another */
     /* Every file is closed when main returns. What HDF5 does beyond that at exit is to complain on
      * stderr about what a broken file made it lose. */
