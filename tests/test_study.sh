@@ -2,27 +2,7 @@
 # scripts/study.py: rows, seeds, the table, and that nothing is run twice.
 source "$(dirname "$0")/shell.sh"
 
-command -v python3 >/dev/null || { # A grid that is none: one line, before any run.
-refuse() {
-    run python3 "$SOURCE/scripts/study.py" "$1" --srf "$SRF" --out refused
-    [ $status -eq 1 ] && [ "$(wc -l <stderr)" -eq 1 ] && grep -qF -- "$2" stderr ||
-        fail "$1: exit $status: $(cat stderr)"
-    [ ! -e refused ] || fail "$1: leaves files"
-}
-refuse no-such-file.json 'No such file'
-echo '{"model"' >bad.json
-refuse bad.json 'bad.json: '
-sed 's/"reference": "control"/"reference": "nobody"/' grid.json >bad.json
-refuse bad.json '"nobody": expected a perplexity, or the name of a row: retrofit-kl-1'
-sed 's/"reference": "control"/"reference": -3/' grid.json >bad.json
-refuse bad.json '-3: expected a perplexity'
-sed 's/"reference"/"referense"/' grid.json >bad.json
-refuse bad.json 'unknown key "referense"'
-sed 's/"val": "text.txt", //' grid.json >bad.json
-refuse bad.json '"val": expected a text, found nothing'
-sed 's/"name": "control", //' grid.json >bad.json
-refuse bad.json 'row 1: expected an object with a name'
-finished=1; exit 77; }
+command -v python3 >/dev/null || { finished=1; exit 77; }
 make_tiny_model
 cat >grid.json <<'END'
 {"model": "model.h5", "data": "text.txt", "val": "text.txt", "seeds": [1, 2],
