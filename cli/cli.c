@@ -12,6 +12,15 @@ double cli_now(void)
     return srf__now();
 }
 
+void cli_spread(const double *x, int64_t n, double *mean, double *sd)
+{
+    double squares = 0;
+    *mean = 0;
+    for (int64_t i = 0; i < n; i++) *mean += x[i] / (double)n;
+    for (int64_t i = 0; i < n; i++) squares += (x[i] - *mean) * (x[i] - *mean);
+    *sd = sqrt(squares / (double)(n - 1));
+}
+
 int cli_fail(void)
 {
     fprintf(stderr, "srf: error: %s\n", srf_error_message());

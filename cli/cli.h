@@ -70,3 +70,5 @@ void cli_progress_update(struct cli_progress *p, double done, double total, cons
 void cli_progress_end(struct cli_progress *p);
 
 double cli_now(void); /* seconds, monotonic */
+/* Mean and standard deviation of n > 1 values. */
+void cli_spread(const double *x, int64_t n, double *mean, double *sd);

@@ -174,14 +174,12 @@ static srf_status other_draws(const struct inputs *in, struct run *r, struct srf
 
 static void print_draws(const double *ppl, int64_t n, bool json)
 {
-    double mean = 0, squares = 0, least = ppl[0], most = ppl[0];
+    double mean, sd, least = ppl[0], most = ppl[0];
+    cli_spread(ppl, n, &mean, &sd);
     for (int64_t i = 0; i < n; i++) {
-        mean += ppl[i] / (double)n;
         least = fmin(least, ppl[i]);
         most = fmax(most, ppl[i]);
     }
-    for (int64_t i = 0; i < n; i++) squares += (ppl[i] - mean) * (ppl[i] - mean);
-    double sd = sqrt(squares / (double)(n - 1));
     if (!json) {
         printf("%lld draws, the model's own first: perplexity %.4f on average, standard deviation "
                "%.4f, %.4f to %.4f\n",

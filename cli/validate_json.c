@@ -1,4 +1,5 @@
 /* srf validate's result for programs: every number that the page shows. */
+#include "cli/cli.h"
 #include "cli/validate_parts.h"
 
 #include <jansson.h>
@@ -107,7 +108,7 @@ static json_t *histogram_json(const struct validate_report *r)
 static json_t *draws_json(const struct validate_report *r)
 {
     double mean, sd;
-    validate_draws_spread(r, &mean, &sd);
+    cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
     return json_pack("{s:I, s:o, s:o, s:o}", "first", (json_int_t)r->config->attention.draw, "ppl",
                      list(r->draw_ppl, r->config->n_draws), "mean", number(mean), "sd", number(sd));
 }

@@ -28,7 +28,6 @@ struct validate_overall {
     double ppl_softmax, ppl, kl;
 };
 struct validate_overall validate_overall(const struct validate_report *r);
-void validate_draws_spread(const struct validate_report *r, double *mean, double *sd);
 /* What the softmax side is called on the page. */
 const char *validate_teacher_name(const struct validate_report *r);
 

@@ -1,3 +1,4 @@
+#include "cli/cli.h"
 #include "cli/validate_parts.h"
 
 #include <math.h>
@@ -98,16 +99,6 @@ struct validate_overall validate_overall(const struct validate_report *r)
     return (struct validate_overall){exp(o.ppl_softmax / n), exp(o.ppl / n), o.kl / n};
 }
 
-void validate_draws_spread(const struct validate_report *r, double *mean, double *sd)
-{
-    double n = (double)r->config->n_draws, squares = 0;
-    *mean = 0;
-    for (int64_t i = 0; i < r->config->n_draws; i++) *mean += r->draw_ppl[i] / n;
-    for (int64_t i = 0; i < r->config->n_draws; i++)
-        squares += (r->draw_ppl[i] - *mean) * (r->draw_ppl[i] - *mean);
-    *sd = sqrt(squares / (n - 1));
-}
-
 const char *validate_teacher_name(const struct validate_report *r)
 {
     return r->teacher ? "the teacher" : "softmax";
@@ -120,7 +111,7 @@ static void in_short(const struct validate_report *r, FILE *to)
 {
     struct validate_overall all = validate_overall(r);
     double mean, sd;
-    validate_draws_spread(r, &mean, &sd);
+    cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
     fprintf(to,
             "<h2>In short</h2>\n<p>On this text the perplexity is <b>%.4g</b> with SRF attention "
             "and <b>%.4g</b> with %s: %.4g times it, and %.3g nats a prediction between them. Over "
@@ -208,7 +199,7 @@ void validate_print(const struct validate_report *r)
     }
     double mean, sd;
     struct validate_overall all = validate_overall(r);
-    validate_draws_spread(r, &mean, &sd);
+    cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
     printf("perplexity %.4f, %s %.4f, KL %.4f\n", all.ppl, validate_teacher_name(r),
            all.ppl_softmax, all.kl);
     printf("%lld draws: perplexity %.4f on average, standard deviation %.4f\n",

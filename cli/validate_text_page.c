@@ -1,5 +1,6 @@
 /* Of the report: predictions by position and by draw, and the text that comes of them; and that the
  * forms agree. */
+#include "cli/cli.h"
 #include "cli/validate_parts.h"
 
 #include <math.h>
@@ -54,14 +55,15 @@ void validate_page_draws(const struct validate_report *r, FILE *to)
     enum { MAX_DRAWS = 64 };
     int64_t n = r->config->n_draws < MAX_DRAWS ? r->config->n_draws : MAX_DRAWS;
     double x[MAX_DRAWS], softmax[MAX_DRAWS], mean, sd;
-    double least = validate_overall(r).ppl_softmax, most = least;
+    const double ppl_softmax = validate_overall(r).ppl_softmax;
+    double least = ppl_softmax, most = least;
     for (int64_t i = 0; i < n; i++) {
         x[i] = (double)i;
-        softmax[i] = validate_overall(r).ppl_softmax;
+        softmax[i] = ppl_softmax;
         least = fmin(least, r->draw_ppl[i]);
         most = fmax(most, r->draw_ppl[i]);
     }
-    validate_draws_spread(r, &mean, &sd);
+    cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
     struct svg_series series[2] = {
         {.name = "SRF, one draw each", .look = 2, .n = n, .x = x, .y = r->draw_ppl},
         {.name = validate_teacher_name(r), .n = n, .x = x, .y = softmax, .connect = true}};
