@@ -7,12 +7,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* What windows are planned on where a budget is all that is said. */
+#define PLAN_TOKENS 16384
+
 struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute, *recipe;
     bool resume, quiet, json, fit;
     /* on the command line, not by the recipe */
     bool calibrate_given, features_given, features_lr_given, plan_given;
-    int64_t calibrate, best_of, plan_windows;
+    int64_t calibrate, best_of, plan_windows, state_budget;
     double min_lr;
     int64_t seq_len, micro_batch, warmup; /* CLI_NONE: not given */
     struct cli_device device;
@@ -144,17 +147,19 @@ cleanup:
 
 static srf_status plan_windows(const struct inputs *in, struct run *r)
 {
+    struct srf_plan_windows_config c = {.seq_len = in->config.seq_len,
+                                        .state_budget = in->state_budget};
     struct srf_plan_windows_result result;
-    int64_t windows, len = in->config.seq_len;
     int32_t *tokens;
     srf_status st = SRF_OK;
-    SRF_TRY_GO(sample_text(in, r, in->plan_windows, &windows, &tokens));
-    SRF_TRY_GO(srf_plan_windows(r->ctx, r->ck, tokens, windows, len, &result));
+    SRF_TRY_GO(sample_text(in, r, in->plan_windows, &c.windows, &tokens));
+    SRF_TRY_GO(srf_plan_windows(r->ctx, r->ck, tokens, &c, &result));
     if (!in->quiet)
         fprintf(stderr,
                 "windows by layer, on %lld tokens: squared error of attention from %.4f to "
-                "%.4f\n",
-                (long long)(windows * len), result.before, result.after);
+                "%.4f; state %lld bytes a sequence\n",
+                (long long)(c.windows * c.seq_len), result.before, result.after,
+                (long long)result.state_bytes);
 cleanup:
     srf__free(tokens);
     return st;
@@ -502,7 +507,9 @@ static bool was_given(const struct cli_option *options, const bool *set, const c
  * so. */
 static void settle_recipe(struct inputs *in, const struct cli_option *options, const bool *set)
 {
-    in->plan_given = was_given(options, set, "plan-windows");
+    in->plan_given = was_given(options, set, "plan-windows") || in->state_budget;
+    if (in->state_budget && !was_given(options, set, "plan-windows"))
+        in->plan_windows = PLAN_TOKENS;
     in->features_lr_given = was_given(options, set, "features-lr");
     in->features_given = was_given(options, set, "train-features") || in->features_lr_given;
     if (in->features_lr_given && !was_given(options, set, "train-features"))
@@ -537,6 +544,8 @@ static int check_usage(const struct cli_training *defaults, const struct inputs 
     if ((in->fit || in->best_of > 1) && (!in->calibrate || in->config.redraw_every))
         return cli_usage_error("--fit-features and --best-of need --calibrate N, and keep their "
                                "features: --redraw-every 0");
+    if (in->state_budget && !in->plan_windows)
+        return cli_usage_error("--state-budget is for --plan-windows N to spend");
     if (in->teacher && !srf_policy_needs_teacher(&in->config))
         return cli_usage_error("--teacher teaches nothing without --kl or --mse above 0");
     return EXIT_OK;
@@ -588,6 +597,9 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          "train the features once they are frozen", 0, 0},
         {"plan-windows", 0, CLI_INT, &in.plan_windows, "N",
          "by the error on N tokens, each layer's own window, of the same sum; 0 = off", 0, 1 << 24},
+        {"state-budget", 0, CLI_INT, &in.state_budget, "BYTES",
+         "plan windows for a state of a sequence of so many bytes in fp32; 0: as with --window", 0,
+         1e15},
         {"rest-lr", 0, CLI_DOUBLE, &c->rest_lr, "X",
          "learning rate of all but attention, times --lr; 0: attention alone is trained", 0, 1e6},
         {"features-lr", 0, CLI_DOUBLE, &c->features_lr, "X",

@@ -12,22 +12,20 @@ static const char config_json[] =
     "{\"model_type\": \"gpt2\", \"n_layer\": 3, \"n_head\": 2, \"n_embd\": 16, \"n_positions\": 40,"
     " \"vocab_size\": 31, \"activation_function\": \"gelu_new\"}";
 
-static const int64_t halves[] = {1, 2, 4};
-
-/* Least error of all choices of n layers that have the room. */
-static double least(const double *error, int n)
+/* Least error of all choices of n layers that have the room; infinite if none has. */
+static double least(const double *error, const int64_t *cost, int n_choices, int n, int64_t room)
 {
     double best = INFINITY;
     int all = 1;
-    for (int l = 0; l < n; l++) all *= 3;
+    for (int l = 0; l < n; l++) all *= n_choices;
     for (int i = 0; i < all; i++) {
         double sum = 0;
         int64_t used = 0;
-        for (int l = 0, rest = i; l < n; l++, rest /= 3) {
-            sum += error[rest % 3 * n + l];
-            used += halves[rest % 3];
+        for (int l = 0, rest = i; l < n; l++, rest /= n_choices) {
+            sum += error[rest % n_choices * n + l];
+            used += cost[rest % n_choices];
         }
-        if (used <= 2 * n && sum < best) best = sum;
+        if (used <= room && sum < best) best = sum;
     }
     return best;
 }
@@ -35,20 +33,23 @@ static double least(const double *error, int n)
 static void the_best_choice(void **state)
 {
     (void)state;
-    for (int trial = 0; trial < 60; trial++) {
-        int n = 1 + trial % 6, choice[6];
-        double error[18], sum = 0;
-        int64_t used = 0;
-        test_normal(error, 3 * n, 1, (uint32_t)trial);
-        for (int i = 0; i < 3 * n; i++) error[i] = trial % 7 == 6 ? 0.5 : exp(error[i]);
-        test_ok(srf_plan_windows_choose(error, n, choice));
+    static const int64_t cost[] = {1, 2, 4, 7};
+    for (int trial = 0; trial < 120; trial++) {
+        int n = 1 + trial % 6, choice[6], n_choices = 2 + trial % 3;
+        double error[24], sum = 0;
+        int64_t used = 0, room = n - 1 + trial / 6;
+        test_normal(error, n_choices * n, 1, (uint32_t)trial);
+        for (int i = 0; i < n_choices * n; i++) error[i] = trial % 7 == 6 ? 0.5 : exp(error[i]);
+        srf_status st = srf_plan_windows_choose(error, cost, n_choices, n, room, choice);
+        assert_int_equal(st, room < n ? SRF_INVALID : SRF_OK);
+        if (st != SRF_OK) continue;
         for (int l = 0; l < n; l++) {
-            assert_in_range(choice[l], 0, 2);
+            assert_in_range(choice[l], 0, n_choices - 1);
             sum += error[choice[l] * n + l];
-            used += halves[choice[l]];
+            used += cost[choice[l]];
         }
-        assert_true(used <= 2 * n);
-        assert_true(fabs(sum - least(error, n)) < 1e-12 * sum);
+        assert_true(used <= room);
+        assert_true(fabs(sum - least(error, cost, n_choices, n, room)) < 1e-12 * sum);
     }
 }
 
@@ -72,24 +73,8 @@ static double measured(struct srf_ctx *ctx, const struct srf_checkpoint *ck, con
     return sum;
 }
 
-static void a_plan(void **state)
+static int64_t sum_of_windows(const struct srf_attention_config *a)
 {
-    (void)state;
-    struct srf_ctx *ctx;
-    struct srf_checkpoint *ck;
-    struct srf_plan_windows_result result;
-    int32_t tokens[B * T];
-    test_ok(srf_ctx_create("cpu", SRF_F64, 1, &ctx));
-    test_ok(srf_checkpoint_init(config_json, 7, &ck));
-    for (int64_t i = 0; i < ck->table.total; i++) ck->params[i] *= 8;
-    ck->attention.kind = SRF_ATTN_SRF;
-    ck->attention.m = 6;
-    ck->attention.window = W;
-    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 61, 0, 0);
-    for (int i = 0; i < B * T; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
-    double before = measured(ctx, ck, tokens);
-    test_ok(srf_plan_windows(ctx, ck, tokens, B, T, &result));
-    const struct srf_attention_config *a = &ck->attention;
     int64_t sum = 0, largest = 0;
     for (int64_t l = 0; l < L; l++) {
         int64_t w = srf_attention_window(a, l);
@@ -97,18 +82,59 @@ static void a_plan(void **state)
         sum += w;
         largest = w > largest ? w : largest;
     }
-    assert_true(sum <= L * W);
     assert_int_equal(a->window, largest);
     test_ok(srf_attention_check(a, 8));
     test_ok(srf_attention_check_layers(a, L));
+    return sum;
+}
+
+static void a_plan(void **state)
+{
+    (void)state;
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_plan_windows_config c = {.windows = B, .seq_len = T};
+    struct srf_plan_windows_result result;
+    int32_t tokens[B * T];
+    test_ok(srf_ctx_create("cpu", SRF_F64, 1, &ctx));
+    test_ok(srf_checkpoint_init(config_json, 7, &ck));
+    for (int64_t i = 0; i < ck->table.total; i++) ck->params[i] *= 8;
+    struct srf_attention_config start = ck->attention;
+    start.kind = SRF_ATTN_SRF;
+    start.m = 6;
+    start.window = W;
+    ck->attention = start;
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 61, 0, 0);
+    for (int i = 0; i < B * T; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
+    double before = measured(ctx, ck, tokens);
+    test_ok(srf_plan_windows(ctx, ck, tokens, &c, &result));
+    const struct srf_attention_config *a = &ck->attention;
+    assert_true(sum_of_windows(a) <= L * W);
     assert_true(fabs(result.before / before - 1) < 1e-9);
     assert_true(fabs(result.after / measured(ctx, ck, tokens) - 1) < 1e-9);
     assert_true(result.after <= result.before);
-    if (a->n_windows)
-        assert_int_equal(srf_plan_windows(ctx, ck, tokens, B, T, &result), SRF_INVALID);
+    if (a->n_windows) assert_int_equal(srf_plan_windows(ctx, ck, tokens, &c, &result), SRF_INVALID);
     ck->attention.n_windows = 0;
     ck->attention.window = 0;
-    assert_int_equal(srf_plan_windows(ctx, ck, tokens, B, T, &result), SRF_INVALID);
+    assert_int_equal(srf_plan_windows(ctx, ck, tokens, &c, &result), SRF_INVALID);
+    /* Budgets, 2 heads, a ring of 2 W rows of k and of v: a byte short of the least; the least; half
+     * a window more; all that there is to have, and beyond. */
+    int64_t fixed = (int64_t)L * 2 * 4 * (6 * 8 + 2 * 6), token = 2 * 4 * (2 * 2 * 8), last = -1;
+    const int64_t sums[] = {L * W / 2 - 1, L * W / 2, L * W / 2 + W / 2, L * W * 2, L * W * 9};
+    for (int i = 0; i < 5; i++) {
+        ck->attention = start;
+        c.state_budget = fixed + sums[i] * token + (i == 0 ? token - 1 : 0);
+        srf_status st = srf_plan_windows(ctx, ck, tokens, &c, &result);
+        assert_int_equal(st, i == 0 ? SRF_INVALID : SRF_OK);
+        if (st != SRF_OK) continue;
+        int64_t sum = sum_of_windows(a);
+        assert_true(sum <= sums[i] && sum >= last);
+        assert_int_equal(result.state_bytes, fixed + sum * token);
+        assert_true(result.state_bytes <= c.state_budget);
+        if (i == 1) assert_true(a->n_windows == 0 && a->window == W / 2);
+        last = sum;
+    }
+    assert_int_equal(last, L * W * 2);
     srf_checkpoint_free(ck);
     srf_ctx_free(ctx);
 }

@@ -160,6 +160,15 @@ for how in '--recipe planned' '--plan-windows 512' '--recipe planned --plan-wind
     recipe "${how// /}" --window 8 $how
     grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
+for budget in 20000 40000; do
+    recipe budget-$budget --window 8 --state-budget $budget
+    used=$(sed -n 's/^windows by layer.*state \([0-9]*\) bytes.*/\1/p' stderr)
+    [ "$used" -le $budget ] || fail "--state-budget $budget: $(cat stderr)"
+    "$SRF" info --json recipe-budget-$budget/model.h5 >facts
+    grep -q "\"state_bytes_per_sequence\": $used\b" facts || fail "$used bytes? $(cat facts)"
+done
+refuse 1 "at least" "${retrofit[@]}" --out t --state-budget 100
+refuse 2 "--state-budget" "${retrofit[@]}" --out t --state-budget 100 --plan-windows 0
 recipe given --recipe planned --layer-windows 4,8
 ! grep -q "windows by layer" stderr || fail "windows given: $(cat stderr)"
 recipe no-window --recipe planned --window 0

@@ -4,15 +4,24 @@
 #pragma once
 #include "model/model.h"
 
+struct srf_plan_windows_config {
+    int64_t windows, seq_len; /* of text */
+    int64_t state_budget;     /* most bytes of a sequence's recurrent state in fp32; 0: as with W */
+};
 struct srf_plan_windows_result {
     double before, after; /* mean over heads of (|o - o_softmax| / |o_softmax|)^2 */
+    int64_t state_bytes;  /* of a sequence's recurrent state in fp32 */
 };
 
 /* Gives each layer of ck->attention (SRF, one window W >= 2 for all) half, once or twice W, so that
- * their sum stays W times the layers or less and the squared error of the attention's outputs on
- * the text, summed over heads, is least. tokens: host (windows, seq_len). */
+ * their states stay within the budget and the squared error of the attention's outputs on the text,
+ * summed over heads, is least. tokens: host (windows, seq_len). SRF_INVALID if half of W in every
+ * layer is too much. */
 srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, const int32_t *tokens,
-                            int64_t windows, int64_t seq_len, struct srf_plan_windows_result *out);
-/* The same of errors that are known: error (3, n): of n layers with half, once, twice the window;
- * choice (n), out: 0, 1, 2. */
-srf_status srf_plan_windows_choose(const double *error, int64_t n, int *choice);
+                            const struct srf_plan_windows_config *config,
+                            struct srf_plan_windows_result *out);
+/* The same of errors that are known: error (n_choices, n): of n layers; cost (n_choices), at least
+ * 1, ascending, in what there is `room` of for all layers together; choice (n), out. SRF_INVALID if
+ * nothing has room. */
+srf_status srf_plan_windows_choose(const double *error, const int64_t *cost, int64_t n_choices,
+                                   int64_t n, int64_t room, int *choice);
