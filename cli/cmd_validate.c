@@ -29,6 +29,7 @@ struct run {
     struct srf_validate_config config;
     struct srf_validate_result result;
     struct srf_kernel_error *kernel;
+    struct srf_kernel_chance chance;
     double *closed, *tried, *tried_kl;
     struct srf_validate_place places[SRF_VALIDATE_PLACES];
     double *draw_ppl;
@@ -169,25 +170,37 @@ static srf_status measure_kernel(const struct inputs *in, struct run *r)
 {
     const struct srf_validate_config *c = &r->config;
     int64_t d = r->ck->config.c / r->ck->config.n_heads, cells = c->n_m * VALIDATE_V;
-    SRF_TRY(SRF_ALLOC(r->kernel, VALIDATE_KINDS * cells));
-    SRF_TRY(SRF_ALLOC(r->closed, VALIDATE_KINDS * cells));
+    int64_t all = VALIDATE_KINDS * cells, n = in->kernel_draws;
+    double *of_kind = NULL, *each = NULL; /* of each draw: (n, cells), (n, all) */
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(SRF_ALLOC(r->kernel, all));
+    SRF_TRY_GO(SRF_ALLOC(r->closed, all));
+    SRF_TRY_GO(SRF_ALLOC(of_kind, n * cells));
+    SRF_TRY_GO(SRF_ALLOC(each, n * all));
     for (int kind = 0; kind < VALIDATE_KINDS; kind++) {
         struct srf_features_draw_args draws = {.kind = (enum srf_feature_kind)kind,
                                                .rotation = c->attention.rotation,
                                                .seed = c->attention.seed,
                                                .d = d};
         cli_progress_update(&r->progress, KERNEL_PART * kind / VALIDATE_KINDS, 1, "kernel");
-        SRF_TRY(srf_kernel_error_measure(&draws, in->kernel_draws, c->m, c->n_m, validate_v_sq,
-                                         VALIDATE_V, r->kernel + kind * cells));
+        SRF_TRY_GO(srf_kernel_error_measure(&draws, n, c->m, c->n_m, validate_v_sq, VALIDATE_V,
+                                            r->kernel + kind * cells, of_kind));
+        for (int64_t i = 0; i < n; i++)
+            memcpy(each + i * all + kind * cells, of_kind + i * cells,
+                   (size_t)cells * sizeof *each);
         for (int64_t i = 0; i < cells; i++) {
             double *closed = &r->closed[kind * cells + i];
             *closed = NAN;
             if (kind != SRF_SIMPLEX_PLUS)
-                SRF_TRY(srf_kernel_error_closed(draws.kind, c->m[i / VALIDATE_V], d,
-                                                validate_v_sq[i % VALIDATE_V], closed));
+                SRF_TRY_GO(srf_kernel_error_closed(draws.kind, c->m[i / VALIDATE_V], d,
+                                                   validate_v_sq[i % VALIDATE_V], closed));
         }
     }
-    return SRF_OK;
+    st = srf_kernel_error_chance(each, n, all, r->closed, c->attention.seed, &r->chance);
+cleanup:
+    srf__free(of_kind);
+    srf__free(each);
+    return st;
 }
 
 /* Output errors with all kinds of features, and with OPRF's parameter from each head's own
@@ -329,6 +342,7 @@ static srf_status report(const struct inputs *in, struct run *r)
         .config = &r->config,
         .result = &r->result,
         .kernel = r->kernel,
+        .chance = r->chance,
         .closed = r->closed,
         .tried = r->tried,
         .tried_kl = r->tried_kl,

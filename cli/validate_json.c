@@ -161,6 +161,9 @@ srf_status validate_json(const struct validate_report *r, char **text)
         number(norm.median), "v_sq_worst", number(norm.worst), "seconds", number(r->seconds));
     SRF_FAIL_IF(!o, SRF_INVALID, "validate: a name is not UTF-8 text, which JSON needs: %s, %s",
                 r->model, r->data);
+    json_object_set_new(o, "kernel_part", number(r->chance.part));
+    json_object_set_new(o, "kernel_standard_errors", number(r->chance.distance));
+    json_object_set_new(o, "kernel_chance", number(r->chance.chance));
     json_object_set_new(o, "teacher", r->teacher ? json_string(r->teacher) : json_null());
     json_object_set_new(o, "ppl", number(all.ppl));
     json_object_set_new(o, "ppl_softmax", number(all.ppl_softmax));

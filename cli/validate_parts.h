@@ -17,8 +17,6 @@ int64_t validate_main(const struct validate_report *r);
 const double *validate_errors_at(const struct validate_report *r, const double *errors, int64_t i);
 /* Of r->kernel and r->closed. */
 int64_t validate_kernel_at(const struct validate_report *r, int kind, int64_t i, int v);
-/* Largest |measured / closed form - 1|, and the largest distance in standard errors. */
-void validate_kernel_agreement(const struct validate_report *r, double *part, double *errors);
 double validate_worst(const double *x, int64_t n);
 const char *validate_tried_name(int kind);
 void validate_describe(const struct validate_report *r, char *buf, size_t size);

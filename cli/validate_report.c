@@ -53,17 +53,6 @@ int64_t validate_kernel_at(const struct validate_report *r, int kind, int64_t i,
     return (kind * r->config->n_m + i) * VALIDATE_V + v;
 }
 
-void validate_kernel_agreement(const struct validate_report *r, double *part, double *errors)
-{
-    *part = *errors = 0;
-    for (int64_t c = 0; c < VALIDATE_KINDS * r->config->n_m * VALIDATE_V; c++) {
-        if (!isfinite(r->closed[c])) continue;
-        double off = fabs(r->kernel[c].mse - r->closed[c]);
-        *part = fmax(*part, off / r->closed[c]);
-        *errors = fmax(*errors, off / r->kernel[c].se);
-    }
-}
-
 double validate_worst(const double *x, int64_t n)
 {
     double worst = 0;
@@ -175,13 +164,13 @@ srf_status validate_html(const struct validate_report *r, char **text)
 void validate_print(const struct validate_report *r)
 {
     char attention[200];
-    double part, errors;
     validate_describe(r, attention, sizeof attention);
-    validate_kernel_agreement(r, &part, &errors);
     struct validate_summary norm = validate_summarize(r, r->result->v_mean);
     printf("%s, %lld tokens\n", attention, (long long)r->tokens);
-    printf("kernel error: within %.1f %% of the closed forms (%.1f standard errors)\n", 100 * part,
-           errors);
+    printf("kernel error: within %.1f %% of the closed forms (the farthest by %.1f standard "
+           "errors, as "
+           "chance alone has it in %.2g %% of runs)\n",
+           100 * r->chance.part, r->chance.distance, 100 * r->chance.chance);
     printf("|q+k|^2/sqrt(d): median head %.3g, hardest %.3g (layer %lld head %lld)\n", norm.median,
            norm.worst, (long long)norm.worst_layer, (long long)norm.worst_head);
     for (int64_t i = 0; i < r->config->n_m; i++) {

@@ -29,7 +29,8 @@ struct validate_report {
     const struct srf_validate_result *result;
     /* (VALIDATE_KINDS, config->n_m, VALIDATE_V) */
     const struct srf_kernel_error *kernel;
-    const double *closed;   /* NaN where there is no closed form */
+    const double *closed;            /* NaN where there is no closed form */
+    struct srf_kernel_chance chance; /* of the two */
     const double *tried;    /* (VALIDATE_TRIED, config->n_m): output error, mean over heads */
     const double *tried_kl; /* the same: KL of the attention weights */
     const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */

@@ -239,7 +239,7 @@ static void measured_error_is_the_closed_error(void **state)
     for (int kind = SRF_IID; kind <= SRF_SIMPLEX; kind++) {
         struct srf_features_draw_args a = {
             .kind = (enum srf_feature_kind)kind, .seed = test_seed(), .draw = 1 << 20, .d = 64};
-        test_ok(srf_kernel_error_measure(&a, 200 / SHARE, ms, 4, v_sqs, 3, got[kind][0]));
+        test_ok(srf_kernel_error_measure(&a, 200 / SHARE, ms, 4, v_sqs, 3, got[kind][0], NULL));
         for (int i = 0; i < 4; i++)
             for (int v = 0; v < 3; v++) {
                 double want;
@@ -259,9 +259,49 @@ static void measured_error_is_the_closed_error(void **state)
             assert_true(got[SRF_ORTHOGONAL][i][v].mse < got[SRF_IID][i][v].mse);
         }
     struct srf_features_draw_args a = {.kind = SRF_SIMPLEX, .d = 64};
-    assert_int_equal(srf_kernel_error_measure(&a, 1, ms, 4, v_sqs, 3, got[0][0]), SRF_INVALID);
-    assert_int_equal(srf_kernel_error_measure(&a, 9, (int64_t[]){64, 16}, 2, v_sqs, 3, got[0][0]),
+    assert_int_equal(srf_kernel_error_measure(&a, 1, ms, 4, v_sqs, 3, got[0][0], NULL),
                      SRF_INVALID);
+    assert_int_equal(
+        srf_kernel_error_measure(&a, 9, (int64_t[]){64, 16}, 2, v_sqs, 3, got[0][0], NULL),
+        SRF_INVALID);
+}
+
+/* What chance does to right numbers, and that wrong ones are told from them: closed forms of
+ * another head size, or 15 % off. */
+static void chance_is_told_from_faults(void **state)
+{
+    (void)state;
+    enum { DRAWS = 64, SEEDS = 24, CELLS = 6 };
+    static const double v_sqs[] = {0.5, 1, 2};
+    static const int64_t ms[] = {16, 64};
+    double each[DRAWS * CELLS], closed[3][CELLS], sum = 0;
+    int low = 0, found[2] = {0};
+    struct srf_kernel_error got[CELLS];
+    struct srf_kernel_chance c, again;
+    for (int i = 0; i < CELLS; i++) {
+        test_ok(srf_kernel_error_closed(SRF_SIMPLEX, ms[i / 3], 32, v_sqs[i % 3], &closed[0][i]));
+        test_ok(srf_kernel_error_closed(SRF_SIMPLEX, ms[i / 3], 8, v_sqs[i % 3], &closed[1][i]));
+        closed[2][i] = i == 2 ? NAN : 1.15 * closed[0][i];
+    }
+    for (int seed = 0; seed < SEEDS; seed++) {
+        struct srf_features_draw_args a = {
+            .kind = SRF_SIMPLEX, .seed = test_seed() + (uint64_t)seed, .draw = 1 << 21, .d = 32};
+        test_ok(srf_kernel_error_measure(&a, DRAWS, ms, 2, v_sqs, 3, got, each));
+        test_ok(srf_kernel_error_chance(each, DRAWS, CELLS, closed[0], 1, &c));
+        test_ok(srf_kernel_error_chance(each, DRAWS, CELLS, closed[0], 1, &again));
+        assert_true(c.chance == again.chance && c.distance == again.distance);
+        assert_true(c.chance > 0 && c.chance <= 1 && c.part < 0.3);
+        low += c.chance < 0.05;
+        sum += c.chance / SEEDS;
+        for (int wrong = 1; wrong < 3; wrong++) {
+            test_ok(srf_kernel_error_chance(each, DRAWS, CELLS, closed[wrong], 1, &again));
+            found[wrong - 1] += again.chance < 0.01;
+        }
+    }
+    print_message("right: chance %.2f on average, below 0.05 in %d of %d; wrong: found %d, %d\n",
+                  sum, low, SEEDS, found[0], found[1]);
+    assert_true(low <= 6 && sum > 0.2 && sum < 0.8);
+    assert_true(2 * found[0] > SEEDS && 2 * found[1] > SEEDS);
 }
 
 /* Two ways to measure the same draws agree, with OPRF's bias too. */
@@ -274,7 +314,7 @@ static void exact_average_over_directions(void **state)
         .kind = SRF_SIMPLEX_PLUS, .seed = test_seed(), .m = m, .d = 16, .oprf_a = &oprf_a};
     struct measured sampled = measure(&a, 4000, v_sq, oprf_a);
     struct srf_kernel_error exact;
-    test_ok(srf_kernel_error_measure(&a, 4000 / SHARE, &m, 1, &v_sq, 1, &exact));
+    test_ok(srf_kernel_error_measure(&a, 4000 / SHARE, &m, 1, &v_sq, 1, &exact, NULL));
     assert_true(exact.se < sampled.mse_se);
     assert_true(fabs(exact.mse - sampled.mse) < 4 * sampled.mse_se);
 }
@@ -306,14 +346,14 @@ static void simplex_plus_and_hd(void **state)
     struct measured plus = measure(&a, 600, v_sq, 0);
     unbiased("simplex+", &plus);
     struct srf_kernel_error error;
-    test_ok(srf_kernel_error_measure(&a, 600 / SHARE, &m, 1, &v_sq, 1, &error));
+    test_ok(srf_kernel_error_measure(&a, 600 / SHARE, &m, 1, &v_sq, 1, &error, NULL));
     print_message("simplex+: MSE %.3f of simplex's, +- %.3f\n", error.mse / simplex,
                   error.se / simplex);
     assert_true(error.mse < simplex);
     a.kind = SRF_SIMPLEX;
     a.rotation = SRF_ROT_HD;
     struct measured hd = measure(&a, 600, v_sq, 0);
-    test_ok(srf_kernel_error_measure(&a, 600 / SHARE, &m, 1, &v_sq, 1, &error));
+    test_ok(srf_kernel_error_measure(&a, 600 / SHARE, &m, 1, &v_sq, 1, &error, NULL));
     print_message("hd: MSE %.3f of Haar's, +- %.3f; mean %.5f\n", error.mse / simplex,
                   error.se / simplex, hd.mean);
     assert_true(fabs(hd.mean - 1) < 0.01);
@@ -362,6 +402,7 @@ int main(void)
         cmocka_unit_test(bad_arguments),
         cmocka_unit_test(draws_have_the_closed_error),
         cmocka_unit_test(measured_error_is_the_closed_error),
+        cmocka_unit_test(chance_is_told_from_faults),
         cmocka_unit_test(exact_average_over_directions),
         cmocka_unit_test(partial_blocks_have_the_closed_error),
         cmocka_unit_test(simplex_plus_and_hd),

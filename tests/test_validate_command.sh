@@ -19,8 +19,8 @@ run "${validate[@]}" --out one -q
 [ ! -s stderr ] || fail "--quiet: something on stderr: $(cat stderr)"
 has stdout 'kernel error' 'median head' 'one/validate.html'
 [ "$(ls one | xargs)" = 'validate.html validate.json' ] || fail "files of a run: $(ls one)"
-has one/validate.json '"kernel":[{' '"kind":"simplex+"' '"closed_form":' '"v2":[[' \
-    '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' \
+has one/validate.json '"kernel_chance":' '"kernel":[{' '"kind":"simplex+"' \
+    '"closed_form":' '"v2":[[' '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' \
     '"output_error_by_features":{"m":[16,' '"iid":[' '"v2_histogram":{"edges":[' '"by_draw":{' \
     '"texts":[{"prompt":' '"teacher":null' '"oprf":[' '"weights_kl":[[' '"step_error":[' \
     '"heads":2' '"head_size":16'

@@ -15,13 +15,26 @@ struct srf_kernel_error {
 /* For each number of features m (ascending) and each |x+y|^2: out (n_m, n_v). The average over
  * directions of x + y is taken exactly, from the Gram matrix of W: so few draws go a long way.
  * draws: kind, rotation, normalize_rows, seed, d are read, draw is the first of n_draws, oprf_a, if
- * not NULL, is one number. Host only. */
+ * not NULL, is one number. each, if not NULL: (n_draws, n_m, n_v), that of each draw. Host only. */
 srf_status srf_kernel_error_measure(const struct srf_features_draw_args *draws, int64_t n_draws,
                                     const int64_t *m, int64_t n_m, const double *v_sq, int64_t n_v,
-                                    struct srf_kernel_error *out);
+                                    struct srf_kernel_error *out, double *each);
 /* The closed form of the same number; SRF_UNSUPPORTED for simplex+. */
 srf_status srf_kernel_error_closed(enum srf_feature_kind kind, int64_t m, int64_t d, double v_sq,
                                    double *mse);
+/* How far the means over draws of `cells` numbers, each (n_draws, cells), are from their closed
+ * forms (cells; NaN: left out). The distribution of the errors has a heavy tail: the mean of some
+ * dozens of draws is often several of its standard errors off, and of many numbers one is off by
+ * more. So the draws are drawn from again, with repetition, and it is counted how often the
+ * farthest of those means is as far from the mean of all. */
+struct srf_kernel_chance {
+    double part;     /* largest |mean / closed form - 1| */
+    double distance; /* the largest |mean - closed form| in standard errors */
+    double chance;   /* that one is as far where nothing is wrong */
+};
+srf_status srf_kernel_error_chance(const double *each, int64_t n_draws, int64_t cells,
+                                   const double *closed, uint64_t seed,
+                                   struct srf_kernel_chance *out);
 
 /* ---- attention on real text ----------------------------------------------------------------- */
 

@@ -77,7 +77,7 @@ static void error_of_draw(const struct sweep *s, const double *w, const double *
 
 srf_status srf_kernel_error_measure(const struct srf_features_draw_args *draws, int64_t n_draws,
                                     const int64_t *m, int64_t n_m, const double *v_sq, int64_t n_v,
-                                    struct srf_kernel_error *out)
+                                    struct srf_kernel_error *out, double *each)
 {
     SRF_FAIL_IF(n_draws < 2 || n_m < 1 || n_v < 1, SRF_INVALID,
                 "kernel error over %lld draws: expected at least 2", (long long)n_draws);
@@ -92,9 +92,10 @@ srf_status srf_kernel_error_measure(const struct srf_features_draw_args *draws, 
     int64_t cells = n_m * n_v, w_count = args.m * args.d;
     int64_t per_thread = w_count + args.m + scratch_count(&s);
     int threads = omp_get_max_threads();
-    double oprf_a = draws->oprf_a ? draws->oprf_a[0] : 0, *errors = NULL, *buffers = NULL;
+    double oprf_a = draws->oprf_a ? draws->oprf_a[0] : 0, *own = NULL, *buffers = NULL;
     srf_status st = SRF_OK, failed = SRF_OK;
-    SRF_TRY_GO(SRF_ALLOC(errors, n_draws * cells));
+    if (!each) SRF_TRY_GO(SRF_ALLOC(own, n_draws * cells));
+    double *errors = each ? each : own;
     SRF_TRY_GO(SRF_ALLOC(buffers, threads * per_thread));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t n = 0; n < n_draws; n++) {
@@ -119,7 +120,65 @@ srf_status srf_kernel_error_measure(const struct srf_features_draw_args *draws, 
     }
 cleanup:
     srf__free(buffers);
-    srf__free(errors);
+    srf__free(own);
+    return st;
+}
+
+/* The largest |mean - truth| / standard error over cells, of the draws `picked` (n). sums: scratch
+ * (2, cells). */
+static double largest_distance(const double *each, int64_t cells, const int64_t *picked, int64_t n,
+                               const double *truth, double *sums)
+{
+    double *squares = sums + cells, largest = 0;
+    for (int64_t c = 0; c < 2 * cells; c++) sums[c] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double *draw = each + picked[i] * cells;
+#pragma omp simd
+        for (int64_t c = 0; c < cells; c++) {
+            double off = draw[c] - truth[c];
+            sums[c] += off;
+            squares[c] += off * off;
+        }
+    }
+    for (int64_t c = 0; c < cells; c++) {
+        double mean = sums[c] / (double)n, var = squares[c] - mean * sums[c];
+        double z = fabs(mean) / sqrt(var / (double)(n - 1) / (double)n);
+        if (z > largest) largest = z; /* not where the truth is unknown, NaN */
+    }
+    return largest;
+}
+
+srf_status srf_kernel_error_chance(const double *each, int64_t n_draws, int64_t cells,
+                                   const double *closed, uint64_t seed,
+                                   struct srf_kernel_chance *out)
+{
+    enum { RESAMPLES = 4000 };
+    srf_status st = SRF_OK;
+    double *mean = NULL, *sums = NULL;
+    int64_t *picked = NULL, as_far = 0;
+    *out = (struct srf_kernel_chance){0};
+    SRF_TRY_GO(SRF_CALLOC(mean, cells));
+    SRF_TRY_GO(SRF_ALLOC(sums, 2 * cells));
+    SRF_TRY_GO(SRF_ALLOC(picked, n_draws));
+    for (int64_t c = 0; c < cells; c++) {
+        for (int64_t i = 0; i < n_draws; i++) mean[c] += each[i * cells + c] / (double)n_draws;
+        double part = fabs(mean[c] / closed[c] - 1);
+        if (isnan(closed[c])) mean[c] = NAN; /* left out below, too */
+        if (part > out->part) out->part = part;
+    }
+    for (int64_t i = 0; i < n_draws; i++) picked[i] = i;
+    out->distance = largest_distance(each, cells, picked, n_draws, closed, sums);
+    struct srf_rng rng = srf_rng_at(seed, SRF_RNG_SAMPLE, 0, 0, UINT32_MAX);
+    for (int k = 0; k < RESAMPLES; k++) {
+        for (int64_t i = 0; i < n_draws; i++)
+            picked[i] = (int64_t)srf_rng_below(&rng, (uint64_t)n_draws);
+        as_far += largest_distance(each, cells, picked, n_draws, mean, sums) >= out->distance;
+    }
+    out->chance = (double)(as_far + 1) / (RESAMPLES + 1);
+cleanup:
+    srf__free(mean);
+    srf__free(sums);
+    srf__free(picked);
     return st;
 }
 
