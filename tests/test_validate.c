@@ -13,41 +13,79 @@ static const char config_json[] =
     "{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 16, \"n_positions\": 48,"
     " \"vocab_size\": 23, \"activation_function\": \"gelu_new\"}";
 
-static struct srf_checkpoint *checkpoint(void)
-{
-    struct srf_checkpoint *ck;
-    test_ok(srf_checkpoint_init(config_json, 7, &ck));
-    for (int64_t i = 0; i < ck->table.total; i++) ck->params[i] *= 6; /* attention with a shape */
-    return ck;
-}
+static const int64_t ms[N_M] = {3, 8, 21};
 
-static void random_tokens(int32_t *tokens)
+/* What every test begins with: a model, some text, a context. */
+struct setting {
+    struct srf_checkpoint *ck;
+    struct srf_ctx *ctx;
+    int32_t tokens[B * T];
+};
+
+static void setting_new(struct setting *s, enum srf_dtype dtype)
 {
     struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 11, 0, 0);
-    for (int i = 0; i < B * T; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
+    for (int i = 0; i < B * T; i++) s->tokens[i] = (int32_t)srf_rng_below(&r, V);
+    test_ok(srf_checkpoint_init(config_json, 7, &s->ck));
+    for (int64_t i = 0; i < s->ck->table.total; i++)
+        s->ck->params[i] *= 6; /* attention with a shape */
+    test_ok(srf_ctx_create("cpu", dtype, 2, &s->ctx));
+}
+
+static void setting_free(struct setting *s)
+{
+    srf_checkpoint_free(s->ck);
+    srf_ctx_free(s->ctx);
+}
+
+/* The setting's model beside itself, with SRF attention `a`. */
+static struct srf_validate_pair pair_of(const struct setting *s,
+                                        const struct srf_attention_config *a)
+{
+    return (struct srf_validate_pair){.teacher = s->ck,
+                                      .student = s->ck,
+                                      .attention = a,
+                                      .tokens = s->tokens,
+                                      .windows = B,
+                                      .seq_len = T};
+}
+
+struct planned {
+    struct srf_model *m;
+    struct srf_arena *arena;
+};
+
+static struct planned model_new(const struct setting *s, const struct srf_attention_config *a,
+                                struct srf_model_plan plan)
+{
+    struct planned p;
+    test_ok(srf_model_create(s->ctx, &s->ck->config, a, &p.m));
+    test_ok(srf_arena_create(s->ctx, &p.arena));
+    test_ok(srf_model_plan(p.m, p.arena, &plan));
+    test_ok(srf_arena_commit(p.arena));
+    test_ok(srf_model_upload(p.m, s->ck));
+    return p;
+}
+
+static void model_done(struct planned *p)
+{
+    srf_model_free(p->m);
+    srf_arena_free(p->arena);
 }
 
 /* q, k, v of every layer, (L, B * T, 3C). */
-static double *model_qkv(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
-                         const int32_t *tokens)
+static double *model_qkv(const struct setting *s)
 {
-    struct srf_model *m;
-    struct srf_arena *arena;
     struct srf_attention_config softmax = srf_attention_default();
-    test_ok(srf_model_create(ctx, &ck->config, &softmax, &m));
-    test_ok(srf_arena_create(ctx, &arena));
-    struct srf_model_plan plan = {.b = B, .t = T, .keep_qkv = true};
-    test_ok(srf_model_plan(m, arena, &plan));
-    test_ok(srf_arena_commit(arena));
-    test_ok(srf_model_upload(m, ck));
-    struct srf_batch batch = {.b = B, .t = T, .tokens = tokens};
-    test_ok(srf_model_forward(m, &batch));
+    struct planned p =
+        model_new(s, &softmax, (struct srf_model_plan){.b = B, .t = T, .keep_qkv = true});
+    struct srf_batch batch = {.b = B, .t = T, .tokens = s->tokens};
+    test_ok(srf_model_forward(p.m, &batch));
     double *qkv = srf__alloc(L * B * T * 3 * C, sizeof *qkv);
     assert_non_null(qkv);
     for (int l = 0; l < L; l++)
-        test_to_double(ctx, srf_model_qkv(m, l), qkv + l * B * T * 3 * C, B * T * 3 * C);
-    srf_model_free(m);
-    srf_arena_free(arena);
+        test_to_double(s->ctx, srf_model_qkv(p.m, l), qkv + l * B * T * 3 * C, B * T * 3 * C);
+    model_done(&p);
     return qkv;
 }
 
@@ -299,18 +337,14 @@ static void weights_of_large_heads(void **state)
 static void measurements(void **state)
 {
     (void)state;
-    static const int64_t ms[N_M] = {3, 8, 21};
-    int32_t tokens[B * T];
-    random_tokens(tokens);
-    struct srf_checkpoint *ck = checkpoint();
     for (int type = 0; type < 2; type++)
         for (int hybrid = 0; hybrid < 2; hybrid++) {
-            struct srf_ctx *ctx;
-            test_ok(srf_ctx_create("cpu", type ? SRF_F64 : SRF_F32, 2, &ctx));
-            double *qkv = model_qkv(ctx, ck, tokens);
+            struct setting s;
+            setting_new(&s, type ? SRF_F64 : SRF_F32);
+            double *qkv = model_qkv(&s);
             struct srf_validate_config c = config_of(hybrid ? 8 : 0, !hybrid, ms);
             struct srf_validate_result r;
-            test_ok(srf_validate_attention(ctx, ck, tokens, &c, &r));
+            test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &r));
             assert_int_equal(r.n_layers, L);
             assert_int_equal(r.n_heads, H);
             assert_int_equal(r.n_m, N_M);
@@ -323,30 +357,25 @@ static void measurements(void **state)
             }
             srf_validate_result_free(&r);
             srf__free(qkv);
-            srf_ctx_free(ctx);
+            setting_free(&s);
         }
-    srf_checkpoint_free(ck);
 }
 
 /* Features that a checkpoint holds are used as they are, for the first draw of their m alone. */
 static void stored_features(void **state)
 {
     (void)state;
-    static const int64_t ms[N_M] = {3, 8, 21};
-    int32_t tokens[B * T];
-    random_tokens(tokens);
-    struct srf_checkpoint *ck = checkpoint();
-    struct srf_ctx *ctx;
-    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct setting s;
+    setting_new(&s, SRF_F64);
     struct srf_validate_config c = config_of(0, true, ms);
     struct srf_validate_result drawn, held;
-    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &drawn));
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &drawn));
     enum { M = 8, ROWS = L * H * M };
-    ck->attention = c.attention;
-    ck->attention.kind = SRF_ATTN_SRF;
-    ck->attention.m = M;
-    test_ok(SRF_ALLOC(ck->features_w, ROWS * D));
-    test_ok(SRF_ALLOC(ck->features_bias, ROWS));
+    s.ck->attention = c.attention;
+    s.ck->attention.kind = SRF_ATTN_SRF;
+    s.ck->attention.m = M;
+    test_ok(SRF_ALLOC(s.ck->features_w, ROWS * D));
+    test_ok(SRF_ALLOC(s.ck->features_bias, ROWS));
     double w[M * D], bias[M];
     for (int l = 0; l < L; l++) /* every head has the first one's */
         for (int h = 0; h < H; h++) {
@@ -356,10 +385,10 @@ static void stored_features(void **state)
                                                .m = M,
                                                .d = D};
             test_ok(srf_features_draw_one(&a, l, 0, c.attention.oprf_a, w, bias));
-            for (int i = 0; i < M * D; i++) ck->features_w[(l * H + h) * M * D + i] = (float)w[i];
-            for (int i = 0; i < M; i++) ck->features_bias[(l * H + h) * M + i] = (float)bias[i];
+            for (int i = 0; i < M * D; i++) s.ck->features_w[(l * H + h) * M * D + i] = (float)w[i];
+            for (int i = 0; i < M; i++) s.ck->features_bias[(l * H + h) * M + i] = (float)bias[i];
         }
-    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &held));
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &held));
     for (int i = 0; i < N_M; i++)
         for (int h = 0; h < L * H; h++) {
             double a = drawn.error[i * L * H + h], b = held.error[i * L * H + h];
@@ -372,8 +401,7 @@ static void stored_features(void **state)
     }
     srf_validate_result_free(&drawn);
     srf_validate_result_free(&held);
-    srf_checkpoint_free(ck);
-    srf_ctx_free(ctx);
+    setting_free(&s);
 }
 
 /* Nothing beyond the window: no draw and no number of features matters, and it is not the same as
@@ -381,18 +409,14 @@ static void stored_features(void **state)
 static void without_far_part(void **state)
 {
     (void)state;
-    static const int64_t ms[N_M] = {3, 8, 21};
-    int32_t tokens[B * T];
-    random_tokens(tokens);
-    struct srf_checkpoint *ck = checkpoint();
-    struct srf_ctx *ctx;
-    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct setting s;
+    setting_new(&s, SRF_F64);
     struct srf_validate_config c = config_of(8, true, ms);
     struct srf_validate_result with, without;
     double differ = 0;
-    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &with));
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &with));
     c.attention.far_none = true;
-    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &without));
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &without));
     for (int i = 0; i < N_M * L * H; i++) {
         assert_true(fabs(without.error[i] - without.error[i % (L * H)]) < 1e-9);
         assert_true(without.error_sd[i] < 1e-6 && without.error[i] > 0.01);
@@ -401,8 +425,7 @@ static void without_far_part(void **state)
     assert_true(differ > 1e-4);
     srf_validate_result_free(&with);
     srf_validate_result_free(&without);
-    srf_checkpoint_free(ck);
-    srf_ctx_free(ctx);
+    setting_free(&s);
 }
 
 /* A window that holds everything is softmax; places hold each prediction once, with the losses of
@@ -410,40 +433,25 @@ static void without_far_part(void **state)
 static void positions(void **state)
 {
     (void)state;
-    static const int64_t ms[N_M] = {3, 8, 21};
-    int32_t tokens[B * T], targets[B * T];
+    int32_t targets[B * T];
     float nll[B * T];
-    random_tokens(tokens);
-    for (int i = 0; i < B * T; i++) targets[i] = (i + 1) % T ? tokens[i + 1] : -1;
-    struct srf_checkpoint *ck = checkpoint();
-    struct srf_ctx *ctx;
-    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct setting s;
+    setting_new(&s, SRF_F64);
+    for (int i = 0; i < B * T; i++) targets[i] = (i + 1) % T ? s.tokens[i + 1] : -1;
     struct srf_attention_config a = config_of(T, true, ms).attention;
     a.kind = SRF_ATTN_SRF;
     struct srf_validate_place p[SRF_VALIDATE_PLACES];
-    struct srf_validate_pair pair = {.teacher = ck,
-                                     .student = ck,
-                                     .attention = &a,
-                                     .tokens = tokens,
-                                     .windows = B,
-                                     .seq_len = T};
-    test_ok(srf_validate_positions(ctx, &pair, p));
+    struct srf_validate_pair pair = pair_of(&s, &a);
+    test_ok(srf_validate_positions(s.ctx, &pair, p));
     for (int i = 0; p[i].n; i++)
         assert_true(fabs(p[i].nll - p[i].nll_softmax) < 1e-9 && fabs(p[i].kl) < 1e-9);
     a.window = 4;
-    test_ok(srf_validate_positions(ctx, &pair, p));
-    struct srf_model *m;
-    struct srf_arena *arena;
-    struct srf_model_plan plan = {.b = B, .t = T};
-    test_ok(srf_model_create(ctx, &ck->config, &a, &m));
-    test_ok(srf_arena_create(ctx, &arena));
-    test_ok(srf_model_plan(m, arena, &plan));
-    test_ok(srf_arena_commit(arena));
-    test_ok(srf_model_upload(m, ck));
-    struct srf_batch batch = {.b = B, .t = T, .tokens = tokens};
+    test_ok(srf_validate_positions(s.ctx, &pair, p));
+    struct planned own = model_new(&s, &a, (struct srf_model_plan){.b = B, .t = T});
+    struct srf_batch batch = {.b = B, .t = T, .tokens = s.tokens};
     struct srf_loss_args loss = {.n = B * T, .targets = targets, .nll = nll};
-    test_ok(srf_model_forward(m, &batch));
-    test_ok(srf_model_loss(m, &loss));
+    test_ok(srf_model_forward(own.m, &batch));
+    test_ok(srf_model_loss(own.m, &loss));
     int64_t n = 0;
     for (int i = 0; p[i].n; i++) {
         double sum = 0;
@@ -460,43 +468,31 @@ static void positions(void **state)
         n += p[i].n;
     }
     assert_int_equal(n, B * (T - 1));
-    srf_model_free(m);
-    srf_arena_free(arena);
-    srf_checkpoint_free(ck);
-    srf_ctx_free(ctx);
+    model_done(&own);
+    setting_free(&s);
 }
 
 /* Draw i is what the model with that draw has, and the perplexity is that of the predictions. */
 static void draws(void **state)
 {
     (void)state;
-    static const int64_t ms[N_M] = {3, 8, 21};
-    int32_t tokens[B * T];
-    random_tokens(tokens);
-    struct srf_checkpoint *ck = checkpoint();
-    struct srf_ctx *ctx;
-    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    struct setting s;
+    setting_new(&s, SRF_F64);
     struct srf_attention_config a = config_of(4, true, ms).attention;
     a.kind = SRF_ATTN_SRF;
-    struct srf_validate_pair pair = {.teacher = ck,
-                                     .student = ck,
-                                     .attention = &a,
-                                     .tokens = tokens,
-                                     .windows = B,
-                                     .seq_len = T};
+    struct srf_validate_pair pair = pair_of(&s, &a);
     double ppl[DRAWS];
-    test_ok(srf_validate_draws(ctx, &pair, DRAWS, ppl));
+    test_ok(srf_validate_draws(s.ctx, &pair, DRAWS, ppl));
     for (int i = 0; i < DRAWS; i++, a.draw++) {
         struct srf_validate_place p[SRF_VALIDATE_PLACES];
-        test_ok(srf_validate_positions(ctx, &pair, p));
+        test_ok(srf_validate_positions(s.ctx, &pair, p));
         double nll = 0;
         for (int k = 0; p[k].n; k++) nll += (double)p[k].n * p[k].nll;
         double want = exp(nll / (B * (T - 1)));
         test_close("perplexity of a draw", &ppl[i], &want, 1, 1e-9);
         if (i) assert_true(fabs(ppl[i] - ppl[i - 1]) > 1e-6 * ppl[i]);
     }
-    srf_checkpoint_free(ck);
-    srf_ctx_free(ctx);
+    setting_free(&s);
 }
 
 /* With a window that holds everything both write the same; with a small one they part; and the
@@ -505,51 +501,34 @@ static void continuations(void **state)
 {
     (void)state;
     enum { PROMPT = 9, NEW = 20 };
-    static const int64_t ms[N_M] = {3, 8, 21};
-    int32_t tokens[B * T], teacher[B * NEW], student[B * NEW], first;
-    random_tokens(tokens);
-    struct srf_checkpoint *ck = checkpoint();
-    struct srf_ctx *ctx;
-    test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
+    int32_t teacher[B * NEW], student[B * NEW], first;
+    struct setting s;
+    setting_new(&s, SRF_F64);
     struct srf_attention_config a = config_of(T, true, ms).attention;
     a.kind = SRF_ATTN_SRF;
     struct srf_sampler_config sampler = {.temperature = 0.8, .top_p = 0.9};
-    struct srf_validate_pair pair = {.teacher = ck,
-                                     .student = ck,
-                                     .attention = &a,
-                                     .tokens = tokens,
-                                     .windows = B,
-                                     .seq_len = T};
-    test_ok(srf_validate_continue(ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
+    struct srf_validate_pair pair = pair_of(&s, &a);
+    test_ok(srf_validate_continue(s.ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
     assert_memory_equal(teacher, student, sizeof teacher);
     a.window = 2;
-    test_ok(srf_validate_continue(ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
+    test_ok(srf_validate_continue(s.ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
     assert_memory_not_equal(teacher, student, sizeof teacher);
-    struct srf_model *m;
-    struct srf_arena *arena;
     struct srf_attention_config softmax = srf_attention_default();
-    struct srf_model_plan plan = {.b = 1, .t = PROMPT};
+    struct planned own = model_new(&s, &softmax, (struct srf_model_plan){.b = 1, .t = PROMPT});
     float logits[V];
-    test_ok(srf_model_create(ctx, &ck->config, &softmax, &m));
-    test_ok(srf_arena_create(ctx, &arena));
-    test_ok(srf_model_plan(m, arena, &plan));
-    test_ok(srf_arena_commit(arena));
-    test_ok(srf_model_upload(m, ck));
     for (int i = 0; i < B; i++) {
-        struct srf_batch batch = {.b = 1, .t = PROMPT, .tokens = tokens + i * T};
-        test_ok(srf_model_forward(m, &batch));
-        test_ok(srf_model_last_logits(m, &batch, logits));
+        struct srf_batch batch = {.b = 1, .t = PROMPT, .tokens = s.tokens + i * T};
+        test_ok(srf_model_forward(own.m, &batch));
+        test_ok(srf_model_last_logits(own.m, &batch, logits));
         test_ok(srf_sample(&sampler, 3, (uint64_t)i, 0, logits, V, &first));
         assert_int_equal(first, teacher[i * NEW]);
     }
-    assert_int_equal(srf_validate_continue(ctx, &pair, 0, NEW, &sampler, 3, teacher, student),
+    assert_int_equal(srf_validate_continue(s.ctx, &pair, 0, NEW, &sampler, 3, teacher, student),
                      SRF_INVALID);
-    assert_int_equal(srf_validate_continue(ctx, &pair, PROMPT, 48, &sampler, 3, teacher, student),
+    assert_int_equal(srf_validate_continue(s.ctx, &pair, PROMPT, 48, &sampler, 3, teacher, student),
                      SRF_MISMATCH);
-    srf_model_free(m);
-    srf_arena_free(arena);
-    srf_checkpoint_free(ck);
-    srf_ctx_free(ctx);
+    model_done(&own);
+    setting_free(&s);
 }
 
 static void progress(void *user, double done)
@@ -562,46 +541,42 @@ static void progress(void *user, double done)
 static void bad_arguments_and_progress(void **state)
 {
     (void)state;
-    static const int64_t ms[N_M] = {3, 8, 21}, descending[N_M] = {3, 2, 8};
-    int32_t tokens[B * T];
-    random_tokens(tokens);
-    struct srf_checkpoint *ck = checkpoint();
-    struct srf_ctx *ctx;
-    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    static const int64_t descending[N_M] = {3, 2, 8};
+    struct setting s;
+    setting_new(&s, SRF_F32);
     struct srf_validate_result r;
     struct srf_validate_config good = config_of(0, true, ms), c = good;
     double last = 0;
     c.progress = progress;
     c.user = &last;
-    test_ok(srf_validate_attention(ctx, ck, tokens, &c, &r));
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &r));
     assert_true(last == 1);
     srf_validate_result_free(&r);
     srf_validate_result_free(&r); /* twice is fine */
     c = good, c.m = descending;
-    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    assert_int_equal(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &r), SRF_INVALID);
     c = good, c.main_m = 64;
-    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    assert_int_equal(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &r), SRF_INVALID);
     c = good, c.seq_len = 49;
-    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
+    assert_int_equal(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &r), SRF_INVALID);
     c = good, c.n_draws = 1;
-    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &c, &r), SRF_INVALID);
-    tokens[5] = V;
-    assert_int_equal(srf_validate_attention(ctx, ck, tokens, &good, &r), SRF_MISMATCH);
+    assert_int_equal(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &r), SRF_INVALID);
+    s.tokens[5] = V;
+    assert_int_equal(srf_validate_attention(s.ctx, s.ck, s.tokens, &good, &r), SRF_MISMATCH);
     assert_null(r.error);
-    tokens[5] = 0;
+    s.tokens[5] = 0;
     /* Every allocation may fail: no crash, no leak (the sanitizer looks). */
     srf_status st = SRF_NOMEM;
     int n = 0;
     for (; st != SRF_OK && n < 1000; n++) {
         srf__fail_alloc_after(n);
-        st = srf_validate_attention(ctx, ck, tokens, &good, &r);
+        st = srf_validate_attention(s.ctx, s.ck, s.tokens, &good, &r);
         assert_true(st == SRF_OK || st == SRF_NOMEM);
     }
     srf__fail_alloc_after(-1);
     assert_true(st == SRF_OK && n > 10);
     srf_validate_result_free(&r);
-    srf_checkpoint_free(ck);
-    srf_ctx_free(ctx);
+    setting_free(&s);
 }
 
 int main(void)
