@@ -374,7 +374,7 @@ static srf_status drawn_features(struct bench_buffers *b, int64_t heads, int64_t
 static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     struct attn a;
-    void *w, *bias;
+    void *w, *bias, *carry = NULL;
     int64_t heads = p[2], ld_o = heads * HEAD, ld = 3 * ld_o;
     SRF_TRY(attn_buffers(b, p[0] * p[1], heads, &a));
     SRF_TRY(drawn_features(b, heads, p[5], &w, &bias));
@@ -387,6 +387,8 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
                                .n_sets = heads,
                                .window = p[4],
                                .causal = true};
+    if (p[3] != BENCH_FORWARD)
+        SRF_TRY(bench_accs(b, (int64_t)srf_attn_carry_bytes(b->ctx, &s) / 4, 0, &carry));
     c->tokens = p[0] * p[1];
     c->op = SRF_OP_srf_attn_fwd;
     c->args.srf_attn_fwd = (struct srf_srf_attn_fwd_args){.s = s,
@@ -398,7 +400,8 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
                                                           .bias = bias,
                                                           .o = a.o,
                                                           .ld_o = ld_o,
-                                                          .stat = a.lse};
+                                                          .stat = a.lse,
+                                                          .carry = carry};
     if (p[3] == BENCH_FORWARD) return SRF_OK;
     SRF_TRY(then_backward(b->ctx, c, (enum bench_pass)p[3]));
     c->op = SRF_OP_srf_attn_bwd;
@@ -413,6 +416,7 @@ static srf_status srf_attn(struct bench_buffers *b, const int64_t *p, struct op_
                                                           .d_o = a.d_o,
                                                           .ld_o = ld_o,
                                                           .stat = a.lse,
+                                                          .carry = carry,
                                                           .dq = a.dqkv,
                                                           .dk = part(b, heads, a.dqkv, 1),
                                                           .dv = part(b, heads, a.dqkv, 2)};

@@ -83,6 +83,11 @@ srf_status srf_ctx_reserve_workspace(struct srf_ctx *ctx, size_t bytes)
     return SRF_OK;
 }
 
+size_t srf_attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    return ctx->be->attn_carry_bytes ? ctx->be->attn_carry_bytes(ctx, s) : 0;
+}
+
 /* After a launch. With SRF_SYNC_CHECK the device is waited for, so that a fault names its op. */
 static srf_status launched(struct srf_ctx *ctx, const char *op, srf_status st)
 {

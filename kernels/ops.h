@@ -32,6 +32,8 @@
 extern "C" {
 #endif
 
+struct srf_ctx;
+
 /* ---- random features ---------------------------------------------------------------------- */
 
 /* Draw W and its bias for n_layers x n_sets feature sets. See features.h for the mathematics. */
@@ -179,7 +181,8 @@ struct srf_srf_attn_fwd_args {
     const void *w, *bias; /* T (n_sets, m, d), A (n_sets, m) */
     void *o;              /* out T (b, t, h, d), leading dimension ld_o */
     int64_t ld_o;
-    void *stat; /* out A (b, h, t): what the backend's backward wants of each row; may be NULL */
+    void *stat;  /* out A (b, h, t): what the backend's backward wants of each row; may be NULL */
+    void *carry; /* out: srf_attn_carry_bytes() for the backward; may be NULL */
 };
 struct srf_srf_attn_bwd_args {
     struct srf_attn_shape s;
@@ -191,7 +194,12 @@ struct srf_srf_attn_bwd_args {
     const void *stat;   /* A (b, h, t), of the forward */
     void *dq, *dk, *dv; /* out T, leading dimension ld */
     void *dw;           /* += A (n_sets, m, d), or NULL: features not trained; bias is a constant */
+    const void *carry;  /* of the forward of the same arguments; NULL: made again, by one more pass
+                         * over k and v where sequences are cut into segments */
 };
+/* What a forward may hand to its backward beside stat: the states that it has had to make before
+ * segments of a sequence, in a form that the backend alone knows. 0 where it has none. */
+size_t srf_attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 
 /* Recurrent state: one per sequence and head, srf_attn_state_count() values of type A, all zero
  * at the start of a sequence. It does not hold the position: the caller does. Layout:
@@ -367,7 +375,6 @@ struct srf_adamw_args {
 
 /* ---- the backend table -------------------------------------------------------------------- */
 
-struct srf_ctx;
 struct srf_cost {
     double bytes; /* each operand read or written once */
     double flops; /* multiply and add count 2; exponentials count 1 */
@@ -397,6 +404,8 @@ struct srf_backend {
                             void **graph); /* also after a failure: NULL then */
     srf_status (*graph_launch)(struct srf_ctx *ctx, void *graph);
     void (*graph_free)(struct srf_ctx *ctx, void *graph); /* NULL is fine */
+    /* As srf_attn_carry_bytes; NULL: always 0. */
+    size_t (*attn_carry_bytes)(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 #define X(name)                                                                                    \
     srf_status (*name)(struct srf_ctx * ctx, const struct srf_##name##_args *args);                \
     size_t (*name##_workspace)(const struct srf_ctx *ctx, const struct srf_##name##_args *args);

@@ -178,7 +178,7 @@ static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
  * the others are shared by all blocks. So is ln, what either norm gives: layernorm_bwd writes it
  * once more, beside what it does anyway, for the weights' gradient of the layer behind. */
 struct block {
-    int ln, res1, mean1, rstd1, qkv, att, stat, res2, mean2, rstd2, pre, fc;
+    int ln, res1, mean1, rstd1, qkv, att, stat, carry, res2, mean2, rstd2, pre, fc;
 };
 
 struct acts {
@@ -211,6 +211,7 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
         {&k->qkv, most || p->keep_qkv, n * 3 * c, type, "qkv"},
         {&k->att, most || p->keep_attention, n * c, type, "attention"},
         {&k->stat, most, n * cfg->n_heads, acc, "attention rows"},
+        {&k->carry, most, srf_model_carry_count(m), SRF_I32, "attention states"},
         {&k->res2, most, n * c, type, "residual 2"},
         {&k->mean2, most, n, acc, "ln_2 mean"},
         {&k->rstd2, most, n, acc, "ln_2 rstd"},
@@ -297,7 +298,7 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = ln, .w = PARAM(l, QKV_W),
                     .b = PARAM(l, QKV_B), .y = qkv));
     SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
-                             PTR(k->stat)));
+                             PTR(k->stat), PTR(k->carry)));
     if (rows_behind(m, batch, l) < n) {
         n = rows_behind(m, batch, l);
         SRF_TRY(srf__model_gather_last(m, batch, att));
@@ -382,8 +383,8 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                             .y = srf_model_attention_out(m->attention_teacher, l),
                             .scale = m->attention_scale, .dx = d_att, .sum = PTR(m->slot_mse)));
         SRF_TRY(srf_model_attend_bwd(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c,
-                                     att, d_att, c, PTR(k->stat), d_qkv, COLUMN(d_qkv, c),
-                                     COLUMN(d_qkv, 2 * c)));
+                                     att, d_att, c, PTR(k->stat), PTR(k->carry), d_qkv,
+                                     COLUMN(d_qkv, c), COLUMN(d_qkv, 2 * c)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .w = PARAM(l, QKV_W),
                         .dy = d_qkv, .dx = d_ln));
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1),

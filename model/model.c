@@ -415,6 +415,25 @@ static struct srf_attn_shape attn_shape(const struct srf_model *m, int64_t layer
                                    .causal = true};
 }
 
+int64_t srf_model_carry_count(const struct srf_model *m)
+{
+    const struct srf_batch most = {.b = m->plan.b, .t = m->plan.t};
+    size_t bytes = 0;
+    for (int64_t l = 0; l < m->config.n_layers && m->plan.train; l++) {
+        const struct srf_attn_shape s = attn_shape(m, l, &most);
+        const size_t own = srf_attn_carry_bytes(m->ctx, &s);
+        bytes = own > bytes ? own : bytes;
+    }
+    return (int64_t)(bytes + 3) / 4;
+}
+
+/* Whether a batch of this shape has room for it: a smaller one may want more, being cut finer. */
+static bool carries(const struct srf_model *m, const struct srf_attn_shape *s)
+{
+    const size_t bytes = srf_attn_carry_bytes(m->ctx, s);
+    return bytes > 0 && bytes <= 4 * (size_t)srf_model_carry_count(m);
+}
+
 /* Layer l's features. */
 static const void *features(const struct srf_model *m, int64_t layer)
 {
@@ -475,7 +494,7 @@ static enum srf_map_kind map_kind(const struct srf_attention_config *a)
 
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
-                            int64_t ld_o, void *stat)
+                            int64_t ld_o, void *stat, void *carry)
 {
     struct srf_attn_shape s = attn_shape(m, layer, batch);
     const void *w = features(m, layer), *bias = features_bias(m, layer);
@@ -507,13 +526,14 @@ srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf
         break;
     }
     return SRF_RUN(m->ctx, srf_attn_fwd, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                   .bias = bias, .o = o, .ld_o = ld_o, .stat = stat);
+                   .bias = bias, .o = o, .ld_o = ld_o, .stat = stat,
+                   .carry = carries(m, &s) ? carry : NULL);
 }
 
 srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                                 const void *q, const void *k, const void *v, int64_t ld,
                                 const void *o, const void *d_o, int64_t ld_o, const void *stat,
-                                void *dq, void *dk, void *dv)
+                                const void *carry, void *dq, void *dk, void *dv)
 {
     struct srf_attn_shape s = attn_shape(m, layer, batch);
     const struct srf_attention_config *a = &m->attention;
@@ -530,7 +550,8 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
                        .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
     return SRF_RUN(m->ctx, srf_attn_bwd, .s = s, .q = q, .k = k, .v = v, .ld = ld,
                    .w = features(m, layer), .bias = features_bias(m, layer), .o = o, .d_o = d_o,
-                   .ld_o = ld_o, .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
+                   .ld_o = ld_o, .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw,
+                   .carry = carries(m, &s) ? carry : NULL);
 }
 
 int64_t srf_model_state_count(const struct srf_model *m)

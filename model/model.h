@@ -179,15 +179,18 @@ void *srf_model_features_grad(const struct srf_model *m);
 void *srf_model_features_master(const struct srf_model *m);
 /* Whether the features are trained from now on (plan.train_features). */
 srf_status srf_model_train_features(struct srf_model *m, bool on);
+/* 32-bit words that a layer's forward hands to its backward beside stat (srf_attn_carry_bytes), for
+ * the largest batch. */
+int64_t srf_model_carry_count(const struct srf_model *m);
 /* Attention of layer l on given q, k, v, as the model is set: shared by architectures. stat: A (b,
- * h, t), softmax's log sum exp or what SRF attention keeps, may be NULL. */
+ * h, t), softmax's log sum exp or what SRF attention keeps, may be NULL. carry: so many words. */
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
-                            int64_t ld_o, void *stat);
+                            int64_t ld_o, void *stat, void *carry);
 srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                                 const void *q, const void *k, const void *v, int64_t ld,
                                 const void *o, const void *d_o, int64_t ld_o, const void *stat,
-                                void *dq, void *dk, void *dv);
+                                const void *carry, void *dq, void *dk, void *dv);
 /* Values of recurrent state that one sequence needs in all layers; bytes of it on the device. */
 int64_t srf_model_state_count(const struct srf_model *m);
 int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16);

@@ -25,6 +25,9 @@ extern "C" {
 #undef X
 }
 
+/* srf_attn.cu */
+size_t srf__attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+
 /* A CUDA call that must succeed; inside functions that return srf_status. */
 #define CUDA_TRY(call)                                                                             \
     do {                                                                                           \

@@ -28,6 +28,11 @@ extern "C" srf_status cuda_srf_attn_fwd(struct srf_ctx *ctx, const struct srf_sr
     return srf__scan_fwd(ctx, a);
 }
 
+size_t srf__attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    return srf__pure_carry_bytes(ctx, s);
+}
+
 extern "C" size_t cuda_srf_attn_bwd_workspace(const struct srf_ctx *ctx,
                                               const struct srf_srf_attn_bwd_args *a)
 {

@@ -766,6 +766,10 @@ srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     struct pure_plan plan;
     struct bwd_params p = {};
     plan_bwd(ctx, s, a->dw != NULL, &plan, &p);
+    if (a->carry && srf__pure_carry_bytes(ctx, s) > 0) {
+        p.states = (float *)a->carry;
+        p.carried = true;
+    }
     p.q = (const bf16 *)a->q;
     p.k = (const bf16 *)a->k;
     p.v = (const bf16 *)a->v;

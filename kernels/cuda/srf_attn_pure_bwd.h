@@ -12,6 +12,7 @@ struct bwd_params {
     float *tops;       /* (b h, chunks, 64 NF): M after each chunk */
     uint64_t *cuts;    /* (b h, chunks): bit i: a piece of the chunk starts at its token i */
     float *states, *r; /* segments' states, S and R; NULL: one segment */
+    bool carried;      /* states are those of the forward */
     float *dw; /* (b h, n_seg, 64 NF, d): each block's sum of da x, d^(1/4) too large; or NULL */
     float *sum[3]; /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
     int64_t ld, ld_o;

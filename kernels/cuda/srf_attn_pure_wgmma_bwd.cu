@@ -57,7 +57,7 @@ srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bw
     SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
-    if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_states(ctx, a, plan, p->states));
+    if (p->n_seg > 1 && !p->carried) SRF_TRY(srf__pure_wgmma_states(ctx, a, plan, p->states));
     SRF_TRY(srf__pure_wgmma_queries(ctx, p, &m, heads));
     if (p->n_seg > 1) {
         struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};

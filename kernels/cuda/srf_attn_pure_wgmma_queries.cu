@@ -322,7 +322,7 @@ srf_status srf__pure_wgmma_queries(struct srf_ctx *ctx, const struct bwd_params 
     if (p->n_seg > 1)
         return launch(ctx,
                       p->dw ? pure_queries_kernel<true, true> : pure_queries_kernel<false, true>,
-                      heads * p->n_seg, query_smem<true>::bytes, p, m, false);
+                      heads * p->n_seg, query_smem<true>::bytes, p, m, p->carried);
     return launch(ctx, p->dw ? pure_queries_kernel<true, false> : pure_queries_kernel<false, false>,
                   heads, query_smem<false>::bytes, p, m, true);
 }

@@ -138,7 +138,7 @@ static void cuda_graph_free(struct srf_ctx *ctx, void *graph)
 static const struct srf_backend table = {
     "cuda",           cuda_alloc,     cuda_free,         cuda_upload,     cuda_download,
     cuda_copy,        cuda_zero,      cuda_sync,         cuda_memory,     cuda_close,
-    cuda_graph_begin, cuda_graph_end, cuda_graph_launch, cuda_graph_free,
+    cuda_graph_begin, cuda_graph_end, cuda_graph_launch, cuda_graph_free, srf__attn_carry_bytes,
 #define X(name) cuda_##name, cuda_##name##_workspace,
 #include "kernels/ops.def"
 #undef X

@@ -28,6 +28,7 @@ static struct attn_case new_case(struct twins s, struct srf_attn_shape shape, do
     c.dw = twin_acc_fill(&c.s, sets * shape.m * shape.d, 1);
     c.lse = twin_acc_fill(&c.s, rows * shape.h, 0);
     c.stat = twin_acc_fill(&c.s, rows * shape.h, 0);
+    c.carry = twin_acc_fill(&c.s, (int64_t)srf_attn_carry_bytes(s.ctx, &shape) / 4, 0);
     c.state = twin_acc_fill(
         &c.s, shape.b * shape.h * srf_attn_state_count(shape.m, shape.d, shape.window), 0);
     c.piece = twin_fill(&c.s, rows * c.ld, 0);
@@ -140,7 +141,7 @@ void attn_case_fwd(struct attn_case *c)
     send(c);
     twin_run(&c->s, srf_attn_fwd, .s = c->shape, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
              .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev, .o = c->o.dev,
-             .ld_o = c->ld_o, .stat = c->stat.dev);
+             .ld_o = c->ld_o, .stat = c->stat.dev, .carry = c->carry.dev);
 }
 
 void attn_case_ref_fwd(struct attn_case *c)
@@ -163,7 +164,8 @@ void attn_case_bwd(struct attn_case *c)
     twin_run(&c->s, srf_attn_bwd, .s = c->shape, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
              .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev, .o = c->o.dev,
              .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, .dq = dev(c, c->dqkv, 0),
-             .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2), .dw = c->no_dw ? NULL : c->dw.dev);
+             .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2), .dw = c->no_dw ? NULL : c->dw.dev,
+             .carry = c->no_carry ? NULL : c->carry.dev);
 }
 
 void attn_case_ref_bwd(struct attn_case *c)

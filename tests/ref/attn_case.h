@@ -13,6 +13,7 @@ struct attn_case {
     bool qkv_set;                   /* qkv.ref is newer than the device's */
     struct twin o, dqkv, dw;        /* outputs; dw starts at 1 */
     struct twin lse, stat;          /* of softmax, of SRF attention */
+    struct twin carry;              /* what its forward hands to its backward */
     struct twin map_w, d_map_w;     /* trained maps, N(0, 1 / 16), and their gradient, from 1 on */
     struct twin state;              /* of the recurrent form */
     struct twin piece, piece_o;     /* its qkv and o */
@@ -21,6 +22,7 @@ struct attn_case {
     int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
     int64_t sinks;     /* of softmax attention, whose window is the shape's */
     bool no_dw;        /* features are not trained */
+    bool no_carry;     /* backward is not given what forward has left */
     bool state_bf16;   /* how `state` is stored; its twin then holds no values */
 };
 
