@@ -63,6 +63,7 @@ static srf_status open_job(const struct bench_options *o, struct srf_ctx *ctx,
     config.slots = j->batch;
     j->running = o->running != CLI_NONE && o->running < j->batch ? o->running : j->batch;
     SRF_TRY(srf_engine_create(ctx, ck, &config, &j->e));
+    srf_engine_narrow(j->e, true); /* as at the end of a job, where so many of the slots run */
     j->n = o->n != CLI_NONE ? o->n : STEPS;
     SRF_TRY(SRF_ALLOC(j->tokens, j->n * j->batch));
     for (int64_t i = 0; i < EARLY; i++) j->prompt[i] = (int32_t)(i * 7919 % ck->config.vocab);

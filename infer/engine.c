@@ -96,7 +96,8 @@ cleanup:
 void srf_engine_free(struct srf_engine *e)
 {
     if (!e) return;
-    if (e->graph) e->ctx->be->graph_free(e->ctx, e->graph);
+    for (int i = 0; i < SRF__ENGINE_WIDTHS; i++)
+        if (e->steps[i].graph) e->ctx->be->graph_free(e->ctx, e->steps[i].graph);
     srf_model_free(e->model);
     srf_arena_free(e->arena);
     srf__free(e->slots);
@@ -329,41 +330,47 @@ static srf_status step(struct srf_engine *e, int64_t n)
     return launch(e, &batch, pos, NULL);
 }
 
-static srf_status record_step(struct srf_engine *e)
+/* Slots that a recorded step of width i is made of. */
+static int64_t width_of(const struct srf_engine *e, int i)
+{
+    return (e->config.slots + ((int64_t)1 << i) - 1) >> i;
+}
+
+static srf_status record_step(struct srf_engine *e, int width)
 {
     const struct srf_backend *be = e->ctx->be;
     SRF_TRY(be->graph_begin(e->ctx));
-    srf_status st = step(e, e->config.slots), end = be->graph_end(e->ctx, &e->graph);
+    srf_status st = step(e, width_of(e, width));
+    srf_status end = be->graph_end(e->ctx, &e->steps[width].graph);
     SRF_TRY(st);
     SRF_TRY(end);
-    e->graph_workspace = e->ctx->workspace;
+    e->steps[width].workspace = e->ctx->workspace;
     return SRF_OK;
 }
 
 /* Before a step is recorded it runs once, so that all it needs (workspace, algorithms, code on the
  * device) is there. */
-static srf_status run_steps(struct srf_engine *e, int64_t n, int64_t steps)
+static srf_status run_recorded(struct srf_engine *e, int width, int64_t steps)
 {
     const struct srf_backend *be = e->ctx->be;
-    if (!records(e)) {
-        for (int64_t t = 0; t < steps; t++) SRF_TRY(step(e, n));
-        return SRF_OK;
+    void **graph = &e->steps[width].graph;
+    if (*graph && e->steps[width].workspace != e->ctx->workspace) {
+        be->graph_free(e->ctx, *graph);
+        *graph = NULL;
     }
-    if (e->graph && e->graph_workspace != e->ctx->workspace) {
-        be->graph_free(e->ctx, e->graph);
-        e->graph = NULL;
-    }
-    if (!e->graph && steps > 0) {
-        SRF_TRY(step(e, n));
-        SRF_TRY(record_step(e));
+    if (!*graph && steps > 0) {
+        SRF_TRY(step(e, width_of(e, width)));
+        SRF_TRY(record_step(e, width));
         steps--;
     }
-    for (int64_t t = 0; t < steps; t++) SRF_TRY(be->graph_launch(e->ctx, e->graph));
+    for (int64_t t = 0; t < steps; t++) SRF_TRY(be->graph_launch(e->ctx, *graph));
     return SRF_OK;
 }
 
-/* Up to `steps` <= STEPS rows of tokens of slots 0 to n - 1. */
-static srf_status decode_some(struct srf_engine *e, int64_t n, int64_t steps, int32_t *tokens)
+/* Up to `steps` <= STEPS rows of tokens of slots 0 to n - 1, those of width i if steps are
+ * recorded. */
+static srf_status decode_some(struct srf_engine *e, int64_t n, int width, int64_t steps,
+                              int32_t *tokens)
 {
     struct book b = book_at(e->book, n);
     int64_t feeds = 0; /* steps after which all have ended, at the latest */
@@ -379,7 +386,11 @@ static srf_status decode_some(struct srf_engine *e, int64_t n, int64_t steps, in
     b.step[0] = b.step[1] = 0;
     SRF_TRY(book_upload(e, n));
     int64_t fed = steps < feeds ? steps : feeds, rows = fed < steps ? fed + 1 : fed;
-    SRF_TRY(run_steps(e, n, fed));
+    if (records(e)) {
+        SRF_TRY(run_recorded(e, width, fed));
+    } else {
+        for (int64_t t = 0; t < fed; t++) SRF_TRY(step(e, n));
+    }
     if (rows > fed) SRF_TRY(give_out(e, n));
     SRF_TRY(book_download(e, n, rows));
     for (int64_t t = 0; t < steps; t++)
@@ -402,17 +413,22 @@ srf_status srf_engine_decode(struct srf_engine *e, int64_t steps, int32_t *token
 {
     int64_t slots = e->config.slots;
     for (int64_t t = 0; t < steps;) {
-        /* Slots up to the last one that runs. Where steps can be recorded always all, so that what
-         * a sequence gets does not depend on who runs behind it. */
+        /* Slots up to the last one that runs. Where steps can be recorded all, or as narrow says,
+         * so that what a sequence gets does not depend on who runs behind it. */
         int64_t n = slots, most = records(e) ? STEPS : 1;
+        int width = 0;
         while (n > 0 && e->slots[n - 1].phase != RUNNING) n--;
         int64_t some = steps - t < most ? steps - t : most;
         if (n == 0) {
             for (int64_t i = t * slots; i < steps * slots; i++) tokens[i] = -1;
             return SRF_OK;
         }
-        if (e->ctx->be->graph_begin) n = slots;
-        SRF_TRY(decode_some(e, n, some, tokens + t * slots));
+        if (e->ctx->be->graph_begin) {
+            while (e->narrow && width + 1 < SRF__ENGINE_WIDTHS && width_of(e, width + 1) >= n)
+                width++;
+            n = width_of(e, width);
+        }
+        SRF_TRY(decode_some(e, n, width, some, tokens + t * slots));
         t += some;
     }
     return SRF_OK;
@@ -421,6 +437,11 @@ srf_status srf_engine_decode(struct srf_engine *e, int64_t steps, int32_t *token
 void srf_engine_release(struct srf_engine *e, int64_t slot)
 {
     e->slots[slot].phase = IDLE;
+}
+
+void srf_engine_narrow(struct srf_engine *e, bool narrow)
+{
+    e->narrow = narrow;
 }
 
 bool srf_engine_running(const struct srf_engine *e, int64_t slot)

@@ -8,7 +8,7 @@
  * What a sequence gets depends on the model, its prompt, its seed and its sampling stream: in f32
  * and f64 bit for bit, whatever runs beside it, with any number of slots and threads
  * (config.prefill_rows decides where long prompts are cut, which is rounding). In bf16, on CUDA,
- * the number of slots and what is packed into a prefill are rounding, too. */
+ * the number of slots that take steps and what is packed into a prefill are rounding, too. */
 #pragma once
 #include "infer/sampler.h"
 #include "model/model.h"
@@ -49,6 +49,11 @@ srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
  * SRF_NONFINITE: the logits of a sequence were; it has ended. */
 srf_status srf_engine_decode(struct srf_engine *e, int64_t steps, int32_t *tokens);
 void srf_engine_release(struct srf_engine *e, int64_t slot);
+/* The sequence of slot `from` goes on in slot `to`, which must not run; then `from` is idle. */
+srf_status srf_engine_move(struct srf_engine *e, int64_t from, int64_t to);
+/* Whether, on a GPU, decode makes steps of half, a quarter, ... of the slots where the first ones
+ * hold all that runs: for the end of a job, since in bf16 it is rounding. At first it does not. */
+void srf_engine_narrow(struct srf_engine *e, bool narrow);
 bool srf_engine_running(const struct srf_engine *e, int64_t slot);
 /* Tokens fed to a slot. */
 int64_t srf_engine_position(const struct srf_engine *e, int64_t slot);

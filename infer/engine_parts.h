@@ -2,6 +2,9 @@
 #pragma once
 #include "infer/engine.h"
 
+/* Steps are recorded for all slots, half of them, a quarter, ... */
+enum { SRF__ENGINE_WIDTHS = 12 };
+
 enum phase { IDLE, RUNNING, ENDED };
 
 struct slot {
@@ -24,8 +27,11 @@ struct srf_engine {
     int32_t *piece, *lens, *where, *pos;
     bool *wanted;
     uint64_t *book; /* the host's */
-    /* A recorded step of all slots; right as long as the workspace is the one it was made with. */
-    void *graph, *graph_workspace;
+    bool narrow;    /* see srf_engine_narrow */
+    /* Recorded steps; right as long as the workspace is the one they were made with. */
+    struct {
+        void *graph, *workspace;
+    } steps[SRF__ENGINE_WIDTHS];
 };
 
 /* SRF_INVALID for a slot that is not there or, with idle, one that runs. */

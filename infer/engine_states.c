@@ -105,6 +105,17 @@ cleanup:
     return st;
 }
 
+srf_status srf_engine_move(struct srf_engine *e, int64_t from, int64_t to)
+{
+    SRF_TRY(srf__engine_check_slot(e, from, false));
+    if (from == to) return SRF_OK;
+    struct slot moved = e->slots[from];
+    SRF_TRY(srf_engine_fork(e, from, to, 1));
+    e->slots[to] = moved;
+    e->slots[from] = (struct slot){.phase = IDLE};
+    return SRF_OK;
+}
+
 srf_status srf_engine_fork(struct srf_engine *e, int64_t from, int64_t to, int64_t n)
 {
     SRF_TRY(srf__engine_check_slot(e, from, false));

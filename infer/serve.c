@@ -21,18 +21,39 @@ static srf_status fork_shared(struct serving *v, int64_t n)
     return SRF_OK;
 }
 
-/* Requests into all free slots, the lowest first: steps run up to the last busy slot. */
-static srf_status fill(struct serving *v, bool *any)
+/* Where less than half of the slots up to the last busy one are, those that are move to the first:
+ * a step costs what it goes over. */
+static srf_status draw_together(struct serving *v)
 {
     const struct srf_server *s = v->s;
-    bool more = true;
+    int64_t busy = 0, end = 0;
+    for (int64_t i = 0; i < s->slots; i++)
+        if (v->busy[i]) busy++, end = i + 1;
+    if (2 * busy > end) return SRF_OK;
+    for (int64_t from = end - 1, to = 0; to < busy; to++) {
+        if (v->busy[to]) continue;
+        while (!v->busy[from]) from--;
+        SRF_TRY(srf_engine_move(s->engine, from, to));
+        v->requests[to] = v->requests[from];
+        v->busy[to] = true;
+        v->busy[from] = false;
+    }
+    return SRF_OK;
+}
+
+/* Requests into all free slots, the lowest first: steps run up to the last busy slot. *more: there
+ * may be others. */
+static srf_status fill(struct serving *v, bool *any, bool *more)
+{
+    const struct srf_server *s = v->s;
     int64_t n = 0;
-    for (int64_t i = 0; i < s->slots && more; i++) {
+    *more = true;
+    for (int64_t i = 0; i < s->slots && *more; i++) {
         if (v->busy[i]) continue;
         struct srf_request *r = &v->requests[i];
         *r = (struct srf_request){0};
-        SRF_TRY(s->next(s->user, r, &more));
-        if (!more) break;
+        SRF_TRY(s->next(s->user, r, more));
+        if (!*more) break;
         v->busy[i] = true;
         v->prompts[n++] = (struct srf_engine_prompt){.slot = i,
                                                      .tokens = r->tokens,
@@ -79,9 +100,11 @@ static srf_status serve(struct serving *v)
     int32_t stop_token = srf_engine_config(s->engine)->stop;
     bool stop = false;
     for (;;) {
-        bool any;
-        SRF_TRY(fill(v, &any));
+        bool any, more;
+        SRF_TRY(fill(v, &any, &more));
         if (!any) return SRF_OK;
+        srf_engine_narrow(s->engine, !more);
+        if (!more) SRF_TRY(draw_together(v));
         SRF_TRY(srf_engine_decode(s->engine, s->steps, v->tokens));
         for (int64_t i = 0; i < s->slots; i++)
             if (v->busy[i]) SRF_TRY(collect(v, i, stop_token));
@@ -105,6 +128,7 @@ srf_status srf_serve(const struct srf_server *s)
     SRF_TRY_GO(SRF_CALLOC(v.prompts, s->slots));
     SRF_TRY_GO(SRF_ALLOC(v.tokens, s->steps * v.width));
     st = serve(&v);
+    srf_engine_narrow(s->engine, false);
 cleanup:
     srf__free(v.requests);
     srf__free(v.busy);

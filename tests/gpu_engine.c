@@ -207,8 +207,8 @@ static void test_packing(void **state)
     engine_done(&one);
 }
 
-/* A state that goes over the host, or to another slot, has the same future; one that does not run
- * stays what it is. */
+/* A state that goes over the host, or to another slot, has the same future, also from the middle of
+ * a text on; one that does not run stays what it is. */
 static void test_states(void **state)
 {
     const struct engine_case *c = *state;
@@ -238,11 +238,14 @@ static void test_states(void **state)
         p.resume = true;
         test_ok(srf_engine_admit(to[i]->e, 1, &p));
     }
-    test_ok(srf_engine_decode(on.e, NEW, a));
+    test_ok(srf_engine_decode(on.e, NEW / 2, a));
+    test_ok(srf_engine_move(on.e, 3, 1));
+    srf_engine_narrow(on.e, c->dtype == SRF_F32); /* else rounding */
+    test_ok(srf_engine_decode(on.e, NEW - NEW / 2, a + NEW / 2 * n));
     test_ok(srf_engine_decode(other.e, NEW, b));
     for (int64_t t = 0; t < NEW; t++) {
         assert_true(a[t * n] >= 0);
-        assert_int_equal(a[t * n], a[t * n + 3]);
+        assert_int_equal(a[t * n], a[t * n + (t < NEW / 2 ? 3 : 1)]);
         assert_int_equal(a[t * n], b[t * n + 1]);
         assert_int_equal(a[t * n + 2], -1);
     }

@@ -250,11 +250,17 @@ static void states(void **state)
     go.slot = 1;
     test_ok(srf_engine_admit(other, 1, &go));
     int32_t a[10 * 4], b[10 * 4];
-    test_ok(srf_engine_decode(e, 10, a));
+    test_ok(srf_engine_decode(e, 6, a));
+    assert_int_equal(srf_engine_move(e, 0, 3), SRF_INVALID); /* running */
+    test_ok(srf_engine_move(e, 3, 1));                       /* in the middle of its text */
+    assert_false(srf_engine_running(e, 3));
+    assert_int_equal(srf_engine_position(e, 1), srf_engine_position(e, 0));
+    srf_engine_narrow(e, true);
+    test_ok(srf_engine_decode(e, 4, a + 6 * 4));
     test_ok(srf_engine_decode(other, 10, b));
     for (int t = 0; t < 10; t++) {
         assert_true(a[t * 4] >= 0);
-        assert_int_equal(a[t * 4], a[t * 4 + 3]);
+        assert_int_equal(a[t * 4], a[t * 4 + (t < 6 ? 3 : 1)]);
         assert_int_equal(a[t * 4], b[t * 4 + 1]);
         assert_int_equal(a[t * 4 + 2], -1); /* the prefix stays what it is */
     }
