@@ -49,7 +49,7 @@ static void test_fwd(void **state)
 static void test_exact(void **state)
 {
     const struct linear_case *k = *state;
-    static const int64_t some[] = {1, 2, 5, 64, 256, 300, 1200, 8190};
+    static const int64_t some[] = {1, 2, 5, 8, 9, 31, 33, 64, 256, 300, 1200, 8190};
     struct twins s = twins_new_on(gpu_device(), k->dtype);
     int64_t n = k->n, in = k->in, out = k->out;
     struct twin x = twin_normal(&s, n * in, 1), w = twin_normal(&s, in * out, 1);
@@ -173,21 +173,22 @@ int main(int argc, char **argv)
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         struct linear_case gelu = {.dtype = gpu_dtype(type)};
         gpu_add(&suite, test_gelu, &gelu, sizeof gelu, 0, "gelu %s", srf_dtype_name(gelu.dtype));
-        static const int64_t exact[][2] = {
-            {384, 1152}, {384, 384}, {384, 1536}, {1536, 384}, {384, 2048}};
-        for (int i = 0; i < 5 && gelu.dtype == SRF_F32; i++)
+        static const int64_t exact[][2] = {{384, 1152}, {384, 384},  {384, 1536},
+                                           {1536, 384}, {384, 2048}, {3333, 129}};
+        for (int i = 0; i < 6 && gelu.dtype == SRF_F32; i++)
             for (int turn = 0; turn < 3; turn++) {
                 struct linear_case k = {.dtype = SRF_F32,
                                         .n = i == 3 ? 9000 : 1200,
                                         .in = exact[i][0],
                                         .out = exact[i][1],
-                                        .transposed = i == 4,
+                                        .transposed = i == 4 || (i == 5 && turn == 1),
                                         .bias = turn > 0,
                                         .act = turn == 2,
                                         .residual = turn == 1 ? OTHER : NO_RESIDUAL};
                 gpu_add(&suite, test_exact, &k, sizeof k, 2e9,
-                        "linear_fwd f32 in=%d out=%d%s%s: exact", (int)k.in, (int)k.out,
-                        k.bias ? " bias" : "", k.act ? " gelu" : "");
+                        "linear_fwd f32 in=%d out=%d%s%s%s: exact", (int)k.in, (int)k.out,
+                        k.transposed ? " transposed" : "", k.bias ? " bias" : "",
+                        k.act ? " gelu" : "");
             }
         /* As the engine asks for. */
         for (int turn = 0; turn < 6; turn++) {
@@ -221,6 +222,11 @@ int main(int argc, char **argv)
                                         .want_db = true};
                 if (!k.act) k.residual = bits % 3;
                 add(&suite, &k, false);
+                if (k.dtype == SRF_F32 && k.n <= 300) {
+                    k.exact_rows = true;
+                    add(&suite, &k, false);
+                    k.exact_rows = false;
+                }
                 if (i % 5 == 4) { /* some of the gradients only */
                     k.want_dx = turn != 1;
                     k.want_dw = turn != 2 && turn != 3;

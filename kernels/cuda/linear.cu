@@ -10,7 +10,8 @@
  * be added to dx, arrays not aligned to 16 bytes) the product goes to the workspace in fp32, some
  * rows at a time, and a kernel of ours does the rest.
  * db: a kernel reads dy once; its blocks leave partial sums in the workspace. Forward of a few
- * rows, as in decoding, has a kernel of its own (linear_few.cu).
+ * rows, as in decoding, has a kernel of its own (linear_few.cu), and so has fp32 with exact_rows
+ * (linear_exact.cu).
  *
  * What cuBLASLt answers to a question (which algorithm for these shapes, types, alignments) is kept
  * in ctx->impl->plans: a training step asks only the first time.
@@ -26,8 +27,7 @@
 #define WARPS       (THREADS / 32)
 #define CANDIDATES  8   /* algorithms that cuBLASLt is asked for */
 #define SUM_BLOCKS  6   /* of a multiprocessor, for db */
-#define ANY_ROWS    256 /* fp32: whose algorithm makes any number of rows */
-#define LIKE_ROWS   256 /* bf16: one algorithm for so many numbers of rows */
+#define LIKE_ROWS   256 /* one algorithm for so many numbers of rows */
 
 /* ---- products ------------------------------------------------------------------------------- */
 
@@ -203,9 +203,6 @@ static srf_status search(struct srf_ctx *ctx, struct plan *plan)
     size_t workspace = BLAS_BYTES;
     /* parts of a split k must not be rounded to bf16 before they are added */
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-    /* and where one algorithm makes any number of rows they would need room for them */
-    if (plan->key.any_n && plan->key.type_ab == CUDA_R_32F)
-        schemes = CUBLASLT_REDUCTION_SCHEME_NONE;
     BLAS_TRY(cublasLtMatmulPreferenceInit(&pref));
     SRF_TRY(
         set_pref(&pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
@@ -394,14 +391,6 @@ static char *row_of(const struct srf_ctx *ctx, const void *p, int64_t row, int64
     return p ? (char *)(uintptr_t)p + bytes : NULL;
 }
 
-/* Whether a row is to be what it is alone, bit for bit, so that a sequence's text does not depend
- * on the batch (ctx->exact_rows): then one algorithm makes any number of rows. In fp32, which is
- * for checks; in bf16 that would cost what decoding a few sequences gains. */
-static bool exact(const struct srf_ctx *ctx)
-{
-    return ctx->exact_rows && ctx->dtype == SRF_F32;
-}
-
 /* y^T (out, n) = W^T (out, in) x^T (in, n), of `rows` rows from `begin` on. */
 static struct product forward_product(const struct srf_ctx *ctx,
                                       const struct srf_linear_fwd_args *a, int64_t begin,
@@ -413,10 +402,7 @@ static struct product forward_product(const struct srf_ctx *ctx,
     p.b = row_of(ctx, a->x, begin, a->in);
     p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     /* Prompts are packed into ever new numbers of rows: no new question for each. */
-    if (exact(ctx))
-        p.like = ANY_ROWS;
-    else if (ctx->exact_rows && rows > LIKE_ROWS)
-        p.like = div_up(rows, LIKE_ROWS) * LIKE_ROWS;
+    if (ctx->exact_rows && rows > LIKE_ROWS) p.like = div_up(rows, LIKE_ROWS) * LIKE_ROWS;
     return p;
 }
 
@@ -476,7 +462,8 @@ extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_line
     SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
     bool act = a->act != SRF_ACT_NONE, done = false;
     SRF_FAIL_IF(a->residual && act, SRF_INVALID, "linear_fwd: a residual goes with no activation");
-    if (a->n <= LINEAR_FEW_ROWS && !exact(ctx) && srf__linear_few_fwd(ctx, a))
+    if (ctx->exact_rows && ctx->dtype == SRF_F32) return srf__linear_exact_fwd(ctx, a);
+    if (a->n <= LINEAR_FEW_ROWS && srf__linear_few_fwd(ctx, a))
         return srf__cuda_launched("linear_fwd");
     if (!a->b && !act) return forward_fused(ctx, a, NULL);
     if (!(act && ctx->dtype == SRF_F32) && takes_epilogue(ctx, a->b, act ? a->pre : NULL, a->out))

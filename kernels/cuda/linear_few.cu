@@ -10,7 +10,6 @@
  * What a thread reads of W first is on its way before the kernel in front is done (chain.h).
  * Floor: memory; W is read once. */
 #include "kernels/cuda/chain.h"
-#include "kernels/cuda/gelu.h"
 #include "kernels/cuda/linear.h"
 
 #define THREADS 256
@@ -18,25 +17,6 @@
 #define UNROLL  6   /* loads of W that a thread has under way */
 #define OUTPUTS 4   /* of a warp at once, where W is transposed */
 #define ROWS    128 /* of W for a block, at least */
-
-template <typename T> struct few {
-    int n;
-    int64_t in, out;
-    const T *x, *w, *b, *residual;
-    bool act;
-    T *pre, *y;
-};
-
-template <typename T>
-static __device__ __forceinline__ void finish(const struct few<T> *a, int row, int64_t column,
-                                              float u)
-{
-    int64_t at = row * a->out + column;
-    if (a->b) u += to_float(a->b[column]);
-    if (a->residual) u += to_float(a->residual[at]);
-    if (a->pre) a->pre[at] = from_float<T>(u);
-    a->y[at] = from_float<T>(a->act ? gelu(u) : u);
-}
 
 /* Packs of W at rows i, i + step, ... below `end`. */
 template <typename T>
@@ -53,7 +33,7 @@ static __device__ __forceinline__ void load_rows(pack<T, PACK(T)> w[UNROLL], con
 /* N >= n rows; STRIP lanes lie side by side along a row of W. Blocks of a cluster, one for each y
  * of the grid, have gridDim.y pieces of the rows. */
 template <typename T, int N, int STRIP>
-static __global__ __launch_bounds__(THREADS) void few_kernel(const struct few<T> a)
+static __global__ __launch_bounds__(THREADS) void few_kernel(const struct linear_rows<T> a)
 {
     constexpr int P = PACK(T), COLUMNS = STRIP * P, GROUPS = 32 / STRIP;
     __shared__ float sums[WARPS][N][COLUMNS];
@@ -106,7 +86,7 @@ static __global__ __launch_bounds__(THREADS) void few_kernel(const struct few<T>
                 u += cluster_load(&all[row][k % COLUMNS], rank);
         cluster_sync(); /* the others stay until they are read */
     }
-    if (mine && blockIdx.y == 0) finish(&a, row, at, u);
+    if (mine && blockIdx.y == 0) linear_finish(&a, row, at, u);
 }
 
 /* Packs at element i of rows first, first + 1, ... of w (out, in). */
@@ -123,7 +103,8 @@ static __device__ __forceinline__ void load_outputs(pack<T, PACK(T)> to[OUTPUTS]
 
 /* One row; w (out, in). */
 template <typename T>
-static __global__ __launch_bounds__(THREADS) void one_transposed_kernel(const struct few<T> a)
+static __global__
+__launch_bounds__(THREADS) void one_transposed_kernel(const struct linear_rows<T> a)
 {
     constexpr int P = PACK(T);
     int lane = threadIdx.x & 31;
@@ -148,7 +129,7 @@ static __global__ __launch_bounds__(THREADS) void one_transposed_kernel(const st
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
         float u = warp_sum(sum[k]);
-        if (lane == k && first + k < a.out) finish(&a, 0, first + k, u);
+        if (lane == k && first + k < a.out) linear_finish(&a, 0, first + k, u);
     }
 }
 
@@ -161,7 +142,7 @@ static unsigned pieces(const struct srf_ctx *ctx, int64_t strips, int64_t in)
     return n;
 }
 
-template <typename T, int N> static void launch(struct srf_ctx *ctx, const struct few<T> *a)
+template <typename T, int N> static void launch(struct srf_ctx *ctx, const struct linear_rows<T> *a)
 {
     int64_t packs = a->out / PACK(T);
     bool wide = packs >= 4 * cuda_of(ctx)->n_sm; /* wide strips where they make blocks enough */
@@ -177,13 +158,7 @@ template <typename T> static bool few_fwd(struct srf_ctx *ctx, const struct srf_
     int64_t width = trans ? a->in : a->out;
     if (a->n > (trans ? 1 : LINEAR_FEW_ROWS) || width % PACK(T) != 0) return false;
     if (!is_aligned(a->w, 16) || (trans && !is_aligned(a->x, 16))) return false;
-    struct few<T> p = {
-    };
-    p.n = (int)a->n, p.in = a->in, p.out = a->out;
-    p.x = (const T *)a->x, p.w = (const T *)a->w, p.b = (const T *)a->b;
-    p.residual = (const T *)a->residual;
-    p.act = a->act != SRF_ACT_NONE;
-    p.pre = p.act ? (T *)a->pre : NULL, p.y = (T *)a->y;
+    struct linear_rows<T> p = linear_rows_of<T>(a);
     if (trans) {
         unsigned grid = (unsigned)div_up(a->out, WARPS * OUTPUTS);
         chain_launch(ctx, {dim3(grid), THREADS, 0, 1}, one_transposed_kernel<T>, p);
