@@ -210,6 +210,34 @@ static srf_status xent(struct bench_buffers *b, const int64_t *p, struct op_call
     return SRF_OK;
 }
 
+static srf_status head_loss(struct bench_buffers *b, const int64_t *p, struct op_call *c)
+{
+    int64_t n = p[0], width = p[1], v = p[2], ld = (v + 127) / 128 * 128;
+    void *x, *w, *targets, *logits, *nll, *dx, *dw;
+    SRF_TRY(bench_reals(b, n * width, 1, &x));
+    SRF_TRY(bench_reals(b, ld * width, 0.02, &w));
+    SRF_TRY(bench_ids(b, n, v, &targets));
+    SRF_TRY(bench_reals(b, n * ld, 0, &logits));
+    SRF_TRY(bench_accs(b, n, 0, &nll));
+    SRF_TRY(bench_reals(b, n * width, 0, &dx));
+    SRF_TRY(bench_accs(b, ld * width, 0, &dw));
+    c->op = SRF_OP_head_loss;
+    c->args.head_loss = (struct srf_head_loss_args){.n = n,
+                                                    .c = width,
+                                                    .v = v,
+                                                    .ld = ld,
+                                                    .x = x,
+                                                    .w = w,
+                                                    .targets = targets,
+                                                    .scale = 1.0 / (double)n,
+                                                    .ce_weight = 1,
+                                                    .logits = logits,
+                                                    .nll = nll,
+                                                    .dx = dx,
+                                                    .dw = dw};
+    return SRF_OK;
+}
+
 static srf_status mse(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     int64_t n = p[0] * p[1];
@@ -533,6 +561,7 @@ static const struct bench_case dense[] = {
     {"xent", xent, {HEAD_ROWS, VOCAB, 0, 0}},
     {"xent, gradient", xent, {HEAD_ROWS, VOCAB, 1, 0}},
     {"xent, gradient, teacher", xent, {HEAD_ROWS, VOCAB, 1, 1}},
+    {"head_loss", head_loss, {HEAD_ROWS, WIDTH, VOCAB}},
     {"mse", mse, {ROWS, WIDTH}},
     {"sumsq", sumsq, {PARAMS}},
     {"adamw", adamw, {PARAMS}},

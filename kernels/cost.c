@@ -107,6 +107,15 @@ struct srf_cost srf_xent_cost(const struct srf_ctx *ctx, const struct srf_xent_a
                              flops * count};
 }
 
+/* Three products, and a row's sums and gradient; logits need not be moved. */
+struct srf_cost srf_head_loss_cost(const struct srf_ctx *ctx, const struct srf_head_loss_args *a)
+{
+    double n = (double)a->n, c = (double)a->c, ld = (double)a->ld;
+    double count = 2 * n * c + ld * c, sums = n + 2 * ld * c;
+    return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, sums) + 4 * n,
+                             6 * n * ld * c + 5 * n * (double)a->v};
+}
+
 struct srf_cost srf_mse_cost(const struct srf_ctx *ctx, const struct srf_mse_args *a)
 {
     double n = (double)a->n;

@@ -301,6 +301,22 @@ struct srf_xent_args {
     void *dlogits; /* out T (n, v), may be logits itself; NULL: not wanted. Columns v .. ld become
                     * 0 */
 };
+/* The output head, its loss and both gradients: what linear_fwd (w transposed), xent without a
+ * teacher and linear_bwd do one after the other, to rounding,
+ *     logits = x w^T;  nll, d = xent(logits), columns v .. ld 0;  dx = d w;  dw += d^T x
+ * but a backend may do without the logits. */
+struct srf_head_loss_args {
+    int64_t n, c, v;
+    int64_t ld;          /* rows of w, leading dimension of logits; >= v */
+    const void *x;       /* T (n, c) */
+    const void *w;       /* T (ld, c) */
+    const void *targets; /* i32 (n), as xent's */
+    double scale, ce_weight;
+    void *logits; /* scratch T (n, ld): what is left there means nothing */
+    void *nll;    /* out A (n) */
+    void *dx;     /* out T (n, c) */
+    void *dw;     /* += A (ld, c) */
+};
 /* sum[0] += sum (x - y)^2;  dx += scale * 2 (x - y) where dx is not NULL. */
 struct srf_mse_args {
     int64_t n;

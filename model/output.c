@@ -37,6 +37,22 @@ static srf_status take_logits(const struct srf_model *m, int64_t n, float *out)
     return st;
 }
 
+/* Logits, loss and gradients of rows [at, at + n) in one, where nothing else is made of the
+ * logits. */
+static srf_status loss_rows_fused(struct srf_model *m, const struct srf_loss_args *args, int64_t at,
+                                  int64_t n)
+{
+    const struct srf_model_config *cfg = &m->config;
+    int64_t row = cfg->arch->head_row(cfg);
+    char *targets = PTR(m->slot_targets);
+    return SRF_RUN(
+        m->ctx, head_loss, .n = n, .c = cfg->c, .v = cfg->vocab, .ld = srf_padded_vocab(cfg),
+        .x = srf__model_at(m, m->slot_hidden, at * cfg->c), .w = srf_model_param(m, row),
+        .targets = targets + at * 4, .scale = args->scale, .ce_weight = args->ce_weight,
+        .logits = PTR(m->slot_logits), .nll = srf__model_acc_at(m, m->slot_nll, at),
+        .dx = srf__model_at(m, m->slot_d_hidden, at * cfg->c), .dw = srf_model_grad(m, row));
+}
+
 /* One piece of rows [at, at + n): logits, loss, and with backward the head's gradients. */
 static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int64_t at, int64_t n)
 {
@@ -45,6 +61,7 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
     int64_t row = cfg->arch->head_row(cfg), ld = srf_padded_vocab(cfg);
     void *logits = PTR(m->slot_logits);
     void *teacher = args->teacher ? PTR(m->slot_teacher_logits) : NULL;
+    if (args->backward && !args->teacher && !args->logits) return loss_rows_fused(m, args, at, n);
     SRF_TRY(head(m, at, n, logits));
     if (args->teacher) SRF_TRY(head(args->teacher, at, n, teacher));
     if (args->logits && !ctx->plan) SRF_TRY(take_logits(m, n, args->logits + at * cfg->vocab));

@@ -1,4 +1,4 @@
-/* xent and mse on the GPU. */
+/* xent, head_loss and mse on the GPU. */
 #include "tests/ref/dense.h"
 #include "tests/ref/gpu.h"
 
@@ -89,6 +89,81 @@ static void test_nonfinite(void **state)
     twins_free(&s);
 }
 
+struct head_case {
+    enum srf_dtype dtype;
+    int64_t n, c, v, ld;
+    double scale; /* of the logits */
+    double far; /* every seventh row has a logit of about this for a word that is not its target */
+};
+
+/* Rows of w from v on are there and do not count. */
+static void test_head(void **state)
+{
+    const struct head_case *k = *state;
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    int64_t n = k->n, c = k->c, v = k->v, ld = k->ld;
+    struct twin x = twin_normal(&s, n * c, 1);
+    struct twin w = twin_normal(&s, ld * c, k->scale / sqrt((double)c));
+    int32_t *ids = srf__alloc((size_t)n, sizeof *ids);
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 3, (uint32_t)n, (uint32_t)v);
+    for (int64_t i = 0; i < n; i++) {
+        ids[i] = i % 5 == 3 ? -1 : (int32_t)srf_rng_below(&r, (uint64_t)v);
+        int64_t other = (ids[i] + 1) % v;
+        for (int64_t j = 0; j < c && k->far != 0 && i % 7 == 0; j++)
+            x.ref[i * c + j] = k->far / (k->scale * k->scale) * w.ref[other * c + j];
+    }
+    twin_send(&s, x);
+    struct twin_raw targets = twin_raw_of(&s, ids, (size_t)n * sizeof *ids);
+    srf__free(ids);
+    struct twin logits = twin_fill(&s, n * ld, NAN), nll = twin_acc_fill(&s, n, NAN);
+    struct twin dx = twin_fill(&s, n * c, NAN), dw = twin_acc_normal(&s, ld * c, 0.01);
+#define ARGS(side)                                                                                 \
+    .n = n, .c = c, .v = v, .ld = ld, .x = x.side, .w = w.side, .targets = targets.side,           \
+    .scale = 0.37, .ce_weight = 0.8, .logits = logits.side, .nll = nll.side, .dx = dx.side,        \
+    .dw = dw.side
+    twin_run(&s, head_loss, ARGS(dev));
+    ref_head_loss(&(struct srf_head_loss_args){ARGS(ref)});
+#undef ARGS
+    double largest = k->scale * 4 + fabs(k->far), tol = 4 * twin_tol(&s, 1);
+    /* a logit is off by so much, absolutely: nll too, and gradients relatively */
+    double off = twin_tol(&s, 1) * largest;
+    twin_close(&s, "nll", nll, twin_tol(&s, 1), largest);
+    twin_close(&s, "dx", dx, tol + off, 0);
+    twin_close(&s, "dw", dw, tol + off, 0);
+    twins_free(&s);
+}
+
+/* As xent: what is not finite shows in its own row, and a row without a target counts nothing. */
+static void test_head_nonfinite(void **state)
+{
+    const struct head_case *k = *state;
+    enum { N = 140, C = 64, V = 200 };
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    int32_t ids[N];
+    for (int i = 0; i < N; i++) ids[i] = i % 9 == 4 ? -1 : i;
+    struct twin x = twin_normal(&s, N * C, 1), w = twin_normal(&s, V * C, 0.1);
+    x.ref[2 * C + 5] = NAN, x.ref[4 * C + 1] = NAN, x.ref[131 * C + 63] = INFINITY;
+    twin_send(&s, x);
+    struct twin logits = twin_fill(&s, N * V, NAN), nll = twin_acc_fill(&s, N, -1);
+    struct twin dx = twin_fill(&s, N * C, -1), dw = twin_acc_fill(&s, V * C, 0);
+    struct twin_raw targets = twin_raw_of(&s, ids, sizeof ids);
+    twin_run(&s, head_loss, .n = N, .c = C, .v = V, .ld = V, .x = x.dev, .w = w.dev,
+             .targets = targets.dev, .scale = 1, .ce_weight = 1, .logits = logits.dev,
+             .nll = nll.dev, .dx = dx.dev, .dw = dw.dev);
+    double *l = twin_values(&s, nll), *d = twin_values(&s, dx), *g = twin_values(&s, dw);
+    for (int i = 0; i < N; i++) {
+        bool bad = i == 2 || i == 131, none = ids[i] < 0;
+        assert_true(bad ? !isfinite(l[i]) : none ? l[i] == 0 : isfinite(l[i]));
+        for (int j = 0; j < C; j++)
+            assert_true(bad    ? !isfinite(d[i * C + j])
+                        : none ? d[i * C + j] == 0
+                               : isfinite(d[i * C + j]));
+    }
+    assert_true(!isfinite(g[5]) && !isfinite(g[(V - 1) * C + 5]));
+    srf__free(l), srf__free(d), srf__free(g);
+    twins_free(&s);
+}
+
 static void test_mse(void **state)
 {
     const struct loss_case *k = *state;
@@ -117,8 +192,29 @@ static void add_xent(struct gpu_suite *suite, const struct loss_case *k)
             k->teacher ? " teacher" : "", k->kl_out ? " kl" : "", k->kl_only ? " kl only" : "");
 }
 
+static void add_head(struct gpu_suite *suite, const struct head_case *k)
+{
+    gpu_add(suite, test_head, k, sizeof *k, (double)k->n * (double)k->v * (double)k->c * 3,
+            "head_loss %s n=%d c=%d v=%d ld=%d scale=%g far=%g", srf_dtype_name(k->dtype),
+            (int)k->n, (int)k->c, (int)k->v, (int)k->ld, k->scale, k->far);
+}
+
 int main(int argc, char **argv)
 {
+    static const struct head_case heads[] = {
+        {0, 1, 8, 1, 8, 1, 0},
+        {0, 0, 64, 50, 56, 1, 0},
+        {0, 3, 16, 5, 8, 1, 0},
+        {0, 7, 24, 193, 200, 2, 0},
+        {0, 130, 64, 384, 384, 2, 0},
+        {0, 129, 72, 385, 392, 2, 60},
+        {0, 300, 136, 1000, 1008, 1, 0},
+        {0, 300, 64, 777, 784, 4, 300},
+        {0, 257, 64, 777, 784, 1, -80},
+        {0, 40, 768, 3000, 3008, 3, 30},
+        {0, 700, 64, 12345, 12352, 2, 0},
+        {0, 5, 30, 77, 77, 1, 0},
+    };
     static const int64_t shapes[][3] = {
         {1, 1, 0},    {1, 2, 0},       {5, 17, 24},        {3, 512, 0},         {3, 513, 520},
         {2, 2048, 0}, {3, 4099, 4104}, {0, 9, 0},          {64, 300, 0},        {64, 301, 304},
@@ -153,6 +249,14 @@ int main(int argc, char **argv)
                                       .kl_out = true};
             add_xent(&suite, &range);
         }
+        for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+            struct head_case h = heads[i];
+            h.dtype = k.dtype;
+            add_head(&suite, &h);
+        }
+        struct head_case nonfinite = {.dtype = k.dtype};
+        gpu_add(&suite, test_head_nonfinite, &nonfinite, sizeof nonfinite, 0,
+                "head_loss %s NaN, inf", dtype);
         gpu_add(&suite, test_nonfinite, &k, sizeof k, 0, "xent %s NaN, inf", dtype);
         for (size_t i = 0; i < 2 * sizeof lengths / sizeof *lengths; i++) {
             struct loss_case m = {.dtype = k.dtype, .n = lengths[i / 2], .gradient = i % 2};

@@ -1,4 +1,4 @@
-/* xent and mse. */
+/* xent, head_loss and mse. */
 #include "tests/ref/dense.h"
 #include "tests/ref/twin.h"
 
@@ -274,6 +274,82 @@ static void test_mse_reference_gradient(void **state)
     test_gradient("ref dx", mse_loss, &a, x, dx, N, 1e-8);
 }
 
+/* --- the head and its loss -------------------------------------------------------------------- */
+
+struct head_env {
+    struct srf_head_loss_args args;
+    double dx[64], dw[64];
+};
+
+static double head_loss(void *p)
+{
+    struct head_env *e = p;
+    struct srf_head_loss_args a = e->args;
+    a.dx = e->dx, a.dw = e->dw;
+    ref_head_loss(&a);
+    double sum = 0;
+    for (int64_t i = 0; i < a.n; i++) sum += a.scale * a.ce_weight * ((double *)a.nll)[i];
+    return sum;
+}
+
+static void test_head_reference_gradient(void **state)
+{
+    (void)state;
+    enum { N = 4, C = 3, V = 6, LD = 8 };
+    double x[N * C], w[LD * C], logits[N * LD], nll[N], dx[N * C], dw[LD * C] = {0};
+    const int32_t targets[N] = {2, -1, 5, 0};
+    test_normal(x, N * C, 1.5, 1);
+    test_normal(w, LD * C, 1, 2);
+    struct head_env e = {.args = {.n = N,
+                                  .c = C,
+                                  .v = V,
+                                  .ld = LD,
+                                  .x = x,
+                                  .w = w,
+                                  .targets = targets,
+                                  .scale = 0.3,
+                                  .ce_weight = 0.7,
+                                  .logits = logits,
+                                  .nll = nll,
+                                  .dx = dx,
+                                  .dw = dw}};
+    ref_head_loss(&e.args);
+    test_gradient("ref dx", head_loss, &e, x, dx, N * C, 1e-8);
+    test_gradient("ref dw", head_loss, &e, w, dw, LD * C, 1e-8);
+}
+
+static void head_body(enum srf_dtype dtype, int threads)
+{
+    const int64_t cases[][4] = {
+        {1, 1, 1, 1}, {5, 3, 17, 24}, {64, 16, 300, 300}, {33, 48, 513, 520}, {0, 4, 9, 9}};
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        int64_t n = cases[k][0], c = cases[k][1], v = cases[k][2], ld = cases[k][3];
+        struct twins s = twins_new(dtype, threads);
+        int32_t targets[MAX_ROWS];
+        random_targets(targets, n, v);
+        struct twin x = twin_normal(&s, n * c, 1), w = twin_normal(&s, ld * c, 1);
+        struct twin logits = twin_fill(&s, n * ld, NAN), nll = twin_fill(&s, n, NAN);
+        struct twin dx = twin_fill(&s, n * c, NAN), dw = twin_normal(&s, ld * c, 1);
+#define ARGS(side)                                                                                 \
+    .n = n, .c = c, .v = v, .ld = ld, .x = x.side, .w = w.side, .targets = targets, .scale = 0.37, \
+    .ce_weight = 0.8, .logits = logits.side, .nll = nll.side, .dx = dx.side, .dw = dw.side
+        twin_run(&s, head_loss, ARGS(dev));
+        ref_head_loss(&(struct srf_head_loss_args){ARGS(ref)});
+#undef ARGS
+        double tol = twin_tol(&s, c) * (4 + sqrt((double)v) / 4);
+        twin_close(&s, "nll", nll, tol, 1 + sqrt((double)c));
+        twin_close(&s, "dx", dx, 2 * tol, 0);
+        twin_close(&s, "dw", dw, 2 * tol, 0);
+        twins_free(&s);
+    }
+}
+
+static void test_head(void **state)
+{
+    (void)state;
+    twin_each(head_body);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -283,6 +359,8 @@ int main(void)
         cmocka_unit_test(test_equal),
         cmocka_unit_test(test_nonfinite),
         cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_head_reference_gradient),
+        cmocka_unit_test(test_head),
         cmocka_unit_test(test_mse),
         cmocka_unit_test(test_mse_reference_gradient),
     };

@@ -12,6 +12,7 @@ void ref_layernorm_bwd(const struct srf_layernorm_bwd_args *a);
 void ref_linear_fwd(const struct srf_linear_fwd_args *a);
 void ref_linear_bwd(const struct srf_linear_bwd_args *a);
 void ref_xent(const struct srf_xent_args *a);
+void ref_head_loss(const struct srf_head_loss_args *a);
 void ref_mse(const struct srf_mse_args *a);
 void ref_sumsq(const struct srf_sumsq_args *a);
 void ref_adamw(const struct srf_adamw_args *a);

@@ -53,3 +53,29 @@ void ref_mse(const struct srf_mse_args *a)
         if (a->dx) ((double *)a->dx)[i] += a->scale * 2 * (x[i] - y[i]);
     }
 }
+
+void ref_head_loss(const struct srf_head_loss_args *a)
+{
+    for (int64_t i = 0; i < a->n; i++) {
+        const double *x = (const double *)a->x + i * a->c, *w = a->w;
+        double *logits = (double *)a->logits + i * a->ld, *nll = (double *)a->nll + i;
+        double *dx = (double *)a->dx + i * a->c, *dw = a->dw;
+        int32_t target = ((const int32_t *)a->targets)[i];
+        for (int64_t k = 0; k < a->c; k++) dx[k] = 0;
+        *nll = 0;
+        if (target < 0) continue;
+        for (int64_t j = 0; j < a->v; j++) {
+            logits[j] = 0;
+            for (int64_t k = 0; k < a->c; k++) logits[j] += x[k] * w[j * a->c + k];
+        }
+        double max = largest(logits, a->v), log_z = log_sum(logits, max, a->v);
+        *nll = log_z - (logits[target] - max);
+        for (int64_t j = 0; j < a->v; j++) {
+            double d = a->scale * a->ce_weight * (exp(logits[j] - max - log_z) - (j == target));
+            for (int64_t k = 0; k < a->c; k++) {
+                dx[k] += d * w[j * a->c + k];
+                dw[j * a->c + k] += d * x[k];
+            }
+        }
+    }
+}
