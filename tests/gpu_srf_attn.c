@@ -233,6 +233,7 @@ static void add_light(struct gpu_suite *suite, enum srf_dtype dtype)
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 32, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 64, true},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 128, false},
+        {{.b = 1, .t = 400, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 192, false},
         {{.b = 1, .t = 70, .h = 1, .d = 32, .m = 32, .n_sets = 1}, -1, true},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 128, .n_sets = 1}, 0, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 272, .n_sets = 1}, 0, false},
@@ -242,6 +243,29 @@ static void add_light(struct gpu_suite *suite, enum srf_dtype dtype)
     for (size_t i = 0; i < sizeof light / sizeof *light; i++)
         if (dtype == SRF_BF16 || light[i].f32)
             add(suite, dtype, light[i].s, light[i].window, "light", test_reference, GPU_LIGHT);
+}
+
+/* Wide windows, with something beyond them. */
+static void add_wide(struct gpu_suite *suite, enum srf_dtype dtype)
+{
+    static const struct srf_attn_shape wide[] = {
+        {.b = 1, .t = 700, .h = 2, .d = 64, .m = 64, .n_sets = 2, .window = 192},
+        {.b = 2, .t = 577, .h = 1, .d = 32, .m = 32, .n_sets = 1, .window = 192},
+        {.b = 1, .t = 500, .h = 1, .d = 128, .m = 48, .n_sets = 1, .window = 192},
+        {.b = 1, .t = 2100, .h = 1, .d = 64, .m = 64, .n_sets = 1, .window = 192},
+        {.b = 1, .t = 900, .h = 1, .d = 64, .m = 128, .n_sets = 1, .window = 256},
+        {.b = 1, .t = 400, .h = 1, .d = 64, .m = 64, .n_sets = 1, .window = 512},
+    };
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
+        double work = 1.5 * (double)(wide[i].b * wide[i].t * wide[i].t * wide[i].m);
+        add(suite, dtype, wide[i], wide[i].window, "wide", test_reference, work);
+    }
+    struct srf_attn_shape one = wide[0];
+    one.t = 450;
+    add(suite, dtype, one, 192, "wide: later tokens", test_causal, 1e6);
+    add(suite, dtype, one, 192, "wide: NaN", test_nan, 1e6);
+    add(suite, dtype, one, 192, "wide: values", test_values, 1e6);
+    add(suite, dtype, one, 192, "wide: gradients' conventions", test_gradients, 1e6);
 }
 
 int main(int argc, char **argv)
@@ -256,6 +280,7 @@ int main(int argc, char **argv)
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         enum srf_dtype dtype = gpu_dtype(type);
         add_light(&suite, dtype);
+        add_wide(&suite, dtype);
         for (int i = 0; i < N_SHAPES; i++)
             for (int w = 0; w < N_WINDOWS; w++) {
                 struct srf_attn_shape s = shapes[i];

@@ -333,7 +333,7 @@ bool srf__hybrid_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s
 {
     bool any = s->b > 0 && s->t > 0 && s->h > 0 && s->m > 0;
     bool d = s->d == 32 || s->d == 64 || s->d == 80 || s->d == 96 || s->d == 128;
-    bool window = s->window == 32 || s->window == 64 || s->window == 128;
+    bool window = s->window == 32 || (s->window > 0 && s->window % 64 == 0);
     /* Launches count tiles and walks in 31 bits. */
     bool small = s->t < (1 << 30) && s->b * s->h < (1 << 30) / MAX_SEGMENTS / 8 &&
                  s->b * s->h * div_up(s->t, 32) < (1 << 30);
