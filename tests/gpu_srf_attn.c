@@ -30,6 +30,7 @@ static const struct srf_attn_shape shapes[] = {
     {.b = 1, .t = 577, .h = 1, .d = 32, .m = 32, .n_sets = 1},
     {.b = 1, .t = 600, .h = 1, .d = 64, .m = 48, .n_sets = 1},
     {.b = 1, .t = 1100, .h = 2, .d = 64, .m = 64, .n_sets = 2},
+    {.b = 1, .t = 2500, .h = 2, .d = 64, .m = 32, .n_sets = 1},
     {.b = 0, .t = 64, .h = 2, .d = 64, .m = 64, .n_sets = 1},
     {.b = 2, .t = 0, .h = 2, .d = 64, .m = 64, .n_sets = 1},
 };
@@ -208,6 +209,37 @@ static void test_gradients(void **state)
     attn_case_free(&c);
 }
 
+/* Many heads on the card are cut otherwise than few: a sequence is what it is alone, to rounding,
+ * and gradients do not depend on whether the forward's states are handed on. */
+static void test_alone(void **state)
+{
+    const struct srf_case *k = *state;
+    struct srf_attn_shape one = k->shape;
+    one.b = 1;
+    struct attn_case all = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    attn_case_fwd(&all);
+    attn_case_bwd(&all);
+    double *o = twin_values(&all.s, all.o), *carried = twin_values(&all.s, all.dqkv);
+    all.no_carry = true;
+    attn_case_bwd(&all);
+    double *again = twin_values(&all.s, all.dqkv);
+    twin_check(&all.s, "gradients without carry", again, carried, all.dqkv.n, 0x1p-6);
+    for (int64_t b = 0; b < k->shape.b; b += k->shape.b - 1) {
+        struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, one, 1);
+        twin_set(&c.s, &c.qkv, all.qkv.ref + b * one.t * all.ld);
+        twin_set(&c.s, &c.w, all.w.ref);
+        twin_set(&c.s, &c.bias, all.bias.ref);
+        attn_case_fwd(&c);
+        double *alone = twin_values(&c.s, c.o);
+        twin_check(&c.s, b ? "the last one alone" : "the first one alone", o + b * one.t * all.ld_o,
+                   alone, c.o.n, tol_of(k->dtype));
+        srf__free(alone);
+        attn_case_free(&c);
+    }
+    srf__free(o), srf__free(carried), srf__free(again);
+    attn_case_free(&all);
+}
+
 static void add(struct gpu_suite *suite, enum srf_dtype dtype, struct srf_attn_shape s,
                 int64_t window, const char *what, void (*body)(void **state), double work)
 {
@@ -230,8 +262,10 @@ static void add_light(struct gpu_suite *suite, enum srf_dtype dtype)
     } light[] = {
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 0, true},
         {{.b = 1, .t = 520, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 0, false},
+        {{.b = 1, .t = 2500, .h = 1, .d = 64, .m = 16, .n_sets = 1}, 0, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 32, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 64, true},
+        {{.b = 1, .t = 1300, .h = 1, .d = 64, .m = 16, .n_sets = 1}, 64, false},
         {{.b = 1, .t = 131, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 128, false},
         {{.b = 1, .t = 400, .h = 1, .d = 64, .m = 64, .n_sets = 1}, 192, false},
         {{.b = 1, .t = 70, .h = 1, .d = 32, .m = 32, .n_sets = 1}, -1, true},
@@ -276,6 +310,8 @@ int main(int argc, char **argv)
         {.b = 1, .t = 170, .h = 3, .d = 32, .m = 256, .n_sets = 1},
         {.b = 1, .t = 150, .h = 2, .d = 64, .m = 256, .n_sets = 2},
     };
+    static const struct srf_attn_shape many = {
+        .b = 33, .t = 1100, .h = 6, .d = 64, .m = 16, .n_sets = 6};
     static struct gpu_suite suite;
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         enum srf_dtype dtype = gpu_dtype(type);
@@ -290,6 +326,8 @@ int main(int argc, char **argv)
                 if (w > 1 && work > 1e7) continue;
                 add(&suite, dtype, s, windows[w], "o, gradients", test_reference, work / 2);
             }
+        for (int window = 0; window <= 64 && dtype == SRF_BF16; window += 64)
+            add(&suite, dtype, many, window, "alone", test_alone, 1e7);
         for (size_t i = 0; i < sizeof small / sizeof *small; i++)
             for (int w = 0; w < N_WINDOWS; w++) {
                 struct srf_attn_shape s = small[i], one = small[i];
