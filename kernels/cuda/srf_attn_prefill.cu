@@ -29,16 +29,20 @@
  * More than 64 features: launches for 64 at a time, which keep (num, den, r) of each token in the
  * workspace.
  *
+ * What is seldom done takes as little code on a chunk's way as can be, a piece of a chunk goes the
+ * way of a whole one: behind a jump over some 50 instructions the next ones are not there yet, and
+ * a warpgroup, one warp on each scheduler, has nobody to work meanwhile.
+ *
  * Floor: q, k, v read and o written once, 8 bytes a value: 192 heads x 1024 tokens 101 MB, 0.034 ms
  * on an H100 (3 TB/s).
  */
 #include "kernels/cuda/srf_attn_prefill_parts.h"
 
 /* Shared memory, from a multiple of 1024. V of chunks that queries may still want (three behind the
- * sums' own), and of three ahead: one with the keys, two on their way. */
-struct pure_form {
+ * sums' own), and of four ahead: two with the keys, two on their way. */
+template <bool parts> struct pure_form {
     static constexpr int groups = 4; /* keys, sums, two of queries */
-    static constexpr int k_tiles = 3, v_tiles = 7;
+    static constexpr int k_tiles = 4, v_tiles = 8;
     static constexpr int k = 0, v = k + k_tiles * TILE;
     static constexpr int w = v + v_tiles * TILE, q = w + 2 * TILE; /* of queries: (2), (2, 2) */
     static constexpr int kf = q + 4 * TILE, s = kf + 4 * TILE;     /* to queries: (2, 2) */
@@ -55,23 +59,22 @@ template <bool totals>
 static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_t items,
                                                  uint32_t base, struct prefill_small *sm)
 {
-    using at = pure_form;
+    using at = pure_form<false>;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
     const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
     const float to_log2 = SRF__LOG2E * p.scale;
     struct place now = {};
     now.item = blockIdx.x;
     int i = 0, item[2] = {0, 0}; /* chunks before this one; of what has been given out */
-    for (bool any = find_place(p, &now, items, segs); any;) {
-        const int64_t own = now.item;
-        const int end = now.end;
+    for (; find_place(p, &now, items, segs); now.item += gridDim.x) {
         int turn;
-        const struct work w = turn_of(p, own, items, segs, &turn);
+        const struct work w = turn_of(p, now.item, items, segs, &turn);
         struct key_features f;
         struct pure_state<D> st;
         read_features(&f, p, w, f0, pair);
+        float late[4] = {0, 0, 0, 0}; /* to z, of the piece before: no need to wait for it */
         begin_turn<TOPS, totals>(&st, p, w, turn, 2, f0, tid, 1);
-        for (bool same = true; same; i++) {
+        for (; now.c < now.end; now.c++, i++) {
             const int n = min(CHUNK, now.stop - now.c * CHUNK), to = i & 1;
             const uint32_t k_tile = base + at::k + i % at::k_tiles * TILE;
             struct prefill_given *given = &sm->given[to];
@@ -80,14 +83,22 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_
                 struct pure_keys keys;
                 uint32_t kf[4][4];
                 float a[32];
+                const float *half = sm->half[i & 3];
+                if (UNLIKELY(size < CHUNK)) {
+                    group_barrier(1); /* all are done with the piece before */
+                    if (tid < CHUNK)
+                        sm->piece[tid] = tid >= lo && tid < lo + size ? half[tid] : INFINITY;
+                    group_barrier(1);
+                    half = sm->piece;
+                }
                 products(a, f.w, k_tile);
-                key_exponents(a, sm->half[i & 3], f.bias, to_log2, lo, lo + size);
-                const bool fits = key_tops(&keys, &st, a, lo, pair);
-                if (!totals && group_any(1, !fits) && size > 1) {
+                key_exponents(a, half, to_log2);
+                const bool fits = key_tops(&keys, &st, a, f.bias, lo, pair);
+                if (!totals && UNLIKELY(group_any(1, !fits) && size > 1)) {
                     size >>= 1;
                     continue;
                 }
-                key_weights(kf, &keys, a);
+                key_weights(kf, &keys, a, f.bias);
                 const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
                 const uint32_t kf_at =
                     base + at::kf + (2 * to + buffer) * TILE + tile_at<CHUNK>(f0, 0) + 4 * pair;
@@ -98,6 +109,7 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_
                     for (int j = 0; j < 8; j++)
                         store_shared(tile_on<CHUNK>(kf_at, j) + r * 16 * CHUNK,
                                      kf[j >> 1][2 * (j & 1) + r]);
+                st.z[0] += late[0], st.z[1] += late[2];
                 scale_tops(&st, &keys);
                 publish_tops(&st, 0, f.bias, given, buffer, f0, pair);
                 if (pair == 0) {
@@ -108,14 +120,14 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_
                 async_fence();
                 arrive(given->weights, number);
                 if (!totals) arrive(given->full, number);
-                add_tops(&st, kf, lane);
+                for (int e = 0; e < 4; e++) late[e] = 0.0f;
+                add_ones(late, kf, lane);
                 lo += size;
                 size = lo < CHUNK ? lo & -lo : size;
             }
-            any = next_place(p, &now, items, segs);
-            same = any && now.item == own;
         }
-        end_turn<TOPS, totals>(&st, p, w, end == w.end, f0, tid, 1);
+        st.z[0] += late[0], st.z[1] += late[2];
+        end_turn<TOPS, totals>(&st, p, w, now.end == w.end, f0, tid, 1);
     }
 }
 
@@ -125,15 +137,14 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
                                                  const struct prefill_maps &m, int64_t items,
                                                  uint32_t base, struct prefill_small *sm)
 {
-    using at = pure_form;
+    using at = pure_form<false>;
     const int tid = threadIdx.x - GROUP, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
     const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
     struct place now = {}, ahead;
     now.item = blockIdx.x;
-    if (!find_place(p, &now, items, segs)) return;
     ahead = now;
-    bool more = true;
-    int loads = 0, normed = 0, n[2]; /* n: rows of the chunks on their way */
+    bool more = find_place(p, &ahead, items, segs);
+    int loads = 0, normed = 0, n[2] = {0, 0}; /* n: rows of the chunks on their way */
     auto load_next = [&] {
         if (!more) return;
         n[1] = min(CHUNK, ahead.stop - ahead.c * CHUNK);
@@ -147,27 +158,27 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
         if (normed >= loads) return;
         const uint32_t k_tile = base + at::k + normed % at::k_tiles * TILE;
         barrier_wait(smem_addr(&sm->loads[normed & 3]), normed >> 2 & 1);
-        clear_tail(k_tile, base + at::v + normed % at::v_tiles * TILE, n[0], tid);
-        own_norms(k_tile, sm->half[normed & 3], p, n[0], tid);
-        async_fence();
+        const bool tail = n[0] < CHUNK;
+        if (UNLIKELY(tail))
+            clear_rows(k_tile, base + at::v + normed % at::v_tiles * TILE, n[0], warp, lane);
+        if (diagonal_norms(k_tile, sm->half[normed & 3], p, n[0], warp, lane) || tail)
+            async_fence();
         barrier_arrive(smem_addr(&sm->keys[normed++ & 3]));
     };
-    load_next();
-    n[0] = n[1];
-    load_next();
-    give_keys();
-    n[0] = n[1];
-    load_next();
+#pragma unroll 1
+    for (int i = 0; i < 4; i++) {
+        n[0] = n[1];
+        load_next();
+        if (i == 1 || i == 2) give_keys();
+    }
 
     int i = 0, item[2] = {0, 0};
-    for (bool any = true; any;) {
-        const int64_t own = now.item;
-        const int end = now.end;
+    for (; find_place(p, &now, items, segs); now.item += gridDim.x) {
         int turn;
-        const struct work w = turn_of(p, own, items, segs, &turn);
+        const struct work w = turn_of(p, now.item, items, segs, &turn);
         struct pure_state<D> st;
         begin_turn<SUMS, totals>(&st, p, w, turn, 2, f0, tid, 4);
-        for (bool same = true; same; i++) {
+        for (; now.c < now.end; now.c++, i++) {
             const int rows = min(CHUNK, now.stop - now.c * CHUNK), to = i & 1;
             const uint32_t v_tile = base + at::v + i % at::v_tiles * TILE;
             struct prefill_given *given = &sm->given[to];
@@ -185,7 +196,7 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
                     arrive(given->full, number);
                 }
                 warpgroup_fence();
-                wgmma_tile_mix(&st.s[0][0], base + at::kf + tile, v_tile);
+                mix_tiles(&st.s[0][0], base + at::kf + tile, v_tile);
                 warpgroup_commit();
                 warpgroup_wait<0>();
                 wgmma_hold(&st.s[0][0]);
@@ -194,10 +205,8 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
             /* The keys are done with this chunk's tile; queries are at most three behind. */
             n[0] = n[1];
             load_next();
-            any = next_place(p, &now, items, segs);
-            same = any && now.item == own;
         }
-        end_turn<SUMS, totals>(&st, p, w, end == w.end, f0, tid, 4);
+        end_turn<SUMS, totals>(&st, p, w, now.end == w.end, f0, tid, 4);
     }
 }
 
@@ -225,44 +234,63 @@ static __device__ __forceinline__ void query_weights(uint32_t qf[4][4], float r[
                                                     exp2_fast(a[4 * j + 2 * i + 1] - r[i]));
 }
 
-/* One of two warpgroups of queries, for every other chunk. */
+/* What warp `warp` keeps of the weights that its 16 tokens give a chunk's keys: those not behind
+ * them. edge: of the thread's pairs on the diagonal. */
+template <int warp>
+static __device__ __forceinline__ void causal(uint32_t weight[4][4], const float seen[32],
+                                              uint32_t edge)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = 2 * warp + i;
+            const uint32_t x =
+                j <= at ? pack_bf16(seen[4 * j + 2 * i], seen[4 * j + 2 * i + 1]) : 0;
+            weight[j >> 1][(j & 1) * 2 + i] = j == at ? x & edge : x;
+        }
+}
+
+/* One of two warpgroups of queries, for every other chunk. parts: these are not all features. */
+template <bool parts>
 static __device__ __forceinline__ void queries_role(const struct prefill &p, int64_t items,
                                                     uint32_t base, struct prefill_small *sm,
                                                     int group)
 {
-    using at = pure_form;
+    using at = pure_form<false>;
     const int tid = threadIdx.x & (GROUP - 1), lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int row = 16 * warp + (lane >> 2), id = 2 + group;
+    const int id = 2 + group, ahead_of = (lane >> 2) - 2 * pair;
+    const uint32_t edge = ahead_of > 0 ? 0xffffffffu : ahead_of == 0 ? 0xffffu : 0;
     const float to_log2 = SRF__LOG2E * p.scale;
     const uint32_t w_tile = base + at::w + group * TILE;
     struct prefill_given *given = &sm->given[group];
-    auto next = [&](struct place *x) { return next_place(p, x, items, p.n_seg); };
-    struct place now = {}, ahead;
-    now.item = blockIdx.x;
-    bool any = find_place(p, &now, items, p.n_seg);
-    if (any && group) any = next(&now);
-    ahead = now;
-    bool more = any;
-    int loads = 0;
+    struct place ahead = {};
+    ahead.item = blockIdx.x;
+    bool more = find_place(p, &ahead, items, p.n_seg);
+    if (more && group) more = next_place(p, &ahead, items, p.n_seg);
+    int loads = 0, first[2] = {0, 0}, head[2] = {0, 0}, n[2]; /* of this chunk and of the next */
     auto load_next = [&] {
+        n[1] = 0;
         if (!more) return;
+        first[1] = (int)ahead.row + ahead.c * CHUNK;
+        head[1] = ahead.head;
+        n[1] = min(CHUNK, ahead.stop - ahead.c * CHUNK);
         load_tile<D, GROUP>(base + at::q + (2 * group + (loads & 1)) * TILE,
-                            p.q + (ahead.row + ahead.c * CHUNK) * p.ld + ahead.head * D, p.ld,
-                            CHUNK, min(CHUNK, ahead.stop - ahead.c * CHUNK), tid);
+                            p.q + first[1] * p.ld + head[1] * D, p.ld, CHUNK, n[1], tid);
         cp_async_commit();
-        more = next(&ahead) && next(&ahead);
+        more = next_place(p, &ahead, items, p.n_seg, 2);
         loads++;
     };
     load_next();
-    int64_t features = -1;
-    for (int i = 0, item = 0; any; i++, any = next(&now) && next(&now)) {
-        const int n = min(CHUNK, now.stop - now.c * CHUNK);
+    int features = -1;
+    for (int i = 0, item = 0; n[1] > 0; i++) {
+        first[0] = first[1], head[0] = head[1], n[0] = n[1];
         const uint32_t q_tile = base + at::q + (2 * group + (i & 1)) * TILE;
         const uint32_t v_tile = base + at::v + (2 * i + group) % at::v_tiles * TILE;
-        if (features_of(p, now.head) != features) {
-            features = features_of(p, now.head);
+        if (UNLIKELY((int)features_of(p, head[0]) != features)) {
+            features = (int)features_of(p, head[0]);
             group_barrier(id); /* all are done with the old ones */
-            load_tile<D, GROUP>(w_tile, p.w + features * D, D, 64, p.count, tid);
+            load_tile<D, GROUP>(w_tile, p.w + (int64_t)features * D, D, 64, p.count, tid);
             cp_async_commit();
             cp_async_wait<0>();
             async_fence();
@@ -270,7 +298,7 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
         cp_async_wait<0>();
         group_barrier(id);
         load_next();
-        for (int hi = 0; hi < n; item++) {
+        for (int hi = 0; hi < n[0]; item++) {
             const int buffer = item & 1;
             const uint32_t tile = (2 * group + buffer) * TILE;
             /* with qf kf^T in a as well the compiler would wait for each product */
@@ -283,51 +311,51 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
             hi = given->piece[buffer] >> 8;
             query_weights(qf, r, a, given->top[buffer], to_log2, pair);
             warpgroup_fence();
-            wgmma_mix(seen, qf, base + at::kf + tile, false);
+            mix(seen, qf, base + at::kf + tile, false);
             warpgroup_commit();
-            wgmma_mix(&num[0][0], qf, base + at::s + tile, false);
+            mix(&num[0][0], qf, base + at::s + tile, false);
             warpgroup_commit();
             add_z(den, qf, given->z[buffer], lane);
             warpgroup_wait<1>();
             wgmma_hold(seen);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (8 * j + 2 * pair + (e & 1) > row + 8 * (e >> 1)) seen[4 * j + e] = 0.0f;
-                weight[j >> 1][(j & 1) * 2] = pack_bf16(seen[4 * j], seen[4 * j + 1]);
-                weight[j >> 1][(j & 1) * 2 + 1] = pack_bf16(seen[4 * j + 2], seen[4 * j + 3]);
-            }
+            if (warp == 0)
+                causal<0>(weight, seen, edge);
+            else if (warp == 1)
+                causal<1>(weight, seen, edge);
+            else if (warp == 2)
+                causal<2>(weight, seen, edge);
+            else
+                causal<3>(weight, seen, edge);
             warpgroup_wait<0>();
             wgmma_hold(&num[0][0]);
             warpgroup_fence();
-            wgmma_mix(&num[0][0], weight, v_tile, true);
+            mix(&num[0][0], weight, v_tile, true);
             warpgroup_commit();
             add_ones(den, weight, lane);
             warpgroup_wait<0>();
             wgmma_hold(&num[0][0]);
             arrive(given->empty, item);
-            give_rows(p, now.row + now.c * CHUNK, now.head, num, den, r, q_tile, warp, lo, hi,
-                      lane);
+            give_rows<parts>(p, first[0], head[0], num, den, r, q_tile, warp, lo, hi, lane);
         }
     }
 }
 
+template <bool parts>
 template <bool totals>
-__device__ __forceinline__ void pure_form::run(const struct prefill &p,
-                                               const struct prefill_maps &m, int64_t items,
-                                               uint32_t base, struct prefill_small *sm, int group)
+__device__ __forceinline__ void
+pure_form<parts>::run(const struct prefill &p, const struct prefill_maps &m, int64_t items,
+                      uint32_t base, struct prefill_small *sm, int group)
 {
     start_barriers(sm, 2, totals ? 1 : 2);
     if (group == 0) {
-        if (!totals) asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
+        if (!totals) asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
         keys_role<totals>(p, items, base, sm);
     } else if (totals || group == 1) {
-        if (!totals) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        if (!totals) asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
         sums_role<totals>(p, m, items, base, sm);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
-        queries_role(p, items, base, sm, group - 2);
+        queries_role<parts>(p, items, base, sm, group - 2);
     }
 }
 #endif
@@ -377,9 +405,9 @@ static __global__ void prefix_kernel(const __grid_constant__ struct prefill p, i
 static bool compiled(void)
 {
     struct cudaFuncAttributes f;
-    return cudaFuncGetAttributes(&f, (const void *)prefill_kernel<pure_form, false>) ==
+    return cudaFuncGetAttributes(&f, (const void *)prefill_kernel<pure_form<false>, false>) ==
                cudaSuccess &&
-           f.maxThreadsPerBlock == pure_form::groups * GROUP;
+           f.maxThreadsPerBlock == pure_form<false>::groups * GROUP;
 }
 
 bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a)
@@ -389,7 +417,9 @@ bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_pre
                          (uintptr_t)a->o | (uintptr_t)a->state;
     bool shape = s->d == D && s->m >= 2 && s->m <= 512 && s->m % 2 == 0 &&
                  (s->window == 0 || s->window == CHUNK);
-    bool small = s->b * s->t <= 1 << 30 && s->b * s->h <= 1 << 20;
+    /* rows, heads and chunks of all heads are counted in 32 bits */
+    bool small = s->b * s->t <= 1 << 30 && s->b * s->h <= 1 << 20 &&
+                 s->b * s->h * (div_up(s->t, CHUNK) + 1) <= INT32_MAX;
     return ctx->dtype == SRF_BF16 && shape && small && a->ld % 8 == 0 && a->ld_o % 8 == 0 &&
            pointers % 16 == 0 && cuda_of(ctx)->cc == 90 && compiled();
 }
@@ -489,11 +519,12 @@ srf_status srf__prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_a
         p.count = p.m - p.first < 64 ? p.m - p.first : 64;
         if (p.n_seg > 1) {
             SRF_TRY((s->window ? srf__prefill_window_totals(ctx, &p, &m)
-                               : prefill_launch<pure_form, true>(ctx, &p, &m)));
+                               : prefill_launch<pure_form<false>, true>(ctx, &p, &m)));
             prefix_kernel<<<(unsigned)div_up(n, 128), 128, 0, stream_of(ctx)>>>(p, n);
         }
         SRF_TRY((s->window ? srf__prefill_window(ctx, &p, &m)
-                           : prefill_launch<pure_form, false>(ctx, &p, &m)));
+                 : p.num   ? prefill_launch<pure_form<true>, false>(ctx, &p, &m)
+                           : prefill_launch<pure_form<false>, false>(ctx, &p, &m)));
     }
     return SRF_OK;
 }

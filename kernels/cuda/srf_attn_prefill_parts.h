@@ -49,6 +49,7 @@ srf_status srf__prefill_window_totals(struct srf_ctx *ctx, const struct prefill 
                                       const struct prefill_maps *m);
 
 #ifdef __CUDACC__
+#define UNLIKELY(x) __builtin_expect((x) != 0, 0)
 /* The launcher asks for this bound to learn whether a kernel was compiled for its device. */
 #if defined(__CUDA_ARCH__) && !HAVE_WGMMA
 #define BOUNDS(threads, blocks) __launch_bounds__(4 * GROUP)
@@ -102,9 +103,9 @@ struct place {
 static __device__ __forceinline__ struct work turn_of(const struct prefill &p, int64_t item,
                                                       int64_t items, int segs, int *turn)
 {
-    const int64_t all = items / p.n_turns, i = item % all;
-    *turn = (int)(item / all);
-    return work_of(p, i / segs, (int)(i % segs));
+    const uint32_t all = (uint32_t)items / (uint32_t)p.n_turns, i = (uint32_t)item % all;
+    *turn = (int)((uint32_t)item / all);
+    return work_of(p, i / (uint32_t)segs, (int)(i % (uint32_t)segs));
 }
 /* The first chunk of place->item or of the block's next turn that has any; false: none is left.
  * segs: of a head. */
@@ -129,12 +130,17 @@ static __device__ __forceinline__ bool find_place(const struct prefill &p, struc
     return false;
 }
 static __device__ __forceinline__ bool next_place(const struct prefill &p, struct place *at,
-                                                  int64_t items, int segs)
+                                                  int64_t items, int segs, int step = 1)
 {
     at->before = false;
-    if (++at->c < at->end) return true;
-    at->item += gridDim.x;
-    return find_place(p, at, items, segs);
+    at->c += step;
+    while (UNLIKELY(at->c >= at->end)) {
+        const int over = at->c - at->end;
+        at->item += gridDim.x;
+        if (!find_place(p, at, items, segs)) return false;
+        at->c += over;
+    }
+    return true;
 }
 
 /* ---- states as they are stored --------------------------------------------------------------- */
@@ -293,6 +299,7 @@ struct prefill_given {
 /* Behind the tiles. */
 struct prefill_small {
     float half[4][64]; /* log2(e) |y|^2 / 2 of the keys of chunks c % 4 */
+    float piece[64];   /* the same of a piece of a chunk, infinite outside it */
     struct prefill_given given[2];
     uint64_t loads[4]; /* keys and values number i % 4 have come */
     uint64_t keys[4];  /* keys, and their norms, are as they are used */
@@ -387,22 +394,37 @@ static __device__ __forceinline__ int64_t features_of(const struct prefill &p, i
     return (p.n_sets == 1 ? 0 : (int64_t)head * p.m) + p.first;
 }
 
+/* What wgmma_tile says of a tile's address, with `pieces` of 16 bytes more: the lower half of one
+ * tile's descriptors is one number and a constant, so that they cost an addition each. */
+static __device__ __forceinline__ uint64_t tile_on_by(uint32_t tile, int pieces)
+{
+    return (uint64_t)(1u << 30 | 64) << 32 | ((tile >> 4 | 64 << 16) + (uint32_t)pieces);
+}
 /* a = x tile^T */
 static __device__ __forceinline__ void products(float a[32], const uint32_t x[4][4], uint32_t tile)
 {
     warpgroup_fence();
-    wgmma_scores(a, x, tile);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) wgmma_64<false>(a, x[kk], tile_on_by(tile, 2 * kk), kk > 0);
     warpgroup_commit();
     warpgroup_wait<0>();
     wgmma_hold(a);
 }
 
-/* c (64, 64) += P B: P a tile of 64 rows, B another's 64 rows. */
-static __device__ __forceinline__ void wgmma_tile_mix(float c[32], uint32_t p, uint32_t tile)
+/* c (64, 64) = P B (!add) or c += P B: P packed, B the tile's 64 rows. */
+static __device__ __forceinline__ void mix(float c[32], const uint32_t p[4][4], uint32_t tile,
+                                           bool add)
 {
 #pragma unroll
     for (int kk = 0; kk < 4; kk++)
-        wgmma_64_tiles<false, true>(c, wgmma_tile(p + 32 * kk), wgmma_tile(tile + 2048 * kk), true);
+        wgmma_64<true>(c, p[kk], tile_on_by(tile, 128 * kk), add || kk > 0);
+}
+/* c (64, 64) += P B: P a tile of 64 rows, B another's 64 rows. */
+static __device__ __forceinline__ void mix_tiles(float c[32], uint32_t p, uint32_t tile)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<false, true>(c, tile_on_by(p, 2 * kk), tile_on_by(tile, 128 * kk), true);
 }
 
 /* ---- keys ------------------------------------------------------------------------------------ */
@@ -470,6 +492,60 @@ static __device__ __forceinline__ void own_norms(uint32_t k_tile, float *half,
     }
 }
 
+/* clear_tail for a warp's 16 rows, which it may then read. */
+static __device__ __forceinline__ void clear_rows(uint32_t k_tile, uint32_t v_tile, int n, int warp,
+                                                  int lane)
+{
+    for (int row = 16 * warp + lane / 8; row < 16 * warp + 16; row += 4)
+        if (row >= n) {
+            const uint32_t at = tile_at<D>(row, lane % 8);
+            asm volatile("st.shared.v4.b32 [%0], {%2,%2,%2,%2};\n"
+                         "st.shared.v4.b32 [%1], {%2,%2,%2,%2};" ::"r"(k_tile + at),
+                         "r"(v_tile + at), "r"(0)
+                         : "memory");
+        }
+    __syncwarp();
+}
+/* own_norms for a warp's 16 rows, |k|^2 being the diagonal of K K^T: true where it wrote to the tile.
+ * The registers of A are those of B for the same rows. */
+static __device__ __forceinline__ bool
+diagonal_norms(uint32_t k_tile, float *half, const struct prefill &p, int n, int warp, int lane)
+{
+    const int g = lane >> 2, row = 16 * warp + g;
+    const uint32_t rows = k_tile + warp * 32 * D;
+    const float most = SRF__X_LIMIT / p.scale;
+    const bool mine = (lane & 3) == g >> 1;
+    float sum[2];
+    bool clamped = false;
+    for (;; clamped = true) {
+        float low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            uint32_t x[4];
+            load_a<D>(x, rows, kk, lane);
+            mma_bf16(low, x, x[0], x[2]);
+            mma_bf16(high, x, x[1], x[3]);
+        }
+        sum[0] = g & 1 ? low[1] : low[0];
+        sum[1] = g & 1 ? high[3] : high[2];
+        const bool wide = mine && (sum[0] > most * most || sum[1] > most * most);
+        if (!UNLIKELY(__any_sync(0xffffffffu, wide && !clamped))) break;
+        __syncwarp();
+        for (int i = 0; i < 16 * D / 2 / 32; i++) {
+            const uint32_t addr = rows + 4 * (32 * i + lane);
+            store_shared(addr, clamp_bf16(load_shared(addr), p.limit));
+        }
+        __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sum[i] *= 0.5f * SRF__LOG2E * p.scale * p.scale;
+        if (sum[i] > SRF__HALF_LIMIT) sum[i] = SRF__HALF_LIMIT;
+        if (mine) half[row + 8 * i] = row + 8 * i < n ? sum[i] : INFINITY;
+    }
+    return clamped;
+}
+
 /* What a thread of the keys keeps of its two features: W's rows as an operand, log2(e) bias. */
 struct key_features {
     uint32_t w[4][4];
@@ -490,10 +566,8 @@ static __device__ __forceinline__ void read_features(struct key_features *f,
     }
 }
 
-/* Exponents of a chunk's keys for this thread's two features, a = W K^T before. Rows outside
- * [lo, hi) have no weight. */
-static __device__ __forceinline__ void
-key_exponents(float a[32], const float *half, const float bias[2], float to_log2, int lo, int hi)
+/* Exponents of a chunk's keys for this thread's two features, but for bias; a = W K^T before. */
+static __device__ __forceinline__ void key_exponents(float a[32], const float *half, float to_log2)
 {
     const int pair = threadIdx.x & 3;
 #pragma unroll
@@ -501,56 +575,49 @@ key_exponents(float a[32], const float *half, const float bias[2], float to_log2
         float2 sub = *(const float2 *)(half + 8 * j + 2 * pair);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            a[4 * j + e] = fmaf(a[4 * j + e], to_log2, bias[e >> 1] - (e & 1 ? sub.y : sub.x));
+            a[4 * j + e] = fmaf(a[4 * j + e], to_log2, e & 1 ? -sub.y : -sub.x);
     }
-    if (hi - lo == CHUNK) return;
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int token = 8 * j + 2 * pair + (e & 1);
-            if (token < lo || token >= hi) a[4 * j + e] = -INFINITY;
-        }
 }
 
 /* M with these keys, of rows lo on; false: their weights differ by more than SPREAD. */
 static __device__ __forceinline__ bool key_tops(struct pure_keys *keys,
                                                 const struct pure_state<D> *st, const float a[32],
-                                                int lo, int pair)
+                                                const float bias[2], int lo, int pair)
 {
     bool fits = true;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float most = -INFINITY, first = a[2 * i];
+    float first[2] = {a[0], a[2]};
+    if (UNLIKELY(lo > 0)) {
 #pragma unroll
         for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (8 * j + 2 * pair + (e & 1) == lo) first[e >> 1] = a[4 * j + e];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float most = fmaxf(a[2 * i], a[2 * i + 1]);
+#pragma unroll
+        for (int j = 1; j < 8; j++)
             most = fmaxf(most, fmaxf(a[4 * j + 2 * i], a[4 * j + 2 * i + 1]));
-        if (lo > 0) {
-            first = -INFINITY;
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (8 * j + 2 * pair + e == lo) first = a[4 * j + 2 * i + e];
-        }
-        first = __shfl_sync(0xffffffffu, first, (threadIdx.x & 28) | (lo >> 1 & 3));
-        keys->top[i] = fmaxf(st->top[i], ceilf(quad_max(most)));
+        first[i] = __shfl_sync(0xffffffffu, first[i], (threadIdx.x & 28) | (lo >> 1 & 3));
+        keys->top[i] = fmaxf(st->top[i], ceilf(quad_max(most) + bias[i]));
         keys->step[i] = exp2_fast(st->top[i] - keys->top[i]);
-        if (fmaxf(st->top[i], first) < keys->top[i] - SPREAD) fits = false;
+        if (fmaxf(st->top[i], first[i] + bias[i]) < keys->top[i] - SPREAD) fits = false;
     }
     return fits;
 }
 
 /* Weights, as the operand of products. */
 static __device__ __forceinline__ void key_weights(uint32_t kf[4][4], const struct pure_keys *keys,
-                                                   const float a[32])
+                                                   const float a[32], const float bias[2])
 {
+    const float less[2] = {keys->top[0] - bias[0], keys->top[1] - bias[1]};
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            kf[j >> 1][2 * (j & 1) + i] = pack_bf16(exp2_fast(a[4 * j + 2 * i] - keys->top[i]),
-                                                    exp2_fast(a[4 * j + 2 * i + 1] - keys->top[i]));
+            kf[j >> 1][2 * (j & 1) + i] = pack_bf16(exp2_fast(a[4 * j + 2 * i] - less[i]),
+                                                    exp2_fast(a[4 * j + 2 * i + 1] - less[i]));
 }
 /* S in the new M, which is soon the old one. */
 static __device__ __forceinline__ void scale_sums(struct pure_state<D> *st, const float step[2])
@@ -654,18 +721,55 @@ static __device__ __forceinline__ void merge_row(float (&num)[D / 8][4], float d
     den[i] = den[i] * mine + other_den.x * with;
     r[i] = top;
 }
-/* num / sums of rows lo .. hi - 1 of the chunk that begins at row `first` to the output, through
+/* To the last bit but one. */
+static __device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* store_rows, where `to` is for the first 16 bytes that this thread stores. */
+static __device__ __forceinline__ void put_rows(bf16 *to, int64_t ld, const float (&c)[D / 8][4],
+                                                uint32_t tile, int warp, int lo, int hi, int lane)
+{
+    const int row = 16 * warp + (lane >> 2), first = 16 * warp + (lane >> 3);
+    const uint32_t at = tile + tile_at<D>(row, 0) + 4 * (lane & 3);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (row + 8 * i >= lo && row + 8 * i < hi) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+                store_shared(tile_on<D>(at, j) + i * 16 * D,
+                             pack_bf16(c[j][2 * i], c[j][2 * i + 1]));
+        }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++, to += 4 * ld) {
+        const int r = first + 4 * i;
+        if (r < lo || r >= hi) continue;
+        uint4 x;
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(tile + tile_at<D>(r, lane & 7))
+                     : "memory");
+        *(uint4 *)to = x;
+    }
+    __syncwarp();
+}
+/* parts: where p.num is not NULL, and perhaps where it is.
+ * num / sums of rows lo .. hi - 1 of the chunk that begins at row `first` to the output, through
  * the tile they came from; or, with r, to where the next features find them. */
-static __device__ __forceinline__ void give_rows(const struct prefill &p, int64_t first, int head,
-                                                 float (&num)[D / 8][4], const float sums[4],
-                                                 float r[2], uint32_t tile, int warp, int lo,
-                                                 int hi, int lane)
+template <bool parts = true>
+static __device__ __forceinline__ void
+give_rows(const struct prefill &p, int64_t first, int head, float (&num)[D / 8][4],
+          const float sums[4], float r[2], uint32_t tile, int warp, int lo, int hi, int lane)
 {
     const int row = 16 * warp + (lane >> 2), pair = lane & 3;
     float den[2] = {__shfl_sync(0xffffffffu, sums[0] + sums[1], lane & ~3),
                     __shfl_sync(0xffffffffu, sums[2] + sums[3], lane & ~3)};
-    const bool last = p.first + p.count == p.m;
-    for (int i = 0; i < 2 && p.num; i++) {
+    bool last = p.first + p.count == p.m;
+    if (!parts) last = true;
+    for (int i = 0; i < (parts && p.num ? 2 : 0); i++) {
         const int64_t at = (first + row + 8 * i) * p.h + head;
         const bool there = row + 8 * i >= lo && row + 8 * i < hi;
         float2 *part = p.num + at * (D / 2) + pair;
@@ -684,8 +788,9 @@ static __device__ __forceinline__ void give_rows(const struct prefill &p, int64_
         if (pair == 0) p.den[at] = make_float2(den[i], r[i]);
     }
     if (!last) return;
-    scale_rows(num, 1.0f / den[0], 1.0f / den[1]);
-    store_rows<D>(p.o + first * p.ld_o + head * D, p.ld_o, num, tile, warp, lo, hi, lane);
+    scale_rows(num, reciprocal(den[0]), reciprocal(den[1]));
+    bf16 *to = p.o + (first + 16 * warp + (lane >> 3)) * p.ld_o + head * D + (lane & 7) * 8;
+    put_rows(to, p.ld_o, num, tile, warp, lo, hi, lane);
 }
 #endif
 

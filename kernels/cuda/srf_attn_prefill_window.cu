@@ -171,9 +171,9 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                 struct pure_keys keys;
                 uint32_t kf[4][4];
                 products(a, f.w, base + at::k + tile);
-                key_exponents(a, sm->half[(i - 1) & 3], f.bias, to_log2, 0, CHUNK);
-                key_tops(&keys, &st, a, 0, pair);
-                key_weights(kf, &keys, a);
+                key_exponents(a, sm->half[(i - 1) & 3], to_log2);
+                key_tops(&keys, &st, a, f.bias, 0, pair);
+                key_weights(kf, &keys, a, f.bias);
                 scale_sums(&st, keys.step);
                 warpgroup_fence();
                 wgmma_mix(&st.s[0][0], kf, base + at::v + tile, true);
