@@ -20,18 +20,19 @@ static srf_status head(struct srf_model *m, int64_t at, int64_t n, void *logits)
 /* n rows of logits to the host, (n, vocab). */
 static srf_status take_logits(const struct srf_model *m, int64_t n, float *out)
 {
-    enum { ROWS = 64 };
+    enum { ROWS = 16 };
+    struct srf_ctx *ctx = m->ctx;
     int64_t v = m->config.vocab, ld = srf_padded_vocab(&m->config);
-    if (ld == v) return srf_download_f32(m->ctx, out, PTR(m->slot_logits), m->ctx->dtype, n * v);
-    float *rows;
-    SRF_TRY(SRF_ALLOC(rows, (n < ROWS ? n : ROWS) * ld));
+    size_t row = (size_t)ld * srf_dtype_bytes(ctx->dtype);
+    char *rows;
+    SRF_TRY(SRF_ALLOC(rows, (n < ROWS ? n : ROWS) * (int64_t)row));
     srf_status st = SRF_OK;
     for (int64_t at = 0; at < n && st == SRF_OK; at += ROWS) {
         int64_t count = n - at < ROWS ? n - at : ROWS;
-        st = srf_download_f32(m->ctx, rows, srf__model_at(m, m->slot_logits, at * ld),
-                              m->ctx->dtype, count * ld);
+        st = ctx->be->download(ctx, rows, srf__model_at(m, m->slot_logits, at * ld),
+                               (size_t)count * row);
         for (int64_t i = 0; i < count && st == SRF_OK; i++)
-            memcpy(out + (at + i) * v, rows + i * ld, (size_t)v * sizeof *out);
+            srf_convert_to_f32(out + (at + i) * v, rows + (size_t)i * row, ctx->dtype, v);
     }
     srf__free(rows);
     return st;
