@@ -31,7 +31,7 @@ static float of_bits(uint32_t u)
     return x;
 }
 
-float srf_f16_to_f32(uint16_t h)
+static float f16_to_f32(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
     if (exponent == 31) return of_bits(sign | 0x7f800000 | fraction << 13);
@@ -42,7 +42,7 @@ float srf_f16_to_f32(uint16_t h)
     return of_bits(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
-uint16_t srf_f32_to_f16(float x)
+static uint16_t f32_to_f16(float x)
 {
     uint32_t u = bits_of(x);
     uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
@@ -57,16 +57,38 @@ uint16_t srf_f32_to_f16(float x)
     return sign | (uint16_t)((rounded - 0x38000000) >> 13);
 }
 
-float srf_bf16_to_f32(uint16_t h)
+static float bf16_to_f32(uint16_t h)
 {
     return of_bits((uint32_t)h << 16);
 }
 
-uint16_t srf_f32_to_bf16(float x)
+static uint16_t f32_to_bf16(float x)
 {
     uint32_t u = bits_of(x);
     if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+/* The loops below have the functions themselves, not the library's names for them, which a shared
+ * library leaves open: a call for each element. */
+float srf_f16_to_f32(uint16_t h)
+{
+    return f16_to_f32(h);
+}
+
+uint16_t srf_f32_to_f16(float x)
+{
+    return f32_to_f16(x);
+}
+
+float srf_bf16_to_f32(uint16_t h)
+{
+    return bf16_to_f32(h);
+}
+
+uint16_t srf_f32_to_bf16(float x)
+{
+    return f32_to_bf16(x);
 }
 
 void srf_convert_to_f32(float *dst, const void *src, enum srf_dtype type, int64_t n)
@@ -77,10 +99,10 @@ void srf_convert_to_f32(float *dst, const void *src, enum srf_dtype type, int64_
         for (int64_t i = 0; i < n; i++) dst[i] = (float)((const double *)src)[i];
         break;
     case SRF_BF16:
-        for (int64_t i = 0; i < n; i++) dst[i] = srf_bf16_to_f32(half[i]);
+        for (int64_t i = 0; i < n; i++) dst[i] = bf16_to_f32(half[i]);
         break;
     case SRF_F16:
-        for (int64_t i = 0; i < n; i++) dst[i] = srf_f16_to_f32(half[i]);
+        for (int64_t i = 0; i < n; i++) dst[i] = f16_to_f32(half[i]);
         break;
     case SRF_F32:
     case SRF_I32:
@@ -97,10 +119,10 @@ void srf_convert_from_f32(void *dst, enum srf_dtype type, const float *src, int6
         for (int64_t i = 0; i < n; i++) ((double *)dst)[i] = (double)src[i];
         break;
     case SRF_BF16:
-        for (int64_t i = 0; i < n; i++) half[i] = srf_f32_to_bf16(src[i]);
+        for (int64_t i = 0; i < n; i++) half[i] = f32_to_bf16(src[i]);
         break;
     case SRF_F16:
-        for (int64_t i = 0; i < n; i++) half[i] = srf_f32_to_f16(src[i]);
+        for (int64_t i = 0; i < n; i++) half[i] = f32_to_f16(src[i]);
         break;
     case SRF_F32:
     case SRF_I32:
