@@ -602,7 +602,9 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
                 "batch of %lld sequences, %lld tokens in all: %lld x %lld were planned",
                 (long long)batch->b, (long long)n, (long long)m->plan.b, (long long)m->plan.t);
     if (batch->on_device) return SRF_OK;
-    for (int64_t i = 0; i < n; i++)
+    bool outside = false; /* of many: looked for in vectors, named afterwards */
+    for (int64_t i = 0; i < n; i++) outside |= (uint32_t)batch->tokens[i] >= (uint32_t)cfg->vocab;
+    for (int64_t i = 0; i < n && outside; i++)
         SRF_FAIL_IF(batch->tokens[i] < 0 || batch->tokens[i] >= cfg->vocab, SRF_MISMATCH,
                     "token id %d: the model's vocabulary has %lld", batch->tokens[i],
                     (long long)cfg->vocab);
@@ -623,13 +625,16 @@ static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *
     struct srf_ctx *ctx = m->ctx;
     int64_t n = srf_batch_rows(batch), b = batch->b, row = 0;
     int32_t *pos;
-    SRF_TRY(SRF_CALLOC(pos, n + 3 * b + 1));
+    SRF_TRY(SRF_ALLOC(pos, n + 3 * b + 1));
     int32_t *seq = pos + n;
+    seq[2 * b] = 0;
     for (int64_t i = 0; i < b; i++) {
-        seq[i] = batch->pos[i];
+        int32_t first = batch->pos[i], *own = pos + row;
+        int32_t rows = (int32_t)srf_batch_sequence_rows(batch, i);
+        seq[i] = first;
         seq[b + i] = batch->slots ? batch->slots[i] : (int32_t)i;
-        for (int64_t j = 0; j < srf_batch_sequence_rows(batch, i); j++)
-            pos[row++] = (int32_t)(batch->pos[i] + j);
+        for (int32_t j = 0; j < rows; j++) own[j] = first + j;
+        row += rows;
         seq[2 * b + i + 1] = (int32_t)row;
     }
     srf_status st = ctx->be->upload(ctx, PTR(m->slot_pos), pos, (size_t)n * sizeof *pos);
