@@ -83,9 +83,10 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     if (!in->calibrate_given &&
         (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF || !a->per_head))
         in->calibrate = 0;
-    /* Its plan is for one window that all layers have. */
+    /* Its plan is for one window that all layers have, and whose half is one that kernels on CUDA
+     * are fast with. */
     if (!in->plan_given && (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF ||
-                            a->n_windows || a->window < 2))
+                            a->n_windows || a->window == 0 || a->window % 64))
         in->plan_windows = 0;
     /* Its trained features are those of SRF attention that keeps a draw; maps always are. */
     struct srf_train_config *c = &in->config;
@@ -156,7 +157,7 @@ static srf_status plan_windows(const struct inputs *in, struct run *r)
     SRF_TRY_GO(srf_plan_windows(r->ctx, r->ck, tokens, &c, &result));
     if (!in->quiet)
         fprintf(stderr,
-                "windows by layer, on %lld tokens: squared error of attention from %.4f to "
+                "windows by layer, on %lld tokens: KL to softmax, layer by layer, from %.4f to "
                 "%.4f; state %lld bytes a sequence\n",
                 (long long)(c.windows * c.seq_len), result.before, result.after,
                 (long long)result.state_bytes);
@@ -636,8 +637,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
         {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
-         "what the other options begin with: hybrid, planned, pure, faithful or window (hybrid)", 0,
-         0},
+         "what the other options begin with: hybrid, planned, pure, faithful or window (hybrid)",
+         0, 0},
         {0}};
     enum { RECIPE = sizeof options / sizeof *options - 2 };
     if (!defaults->recipe) options[RECIPE] = (struct cli_option){0}; /* train has none */

@@ -156,8 +156,9 @@ recipe redrawn-untrained --window 8 --redraw-every 1 --features-lr 0
 [ "$(second_loss trained)" != "$(second_loss untrained)" ] || fail "hybrid: features not trained"
 [ "$(second_loss alone)" != "$(second_loss untrained)" ] || fail "--train-features: not trained"
 [ "$(second_loss drawn)" = "$(second_loss redrawn-untrained)" ] || fail "redrawn and trained"
-for how in '--recipe planned' '--plan-windows 512' '--recipe planned --plan-windows 512'; do
-    recipe "${how// /}" --window 8 $how
+for how in '--recipe planned' '--window 8 --plan-windows 512' \
+    '--recipe hybrid --plan-windows 512'; do
+    recipe "${how// /}" $how
     grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
 for budget in 20000 40000; do
@@ -169,6 +170,8 @@ for budget in 20000 40000; do
 done
 refuse 1 "at least" "${retrofit[@]}" --out t --state-budget 100
 refuse 2 "--state-budget" "${retrofit[@]}" --out t --state-budget 100 --plan-windows 0
+recipe small-window --recipe planned --window 32
+! grep -q "windows by layer" stderr || fail "a window of 32: $(cat stderr)"
 recipe given --recipe planned --layer-windows 4,8
 ! grep -q "windows by layer" stderr || fail "windows given: $(cat stderr)"
 recipe no-window --recipe planned --window 0

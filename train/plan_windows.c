@@ -1,12 +1,23 @@
+/* What a window of a layer is worth: the KL divergence of the model's predictions from those of
+ * softmax attention when this layer alone has it. That is measured with the smallest window; for
+ * the others it goes as the squared error of the layer's attention outputs, which is cheap: all
+ * layers at once. Features as they are drawn would be judged too badly, most of all where attention
+ * is spread wide, which is what they learn first: a calibrated and fitted copy (calibrate.h) of the
+ * model stands for the trained one. */
 #include "train/plan_windows.h"
+#include "train/calibrate.h"
 #include "train/validate.h"
 
 #include <math.h>
+#include <string.h>
 
-enum { CHOICES = 3, DRAWS = 2 };
+enum { CHOICES = 4 };
 
 /* What a choice takes, in halves of the window. */
-static const int64_t halves[CHOICES] = {1, 2, 4};
+static const int64_t halves[CHOICES] = {1, 2, 4, 6};
+
+/* Most logits of a measurement: all tokens' are there at once. */
+#define MOST_LOGITS (1ll << 26)
 
 /* least[l][u]: of the first l layers with u of the room taken; by dynamic programming. */
 srf_status srf_plan_windows_choose(const double *error, const int64_t *cost, int64_t n_choices,
@@ -55,9 +66,9 @@ static int64_t state_bytes(const struct srf_checkpoint *ck, int64_t tokens)
 
 /* Halves of the window `one` that all layers may have together. */
 static srf_status room_of(const struct srf_checkpoint *ck, int64_t one, int64_t budget,
-                          int64_t *room)
+                          int64_t n_choices, int64_t *room)
 {
-    int64_t n = ck->config.n_layers, most = n * halves[CHOICES - 1];
+    int64_t n = ck->config.n_layers, most = n * halves[n_choices - 1];
     *room = 2 * n;
     if (budget == 0) return SRF_OK;
     int64_t fixed = state_bytes(ck, 0), least = state_bytes(ck, n * (one / 2));
@@ -73,29 +84,118 @@ static srf_status room_of(const struct srf_checkpoint *ck, int64_t one, int64_t 
     return SRF_OK;
 }
 
-/* Sum over the heads of each layer of the squared error with this window. */
-static srf_status measure(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
-                          const int32_t *tokens, const struct srf_plan_windows_config *config,
-                          int64_t window, double *error)
+/* What stands for the trained model: weights and features of its own, the rest is ck's. */
+static srf_status make_trial(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                             const int32_t *tokens, const struct srf_plan_windows_config *config,
+                             struct srf_checkpoint *trial)
+{
+    struct srf_calibrate_config c = {.windows = config->windows,
+                                     .seq_len = config->seq_len,
+                                     .balance = true,
+                                     .fit = true,
+                                     .best_of = 1};
+    struct srf_calibrate_result result;
+    float *params;
+    SRF_TRY(SRF_ALLOC(params, ck->table.total));
+    memcpy(params, ck->params, (size_t)ck->table.total * sizeof *params);
+    *trial = *ck;
+    trial->params = params;
+    trial->features_w = trial->features_bias = NULL;
+    if (!ck->attention.per_head || ck->attention.far_none) return SRF_OK;
+    return srf_calibrate(ctx, trial, tokens, &c, &result);
+}
+
+static void free_trial(struct srf_checkpoint *trial)
+{
+    srf__free(trial->params);
+    srf__free(trial->features_w);
+    srf__free(trial->features_bias);
+}
+
+/* Sum over the heads of each layer of the squared error with this window in all layers. */
+static srf_status measure_errors(struct srf_ctx *ctx, const struct srf_checkpoint *trial,
+                                 const int32_t *tokens,
+                                 const struct srf_plan_windows_config *config, int64_t window,
+                                 double *error)
 {
     struct srf_validate_result r;
-    struct srf_validate_config c = {.attention = ck->attention,
-                                    .m = &ck->attention.m,
+    struct srf_validate_config c = {.attention = trial->attention,
+                                    .m = &trial->attention.m,
                                     .n_m = 1,
-                                    .main_m = ck->attention.m,
+                                    .main_m = trial->attention.m,
                                     .windows = config->windows,
                                     .seq_len = config->seq_len,
-                                    .n_draws = DRAWS,
+                                    .n_draws = 1,
                                     .errors_only = true};
     c.attention.window = window;
-    SRF_TRY(srf_validate_attention(ctx, ck, tokens, &c, &r));
+    SRF_TRY(srf_validate_attention(ctx, trial, tokens, &c, &r));
     for (int64_t l = 0; l < r.n_layers; l++) {
         error[l] = 0;
         for (int64_t h = 0; h < r.n_heads; h++)
-            error[l] += r.error[l * r.n_heads + h] * r.error[l * r.n_heads + h];
+            error[l] += r.error_own[l * r.n_heads + h] * r.error_own[l * r.n_heads + h];
     }
     srf_validate_result_free(&r);
     return SRF_OK;
+}
+
+/* KL of the predictions with this window in one layer (-1: in none) and all else exact: in a window
+ * as long as the text, a multiple of 64, which kernels like. */
+static srf_status measure_kl(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                             const struct srf_checkpoint *trial, const int32_t *tokens,
+                             const struct srf_plan_windows_config *config, int64_t layer,
+                             int64_t window, double *kl)
+{
+    struct srf_attention_config a = trial->attention;
+    struct srf_validate_place places[SRF_VALIDATE_PLACES];
+    int64_t len = config->seq_len, most = MOST_LOGITS / (len * ck->config.vocab), n = 0;
+    most = most < 1 ? 1 : most;
+    a.window = (len + 63) / 64 * 64;
+    a.n_windows = ck->config.n_layers;
+    for (int64_t l = 0; l < a.n_windows; l++)
+        a.windows[l] = (int32_t)(l == layer ? window : a.window);
+    struct srf_validate_pair pair = {.teacher = ck,
+                                     .student = trial,
+                                     .attention = &a,
+                                     .tokens = tokens,
+                                     .windows = most < config->windows ? most : config->windows,
+                                     .seq_len = len};
+    SRF_TRY(srf_validate_positions(ctx, &pair, places));
+    *kl = 0;
+    for (int i = 0; i < SRF_VALIDATE_PLACES; i++) {
+        *kl += places[i].kl * (double)places[i].n;
+        n += places[i].n;
+    }
+    *kl /= (double)n;
+    return SRF_OK;
+}
+
+/* loss (n_choices, layers): what each layer's window costs. */
+static srf_status measure(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                          const int32_t *tokens, const struct srf_plan_windows_config *config,
+                          int64_t n_choices, double *loss)
+{
+    int64_t n = ck->config.n_layers, one = ck->attention.window;
+    struct srf_checkpoint trial = {0};
+    double rounding;
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(make_trial(ctx, ck, tokens, config, &trial));
+    for (int64_t c = 0; c < n_choices; c++)
+        SRF_TRY_GO(measure_errors(ctx, &trial, tokens, config, halves[c] * one / 2, loss + c * n));
+    /* What rounding alone makes of it, in bf16 more than some layers' windows, is no layer's. */
+    SRF_TRY_GO(measure_kl(ctx, ck, &trial, tokens, config, -1, one / 2, &rounding));
+    for (int64_t l = 0; l < n; l++) {
+        double kl;
+        SRF_TRY_GO(measure_kl(ctx, ck, &trial, tokens, config, l, one / 2, &kl));
+        double weight = loss[l] > 0 && !(kl < rounding) ? (kl - rounding) / loss[l] : 0;
+        for (int64_t c = 0; c < n_choices; c++) {
+            loss[c * n + l] *= weight;
+            SRF_FAIL_GO_IF(!isfinite(loss[c * n + l]), SRF_NONFINITE,
+                           "windows by layer: attention's error is not finite");
+        }
+    }
+cleanup:
+    free_trial(&trial);
+    return st;
 }
 
 srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, const int32_t *tokens,
@@ -103,23 +203,22 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
                             struct srf_plan_windows_result *out)
 {
     struct srf_attention_config *a = &ck->attention;
-    int64_t n = ck->config.n_layers, one = a->window, room, sum = 0;
+    int64_t n = ck->config.n_layers, one = a->window, n_choices = 2, room, sum = 0;
     SRF_FAIL_IF(a->kind != SRF_ATTN_SRF, SRF_INVALID, "softmax attention has no window to plan");
-    SRF_FAIL_IF(a->n_windows || one < 2 || one > 65536 / 2 || n > SRF_WINDOWS_MAX, SRF_INVALID,
+    SRF_FAIL_IF(a->n_windows || one < 2 || one > 65536 / 3 || n > SRF_WINDOWS_MAX, SRF_INVALID,
                 "a plan of windows starts from one of 2 to %d for all, at most %d layers",
-                65536 / 2, SRF_WINDOWS_MAX);
-    SRF_TRY(room_of(ck, one, config->state_budget, &room));
-    double *error = NULL, heads = (double)(n * ck->config.n_heads);
+                65536 / 3, SRF_WINDOWS_MAX);
+    /* A window that leaves nothing to the features would leave them untrained. */
+    while (n_choices < CHOICES && halves[n_choices] * one < config->seq_len) n_choices++;
+    SRF_TRY(room_of(ck, one, config->state_budget, n_choices, &room));
+    double *loss = NULL;
     int *choice = NULL;
     srf_status st = SRF_OK;
     *out = (struct srf_plan_windows_result){0};
-    SRF_TRY_GO(SRF_ALLOC(error, CHOICES * n));
+    SRF_TRY_GO(SRF_ALLOC(loss, n_choices * n));
     SRF_TRY_GO(SRF_CALLOC(choice, n));
-    for (int c = 0; c < CHOICES; c++)
-        SRF_TRY_GO(measure(ctx, ck, tokens, config, halves[c] * one / 2, error + c * n));
-    for (int64_t i = 0; i < CHOICES * n; i++)
-        SRF_FAIL_GO_IF(!isfinite(error[i]), SRF_NONFINITE, "attention's error is not finite");
-    SRF_TRY_GO(srf_plan_windows_choose(error, halves, CHOICES, n, room, choice));
+    SRF_TRY_GO(measure(ctx, ck, tokens, config, n_choices, loss));
+    SRF_TRY_GO(srf_plan_windows_choose(loss, halves, n_choices, n, room, choice));
     bool same = true;
     a->window = 0;
     for (int64_t l = 0; l < n; l++) {
@@ -127,13 +226,13 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
         if (a->windows[l] > a->window) a->window = a->windows[l];
         same = same && choice[l] == choice[0];
         sum += a->windows[l];
-        out->before += error[n + l] / heads;
-        out->after += error[choice[l] * n + l] / heads;
+        out->before += loss[n + l];
+        out->after += loss[choice[l] * n + l];
     }
     a->n_windows = same ? 0 : n;
     out->state_bytes = state_bytes(ck, sum);
 cleanup:
-    srf__free(error);
+    srf__free(loss);
     srf__free(choice);
     return st;
 }

@@ -9,14 +9,16 @@ struct srf_plan_windows_config {
     int64_t state_budget;     /* most bytes of a sequence's recurrent state in fp32; 0: as with W */
 };
 struct srf_plan_windows_result {
-    double before, after; /* mean over heads of (|o - o_softmax| / |o_softmax|)^2 */
-    int64_t state_bytes;  /* of a sequence's recurrent state in fp32 */
+    /* KL(softmax || this) of the next token with one layer's window, all else exact: summed over
+     * layers, with W in each and with the plan; of features that are fitted and not yet trained. */
+    double before, after;
+    int64_t state_bytes; /* of a sequence's recurrent state in fp32 */
 };
 
-/* Gives each layer of ck->attention (SRF, one window W >= 2 for all) half, once or twice W, so that
- * their states stay within the budget and the squared error of the attention's outputs on the text,
- * summed over heads, is least. tokens: host (windows, seq_len). SRF_INVALID if half of W in every
- * layer is too much. */
+/* Gives each layer of ck->attention (SRF, one window W >= 2 for all) half, once, twice or three
+ * times W, so that their states stay within the budget and the KL divergence above is least.
+ * Windows above W are taken only where sequences of seq_len have something beyond them. tokens:
+ * host (windows, seq_len). SRF_INVALID if half of W in every layer is too much. */
 srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, const int32_t *tokens,
                             const struct srf_plan_windows_config *config,
                             struct srf_plan_windows_result *out);

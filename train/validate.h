@@ -44,9 +44,9 @@ struct srf_validate_config {
     int64_t n_m;
     int64_t main_m;           /* the one of them that the forms are compared at */
     int64_t windows, seq_len; /* of text */
-    int64_t n_draws;          /* draws from attention.draw on, at least 2 */
+    int64_t n_draws;          /* draws from attention.draw on, at least 2 (errors_only: 1) */
     const double *oprf_a;     /* (layers, sets), in place of attention.oprf_a; or NULL */
-    bool errors_only;         /* error and error_sd: the rest of the result stays 0 */
+    bool errors_only;         /* error, error_sd, error_own: the rest of the result stays 0 */
     /* Called now and then with the part done, 0 to 1; may be NULL. */
     void (*progress)(void *user, double done);
     void *user;

@@ -389,7 +389,7 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
     for (int64_t i = 0; i < c->n_m * heads; i++) {
         double mean = out->error[i] / draws, rest = out->error_sd[i] / draws - mean * mean;
         out->error[i] = mean;
-        out->error_sd[i] = sqrt(fmax(rest, 0) * draws / (draws - 1));
+        out->error_sd[i] = draws > 1 ? sqrt(fmax(rest, 0) * draws / (draws - 1)) : 0;
     }
     return SRF_OK;
 }
@@ -441,8 +441,8 @@ static srf_status check(const struct srf_validate_config *c, const struct srf_ch
     SRF_FAIL_IF(c->windows < 1 || c->seq_len < 2 || c->seq_len > ck->config.n_pos, SRF_INVALID,
                 "%lld windows of %lld tokens: expected at least 1 of 2 to %lld",
                 (long long)c->windows, (long long)c->seq_len, (long long)ck->config.n_pos);
-    SRF_FAIL_IF(c->n_draws < 2, SRF_INVALID, "%lld draws: their spread needs at least 2",
-                (long long)c->n_draws);
+    SRF_FAIL_IF(c->n_draws < (c->errors_only ? 1 : 2), SRF_INVALID,
+                "%lld draws: their spread needs at least 2", (long long)c->n_draws);
     return SRF_OK;
 }
 
