@@ -33,7 +33,7 @@ srf_status srf__pure_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
 bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
-/* What forward and backward share as `carry`: the states before segments. */
+/* What forward and backward share as `carry`: the states before chunks. */
 size_t srf__pure_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 
 /* ---- srf_attn_wide.cu, srf_attn_wide_bwd.cu: of the same d = 64 and m > 128, on Hopper ------- */

@@ -373,8 +373,7 @@ static struct fwd_plan plan_fwd(const struct srf_ctx *ctx, const struct srf_attn
 size_t srf__pure_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     if (!srf__pure_shape(ctx, s) || !srf__pure_wgmma_takes(ctx, s)) return 0;
-    const int64_t n_seg = plan_fwd(ctx, s).plan.n_seg;
-    return n_seg > 1 ? (size_t)(s->b * s->h * n_seg * pure_state_count(64, 1)) * sizeof(float) : 0;
+    return srf__pure_wgmma_entry_bytes(s);
 }
 
 size_t srf__pure_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
@@ -480,8 +479,7 @@ srf_status srf__pure_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
     if (s->b * s->t == 0) return SRF_OK;
     if (srf__wide_takes(ctx, s)) return srf__wide_fwd(ctx, a);
     struct fwd_plan f = plan_fwd(ctx, s);
-    if (srf__pure_wgmma_takes(ctx, s))
-        return srf__pure_wgmma_fwd(ctx, a, &f.plan, a->carry ? (float *)a->carry : f.states);
+    if (srf__pure_wgmma_takes(ctx, s)) return srf__pure_wgmma_fwd(ctx, a, &f.plan, f.states);
     struct fwd_params p = params_of(s, a->k, a->v, a->ld, a->w, a->bias, &f.plan);
     p.q = (const bf16 *)a->q;
     p.o = (bf16 *)a->o;

@@ -12,6 +12,8 @@ struct walk {
     bf16 *o;
     float *stat;   /* (b, h, t), or NULL */
     float *states; /* (b h, n_seg, pure_state_count); NULL: one segment */
+    bf16 *entry;   /* for the backward: S before chunks, or NULL */
+    float *marks;  /* and their marks */
     int64_t ld_o;
     int t, h, m, n_sets;
     int n_seg, seg_chunks;
@@ -111,6 +113,8 @@ struct walk_smem {
     static constexpr int bar = z + 64 * 4, bytes = bar + 2 * 8;
 };
 
+/* ENTRIES: they are kept for the backward. */
+template <bool ENTRIES>
 static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ struct walk p,
                                                        const __grid_constant__ struct walk_maps m)
 {
@@ -162,6 +166,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         barrier_wait(base + at::bar + 8 * s, (c - first) >> 1 & 1);
         key_norms<64, 1>(k_tile, half, p.scale, p.limit, lo, hi, tid);
         async_fence();
+        if (ENTRIES && tid == 0) bulk_sent(); /* S, before it is written again */
         __syncthreads();
         if (tid == 0 && lo == 0 && size == CHUNK && c + 1 < c_end) fill(c + 1);
 
@@ -191,7 +196,18 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         async_fence();
         warpgroup_wait<0>();
         wgmma_hold(&aq[0][0]);
-        __syncthreads();
+        if (ENTRIES && lo == 0 && size == CHUNK) {
+            const int64_t chunk = head_i * n_chunks + c;
+            const bool stay = __syncthreads_or(key_tops_far(&st, &keys));
+            put_marks(p.marks + chunk * MARKS, &st, &keys, bias, stay, f0, pair);
+            if (tid == 0 && !stay) {
+                bulk_send(p.entry + chunk * (CHUNK * 64), base + at::s, TILE);
+                bulk_commit();
+            }
+            if (stay) put_entry(p.entry + chunk * (CHUNK * 64), &st, f0, pair);
+        } else {
+            __syncthreads();
+        }
 
         /* Query features; o and den of this warp's tokens. */
         float r[2] = {-INFINITY, -INFINITY};
@@ -265,6 +281,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             size = CHUNK;
         }
     }
+    if (ENTRIES && tid == 0) bulk_done();
 #endif
 }
 
@@ -309,8 +326,13 @@ bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shap
 {
     struct cudaFuncAttributes f;
     return s->d == 64 && s->m <= 64 && cuda_of(ctx)->cc == 90 &&
-           cudaFuncGetAttributes(&f, (const void *)pure_walk_kernel) == cudaSuccess &&
+           cudaFuncGetAttributes(&f, (const void *)pure_walk_kernel<false>) == cudaSuccess &&
            f.maxThreadsPerBlock == 128;
+}
+
+size_t srf__pure_wgmma_entry_bytes(const struct srf_attn_shape *s)
+{
+    return (size_t)(s->b * s->h * div_up(s->t, CHUNK)) * (TILE + MARKS * sizeof(float));
 }
 
 static struct walk walk_of(const struct srf_attn_shape *s, const void *w, const void *bias,
@@ -366,18 +388,21 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     struct walk_maps m;
     p.o = (bf16 *)a->o;
     p.stat = (float *)a->stat;
+    p.entry = (bf16 *)a->carry;
+    if (p.entry) p.marks = (float *)(p.entry + heads * div_up(s->t, CHUNK) * CHUNK * 64);
     p.ld_o = a->ld_o;
     SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     if (p.n_seg > 1) SRF_TRY(launch_states(ctx, &p, &m, heads));
-    CUDA_TRY(
-        cudaFuncSetAttribute(pure_walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    void (*kernel)(struct walk, struct walk_maps) =
+        p.entry ? pure_walk_kernel<true> : pure_walk_kernel<false>;
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     if (p.n_seg > 1) {
         struct chain_shape shape = {dim3((unsigned)(heads * p.n_seg)), 128, bytes, 1};
-        chain_launch(ctx, shape, pure_walk_kernel, p, m);
+        chain_launch(ctx, shape, kernel, p, m);
     } else {
-        pure_walk_kernel<<<(unsigned)heads, 128, bytes, stream_of(ctx)>>>(p, m);
+        kernel<<<(unsigned)heads, 128, bytes, stream_of(ctx)>>>(p, m);
     }
     return srf__cuda_launched("srf_attn_fwd");
 }

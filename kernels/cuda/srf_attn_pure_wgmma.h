@@ -15,6 +15,20 @@
 
 /* True: the device has warpgroup products, this build code for them, and they take the shape. */
 bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+/* What is known of each chunk before it, in the order of chunks, head by head: S, bf16, as the tile
+ * that products want, then MARKS numbers each, rows of 64 features and one more. */
+enum {
+    MARK_Z = 0,       /* z before it */
+    MARK_BEFORE = 64, /* M before it */
+    MARK_AFTER = 128, /* M after it */
+    MARK_PSI = 192,   /* bias + M after */
+    MARK_KF = 256,    /* bias - M after */
+    MARK_STAY = 320,  /* not 0: S and z are in the scale of M before, else of M after */
+    MARKS = 324,      /* a multiple of 16 bytes */
+};
+#define MARK_FAR 40.0f /* S stays when some M rises by more */
+size_t srf__pure_wgmma_entry_bytes(const struct srf_attn_shape *s);
+
 /* states: room for those of plan->n_seg segments a head, if more than one. */
 srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
                                const struct pure_plan *plan, float *states);
@@ -22,7 +36,10 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
 srf_status srf__pure_wgmma_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                   const struct pure_plan *plan, float *states);
 
-/* dq, dk, dv, and the blocks' parts of dw if there is one. */
+/* How the backward cuts segments into units. */
+void srf__pure_wgmma_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                           const struct pure_plan *plan, struct bwd_params *p);
+/* dq, dk, dv, and the blocks' parts of dw (two a unit) if there is one. */
 srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                const struct pure_plan *plan, const struct bwd_params *p);
 
@@ -98,5 +115,39 @@ __device__ __forceinline__ void add_keys(struct pure_state<64> *st, const uint32
     warpgroup_fence();
     wgmma_mix(&st->s[0][0], kf, v_tile, true);
     warpgroup_commit();
+}
+/* Some M of this thread's features rises so far with the chunk that S would be lost by it. */
+__device__ __forceinline__ bool key_tops_far(const struct pure_state<64> *st,
+                                             const struct pure_keys *keys)
+{
+    return (st->top[0] > SRF__UNSET && keys->top[0] - st->top[0] > MARK_FAR) ||
+           (st->top[1] > SRF__UNSET && keys->top[1] - st->top[1] > MARK_FAR);
+}
+__device__ __forceinline__ void put_marks(float *marks, const struct pure_state<64> *st,
+                                          const struct pure_keys *keys, const float *bias,
+                                          bool stay, int f0, int pair)
+{
+    if (f0 == 0 && pair == 0) marks[MARK_STAY] = stay;
+    if (pair != 0) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+        marks[MARK_Z + f] = stay ? st->z[i] : st->z[i] * keys->step[i];
+        marks[MARK_BEFORE + f] = st->top[i];
+        marks[MARK_AFTER + f] = keys->top[i];
+        marks[MARK_PSI + f] = bias[f] + keys->top[i];
+        marks[MARK_KF + f] = bias[f] - keys->top[i];
+    }
+}
+/* S in the scale of M before, in the order of a tile. */
+__device__ __forceinline__ void put_entry(bf16 *entry, const struct pure_state<64> *st, int f0,
+                                          int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            *(uint32_t *)((char *)entry + tile_at<64>(f0 + 8 * i, j) + 4 * pair) =
+                pack_bf16(st->s[j][2 * i], st->s[j][2 * i + 1]);
 }
 #endif

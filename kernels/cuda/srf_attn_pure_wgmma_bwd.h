@@ -52,22 +52,27 @@ __device__ __forceinline__ void clamp_large(uint32_t tile, uint32_t limit, int t
 }
 #endif
 
-/* dq, delta, M after each chunk, cuts; with segments what each one's queries add to R. */
-srf_status srf__pure_wgmma_queries(struct srf_ctx *ctx, const struct bwd_params *p,
+/* S, z, M before each chunk; tickets become 0. */
+srf_status srf__pure_wgmma_entries(struct srf_ctx *ctx, const struct bwd_params *p,
                                    const struct bwd_maps *m, int64_t heads);
-/* dk, dv. */
-srf_status srf__pure_wgmma_keys(struct srf_ctx *ctx, const struct bwd_params *p,
+/* With segments: what the queries of each add to R, u; with M then known, R, u after each. */
+srf_status srf__pure_wgmma_adds(struct srf_ctx *ctx, const struct bwd_params *p,
                                 const struct bwd_maps *m, int64_t heads);
+srf_status srf__pure_wgmma_suffix(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads);
+/* dq, dk, dv. */
+srf_status srf__pure_wgmma_grads(struct srf_ctx *ctx, const struct bwd_params *p,
+                                 const struct bwd_maps *m, int64_t heads);
 
 typedef void kernel(const struct bwd_params, const struct bwd_maps);
 
-static inline srf_status launch(struct srf_ctx *ctx, kernel *f, int64_t blocks, int bytes,
-                                const struct bwd_params *p, const struct bwd_maps *m, bool first)
+static inline srf_status launch(struct srf_ctx *ctx, kernel *f, int64_t blocks, int threads,
+                                int bytes, const struct bwd_params *p, const struct bwd_maps *m,
+                                bool first)
 {
     CUDA_TRY(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, 1024 + bytes));
-    struct chain_shape shape = {dim3((unsigned)blocks), 128, (size_t)(1024 + bytes), 1};
+    struct chain_shape shape = {dim3((unsigned)blocks), threads, (size_t)(1024 + bytes), 1};
     if (first)
-        f<<<shape.grid, 128, shape.bytes, stream_of(ctx)>>>(*p, *m);
+        f<<<shape.grid, threads, shape.bytes, stream_of(ctx)>>>(*p, *m);
     else
         chain_launch(ctx, shape, f, *p, *m);
     return srf__cuda_launched("srf_attn_bwd");

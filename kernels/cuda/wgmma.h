@@ -181,4 +181,51 @@ __device__ __forceinline__ void bulk_bytes(uint32_t dst, const void *src, int by
                  "l"(src), "r"(bytes), "r"(bar)
                  : "memory");
 }
+/* The other way, by one thread, which commits: what was written to src before an async_fence and a
+ * barrier. */
+__device__ __forceinline__ void bulk_send(void *dst, uint32_t src, int bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_commit()
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+/* All that this thread has sent was read from shared memory. */
+__device__ __forceinline__ void bulk_sent()
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+/* It has arrived. */
+__device__ __forceinline__ void bulk_done()
+{
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/* ---- barriers of some warps: n threads, all together or, id by id, those that only arrive ------ */
+
+__device__ __forceinline__ void meet(int id, int n)
+{
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+__device__ __forceinline__ void meet_arrive(int id, int n)
+{
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+__device__ __forceinline__ bool meet_or(int id, int n, bool x)
+{
+    int any;
+    asm volatile("{\n"
+                 ".reg .pred p, q;\n"
+                 "setp.ne.b32 p, %1, 0;\n"
+                 "barrier.cta.red.or.pred q, %2, %3, p;\n"
+                 "selp.b32 %0, 1, 0, q;\n"
+                 "}\n"
+                 : "=r"(any)
+                 : "r"((int)x), "r"(id), "r"(n)
+                 : "memory");
+    return any;
+}
 #endif

@@ -1,0 +1,296 @@
+/* Pure SRF attention with warpgroup products, backward: what the sums over keys are before each
+ * chunk, for the kernel of the gradients (srf_attn_pure_wgmma_bwd.cu tells).
+ *
+ * Floor: k, v read, S written in bf16 for every chunk of 64 tokens: 6 b t h d bytes.
+ */
+#include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
+
+#define ENTRY_STAGES 3
+struct entry_smem {
+    static constexpr int v = ENTRY_STAGES * TILE, w = v + ENTRY_STAGES * TILE, s = w + TILE;
+    static constexpr int half = s + TILE, bias = half + CHUNK * 4;
+    static constexpr int bar = bias + 64 * 4, bytes = bar + ENTRY_STAGES * 8;
+};
+
+static __global__
+    WALK_BOUNDS(3) void pure_entries_kernel(const __grid_constant__ struct bwd_params p,
+                                            const __grid_constant__ struct bwd_maps m)
+{
+#if HAVE_WGMMA
+    using at = entry_smem;
+    extern __shared__ char raw[];
+    char *smem = raw + (-smem_addr(raw) & 1023u);
+    const uint32_t base = smem_addr(smem);
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+    const int f0 = 16 * warp + g;
+    const struct place here = place_of(p, blockIdx.x / p.n_seg, blockIdx.x % p.n_seg, 64);
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK, first = here.seg * p.seg_chunks;
+    const int count = min(p.seg_chunks, n_chunks - first);
+    const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
+    const float to_log2 = SRF__LOG2E * p.scale;
+    float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
+    auto fill = [&](int i) {
+        const int s = i % ENTRY_STAGES, t0 = (first + i) * CHUNK;
+        const uint32_t full = base + at::bar + 8 * s;
+        barrier_expect(full, 2 * TILE);
+        bulk_tile(base + s * TILE, &m.k, col, t0, seq, full);
+        bulk_tile(base + at::v + s * TILE, &m.v, col, t0, seq, full);
+    };
+    if (tid == 0) {
+        init_barriers(base + at::bar, ENTRY_STAGES);
+        for (int i = 0; i < min(ENTRY_STAGES - 1, count); i++) fill(i);
+    }
+    load_features(p, here.set, base + at::w, bias, tid);
+    chain_next();
+    chain_wait();
+    for (int i = blockIdx.x * 128 + tid; i < p.n_tickets; i += gridDim.x * 128) p.tickets[i] = 0;
+    struct pure_state<64> st;
+    pure_state_start(&st, here.seg > 0, 1,
+                     p.states + (here.head_i * p.n_seg + here.seg) * pure_state_count(64, 1), f0,
+                     pair);
+    __syncthreads();
+
+    for (int i = 0; i < count; i++) {
+        const int s = i % ENTRY_STAGES, c = first + i;
+        const uint32_t k_tile = base + s * TILE, v_tile = base + at::v + s * TILE;
+        float a[8][4];
+        struct pure_keys keys;
+        barrier_wait(base + at::bar + 8 * s, i / ENTRY_STAGES & 1);
+        key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, min(CHUNK, p.t - c * CHUNK), tid);
+        async_fence();
+        __syncthreads();
+        if (tid == 0 && i + ENTRY_STAGES - 1 < count) fill(i + ENTRY_STAGES - 1);
+        warpgroup_fence();
+        wgmma_tile_scores(&a[0][0], base + at::w, k_tile);
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        wgmma_hold(&a[0][0]);
+        key_weights<64>(&keys, &st, a, half, bias[f0], bias[f0 + 8], to_log2, pair);
+        /* What was sent last has left. */
+        if (tid == 0) bulk_sent();
+        const bool stay = __syncthreads_or(key_tops_far(&st, &keys));
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float by = stay ? 1.0f : keys.step[j];
+            const uint32_t to = base + at::s + tile_at<64>(f0 + 8 * j, 0) + 4 * pair;
+#pragma unroll
+            for (int d = 0; d < 8; d++)
+                store_shared(tile_on<64>(to, d),
+                             pack_bf16(st.s[d][2 * j] * by, st.s[d][2 * j + 1] * by));
+        }
+        const int64_t chunk = here.head_i * n_chunks + c;
+        put_marks(p.marks + chunk * MARKS, &st, &keys, bias, stay, f0, pair);
+        async_fence();
+        __syncthreads();
+        if (tid == 0) {
+            bulk_send(p.entry + chunk * (CHUNK * 64), base + at::s, TILE);
+            bulk_commit();
+        }
+        pure_state_step<64>(&st, &keys);
+        uint32_t kf[4][4];
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) key_operand(kf[kk], &keys, kk);
+        add_keys(&st, kf, v_tile);
+        warpgroup_wait<0>();
+        wgmma_hold(&st.s[0][0]);
+    }
+    if (tid == 0) bulk_done();
+#endif
+}
+
+srf_status srf__pure_wgmma_entries(struct srf_ctx *ctx, const struct bwd_params *p,
+                                   const struct bwd_maps *m, int64_t heads)
+{
+    return launch(ctx, pure_entries_kernel, heads * p->n_seg, 128, entry_smem::bytes, p, m,
+                  p->n_seg == 1);
+}
+
+/* ---- what queries add to R, u ---------------------------------------------------------------- */
+
+#define ADD_STAGES 3
+struct add_smem {
+    static constexpr int d_o = ADD_STAGES * TILE, w = d_o + ADD_STAGES * TILE;
+    static constexpr int lse = w + TILE, delta = lse + CHUNK * 4; /* its parts: (2, 64) bf16 */
+    static constexpr int bias = delta + CHUNK * 4, bar = bias + 64 * 4;
+    static constexpr int bytes = bar + ADD_STAGES * 8;
+};
+
+/* The sums of a segment's queries t, 2^(aq + bias - lse_t - N) (do_t, delta_t), in the form of the
+ * states of segments: N, the largest exponent so far, in the place of M, lse in that of |y|^2 / 2.
+ * It needs nothing of the keys. */
+static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ struct bwd_params p,
+                                                       const __grid_constant__ struct bwd_maps m)
+{
+#if HAVE_WGMMA
+    using at = add_smem;
+    extern __shared__ char raw[];
+    char *smem = raw + (-smem_addr(raw) & 1023u);
+    const uint32_t base = smem_addr(smem);
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+    const int f0 = 16 * warp + g;
+    /* Of the first segment nobody asks. */
+    const struct place here =
+        place_of(p, blockIdx.x / (p.n_seg - 1), (int)(blockIdx.x % (p.n_seg - 1)) + 1, 64);
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK, first = here.seg * p.seg_chunks;
+    const int count = min(p.seg_chunks, n_chunks - first);
+    const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
+    const float to_log2 = SRF__LOG2E * p.scale;
+    float *lse = (float *)(smem + at::lse), *bias = (float *)(smem + at::bias);
+    auto fill = [&](int i) {
+        const int s = i % ADD_STAGES, t0 = (first + i) * CHUNK;
+        const uint32_t full = base + at::bar + 8 * s;
+        barrier_expect(full, 2 * TILE);
+        bulk_tile(base + s * TILE, &m.q, col, t0, seq, full);
+        bulk_tile(base + at::d_o + s * TILE, &m.d_o, col, t0, seq, full);
+    };
+    /* Two threads a row: its o, 32 numbers each, and one of them its lse. */
+    auto load_row = [&](uint4(&o)[4], float *x, int i) {
+        const int64_t t = (int64_t)(first + i) * CHUNK + (tid >> 1);
+        const bool in = i < count && t < p.t;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            o[j] = make_uint4(0, 0, 0, 0);
+            if (in) o[j] = *(const uint4 *)(p.o + here.out + t * p.ld_o + 32 * (tid & 1) + 8 * j);
+        }
+        *x = in ? p.stat[here.head_i * p.t + t] : INFINITY;
+    };
+    chain_next();
+    if (tid == 0) {
+        init_barriers(base + at::bar, ADD_STAGES);
+        for (int i = 0; i < min(ADD_STAGES - 1, count); i++) fill(i);
+    }
+    load_features(p, here.set, base + at::w, bias, tid);
+    struct pure_state<64> st;
+    pure_state_start(&st, false, 1, NULL, f0, pair);
+    float u[2] = {0, 0}, row_lse;
+    uint4 o[4];
+    load_row(o, &row_lse, 0);
+    chain_wait();
+    __syncthreads();
+
+    for (int i = 0; i < count; i++) {
+        const int s = i % ADD_STAGES;
+        const uint32_t q_tile = base + s * TILE, do_tile = base + at::d_o + s * TILE;
+        float a[8][4], delta = 0;
+        struct pure_keys keys;
+        barrier_wait(base + at::bar + 8 * s, i / ADD_STAGES & 1);
+        clamp_large(q_tile, p.limit, tid);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint32_t with[4] = {o[j].x, o[j].y, o[j].z, o[j].w};
+            uint32_t y[4];
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+                         : "r"(do_tile + tile_at<64>(tid >> 1, 4 * (tid & 1) + j))
+                         : "memory");
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float2 x = unpack_bf16(y[e]), z = unpack_bf16(with[e]);
+                delta -= x.x * z.x + x.y * z.y;
+            }
+        }
+        delta += __shfl_xor_sync(0xffffffffu, delta, 1);
+        if ((tid & 1) == 0) {
+            bf16 *parts = (bf16 *)(smem + at::delta) + (tid >> 1);
+            parts[0] = __float2bfloat16_rn(delta);
+            parts[64] = __float2bfloat16_rn(delta - __bfloat162float(parts[0]));
+            lse[tid >> 1] = row_lse;
+        }
+        async_fence();
+        __syncthreads();
+        if (tid == 0 && i + ADD_STAGES - 1 < count) fill(i + ADD_STAGES - 1);
+        load_row(o, &row_lse, i + 1);
+        warpgroup_fence();
+        wgmma_tile_scores(&a[0][0], base + at::w, q_tile);
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        wgmma_hold(&a[0][0]);
+        key_weights<64>(&keys, &st, a, lse, bias[f0], bias[f0 + 8], to_log2, pair);
+        pure_state_step<64>(&st, &keys);
+        uint32_t kf[4][4];
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) key_operand(kf[kk], &keys, kk);
+        add_keys(&st, kf, do_tile);
+        float add[4] = {0, 0, 0, 0};
+        const uint32_t part = base + at::delta + (g & 1) * 128 + pair * 4;
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            /* Columns 0 and 1 of this product are the two parts of delta, others 0. */
+            uint32_t d0 = load_shared(part + kk * 32), d1 = load_shared(part + kk * 32 + 16);
+            mma_bf16(add, kf[kk], g < 2 ? d0 : 0, g < 2 ? d1 : 0);
+        }
+        u[0] = fmaf(u[0], keys.step[0], add[0] + add[1]);
+        u[1] = fmaf(u[1], keys.step[1], add[2] + add[3]);
+        warpgroup_wait<0>();
+        wgmma_hold(&st.s[0][0]);
+        /* All have read the tiles and the rows' numbers. */
+        __syncthreads();
+    }
+    float *to = p.adds + (here.head_i * p.n_seg + here.seg) * 64 * 66;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            *(float2 *)(to + f * 64 + 8 * j + 2 * pair) =
+                make_float2(st.s[j][2 * i], st.s[j][2 * i + 1]);
+        if (pair == 0) {
+            to[64 * 64 + f] = u[i];
+            to[64 * 65 + f] = st.top[i];
+        }
+    }
+#endif
+}
+
+/* R, u after each segment, of all later queries, in the scale of M at its end. One thread a feature
+ * and column of R or u. */
+static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p, int64_t n)
+{
+    constexpr int ahead = 8; /* segments whose loads are on their way at once */
+    constexpr int count = 64 * 65, add_count = 64 * 66;
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
+    chain_next();
+    chain_wait();
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const int j = (int)(i % count), f = j < 64 * 64 ? j / 64 : j - 64 * 64;
+    const int64_t head = i / count;
+    const float *marks = p.marks + head * n_chunks * MARKS + MARK_AFTER + f;
+    const float *adds = p.adds + head * p.n_seg * add_count;
+    float *to = p.seg_r + head * p.n_seg * count + j;
+    float sum = 0, top = SRF__UNSET;
+    for (int seg = p.n_seg - 1; seg >= 0; seg -= ahead) {
+        float add[ahead], add_top[ahead], end[ahead];
+#pragma unroll
+        for (int k = 0; k < ahead; k++) {
+            const int at = seg - k > 0 ? seg - k : 0, last = min((at + 1) * p.seg_chunks, n_chunks);
+            add[k] = at > 0 ? adds[(int64_t)at * add_count + j] : 0.0f;
+            add_top[k] = at > 0 ? adds[(int64_t)at * add_count + 64 * 65 + f] : SRF__UNSET;
+            end[k] = marks[(int64_t)(last - 1) * MARKS];
+        }
+#pragma unroll
+        for (int k = 0; k < ahead; k++) {
+            if (seg - k < 0) break;
+            /* Exponents that huge numbers leave no bits for: wrong, but finite. */
+            const float by = exp2_fast(fminf(top + end[k], -SRF__MIN_DEN_LOG2));
+            to[(int64_t)(seg - k) * count] = sum * by;
+            const float with = fmaxf(top, add_top[k]);
+            sum = sum * exp2_fast(top - with) + add[k] * exp2_fast(add_top[k] - with);
+            top = with;
+        }
+    }
+}
+
+srf_status srf__pure_wgmma_adds(struct srf_ctx *ctx, const struct bwd_params *p,
+                                const struct bwd_maps *m, int64_t heads)
+{
+    return launch(ctx, pure_adds_kernel, heads * (p->n_seg - 1), 128, add_smem::bytes, p, m,
+                  p->carried);
+}
+srf_status srf__pure_wgmma_suffix(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads)
+{
+    const int64_t n = heads * 64 * 65;
+    struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};
+    chain_launch(ctx, shape, suffix_kernel, *p, n);
+    return srf__cuda_launched("srf_attn_bwd");
+}

@@ -1,0 +1,726 @@
+/* Pure SRF attention with warpgroup products, backward: the kernel of the gradients, of which
+ * srf_attn_pure_wgmma_bwd.cu tells.
+ *
+ * A block walks backward over the chunks of a unit. Its first warpgroup owns queries: psi, dP,
+ * dq, and R, u (with features in the place of tokens). The second owns keys: kf, dk, dv. What both
+ * need lies in tiles: psi, kf, R before a meeting, dP before a second one. Warp w of either owns
+ * tokens 16 w .. and features 16 w ...
+ *
+ * A chunk where some psi would be above 2^66 is cut in two, and so on; M, S and z of a piece are
+ * made from the chunk's by the owners of keys. So they are where S was left in the scale of M
+ * before the chunk.
+ *
+ * Floor: q, k, v, o, do and S read, dq, dk, dv written: 18 b t h d bytes.
+ */
+#include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
+
+/* Meetings: of all, of the owners of queries or of keys, of those who arrive and those who wait. */
+enum { ALL_A = 1, ALL_B, PSI_FREE, KF_FREE, OWN };
+
+/* Where a block is, kept in shared memory: there are no registers for it in the products' way. */
+struct unit {
+    int64_t in, out, token, chunk; /* of the head: in q, k, v, in o, among tokens, among chunks */
+    int64_t segment, order;        /* among all segments; among all units, segment by segment */
+    int seq, col, is_first, is_last, c_first, c_last;
+};
+
+struct grad_smem {
+    static constexpr int v = TILE, s = 2 * TILE, k = 3 * TILE, d_o = 5 * TILE; /* K, dO twice */
+    static constexpr int w = 7 * TILE, psi = w + TILE, kf = psi + TILE, r = kf + TILE;
+    static constexpr int dp = r + TILE, out = dp + TILE;
+    static constexpr int marks = out + TILE; /* of two chunks, of a piece */
+    static constexpr int bias = marks + 3 * MARKS * 4, half = bias + 64 * 4;
+    static constexpr int u = half + CHUNK * 4;   /* of two pieces */
+    static constexpr int delta = u + 2 * 64 * 4; /* of two pieces: (2, 64) bf16, its parts; fp32 */
+    static constexpr int bar = delta + 2 * 2 * 64 * 4; /* Q; V, S; K, dO, marks twice */
+    static constexpr int unit = bar + 4 * 8, bytes = unit + sizeof(struct unit);
+};
+
+#if HAVE_WGMMA
+__device__ __forceinline__ int64_t shared_i64(uint32_t addr)
+{
+    int64_t x;
+    asm volatile("ld.shared.b64 %0, [%1];" : "=l"(x) : "r"(addr));
+    return x;
+}
+/* By address in shared memory: one register, where the compiler keeps others for pointers. */
+__device__ __forceinline__ float load_float(uint32_t addr)
+{
+    return __uint_as_float(load_shared(addr));
+}
+__device__ __forceinline__ float2 load_float2(uint32_t addr)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_float(uint32_t addr, float x)
+{
+    store_shared(addr, __float_as_uint(x));
+}
+#define UNIT_I64(field) shared_i64(base + at::unit + (int)offsetof(struct unit, field))
+#define UNIT_INT(field) (int)load_shared(base + at::unit + (int)offsetof(struct unit, field))
+/* -dO.o of this thread's two rows; o is what it has of them. */
+__device__ __forceinline__ void row_deltas(float delta[2], const uint4 (&o)[2][2], uint32_t do_tile,
+                                           int row, int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        delta[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint32_t with[4] = {o[i][j].x, o[i][j].y, o[i][j].z, o[i][j].w};
+            uint32_t y[4];
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+                         : "r"(do_tile + tile_at<64>(row + 8 * i, pair + 4 * j))
+                         : "memory");
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float2 f = unpack_bf16(y[e]), h = unpack_bf16(with[e]);
+                delta[i] -= f.x * h.x + f.y * h.y;
+            }
+        }
+        delta[i] = quad_sum(delta[i]);
+    }
+}
+/* This thread's pieces pair, pair + 4 of o's rows `row`, row + 8 from a chunk's row 0; 0 if out. */
+__device__ __forceinline__ void load_o(uint4 (&o)[2][2], const bf16 *from, int64_t ld, int row,
+                                       int pair, bool in0, bool in1)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            o[i][j] = make_uint4(0, 0, 0, 0);
+            if (i ? in1 : in0)
+                o[i][j] = __ldcs((const uint4 *)(from + (row + 8 * i) * ld + 8 * pair + 32 * j));
+        }
+}
+/* o and the forward's numbers of a chunk towards this multiprocessor. */
+__device__ __forceinline__ void prefetch_rows(const struct bwd_params &p, int64_t out,
+                                              int64_t token, int64_t t0, int tid)
+{
+    const void *at = tid < CHUNK ? (const void *)(p.o + out + (t0 + tid) * p.ld_o)
+                                 : (const void *)(p.stat + token + t0 + tid - CHUNK);
+    if (tid <= CHUNK || tid == CHUNK + 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+/* delta as two bf16 parts, for all queries' owners. */
+__device__ __forceinline__ void put_deltas(uint32_t parts, const float delta[2], int row)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bf16 high = __float2bfloat16_rn(delta[i]);
+        const bf16 low = __float2bfloat16_rn(delta[i] - __bfloat162float(high));
+        const uint32_t to = parts + 2 * row + 16 * i;
+        asm volatile("st.shared.b16 [%0], %1;\n"
+                     "st.shared.b16 [%0 + 128], %2;" ::"r"(to),
+                     "h"(__bfloat16_as_ushort(high)), "h"(__bfloat16_as_ushort(low))
+                     : "memory");
+    }
+}
+/* r += psi^T dO, on its own: warpgroup_wait, then wgmma_hold(r). */
+__device__ __forceinline__ void add_queries(float (&r)[8][4], uint32_t psi_tile, uint32_t do_tile)
+{
+    warpgroup_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<true, true>(&r[0][0], wgmma_tile(psi_tile + 2048 * kk),
+                                   wgmma_tile(do_tile + 2048 * kk), true);
+    warpgroup_commit();
+}
+/* u += psi^T delta. */
+__device__ __forceinline__ void add_deltas(float u[2], uint32_t psi_tile, uint32_t parts, int warp,
+                                           int lane)
+{
+    const int g = lane >> 2, pair = lane & 3;
+    const uint32_t part = parts + (g & 1) * 128 + pair * 4;
+    float add[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        /* Columns 0 and 1 of this product are the two parts of delta, others 0. */
+        const int token = 16 * kk + (lane & 7) + ((lane >> 4) << 3);
+        uint32_t y[4], d0 = load_shared(part + kk * 32), d1 = load_shared(part + kk * 32 + 16);
+        ldmatrix_x4_trans(y, psi_tile + tile_at<64>(token, 2 * warp + ((lane >> 3) & 1)));
+        mma_bf16(add, y, g < 2 ? d0 : 0, g < 2 ? d1 : 0);
+    }
+    /* Lanes of pair 0 have both columns. */
+    u[0] += __shfl_sync(0xffffffffu, add[0] + add[1], lane & ~3);
+    u[1] += __shfl_sync(0xffffffffu, add[2] + add[3], lane & ~3);
+}
+/* R, u of features f0, f0 + 8, from or to memory that other blocks write or read. */
+__device__ __forceinline__ void load_r(float (&r)[8][4], float u[2], const float *from, int f0,
+                                       int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float2 x = __ldcg((const float2 *)(from + f * 64 + 8 * j + 2 * pair));
+            r[j][2 * i] = x.x;
+            r[j][2 * i + 1] = x.y;
+        }
+        u[i] = __ldcg(from + 64 * 64 + f);
+    }
+}
+__device__ __forceinline__ void store_r(float *to, const float (&r)[8][4], const float u[2], int f0,
+                                        int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int f = f0 + 8 * i;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            __stcg((float2 *)(to + f * 64 + 8 * j + 2 * pair),
+                   make_float2(r[j][2 * i], r[j][2 * i + 1]));
+        if (pair == 0) __stcg(to + 64 * 64 + f, u[i]);
+    }
+}
+/* One warpgroup: what it has written is there for whoever sees the flag. */
+__device__ __forceinline__ void raise_flag(unsigned *flag, int t)
+{
+    __threadfence();
+    meet(OWN, 128);
+    if (t == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await_flag(const unsigned *flag, int t)
+{
+    if (t == 0) {
+        unsigned up;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(up) : "l"(flag) : "memory");
+        while (!up);
+    }
+    meet(OWN, 128);
+}
+#endif
+
+template <bool DW>
+static __global__
+    __launch_bounds__(256, 2) void pure_grads_kernel(const __grid_constant__ struct bwd_params p,
+                                                     const __grid_constant__ struct bwd_maps m)
+{
+#if HAVE_WGMMA
+    using at = grad_smem;
+    extern __shared__ char raw[];
+    char *smem = raw + (-smem_addr(raw) & 1023u);
+    uint32_t base = smem_addr(smem);
+    const uint32_t bar = base + at::bar;
+    const int role = __shfl_sync(0xffffffffu, (int)threadIdx.x >> 7, 0); /* 0: queries */
+    int tid = threadIdx.x & 127;
+    const int own_f = 16 * (tid >> 5) + (tid >> 2 & 7), own_pair = tid & 3;
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
+    const float to_log2 = SRF__LOG2E * p.scale;
+    float *bias = (float *)(smem + at::bias), *half = (float *)(smem + at::half);
+    float *all_marks = (float *)(smem + at::marks), *piece = all_marks + 2 * MARKS;
+    if (threadIdx.x == 0) init_barriers(bar, 4);
+    chain_wait();
+    /* Units come last first: the one that this one waits for has begun. */
+    if (threadIdx.x == 0) {
+        const unsigned ticket = atomicAdd(p.tickets, 1u), segments = gridDim.x / p.n_unit;
+        const unsigned segment = ticket % segments;
+        const int u = p.n_unit - 1 - (int)(ticket / segments), s = (int)(segment % p.n_seg);
+        const struct place here = place_of(p, segment / p.n_seg, s, 64);
+        struct unit *unit = (struct unit *)(smem + at::unit);
+        unit->in = here.in;
+        unit->out = here.out;
+        unit->token = here.head_i * p.t;
+        unit->chunk = here.head_i * n_chunks;
+        unit->segment = segment;
+        unit->order = (int64_t)segment * p.n_unit + u;
+        unit->seq = (int)(here.head_i / p.h);
+        unit->col = (int)(here.head_i % p.h) * 64;
+        unit->is_first = u == 0;
+        unit->is_last = u == p.n_unit - 1;
+        unit->c_first = s * p.seg_chunks + u * p.unit_chunks;
+        const int end = unit->is_last ? (s + 1) * p.seg_chunks : unit->c_first + p.unit_chunks;
+        unit->c_last = min(end, n_chunks) - 1;
+    }
+    __syncthreads();
+    const int c_last = UNIT_INT(c_last);
+    const bool is_last = UNIT_INT(is_last) != 0;
+    auto fill_q = [&](int c) {
+        barrier_expect(base + at::bar, TILE);
+        bulk_tile(base, &m.q, UNIT_INT(col), c * CHUNK, UNIT_INT(seq), base + at::bar);
+    };
+    auto fill_vs = [&](int c) {
+        barrier_expect(base + at::bar + 8, 2 * TILE);
+        bulk_tile(base + at::v, &m.v, UNIT_INT(col), c * CHUNK, UNIT_INT(seq), base + at::bar + 8);
+        bulk_bytes(base + at::s, p.entry + (UNIT_I64(chunk) + c) * (CHUNK * 64), TILE,
+                   base + at::bar + 8);
+    };
+    auto fill_kd = [&](int c) {
+        const int s = (UNIT_INT(c_last) - c) & 1, col = UNIT_INT(col), seq = UNIT_INT(seq);
+        const uint32_t full = base + at::bar + 16 + 8 * s;
+        barrier_expect(full, 2 * TILE + MARKS * 4);
+        bulk_tile(base + at::k + s * TILE, &m.k, col, c * CHUNK, seq, full);
+        bulk_tile(base + at::d_o + s * TILE, &m.d_o, col, c * CHUNK, seq, full);
+        bulk_bytes(base + at::marks + s * MARKS * 4, p.marks + (UNIT_I64(chunk) + c) * MARKS,
+                   MARKS * 4, full);
+    };
+    if (threadIdx.x == 0) {
+        fill_kd(c_last);
+        fill_q(c_last);
+        fill_vs(c_last);
+    }
+    if (role == 1)
+        load_features(p, p.n_sets == 1 ? 0 : UNIT_INT(col) / 64, base + at::w, bias, tid);
+    __syncthreads();
+
+    float r[8][4], u[2] = {0, 0}; /* of the queries' owners */
+    clear(r);
+    if (role == 0) {
+        if (!is_last) {
+            const int64_t order = UNIT_I64(order);
+            await_flag(p.tickets + 1 + order, tid);
+            load_r(r, u, p.r + order * 64 * 65, own_f, own_pair);
+        } else if (p.n_seg > 1) {
+            load_r(r, u, p.seg_r + UNIT_I64(segment) * 64 * 65, own_f, own_pair);
+        }
+    }
+
+    int c = c_last, hi = CHUNK, size = CHUNK; /* the piece that ends before hi */
+    int done = 0;                             /* pieces */
+    if (role == 0) {
+        bool busy = false; /* the owners of keys may still read psi */
+        if (own_pair == 0) {
+            float *to = (float *)(smem + at::u) + own_f;
+            to[0] = u[0];
+            to[8] = u[1];
+        }
+        meet(OWN, 128);
+        while (c >= UNIT_INT(c_first)) {
+            opaque(tid);
+            opaque(base);
+            const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+            const int f0 = 16 * warp + g, row = f0, lo = hi - size;
+            const int back = UNIT_INT(c_last) - c, s = back & 1, turn = s,
+                      end = min(hi, p.t - c * CHUNK);
+            const int64_t t0 = (int64_t)c * CHUNK;
+            const uint32_t psi_tile = base + at::psi;
+            const bool in0 = row >= lo && row < end, in1 = row + 8 >= lo && row + 8 < end;
+            const float *stat = p.stat + UNIT_I64(token) + t0 + row;
+            const float lse[2] = {in0 ? stat[0] : INFINITY, in1 ? stat[8] : INFINITY};
+            uint32_t marks = base + at::marks + s * (MARKS * 4);
+            barrier_wait(base + at::bar + 16 + 8 * s, back >> 1 & 1);
+            const bool cold = size < CHUNK || load_float(marks + MARK_STAY * 4) != 0.0f;
+            if (cold) {
+                meet(ALL_A, 256);
+                meet(ALL_A, 256);
+                marks = base + at::marks + 2 * (MARKS * 4);
+            }
+            float a[8][4];
+            uint32_t x[4][4];
+            barrier_wait(base + at::bar, turn);
+            own_rows(x, base, p.limit, warp, lane);
+            warpgroup_fence();
+            wgmma_scores(&a[0][0], x, base + at::w);
+            warpgroup_commit();
+            {
+                const uint32_t to = base + at::r + tile_at<64>(f0, 0) + 4 * pair;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        store_shared(tile_on<64>(to, j) + i * 16 * 64,
+                                     pack_bf16(r[j][2 * i], r[j][2 * i + 1]));
+                }
+            }
+            warpgroup_wait<0>();
+            wgmma_hold(&a[0][0]);
+            float most = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float2 shift = load_float2(marks + (MARK_PSI + 8 * j + 2 * pair) * 4);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    a[j][i] = fmaf(a[j][i], to_log2, i & 1 ? shift.y : shift.x) - lse[i >> 1];
+                    most = fmaxf(most, a[j][i]);
+                    a[j][i] = exp2_psi(a[j][i]);
+                }
+            }
+            pack_rows(x, a);
+            if (busy) meet(PSI_FREE, 256);
+            busy = false;
+            store_da(psi_tile, x, warp, lane);
+            async_fence();
+            const bool cut = meet_or(ALL_A, 256, most > -SRF__MIN_DEN_LOG2 && size > 1);
+            if (cut) {
+                size >>= 1;
+                continue;
+            }
+
+            /* What follows from these is made again rather than kept. */
+            float dphi[8][4];
+            {
+                opaque(tid);
+                opaque(base);
+                opaque(c);
+                const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+                const int row = 16 * warp + g, s = (UNIT_INT(c_last) - c) & 1;
+                const uint32_t do_tile = base + at::d_o + s * TILE;
+                const uint32_t deltas = base + at::delta + (done & 1) * 512;
+                barrier_wait(base + at::bar + 8, s);
+                warpgroup_fence();
+                wgmma_tile_scores(&a[0][0], do_tile, base + at::v);
+                warpgroup_commit();
+                const float delta[2] = {load_float(deltas + 256 + row * 4),
+                                        load_float(deltas + 288 + row * 4)};
+                warpgroup_wait<0>();
+                wgmma_hold(&a[0][0]);
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[j][i] += delta[i >> 1];
+                pack_rows(x, a);
+                keep_side<true>(x, lower_mask(g, pair), forget(warp));
+                warpgroup_fence();
+                wgmma_tile_scores(&dphi[0][0], do_tile, base + at::s);
+                warpgroup_commit();
+                wgmma_mix(&dphi[0][0], x, base + at::kf, true);
+                warpgroup_commit();
+                store_da(base + at::dp, x, warp, lane);
+                warpgroup_wait<1>();
+                async_fence();
+            }
+            meet(ALL_B, 256);
+            opaque(tid);
+            opaque(base);
+            opaque(c);
+            opaque(hi);
+            opaque(size);
+            {
+                const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+                const int f0 = 16 * warp + g, row = f0, lo = hi - size;
+                const int s = (UNIT_INT(c_last) - c) & 1, end = min(hi, p.t - c * CHUNK);
+                const int64_t t0 = (int64_t)c * CHUNK;
+                const uint32_t do_tile = base + at::d_o + s * TILE, psi_tile = base + at::psi;
+                const uint32_t marks = base + at::marks + (cold ? 2 : s) * (MARKS * 4);
+                const uint32_t deltas = base + at::delta + (done & 1) * 512;
+                warpgroup_wait<0>();
+                wgmma_hold(&dphi[0][0]);
+                meet_arrive(KF_FREE, 256);
+                own_rows(x, psi_tile, warp, lane);
+                const float delta[2] = {load_float(deltas + 256 + row * 4),
+                                        load_float(deltas + 288 + row * 4)};
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float2 zj = load_float2(marks + (MARK_Z + 8 * j + 2 * pair) * 4);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        uint32_t *to = &x[j >> 1][(j & 1) * 2 + i];
+                        float2 by = unpack_bf16(*to);
+                        *to = pack_bf16(by.x * fmaf(delta[i], zj.x, dphi[j][2 * i]),
+                                        by.y * fmaf(delta[i], zj.y, dphi[j][2 * i + 1]));
+                    }
+                }
+                if (DW) {
+                    store_da(base + at::out, x, warp, lane);
+                    meet(OWN, 128);
+                    add_dw<64>(p.dw + UNIT_I64(order) * (2 * 64 * 64), base + at::out, base,
+                               p.limit, warp, lane, done == 0);
+                    async_fence();
+                    meet(OWN, 128);
+                    if (tid == 0 && lo == 0 && c > UNIT_INT(c_first)) fill_q(c - 1);
+                }
+                warpgroup_fence();
+                wgmma_mix(&a[0][0], x, base + at::w, false);
+                warpgroup_commit();
+                add_queries(r, psi_tile, do_tile);
+                warpgroup_wait<1>();
+                wgmma_hold(&a[0][0]);
+                scale_rows(a, p.scale, p.scale);
+                store_rows<64>(p.dq + UNIT_I64(in) + t0 * p.ld, p.ld, a, forget(base) + at::out,
+                               forget(warp), lo, end, forget(lane));
+                const float back0 = exp2_fast(load_float(marks + (MARK_BEFORE + f0) * 4) -
+                                              load_float(marks + (MARK_AFTER + f0) * 4));
+                const float back1 = exp2_fast(load_float(marks + (MARK_BEFORE + f0 + 8) * 4) -
+                                              load_float(marks + (MARK_AFTER + f0 + 8) * 4));
+                warpgroup_wait<0>();
+                wgmma_hold(&r[0][0]);
+                if (__any_sync(0xffffffffu, back0 != 1.0f || back1 != 1.0f))
+                    scale_rows(r, back0, back1);
+                done++;
+                hi = lo;
+                size = hi & -hi;
+                busy = true;
+                if (lo == 0) {
+                    c--;
+                    hi = size = CHUNK;
+                }
+            }
+        }
+        if (busy) meet(PSI_FREE, 256);
+        if (!UNIT_INT(is_first)) {
+            const int64_t order = UNIT_I64(order);
+            const float *end_u = (const float *)(smem + at::u) + (done & 1) * 64 + own_f;
+            __syncwarp();
+            u[0] = end_u[0];
+            u[1] = end_u[8];
+            store_r(p.r + (order - 1) * 64 * 65, r, u, own_f, own_pair);
+            raise_flag(p.tickets + order, tid);
+        }
+    } else {
+        bool asked = false; /* for the next chunk's K, dO */
+        while (c >= UNIT_INT(c_first)) {
+            opaque(tid);
+            opaque(base);
+            const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+            const int f0 = 16 * warp + g, row = f0, lo = hi - size;
+            const int back = UNIT_INT(c_last) - c, s = back & 1, turn = s,
+                      n = min(CHUNK, p.t - c * CHUNK);
+            const int end = min(hi, n);
+            const int64_t t0 = (int64_t)c * CHUNK;
+            const uint32_t k_tile = base + at::k + s * TILE, do_tile = base + at::d_o + s * TILE;
+            const uint32_t kf_tile = base + at::kf;
+            const float *marks = all_marks + s * MARKS;
+            const uint32_t deltas = base + at::delta + (done & 1) * 512;
+            barrier_wait(base + at::bar + 16 + 8 * s, back >> 1 & 1);
+            const bool cold = size < CHUNK || marks[MARK_STAY] != 0.0f;
+            if (cold) {
+                /* M, S, z for the piece. */
+                struct pure_state<64> st;
+                struct pure_keys keys;
+                float top[2];
+                const char *from = (const char *)(p.entry + (UNIT_I64(chunk) + c) * (CHUNK * 64));
+                meet(ALL_A, 256);
+                barrier_wait(base + at::bar + 8, turn);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float *mark = marks + f0 + 8 * i;
+                    const float by = marks[MARK_STAY] != 0.0f || mark[MARK_BEFORE] == SRF__UNSET
+                                         ? 1.0f
+                                         : exp2_fast(mark[MARK_AFTER] - mark[MARK_BEFORE]);
+                    st.top[i] = mark[MARK_BEFORE];
+                    top[i] = mark[MARK_AFTER];
+                    st.z[i] = mark[MARK_Z] * by;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        float2 x = unpack_bf16(
+                            *(const uint32_t *)(from + tile_at<64>(f0 + 8 * i, j) + 4 * pair));
+                        st.s[j][2 * i] = x.x * by;
+                        st.s[j][2 * i + 1] = x.y * by;
+                    }
+                }
+                if (hi < CHUNK) {
+                    key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, end, tid);
+                    meet(OWN + 1, 128);
+                    key_features<64>(&keys, &st, base + at::w, k_tile, half, bias, to_log2, f0,
+                                     warp, lane);
+                    top[0] = keys.top[0];
+                    top[1] = keys.top[1];
+                    meet(OWN + 1, 128);
+                }
+                if (lo > 0) {
+                    key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, min(lo, n), tid);
+                    meet(OWN + 1, 128);
+                    key_features<64>(&keys, &st, base + at::w, k_tile, half, bias, to_log2, f0,
+                                     warp, lane);
+                    pure_state_add<64>(&st, &keys, base + at::v, lane);
+                    meet(OWN + 1, 128);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float by = exp2_fast(st.top[i] - top[i]);
+                    const uint32_t to = base + at::s + tile_at<64>(f0 + 8 * i, 0) + 4 * pair;
+                    float *mark = piece + f0 + 8 * i;
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        store_shared(tile_on<64>(to, j),
+                                     pack_bf16(st.s[j][2 * i] * by, st.s[j][2 * i + 1] * by));
+                    if (pair == 0) {
+                        mark[MARK_Z] = st.z[i] * by;
+                        mark[MARK_BEFORE] = st.top[i];
+                        mark[MARK_AFTER] = top[i];
+                        mark[MARK_PSI] = bias[f0 + 8 * i] + top[i];
+                        mark[MARK_KF] = bias[f0 + 8 * i] - top[i];
+                    }
+                }
+                async_fence();
+                meet(ALL_A, 256);
+                marks = piece;
+            }
+            uint4 o[2][2];
+            load_o(o, p.o + UNIT_I64(out) + t0 * p.ld_o, p.ld_o, row, pair, row >= lo && row < end,
+                   row + 8 >= lo && row + 8 < end);
+            float a[8][4], dv[8][4], norm[2] = {0, 0};
+            uint32_t x[4][4], kf[4][4];
+            own_rows(x, k_tile, p.limit, warp, lane);
+            warpgroup_fence();
+            wgmma_scores(&a[0][0], x, base + at::w);
+            warpgroup_commit();
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) norm[i & 1] += sum_squares(x[kk][i]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                norm[i] = quad_sum(norm[i]) * (0.5f * SRF__LOG2E * p.scale * p.scale);
+                if (norm[i] > SRF__HALF_LIMIT) norm[i] = SRF__HALF_LIMIT;
+                if (row + 8 * i < lo || row + 8 * i >= end) norm[i] = INFINITY;
+            }
+            {
+                float delta[2];
+                row_deltas(delta, o, do_tile, row, pair);
+                if (pair == 0) {
+                    put_deltas(deltas, delta, row);
+                    store_float(deltas + 256 + row * 4, delta[0]);
+                    store_float(deltas + 288 + row * 4, delta[1]);
+                }
+            }
+            warpgroup_wait<0>();
+            wgmma_hold(&a[0][0]);
+            /* Keys outside the piece have weight 0. |y|^2 / 2 first: where it is huge, a has no
+             * bits left beside it. */
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float2 shift = *(const float2 *)(marks + MARK_KF + 8 * j + 2 * pair);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    kf[j >> 1][(j & 1) * 2 + i] =
+                        pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, -norm[i]) + shift.x),
+                                  exp2_fast(fmaf(a[j][2 * i + 1], to_log2, -norm[i]) + shift.y));
+            }
+            store_da(kf_tile, kf, warp, lane);
+            async_fence();
+            if (c > UNIT_INT(c_first))
+                prefetch_rows(p, UNIT_I64(out), UNIT_I64(token), t0 - CHUNK, tid);
+            const bool cut = meet_or(ALL_A, 256, false);
+            if (tid == 0 && c > UNIT_INT(c_first)) {
+                if (!asked) fill_kd(c - 1);
+                if (!DW && !cut && lo == 0) fill_q(c - 1);
+            }
+            asked = true;
+            if (cut) {
+                size >>= 1;
+                continue;
+            }
+            /* What follows from these is made again rather than kept. */
+            opaque(tid);
+            opaque(base);
+            opaque(c);
+            opaque(hi);
+            opaque(size);
+            {
+                const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+                const int f0 = 16 * warp + g, lo = hi - size, end = min(hi, p.t - c * CHUNK);
+                const int s = (UNIT_INT(c_last) - c) & 1;
+                const int64_t t0 = (int64_t)c * CHUNK;
+                const uint32_t k_tile = base + at::k + s * TILE,
+                               do_tile = base + at::d_o + s * TILE;
+                const uint32_t psi_tile = base + at::psi, kf_tile = base + at::kf;
+                const uint32_t deltas = base + at::delta + (done & 1) * 512;
+                const uint32_t marks = base + at::marks + (cold ? 2 : s) * (MARKS * 4);
+
+                warpgroup_fence();
+                wgmma_scores(&a[0][0], kf, psi_tile);
+                warpgroup_commit();
+                wgmma_mix(&dv[0][0], kf, base + at::r, false);
+                warpgroup_commit();
+                barrier_wait(base + at::bar + 8, s);
+                warpgroup_wait<1>();
+                wgmma_hold(&a[0][0]);
+                pack_rows(x, a);
+                keep_side<false>(x, upper_mask(g, pair), forget(warp));
+                float dkf[8][4];
+                warpgroup_fence();
+                wgmma_tile_scores(&dkf[0][0], base + at::v, base + at::r);
+                warpgroup_commit();
+                wgmma_mix(&dv[0][0], x, do_tile, true);
+                warpgroup_commit();
+                warpgroup_wait<1>();
+                meet(ALL_B, 256);
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++)
+                    wgmma_64_tiles<true, true>(&dkf[0][0], wgmma_tile(base + at::dp + 2048 * kk),
+                                               wgmma_tile(psi_tile + 2048 * kk), true);
+                warpgroup_commit();
+                if (tid == 0 && lo == 0 && c > UNIT_INT(c_first)) fill_vs(c - 1);
+                {
+                    /* u with the piece, and before it. */
+                    const uint32_t own = base + at::u + f0 * 4, now = (done & 1) * 256;
+                    float u[2] = {load_float(own + now), load_float(own + now + 32)};
+                    add_deltas(u, psi_tile, deltas, warp, lane);
+                    if (pair == 0) {
+                        store_float(own + (256 - now),
+                                    u[0] * exp2_fast(load_float(marks + (MARK_BEFORE + f0) * 4) -
+                                                     load_float(marks + (MARK_AFTER + f0) * 4)));
+                        store_float(own + (256 - now) + 32,
+                                    u[1] *
+                                        exp2_fast(load_float(marks + (MARK_BEFORE + f0 + 8) * 4) -
+                                                  load_float(marks + (MARK_AFTER + f0 + 8) * 4)));
+                    }
+                }
+                warpgroup_wait<0>();
+                wgmma_hold(&dkf[0][0]);
+                wgmma_hold(&dv[0][0]);
+                meet_arrive(PSI_FREE, 256);
+                float sum[2] = {0, 0};
+                own_rows(kf, kf_tile, warp, lane);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float2 uj =
+                        load_float2(base + at::u + (done & 1) * 256 + (8 * j + 2 * pair) * 4);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        uint32_t *to = &kf[j >> 1][(j & 1) * 2 + i];
+                        float2 by = unpack_bf16(*to);
+                        *to = pack_bf16(by.x * (dkf[j][2 * i] + uj.x),
+                                        by.y * (dkf[j][2 * i + 1] + uj.y));
+                        /* The sum of the rounded values: w_i - y of one feature may be small. */
+                        float2 rounded = unpack_bf16(*to);
+                        sum[i] += rounded.x + rounded.y;
+                    }
+                }
+                warpgroup_fence();
+                wgmma_mix(&a[0][0], kf, base + at::w, false);
+                warpgroup_commit();
+                sum[0] = quad_sum(sum[0]) * p.scale;
+                sum[1] = quad_sum(sum[1]) * p.scale;
+                meet(KF_FREE, 256);
+                if (DW) {
+                    warpgroup_wait<0>();
+                    wgmma_hold(&a[0][0]);
+                    store_da(kf_tile, kf, warp, lane);
+                    meet(OWN + 1, 128);
+                    add_dw<64>(p.dw + (UNIT_I64(order) * 2 + 1) * (64 * 64), kf_tile, k_tile,
+                               p.limit, warp, lane, done == 0);
+                    meet(OWN + 1, 128);
+                }
+                store_rows<64>(p.dv + UNIT_I64(in) + t0 * p.ld, p.ld, dv, forget(kf_tile),
+                               forget(warp), lo, end, forget(lane));
+                warpgroup_wait<0>();
+                wgmma_hold(&a[0][0]);
+                own_rows(x, k_tile, p.limit, warp, lane);
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float2 y = unpack_bf16(x[kk][i]);
+                        float *to = &a[2 * kk + (i >> 1)][2 * (i & 1)];
+                        to[0] = p.scale * (to[0] - sum[i & 1] * y.x);
+                        to[1] = p.scale * (to[1] - sum[i & 1] * y.y);
+                    }
+                store_rows<64>(p.dk + UNIT_I64(in) + t0 * p.ld, p.ld, a, forget(kf_tile),
+                               forget(warp), lo, end, forget(lane));
+            }
+            done++;
+            hi = lo;
+            size = hi & -hi;
+            if (lo == 0) {
+                c--;
+                hi = size = CHUNK;
+                asked = false;
+            }
+        }
+    }
+#endif
+}
+
+srf_status srf__pure_wgmma_grads(struct srf_ctx *ctx, const struct bwd_params *p,
+                                 const struct bwd_maps *m, int64_t heads)
+{
+    return launch(ctx, p->dw ? pure_grads_kernel<true> : pure_grads_kernel<false>,
+                  heads * p->n_seg * p->n_unit, 256, grad_smem::bytes, p, m,
+                  p->carried && p->n_seg == 1);
+}
