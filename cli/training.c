@@ -155,12 +155,18 @@ static srf_status plan_windows(const struct inputs *in, struct run *r)
     srf_status st = SRF_OK;
     SRF_TRY_GO(sample_text(in, r, in->plan_windows, &c.windows, &tokens));
     SRF_TRY_GO(srf_plan_windows(r->ctx, r->ck, tokens, &c, &result));
-    if (!in->quiet)
+    if (!in->quiet && result.measured)
         fprintf(stderr,
                 "windows by layer, on %lld tokens: KL to softmax, layer by layer, from %.4f to "
                 "%.4f; state %lld bytes a sequence\n",
                 (long long)(c.windows * c.seq_len), result.before, result.after,
                 (long long)result.state_bytes);
+    else if (!in->quiet)
+        fprintf(
+            stderr,
+            "windows by layer: nothing to choose in sequences of %lld tokens; state %lld bytes a "
+            "sequence\n",
+            (long long)c.seq_len, (long long)result.state_bytes);
 cleanup:
     srf__free(tokens);
     return st;

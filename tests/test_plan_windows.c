@@ -141,6 +141,7 @@ static void a_plan(void **state)
         assert_int_equal(st, i == 0 ? SRF_INVALID : SRF_OK);
         if (st != SRF_OK) continue;
         int64_t sum = sum_of_windows(a);
+        assert_true(result.measured == (i < 3) && (result.before > 0) == result.measured);
         assert_true(sum <= sums[i] && sum >= last);
         assert_int_equal(result.state_bytes, fixed + sum * token);
         assert_true(result.state_bytes <= c.state_budget);

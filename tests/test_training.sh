@@ -156,13 +156,16 @@ recipe redrawn-untrained --window 8 --redraw-every 1 --features-lr 0
 [ "$(second_loss trained)" != "$(second_loss untrained)" ] || fail "hybrid: features not trained"
 [ "$(second_loss alone)" != "$(second_loss untrained)" ] || fail "--train-features: not trained"
 [ "$(second_loss drawn)" = "$(second_loss redrawn-untrained)" ] || fail "redrawn and trained"
-for how in '--recipe planned' '--window 8 --plan-windows 512' \
-    '--recipe hybrid --plan-windows 512'; do
+for how in '--window 4 --plan-windows 512' '--recipe hybrid --window 4 --plan-windows 512'; do
     recipe "${how// /}" $how
     grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
+for how in '' '--recipe planned' '--window 8 --plan-windows 512'; do # 4 x 8 is all of a sequence
+    recipe "short${how// /}" $how
+    grep -q "windows by layer: nothing to choose" stderr || fail "$how: $(cat stderr)"
+done
 for budget in 20000 40000; do
-    recipe budget-$budget --window 8 --state-budget $budget
+    recipe budget-$budget --window 4 --state-budget $budget
     used=$(sed -n 's/^windows by layer.*state \([0-9]*\) bytes.*/\1/p' stderr)
     [ "$used" -le $budget ] || fail "--state-budget $budget: $(cat stderr)"
     "$SRF" info --json recipe-budget-$budget/model.h5 >facts

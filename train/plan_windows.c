@@ -217,8 +217,12 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
     *out = (struct srf_plan_windows_result){0};
     SRF_TRY_GO(SRF_ALLOC(loss, n_choices * n));
     SRF_TRY_GO(SRF_CALLOC(choice, n));
-    SRF_TRY_GO(measure(ctx, ck, tokens, config, n_choices, loss));
-    SRF_TRY_GO(srf_plan_windows_choose(loss, halves, n_choices, n, room, choice));
+    out->measured = room < n * halves[n_choices - 1];
+    for (int64_t l = 0; l < n; l++) choice[l] = (int)n_choices - 1;
+    if (out->measured) {
+        SRF_TRY_GO(measure(ctx, ck, tokens, config, n_choices, loss));
+        SRF_TRY_GO(srf_plan_windows_choose(loss, halves, n_choices, n, room, choice));
+    }
     bool same = true;
     a->window = 0;
     for (int64_t l = 0; l < n; l++) {
@@ -226,6 +230,7 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
         if (a->windows[l] > a->window) a->window = a->windows[l];
         same = same && choice[l] == choice[0];
         sum += a->windows[l];
+        if (!out->measured) continue;
         out->before += loss[n + l];
         out->after += loss[choice[l] * n + l];
     }

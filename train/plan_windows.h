@@ -12,6 +12,7 @@ struct srf_plan_windows_result {
     /* KL(softmax || this) of the next token with one layer's window, all else exact: summed over
      * layers, with W in each and with the plan; of features that are fitted and not yet trained. */
     double before, after;
+    bool measured;       /* false: all layers could have the largest window; the two are 0 */
     int64_t state_bytes; /* of a sequence's recurrent state in fp32 */
 };
 
