@@ -160,7 +160,7 @@ for how in '--window 4 --plan-windows 512' '--recipe hybrid --window 4 --plan-wi
     recipe "${how// /}" $how
     grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
-for how in '' '--recipe planned' '--window 8 --plan-windows 512'; do # 4 x 8 is all of a sequence
+for how in '--recipe planned' '--window 8 --plan-windows 512'; do # 4 x 8 is all of a sequence
     recipe "short${how// /}" $how
     grep -q "windows by layer: nothing to choose" stderr || fail "$how: $(cat stderr)"
 done
