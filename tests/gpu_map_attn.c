@@ -24,68 +24,35 @@ static const struct srf_attn_shape shapes[] = {
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
 
+static struct attn_case case_of(const struct map_case *k)
+{
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
+    c.map = k->map;
+    return c;
+}
+
 static void test_map(void **state)
 {
     const struct map_case *k = *state;
-    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
-    bool bf16 = k->dtype == SRF_BF16;
+    struct attn_case c = case_of(k);
     double tol = 32 * 0x1p-24 * (1 + k->scale * k->scale);
-    attn_case_map_fwd(&c, k->map);
-    attn_case_ref_map_fwd(&c, k->map);
-    attn_case_close(&c, "o", c.o, c.ld_o, 0, 1, bf16 ? 0x1p-6 : tol);
-    twin_close(&c.s, "stat", c.stat, bf16 ? 0x1p-8 : tol, 0);
-    attn_case_map_bwd(&c, k->map);
-    attn_case_ref_map_bwd(&c, k->map);
-    for (int part = 0; part < 3; part++)
-        attn_case_close(&c,
-                        part == 0   ? "dq"
-                        : part == 1 ? "dk"
-                                    : "dv",
-                        c.dqkv, c.ld, part, 3, bf16 ? 0x1p-5 : 4 * tol);
-    twin_close(&c.s, "dw", c.d_map_w, bf16 ? 0x1p-5 : 8 * tol, 0);
+    struct attn_tol f32 = {tol, tol, 4 * tol, 8 * tol, true};
+    struct attn_tol bf16 = {0x1p-6, 0x1p-8, 0x1p-5, 0x1p-5, true};
+    attn_case_check(&c, &attn_map, k->dtype == SRF_BF16 ? bf16 : f32);
     attn_case_free(&c);
 }
 
-/* Later tokens, however large, leave earlier outputs as they were. */
 static void test_causal(void **state)
 {
-    const struct map_case *k = *state;
-    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
-    attn_case_map_fwd(&c, k->map);
-    double *before = twin_values(&c.s, c.o);
-    for (int64_t from = k->shape.t - 1; from > 0; from -= 37) {
-        for (int64_t i = from * c.ld; i < c.qkv.n; i++) attn_case_set(&c, i, 5 * c.qkv.ref[i]);
-        attn_case_map_fwd(&c, k->map);
-        double *after = twin_values(&c.s, c.o);
-        assert_memory_equal(before, after, (size_t)(from * c.ld_o) * sizeof *after);
-        assert_true(before[from * c.ld_o] != after[from * c.ld_o]);
-        srf__free(after);
-    }
-    srf__free(before);
+    struct attn_case c = case_of(*state);
+    attn_case_check_causal(&c, &attn_map, 5);
     attn_case_free(&c);
 }
 
-/* Finite however large the scores are, and where no feature of T2R is above 0. */
 static void test_range(void **state)
 {
-    const struct map_case *k = *state;
-    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, k->scale);
-    double *w = srf__alloc((size_t)c.map_w.n, sizeof *w);
-    assert_non_null(w);
-    for (int64_t j = 0; j < c.map_w.n; j++)
-        w[j] = k->map != SRF_MAP_T2R ? c.map_w.ref[j] : j % (k->shape.d + 1) == k->shape.d ? -1 : 0;
-    twin_set(&c.s, &c.map_w, w);
-    attn_case_map_fwd(&c, k->map);
-    attn_case_map_bwd(&c, k->map);
-    double *o = twin_values(&c.s, c.o), *d = twin_values(&c.s, c.dqkv);
-    double *dw = twin_values(&c.s, c.d_map_w);
-    for (int64_t j = 0; j < c.o.n; j++) assert_true(isfinite(o[j]));
-    for (int64_t j = 0; j < c.dqkv.n; j++) assert_true(isfinite(d[j]));
-    for (int64_t j = 0; j < c.map_w.n; j++) assert_true(isfinite(dw[j]));
-    srf__free(w);
-    srf__free(o);
-    srf__free(d);
-    srf__free(dw);
+    struct attn_case c = case_of(*state);
+    attn_case_check_map_range(&c);
     attn_case_free(&c);
 }
 

@@ -15,39 +15,15 @@ static const struct srf_attn_shape shapes[] = {
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
 
-struct env {
-    struct attn_case c;
-    enum srf_map_kind map;
-};
-
-static double loss(void *p)
-{
-    struct env *e = p;
-    struct attn_case *c = &e->c;
-    attn_case_ref_map_fwd(c, e->map);
-    double sum = 0;
-    for (int64_t i = 0; i < c->shape.b * c->shape.t; i++)
-        sum += test_dot(c->o.ref + i * c->ld_o, c->d_o.ref + i * c->ld_o, c->shape.h * c->shape.d);
-    return sum;
-}
-
 static void test_reference_gradient(void **state)
 {
     (void)state;
     for (int i = 0; i < 6; i++) {
         struct srf_attn_shape shape = SHAPE(2, 7, 2, 3, 4, i / 2);
-        struct env e = {.c = attn_case_new(SRF_F64, 1, shape, 1),
-                        .map = (enum srf_map_kind)(i % 2)};
-        struct attn_case *c = &e.c;
-        for (int64_t j = 0; j < c->dqkv.n; j++) c->dqkv.ref[j] = 0; /* padding has no gradient */
-        for (int64_t j = 0; j < c->map_w.n; j++) {
-            c->d_map_w.ref[j] = 0;
-            c->map_w.ref[j] *= 4;
-        }
-        attn_case_ref_map_bwd(c, e.map);
-        test_gradient("dq, dk, dv", loss, &e, c->qkv.ref, c->dqkv.ref, c->qkv.n, 1e-7);
-        test_gradient("dw", loss, &e, c->map_w.ref, c->d_map_w.ref, c->map_w.n, 1e-7);
-        attn_case_free(c);
+        struct attn_case c = attn_case_new(SRF_F64, 1, shape, 1);
+        c.map = (enum srf_map_kind)(i % 2);
+        attn_case_check_gradient(&c, &attn_map, 1e-7);
+        attn_case_free(&c);
     }
 }
 
@@ -55,16 +31,10 @@ static void check(enum srf_dtype dtype, int threads, struct srf_attn_shape shape
                   enum srf_map_kind map, double scale)
 {
     struct attn_case c = attn_case_new(dtype, threads, shape, scale);
+    c.map = map;
     /* Scores grow as scale^2, and so does what rounding makes of them. */
     double eps = dtype == SRF_F64 ? 0x1p-53 : 0x1p-24, tol = 32 * eps * (1 + scale * scale);
-    attn_case_map_fwd(&c, map);
-    attn_case_ref_map_fwd(&c, map);
-    twin_close(&c.s, "o", c.o, tol, 0);
-    twin_close(&c.s, "stat", c.stat, tol, 0);
-    attn_case_map_bwd(&c, map);
-    attn_case_ref_map_bwd(&c, map);
-    twin_close(&c.s, "dq, dk, dv", c.dqkv, 4 * tol, 0);
-    twin_close(&c.s, "dw", c.d_map_w, 8 * tol, 0);
+    attn_case_check(&c, &attn_map, (struct attn_tol){tol, tol, 4 * tol, 8 * tol, false});
     attn_case_free(&c);
 }
 
@@ -83,53 +53,26 @@ static void test_reference(void **state)
     check_all(SRF_F64, 2);
 }
 
-/* Later keys, however large, leave earlier outputs as they were. */
 static void test_causal(void **state)
 {
     (void)state;
     for (int i = 0; i < 4; i++) {
         struct srf_attn_shape shape = SHAPE(1, 300, 1, 16, 8, i / 2 * 20);
         struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
-        enum srf_map_kind map = (enum srf_map_kind)(i % 2);
-        attn_case_map_fwd(&c, map);
-        double *before = twin_values(&c.s, c.o);
-        for (int64_t from = 299; from > 0; from -= 37) {
-            for (int64_t j = from * c.ld; j < c.qkv.n; j++) attn_case_set(&c, j, 30 * c.qkv.ref[j]);
-            attn_case_map_fwd(&c, map);
-            double *after = twin_values(&c.s, c.o);
-            assert_memory_equal(before, after, (size_t)(from * c.ld_o) * sizeof *after);
-            assert_true(before[from * c.ld_o] != after[from * c.ld_o]);
-            srf__free(after);
-        }
-        srf__free(before);
+        c.map = (enum srf_map_kind)(i % 2);
+        attn_case_check_causal(&c, &attn_map, 30);
         attn_case_free(&c);
     }
 }
 
-/* Finite however large the scores are, and where no feature of T2R is above 0. */
 static void test_range(void **state)
 {
     (void)state;
     for (int i = 0; i < 6; i++) {
         struct srf_attn_shape shape = SHAPE(1, 100, 2, 16, 8, i / 2 * 8);
         struct attn_case c = attn_case_new(SRF_F32, 1, shape, 30);
-        enum srf_map_kind map = (enum srf_map_kind)(i % 2);
-        double *w = srf__alloc((size_t)c.map_w.n, sizeof *w);
-        assert_non_null(w);
-        for (int64_t j = 0; j < c.map_w.n; j++)
-            w[j] = map == SRF_MAP_T2R ? j % 17 == 16 ? -1 : 0 : c.map_w.ref[j];
-        twin_set(&c.s, &c.map_w, w);
-        attn_case_map_fwd(&c, map);
-        attn_case_map_bwd(&c, map);
-        double *o = twin_values(&c.s, c.o), *d = twin_values(&c.s, c.dqkv);
-        double *dw = twin_values(&c.s, c.d_map_w);
-        for (int64_t j = 0; j < c.o.n; j++) assert_true(isfinite(o[j]));
-        for (int64_t j = 0; j < c.dqkv.n; j++) assert_true(isfinite(d[j]));
-        for (int64_t j = 0; j < c.map_w.n; j++) assert_true(isfinite(dw[j]));
-        srf__free(w);
-        srf__free(o);
-        srf__free(d);
-        srf__free(dw);
+        c.map = (enum srf_map_kind)(i % 2);
+        attn_case_check_map_range(&c);
         attn_case_free(&c);
     }
 }

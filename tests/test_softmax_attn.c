@@ -18,37 +18,16 @@ static const int64_t windows[][2] = {{1, 0},   {3, 2},   {64, 0},  {65, 4},   {1
                                      {190, 4}, {512, 1}, {7, 600}, {2000, 3}, {600, 300}};
 #define N_WINDOWS ((int)(sizeof windows / sizeof *windows))
 
-static double loss(void *p)
-{
-    struct attn_case *c = p;
-    attn_case_ref_softmax_fwd(c);
-    double sum = 0;
-    for (int64_t i = 0; i < c->shape.b * c->shape.t; i++)
-        sum += test_dot(c->o.ref + i * c->ld_o, c->d_o.ref + i * c->ld_o, c->shape.h * c->shape.d);
-    return sum;
-}
-
 static void test_reference_gradient(void **state)
 {
     (void)state;
-    for (int causal = 0; causal < 2; causal++) {
-        struct srf_attn_shape shape = SHAPE(2, 5, 2, 3);
-        shape.causal = causal;
+    for (int i = 0; i < 5; i++) { /* not causal, causal; windows with 0 to 2 sinks */
+        struct srf_attn_shape shape = SHAPE(2, 7, 2, 3);
+        shape.causal = i > 0;
+        shape.window = i > 1 ? 2 : 0;
         struct attn_case c = attn_case_new(SRF_F64, 1, shape, 1);
-        for (int64_t i = 0; i < c.dqkv.n; i++) c.dqkv.ref[i] = 0; /* padding has no gradient */
-        attn_case_ref_softmax_bwd(&c);
-        test_gradient("ref dq, dk, dv", loss, &c, c.qkv.ref, c.dqkv.ref, c.qkv.n, 1e-8);
-        attn_case_free(&c);
-    }
-    for (int sinks = 0; sinks < 3; sinks++) {
-        struct srf_attn_shape shape = SHAPE(1, 7, 2, 3);
-        shape.causal = true;
-        shape.window = 2;
-        struct attn_case c = attn_case_new(SRF_F64, 1, shape, 1);
-        c.sinks = sinks;
-        for (int64_t i = 0; i < c.dqkv.n; i++) c.dqkv.ref[i] = 0;
-        attn_case_ref_softmax_bwd(&c);
-        test_gradient("window", loss, &c, c.qkv.ref, c.dqkv.ref, c.qkv.n, 1e-8);
+        c.sinks = i > 1 ? i - 2 : 0;
+        attn_case_check_gradient(&c, &attn_softmax, 1e-8);
         attn_case_free(&c);
     }
 }
@@ -60,13 +39,7 @@ static void check(enum srf_dtype dtype, int threads, struct srf_attn_shape shape
     c.sinks = sinks;
     /* Scores grow as scale^2, and so does what rounding makes of them. */
     double eps = dtype == SRF_F64 ? 0x1p-53 : 0x1p-24, tol = 16 * eps * (1 + scale * scale);
-    attn_case_softmax_fwd(&c);
-    attn_case_ref_softmax_fwd(&c);
-    twin_close(&c.s, "o", c.o, tol, 0);
-    twin_close(&c.s, "lse", c.lse, tol, 0);
-    attn_case_softmax_bwd(&c);
-    attn_case_ref_softmax_bwd(&c);
-    twin_close(&c.s, "dq, dk, dv", c.dqkv, 2 * tol, 0);
+    attn_case_check(&c, &attn_softmax, (struct attn_tol){tol, tol, 2 * tol, 0, false});
     attn_case_free(&c);
 }
 
@@ -93,7 +66,6 @@ static void test_reference(void **state)
     check_all(SRF_F64, 2);
 }
 
-/* Later keys, however large, leave earlier outputs as they were. */
 static void check_causal(int64_t window, int64_t sinks)
 {
     struct srf_attn_shape shape = SHAPE(1, 600, 1, 16);
@@ -101,17 +73,7 @@ static void check_causal(int64_t window, int64_t sinks)
     shape.window = window;
     struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
     c.sinks = sinks;
-    attn_case_softmax_fwd(&c);
-    double *before = twin_values(&c.s, c.o);
-    for (int64_t from = 599; from > 0; from -= 37) {
-        for (int64_t i = from * c.ld; i < c.qkv.n; i++) attn_case_set(&c, i, 30 * c.qkv.ref[i]);
-        attn_case_softmax_fwd(&c);
-        double *after = twin_values(&c.s, c.o);
-        assert_memory_equal(before, after, (size_t)(from * c.ld_o) * sizeof *after);
-        assert_true(before[from * c.ld_o] != after[from * c.ld_o]);
-        srf__free(after);
-    }
-    srf__free(before);
+    attn_case_check_causal(&c, &attn_softmax, 30);
     attn_case_free(&c);
 }
 
@@ -132,10 +94,10 @@ static void test_window(void **state)
     shape.window = WINDOW;
     struct attn_case c = attn_case_new(SRF_F32, 1, shape, 1);
     c.sinks = SINKS;
-    attn_case_softmax_fwd(&c);
+    attn_softmax.fwd(&c);
     double *before = twin_values(&c.s, c.o);
     for (int64_t i = FROM * c.ld; i < TO * c.ld; i++) attn_case_set(&c, i, 30 * c.qkv.ref[i]);
-    attn_case_softmax_fwd(&c);
+    attn_softmax.fwd(&c);
     double *after = twin_values(&c.s, c.o);
     int64_t clear = TO + WINDOW - 1; /* the first that sees none of these */
     assert_memory_equal(before, after, (size_t)(FROM * c.ld_o) * sizeof *after);
@@ -153,11 +115,11 @@ static void test_deterministic(void **state)
     struct srf_attn_shape shape = SHAPE(2, 200, 3, 16);
     shape.causal = true;
     struct attn_case c = attn_case_new(SRF_F32, 2, shape, 1);
-    attn_case_softmax_fwd(&c);
-    attn_case_softmax_bwd(&c);
+    attn_softmax.fwd(&c);
+    attn_softmax.bwd(&c);
     double *first = twin_values(&c.s, c.dqkv);
-    attn_case_softmax_fwd(&c);
-    attn_case_softmax_bwd(&c);
+    attn_softmax.fwd(&c);
+    attn_softmax.bwd(&c);
     double *second = twin_values(&c.s, c.dqkv);
     assert_memory_equal(first, second, (size_t)c.dqkv.n * sizeof *first);
     srf__free(first);

@@ -236,7 +236,7 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
     .b = c->shape.b, .t = c->shape.t, .h = c->shape.h, .d = c->shape.d, .causal = c->shape.causal, \
     .window = c->shape.window, .sinks = c->sinks
 
-void attn_case_softmax_fwd(struct attn_case *c)
+static void softmax_fwd(struct attn_case *c)
 {
     send(c);
     twin_run(&c->s, softmax_attn_fwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
@@ -244,7 +244,7 @@ void attn_case_softmax_fwd(struct attn_case *c)
              .lse = c->lse.dev);
 }
 
-void attn_case_softmax_bwd(struct attn_case *c)
+static void softmax_bwd(struct attn_case *c)
 {
     send(c);
     twin_run(&c->s, softmax_attn_bwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
@@ -253,7 +253,7 @@ void attn_case_softmax_bwd(struct attn_case *c)
              .dv = dev(c, c->dqkv, 2));
 }
 
-void attn_case_ref_softmax_fwd(struct attn_case *c)
+static void reference_softmax_fwd(struct attn_case *c)
 {
     send(c);
     ref_softmax_attn_fwd(&(struct srf_softmax_attn_fwd_args){
@@ -261,7 +261,7 @@ void attn_case_ref_softmax_fwd(struct attn_case *c)
         .ld = c->ld, .o = c->o.ref, .ld_o = c->ld_o, .lse = c->lse.ref});
 }
 
-void attn_case_ref_softmax_bwd(struct attn_case *c)
+static void reference_softmax_bwd(struct attn_case *c)
 {
     send(c);
     ref_softmax_attn_bwd(&(struct srf_softmax_attn_bwd_args){
@@ -270,29 +270,29 @@ void attn_case_ref_softmax_bwd(struct attn_case *c)
         .dk = ref(c, c->dqkv, 1), .dv = ref(c, c->dqkv, 2)});
 }
 
-void attn_case_map_fwd(struct attn_case *c, enum srf_map_kind map)
+static void map_fwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, map_attn_fwd, .s = c->shape, .map = map, .q = dev(c, c->qkv, 0),
+    twin_run(&c->s, map_attn_fwd, .s = c->shape, .map = c->map, .q = dev(c, c->qkv, 0),
              .k = dev(c, c->qkv, 1), .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->map_w.dev,
              .o = c->o.dev, .ld_o = c->ld_o, .stat = c->stat.dev);
 }
 
-void attn_case_map_bwd(struct attn_case *c, enum srf_map_kind map)
+static void map_bwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, map_attn_bwd, .s = c->shape, .map = map, .q = dev(c, c->qkv, 0),
+    twin_run(&c->s, map_attn_bwd, .s = c->shape, .map = c->map, .q = dev(c, c->qkv, 0),
              .k = dev(c, c->qkv, 1), .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->map_w.dev,
              .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev,
              .dq = dev(c, c->dqkv, 0), .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2),
              .dw = c->no_dw ? NULL : c->d_map_w.dev);
 }
 
-void attn_case_ref_map_fwd(struct attn_case *c, enum srf_map_kind map)
+static void reference_map_fwd(struct attn_case *c)
 {
     send(c);
     ref_map_attn_fwd(&(struct srf_map_attn_fwd_args){.s = c->shape,
-                                                     .map = map,
+                                                     .map = c->map,
                                                      .q = ref(c, c->qkv, 0),
                                                      .k = ref(c, c->qkv, 1),
                                                      .v = ref(c, c->qkv, 2),
@@ -303,11 +303,11 @@ void attn_case_ref_map_fwd(struct attn_case *c, enum srf_map_kind map)
                                                      .stat = c->stat.ref});
 }
 
-void attn_case_ref_map_bwd(struct attn_case *c, enum srf_map_kind map)
+static void reference_map_bwd(struct attn_case *c)
 {
     send(c);
     ref_map_attn_bwd(&(struct srf_map_attn_bwd_args){.s = c->shape,
-                                                     .map = map,
+                                                     .map = c->map,
                                                      .q = ref(c, c->qkv, 0),
                                                      .k = ref(c, c->qkv, 1),
                                                      .v = ref(c, c->qkv, 2),
@@ -319,4 +319,87 @@ void attn_case_ref_map_bwd(struct attn_case *c, enum srf_map_kind map)
                                                      .dk = ref(c, c->dqkv, 1),
                                                      .dv = ref(c, c->dqkv, 2),
                                                      .dw = c->d_map_w.ref});
+}
+
+const struct attn_op attn_softmax = {softmax_fwd, softmax_bwd, reference_softmax_fwd,
+                                     reference_softmax_bwd};
+const struct attn_op attn_map = {map_fwd, map_bwd, reference_map_fwd, reference_map_bwd};
+
+void attn_case_check(struct attn_case *c, const struct attn_op *op, struct attn_tol tol)
+{
+    static const char *const parts[] = {"dq", "dk", "dv"};
+    op->fwd(c);
+    op->ref_fwd(c);
+    attn_case_close(c, "o", c->o, c->ld_o, 0, 1, tol.o);
+    twin_close(&c->s, "lse", c->lse, tol.stat, 0); /* zeros where the op has none */
+    twin_close(&c->s, "stat", c->stat, tol.stat, 0);
+    op->bwd(c);
+    op->ref_bwd(c);
+    for (int part = 0; part < 3 && tol.apart; part++)
+        attn_case_close(c, parts[part], c->dqkv, c->ld, part, 3, tol.grad);
+    twin_close(&c->s, "dq, dk, dv", c->dqkv, tol.grad, 0);
+    twin_close(&c->s, "dw", c->d_map_w, tol.dw, 0);
+}
+
+void attn_case_check_causal(struct attn_case *c, const struct attn_op *op, double by)
+{
+    op->fwd(c);
+    double *before = twin_values(&c->s, c->o);
+    for (int64_t from = c->shape.t - 1; from > 0; from -= 37) {
+        for (int64_t i = from * c->ld; i < c->qkv.n; i++) attn_case_set(c, i, by * c->qkv.ref[i]);
+        op->fwd(c);
+        double *after = twin_values(&c->s, c->o);
+        assert_memory_equal(before, after, (size_t)(from * c->ld_o) * sizeof *after);
+        assert_true(before[from * c->ld_o] != after[from * c->ld_o]);
+        srf__free(after);
+    }
+    srf__free(before);
+}
+
+struct loss_of {
+    struct attn_case *c;
+    const struct attn_op *op;
+};
+
+static double loss(void *p)
+{
+    const struct loss_of *l = p;
+    struct attn_case *c = l->c;
+    l->op->ref_fwd(c);
+    double sum = 0;
+    for (int64_t i = 0; i < c->shape.b * c->shape.t; i++)
+        sum += test_dot(c->o.ref + i * c->ld_o, c->d_o.ref + i * c->ld_o, c->shape.h * c->shape.d);
+    return sum;
+}
+
+void attn_case_check_gradient(struct attn_case *c, const struct attn_op *op, double tol)
+{
+    struct loss_of l = {c, op};
+    for (int64_t i = 0; i < c->dqkv.n; i++) c->dqkv.ref[i] = 0; /* padding has no gradient */
+    for (int64_t i = 0; i < c->map_w.n; i++) {
+        c->d_map_w.ref[i] = 0;
+        c->map_w.ref[i] *= 4;
+    }
+    op->ref_bwd(c);
+    test_gradient("dq, dk, dv", loss, &l, c->qkv.ref, c->dqkv.ref, c->qkv.n, tol);
+    test_gradient("dw", loss, &l, c->map_w.ref, c->d_map_w.ref, c->map_w.n, tol);
+}
+
+void attn_case_check_map_range(struct attn_case *c)
+{
+    int64_t row = c->shape.d + 1; /* of a map: its last weight is the bias */
+    double *w = srf__alloc((size_t)c->map_w.n, sizeof *w);
+    assert_non_null(w);
+    for (int64_t i = 0; i < c->map_w.n; i++)
+        w[i] = c->map != SRF_MAP_T2R ? c->map_w.ref[i] : i % row == row - 1 ? -1 : 0;
+    twin_set(&c->s, &c->map_w, w);
+    srf__free(w);
+    map_fwd(c);
+    map_bwd(c);
+    const struct twin all[] = {c->o, c->dqkv, c->d_map_w};
+    for (int k = 0; k < 3; k++) {
+        double *x = twin_values(&c->s, all[k]);
+        for (int64_t i = 0; i < all[k].n; i++) assert_true(isfinite(x[i]));
+        srf__free(x);
+    }
 }

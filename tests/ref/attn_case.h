@@ -21,9 +21,10 @@ struct attn_case {
     struct twin_raw offsets, slots; /* of a packed piece: first rows (b + 1), states (b) */
     int64_t pos_shift; /* added to the position of every piece but the first of a recurrent run */
     int64_t sinks;     /* of softmax attention, whose window is the shape's */
-    bool no_dw;        /* features are not trained */
-    bool no_carry;     /* backward is not given what forward has left */
-    bool state_bf16;   /* how `state` is stored; its twin then holds no values */
+    enum srf_map_kind map;
+    bool no_dw;      /* features are not trained */
+    bool no_carry;   /* backward is not given what forward has left */
+    bool state_bf16; /* how `state` is stored; its twin then holds no values */
 };
 
 /* q, k ~ N(0, scale^2), v, d_o, w ~ N(0, 1), bias ~ N(0, 0.3^2). */
@@ -58,14 +59,24 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens);
 /* The same from token `from` on, going on with the state there is; returns the next token. */
 int64_t attn_case_go_on(struct attn_case *c, int64_t from, const int64_t *lens, int n_lens);
 
-/* Softmax attention of the same tensors. */
-void attn_case_softmax_fwd(struct attn_case *c);
-void attn_case_softmax_bwd(struct attn_case *c);
-void attn_case_ref_softmax_fwd(struct attn_case *c);
-void attn_case_ref_softmax_bwd(struct attn_case *c);
+/* Other attention of the same tensors, and what is to be tested of each alike. */
+struct attn_op {
+    void (*fwd)(struct attn_case *c), (*bwd)(struct attn_case *c);         /* under test */
+    void (*ref_fwd)(struct attn_case *c), (*ref_bwd)(struct attn_case *c); /* the reference */
+};
+extern const struct attn_op attn_softmax; /* leaves lse */
+extern const struct attn_op attn_map;     /* with trained maps, c.map; n_sets must be h */
 
-/* Attention with trained maps of the same tensors; n_sets must be h. */
-void attn_case_map_fwd(struct attn_case *c, enum srf_map_kind map);
-void attn_case_map_bwd(struct attn_case *c, enum srf_map_kind map);
-void attn_case_ref_map_fwd(struct attn_case *c, enum srf_map_kind map);
-void attn_case_ref_map_bwd(struct attn_case *c, enum srf_map_kind map);
+/* Largest errors, in norm. */
+struct attn_tol {
+    double o, stat, grad, dw; /* stat: lse, too; dw: of maps */
+    bool apart; /* dq, dk and dv by themselves, and row by row: not where one is next to nothing */
+};
+/* Forward and backward are what the reference's are. */
+void attn_case_check(struct attn_case *c, const struct attn_op *op, struct attn_tol tol);
+/* Later tokens, `by` times larger, leave earlier outputs as they were, to the bit. */
+void attn_case_check_causal(struct attn_case *c, const struct attn_op *op, double by);
+/* The reference's backward has the gradient of its forward. */
+void attn_case_check_gradient(struct attn_case *c, const struct attn_op *op, double tol);
+/* Finite however large the scores are, and where no feature of T2R is above 0. */
+void attn_case_check_map_range(struct attn_case *c);
