@@ -76,7 +76,7 @@ static double log_weight(const struct head *h, int64_t t, int64_t s)
     const double *q = h->a_q + t * m, *k = h->a_k + s * m;
     if (is_exact(h, t, s)) return dot(h->x + t * d, h->y + s * d, d);
     double most = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < m; i++) most = fmax(most, q[i] + k[i]);
+    for (int64_t i = 0; i < m; i++) most = q[i] + k[i] > most ? q[i] + k[i] : most;
     for (int64_t i = 0; i < m; i++) sum += exp(q[i] + k[i] - most);
     return most + log(sum) - log((double)m);
 }
@@ -100,6 +100,7 @@ static int64_t weights(const struct head *h, int64_t t, double *lse)
 void ref_srf_attn_fwd(const struct srf_srf_attn_fwd_args *a)
 {
     const struct srf_attn_shape *s = &a->s;
+#pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < s->b * s->h; i++) {
         int64_t set = s->n_sets == 1 ? 0 : i % s->h;
         int64_t in = i / s->h * s->t * a->ld + i % s->h * s->d;
@@ -110,10 +111,10 @@ void ref_srf_attn_fwd(const struct srf_srf_attn_fwd_args *a)
                                  (const double *)a->bias + set * s->m);
         for (int64_t t = 0; t < s->t; t++) {
             int64_t n = weights(&h, t, &lse);
-            for (int64_t j = 0; j < s->d; j++) {
-                o[t * a->ld_o + j] = 0;
-                for (int64_t k = 0; k < n; k++) o[t * a->ld_o + j] += h.log_w[k] * v[k * a->ld + j];
-            }
+            double *row = o + t * a->ld_o;
+            for (int64_t j = 0; j < s->d; j++) row[j] = 0;
+            for (int64_t k = 0; k < n; k++)
+                for (int64_t j = 0; j < s->d; j++) row[j] += h.log_w[k] * v[k * a->ld + j];
         }
         head_free(&h);
     }
@@ -138,7 +139,7 @@ static void head_bwd(const struct srf_srf_attn_bwd_args *a, const struct head *h
 {
     int64_t m = h->s->m, d = h->s->d, t_len = h->s->t;
     const double *v = (const double *)a->v + in, *d_o_all = (const double *)a->d_o + out;
-    double *dv = (double *)a->dv + in, lse;
+    double *dv = (double *)a->dv + in, log_m = log((double)m), lse;
     double *dx = srf__calloc((size_t)(t_len * d), sizeof *dx);
     double *dy = srf__calloc((size_t)(t_len * d), sizeof *dy);
     double *da_q = srf__calloc((size_t)(t_len * m), sizeof *da_q);
@@ -161,9 +162,9 @@ static void head_bwd(const struct srf_srf_attn_bwd_args *a, const struct head *h
                 continue;
             }
             for (int64_t i = 0; i < m; i++) {
-                double e = h->a_q[t * m + i] + h->a_k[s * m + i] - log((double)m) - lse;
-                da_q[t * m + i] += exp(e) * by;
-                da_k[s * m + i] += exp(e) * by;
+                double e = h->a_q[t * m + i] + h->a_k[s * m + i] - log_m - lse, p = exp(e);
+                da_q[t * m + i] += p * by;
+                da_k[s * m + i] += p * by;
             }
         }
     }
@@ -185,14 +186,16 @@ static void head_bwd(const struct srf_srf_attn_bwd_args *a, const struct head *h
 void ref_srf_attn_bwd(const struct srf_srf_attn_bwd_args *a)
 {
     const struct srf_attn_shape *s = &a->s;
-    for (int64_t i = 0; i < s->b * s->h; i++) {
-        int64_t set = s->n_sets == 1 ? 0 : i % s->h;
-        int64_t in = i / s->h * s->t * a->ld + i % s->h * s->d;
-        int64_t out = i / s->h * s->t * a->ld_o + i % s->h * s->d;
-        struct head h = head_new(s, (const double *)a->q + in, (const double *)a->k + in, a->ld,
-                                 (const double *)a->w + set * s->m * s->d,
-                                 (const double *)a->bias + set * s->m);
-        head_bwd(a, &h, in, out, a->dw ? (double *)a->dw + set * s->m * s->d : NULL);
-        head_free(&h);
-    }
+    bool apart = s->n_sets > 1 || !a->dw; /* heads do not add to the same dw */
+#pragma omp parallel for schedule(dynamic) if (apart)
+    for (int64_t i = 0; i < s->h; i++)
+        for (int64_t b = 0; b < s->b; b++) {
+            int64_t set = s->n_sets == 1 ? 0 : i;
+            int64_t in = b * s->t * a->ld + i * s->d, out = b * s->t * a->ld_o + i * s->d;
+            struct head h = head_new(s, (const double *)a->q + in, (const double *)a->k + in, a->ld,
+                                     (const double *)a->w + set * s->m * s->d,
+                                     (const double *)a->bias + set * s->m);
+            head_bwd(a, &h, in, out, a->dw ? (double *)a->dw + set * s->m * s->d : NULL);
+            head_free(&h);
+        }
 }
