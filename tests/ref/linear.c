@@ -27,6 +27,7 @@ static int64_t at(int64_t i, int64_t j, int64_t in, int64_t out, bool transposed
 void ref_linear_fwd(const struct srf_linear_fwd_args *a)
 {
     const double *x = a->x, *w = a->w, *b = a->b;
+#pragma omp parallel for
     for (int64_t r = 0; r < a->n; r++)
         for (int64_t j = 0; j < a->out; j++) {
             double u = b ? b[j] : 0, *y = (double *)a->y + r * a->out + j;
@@ -41,16 +42,19 @@ void ref_linear_fwd(const struct srf_linear_fwd_args *a)
 void ref_linear_bwd(const struct srf_linear_bwd_args *a)
 {
     const double *x = a->x, *w = a->w, *dy = a->dy, *pre = a->x_pre;
+#pragma omp parallel for
+    for (int64_t i = 0; i < a->in; i++)
+        for (int64_t r = 0; r < a->n && a->dw; r++)
+            for (int64_t j = 0; j < a->out; j++)
+                ((double *)a->dw)[at(i, j, a->in, a->out, a->w_transposed)] +=
+                    x[r * a->in + i] * dy[r * a->out + j];
+#pragma omp parallel for
     for (int64_t r = 0; r < a->n; r++)
-        for (int64_t i = 0; i < a->in; i++) {
+        for (int64_t i = 0; i < a->in && a->dx; i++) {
             double d = 0;
-            for (int64_t j = 0; j < a->out; j++) {
-                int64_t k = at(i, j, a->in, a->out, a->w_transposed);
-                d += dy[r * a->out + j] * w[k];
-                if (a->dw) ((double *)a->dw)[k] += x[r * a->in + i] * dy[r * a->out + j];
-            }
+            for (int64_t j = 0; j < a->out; j++)
+                d += dy[r * a->out + j] * w[at(i, j, a->in, a->out, a->w_transposed)];
             if (pre) d *= gelu_slope(pre[r * a->in + i]);
-            if (!a->dx) continue;
             double *dx = (double *)a->dx + r * a->in + i;
             *dx = a->dx_accumulate ? *dx + d : d;
         }

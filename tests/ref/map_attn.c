@@ -125,20 +125,21 @@ static struct head head_of(const struct srf_attn_shape *s, enum srf_map_kind map
 void ref_map_attn_fwd(const struct srf_map_attn_fwd_args *a)
 {
     const struct srf_attn_shape *s = &a->s;
-    double *scratch = srf__calloc((size_t)(s->t * (2 * s->m + 2) + 1), sizeof *scratch);
+#pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < s->b * s->h; i++) {
+        double *scratch = srf__calloc((size_t)(s->t * (2 * s->m + 2) + 1), sizeof *scratch);
         struct head h = head_of(s, a->map, i, a->q, a->k, a->v, a->ld, a->w, scratch);
         double *o = (double *)a->o + i / s->h * s->t * a->ld_o + i % s->h * s->d;
         for (int64_t t = 0; t < s->t; t++) {
             double lse = weights(&h, t);
             if (a->stat) ((double *)a->stat)[i * s->t + t] = lse;
-            for (int64_t j = 0; j < s->d; j++) {
-                o[t * a->ld_o + j] = 0;
-                for (int64_t n = 0; n <= t; n++) o[t * a->ld_o + j] += h.p[n] * h.v[n * a->ld + j];
-            }
+            double *row = o + t * a->ld_o;
+            for (int64_t j = 0; j < s->d; j++) row[j] = 0;
+            for (int64_t n = 0; n <= t; n++)
+                for (int64_t j = 0; j < s->d; j++) row[j] += h.p[n] * h.v[n * a->ld + j];
         }
+        srf__free(scratch);
     }
-    srf__free(scratch);
 }
 
 void ref_map_attn_bwd(const struct srf_map_attn_bwd_args *a)
@@ -161,7 +162,7 @@ void ref_map_attn_bwd(const struct srf_map_attn_bwd_args *a)
             for (int64_t j = 0; j < d; j++)
                 dq[t * a->ld + j] = dk[t * a->ld + j] = dv[t * a->ld + j] = 0;
         for (int64_t t = 0; t < t_len; t++) {
-            double lse = weights(&h, t), mean = 0;
+            double part = exp(-weights(&h, t)), mean = 0;
             for (int64_t n = 0; n <= t; n++) {
                 dp[n] = 0;
                 for (int64_t j = 0; j < d; j++) dp[n] += d_o[t * a->ld_o + j] * h.v[n * a->ld + j];
@@ -171,8 +172,8 @@ void ref_map_attn_bwd(const struct srf_map_attn_bwd_args *a)
                 for (int64_t j = 0; j < d; j++) dv[n * a->ld + j] += h.p[n] * d_o[t * a->ld_o + j];
                 double ds = dp[n] - mean;
                 for (int64_t j = 0; j < m && n < near_of(s, t); j++) {
-                    dfq[t * m + j] += ds * exp(-lse) * h.fk[n * m + j];
-                    dfk[n * m + j] += ds * exp(-lse) * h.fq[t * m + j];
+                    dfq[t * m + j] += ds * part * h.fk[n * m + j];
+                    dfk[n * m + j] += ds * part * h.fq[t * m + j];
                 }
                 for (int64_t j = 0; j < d && n >= near_of(s, t); j++) {
                     dq[t * a->ld + j] += h.p[n] * ds * scale * h.k[n * a->ld + j];

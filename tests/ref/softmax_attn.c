@@ -34,33 +34,34 @@ static double weights(const double *q, const double *k, int64_t ld, int64_t n, i
 void ref_softmax_attn_fwd(const struct srf_softmax_attn_fwd_args *a)
 {
     const double *q = a->q, *k = a->k, *v = a->v;
-    double *p = srf__alloc((size_t)a->t, sizeof *p);
+#pragma omp parallel for schedule(dynamic, 16)
     for (int64_t i = 0; i < a->b * a->h * a->t; i++) {
+        double *p = srf__alloc((size_t)a->t, sizeof *p);
         int64_t b = i / (a->h * a->t), h = i / a->t % a->h, t = i % a->t;
         int64_t first = at(b, 0, h, a->t, a->d, a->ld), n = a->causal ? t + 1 : a->t;
         double lse =
             weights(q + first + t * a->ld, k + first, a->ld, n, a->d, a->window, a->sinks, p);
         double *o = (double *)a->o + at(b, t, h, a->t, a->d, a->ld_o);
         if (a->lse) ((double *)a->lse)[i] = lse;
-        for (int64_t j = 0; j < a->d; j++) {
-            o[j] = 0;
-            for (int64_t s = 0; s < n; s++) o[j] += p[s] * v[first + s * a->ld + j];
-        }
+        for (int64_t j = 0; j < a->d; j++) o[j] = 0;
+        for (int64_t s = 0; s < n; s++)
+            for (int64_t j = 0; j < a->d; j++) o[j] += p[s] * v[first + s * a->ld + j];
+        srf__free(p);
     }
-    srf__free(p);
 }
 
-void ref_softmax_attn_bwd(const struct srf_softmax_attn_bwd_args *a)
+/* Head h of sequence b. */
+static void head_bwd(const struct srf_softmax_attn_bwd_args *a, int64_t b, int64_t h)
 {
     const double *q = a->q, *k = a->k, *v = a->v;
     double *dq = a->dq, *dk = a->dk, *dv = a->dv, scale = 1 / sqrt((double)a->d);
     double *p = srf__alloc((size_t)a->t, sizeof *p), *dp = srf__alloc((size_t)a->t, sizeof *dp);
-    for (int64_t i = 0; i < a->b * a->t; i++)
-        for (int64_t j = 0; j < a->h * a->d; j++)
-            dq[i * a->ld + j] = dk[i * a->ld + j] = dv[i * a->ld + j] = 0;
-    for (int64_t i = 0; i < a->b * a->h * a->t; i++) {
-        int64_t b = i / (a->h * a->t), h = i / a->t % a->h, t = i % a->t;
-        int64_t first = at(b, 0, h, a->t, a->d, a->ld), n = a->causal ? t + 1 : a->t;
+    int64_t first = at(b, 0, h, a->t, a->d, a->ld);
+    for (int64_t t = 0; t < a->t; t++)
+        for (int64_t j = first + t * a->ld; j < first + t * a->ld + a->d; j++)
+            dq[j] = dk[j] = dv[j] = 0;
+    for (int64_t t = 0; t < a->t; t++) {
+        int64_t n = a->causal ? t + 1 : a->t;
         int64_t row = first + t * a->ld;
         const double *d_o = (const double *)a->d_o + at(b, t, h, a->t, a->d, a->ld_o);
         double mean = 0;
@@ -82,4 +83,10 @@ void ref_softmax_attn_bwd(const struct srf_softmax_attn_bwd_args *a)
     }
     srf__free(p);
     srf__free(dp);
+}
+
+void ref_softmax_attn_bwd(const struct srf_softmax_attn_bwd_args *a)
+{
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < a->b * a->h; i++) head_bwd(a, i / a->h, i % a->h);
 }
