@@ -61,15 +61,17 @@ static void test_forms(void **state)
     close_o(&c, "chunked");
     attn_case_recurrent(&c, &n, 1);
     close_o(&c, "one prefill");
-    for (int64_t i = 0; i < n; i++) lens[i] = 1;
-    if (n < 200) { /* for more, the steps after a prefill below are enough */
-        attn_case_recurrent(&c, lens, (int)n);
-        close_o(&c, "step by step");
-    }
     for (int round = 0; round < 3; round++) {
         int count = split(&rng, n, round == 0 ? n : round == 1 ? 40 : 5, lens);
         attn_case_recurrent(&c, lens, count);
         close_o(&c, "prefills and steps");
+    }
+    /* Hundreds of steps; that one leaves the same bits again was seen above. */
+    c.s.twice = false;
+    for (int64_t i = 0; i < n; i++) lens[i] = 1;
+    if (n < 200) { /* for more, the steps after a prefill below are enough */
+        attn_case_recurrent(&c, lens, (int)n);
+        close_o(&c, "step by step");
     }
     /* One prefill, then steps only, and an empty prefill between. */
     lens[0] = n / 2;
