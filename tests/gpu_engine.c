@@ -140,17 +140,17 @@ static void test_company(void **state)
 {
     const struct engine_case *c = *state;
     enum { JOBS = 20, STEPS = 5 };
-    const int64_t jobs = getenv("SRF_GPU_SMALL") ? 4 : JOBS;
+    const int64_t jobs = gpu_small() ? 3 : JOBS, longer = gpu_small() ? 2 : 4;
     struct engine_on on = engine_new(c, c->state_bf16, STOP);
     int64_t n = c->slots, in_slot[SLOTS], next = 0, left = jobs, lengths[JOBS], got[JOBS] = {0};
     static int32_t alone[JOBS][NEW];
     int32_t rows[STEPS * SLOTS];
     assert_true(n <= SLOTS);
-    for (int64_t i = 0; i < jobs; i++) lengths[i] = text_alone(&on, i, 1 + i * 4, alone[i]);
+    for (int64_t i = 0; i < jobs; i++) lengths[i] = text_alone(&on, i, 1 + i * longer, alone[i]);
     for (int64_t i = 0; i < n; i++) in_slot[i] = -1;
     while (left > 0) {
         for (int64_t i = n - 1; i >= 0 && next < jobs; i--) /* the last slots first */
-            if (in_slot[i] < 0) admit(&on, next, i, 1 + next * 4), in_slot[i] = next++;
+            if (in_slot[i] < 0) admit(&on, next, i, 1 + next * longer), in_slot[i] = next++;
         test_ok(srf_engine_decode(on.e, STEPS, rows));
         for (int64_t i = 0; i < n; i++) {
             int64_t job = in_slot[i];

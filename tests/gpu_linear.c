@@ -19,6 +19,7 @@ struct linear_case {
     bool act, keep_pre;         /* forward */
     bool activated, accumulate; /* backward: x was an activation, dx += */
     bool want_dx, want_dw, want_db;
+    bool light;
 };
 
 static void test_fwd(void **state)
@@ -149,10 +150,10 @@ static void test_gelu(void **state)
 
 static void add(struct gpu_suite *suite, const struct linear_case *k, bool bwd)
 {
-    double work = (double)k->n * (double)k->in * (double)k->out;
+    double work = k->light ? GPU_LIGHT : (double)k->n * (double)k->in * (double)k->out;
     const char *dtype = srf_dtype_name(k->dtype), *layout = k->transposed ? " transposed" : "";
     if (bwd)
-        gpu_add(suite, test_bwd, k, sizeof *k, 2 * work,
+        gpu_add(suite, test_bwd, k, sizeof *k, k->light ? work : 2 * work,
                 "linear_bwd %s n=%d in=%d out=%d%s%s%s%s%s%s", dtype, (int)k->n, (int)k->in,
                 (int)k->out, layout, k->activated ? " activated" : "",
                 k->accumulate ? " accumulate" : "", k->want_dx ? " dx" : "",
@@ -172,13 +173,39 @@ int main(int argc, char **argv)
     static struct gpu_suite suite;
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         struct linear_case gelu = {.dtype = gpu_dtype(type)};
-        gpu_add(&suite, test_gelu, &gelu, sizeof gelu, 0, "gelu %s", srf_dtype_name(gelu.dtype));
+        gpu_add(&suite, test_gelu, &gelu, sizeof gelu, GPU_LIGHT, "gelu %s",
+                srf_dtype_name(gelu.dtype));
         static const int64_t exact[][2] = {{384, 1152}, {384, 384},  {384, 1536},
                                            {1536, 384}, {384, 2048}, {3333, 129}};
+        /* Every kernel of exact rows, for slow checkers too; the last are large tiles. */
+        static const int64_t rows[] = {1, 5, 20, 40, 2048};
+        for (int i = 0; i < 20 && gelu.dtype == SRF_F32; i++) {
+            int64_t n = rows[i / 4];
+            bool large = n > 1000, odd = i & 2;
+            struct linear_case k = {.dtype = SRF_F32,
+                                    .n = n,
+                                    .in = large ? 100
+                                          : odd ? 203
+                                                : 200,
+                                    .out = large ? 2112
+                                           : odd ? 67
+                                                 : 68,
+                                    .transposed = i & 1,
+                                    .bias = i % 3 == 0,
+                                    .residual = i % 3 == 1 ? ITSELF : NO_RESIDUAL,
+                                    .act = i % 3 == 2,
+                                    .exact_rows = true};
+            if (large && odd) continue;
+            gpu_add(&suite, test_fwd, &k, sizeof k, GPU_LIGHT,
+                    "linear_fwd f32 n=%d in=%d out=%d%s as infer", (int)k.n, (int)k.in, (int)k.out,
+                    k.transposed ? " transposed" : "");
+        }
         for (int i = 0; i < 6 && gelu.dtype == SRF_F32; i++)
             for (int turn = 0; turn < 3; turn++) {
                 struct linear_case k = {.dtype = SRF_F32,
-                                        .n = i == 3 ? 9000 : 1200,
+                                        .n = i == 3             ? 9000
+                                             : i == 0 || i == 4 ? 4000
+                                                                : 1200,
                                         .in = exact[i][0],
                                         .out = exact[i][1],
                                         .transposed = i == 4 || (i == 5 && turn == 1),
@@ -220,12 +247,13 @@ int main(int argc, char **argv)
                                         .want_dx = true,
                                         .want_dw = true,
                                         .want_db = true};
+                k.light = (turn == i % 4 || i == 14) && k.n * k.in * k.out < 600000;
                 if (!k.act) k.residual = bits % 3;
                 add(&suite, &k, false);
                 if (k.dtype == SRF_F32 && k.n <= 300) {
-                    k.exact_rows = true;
-                    add(&suite, &k, false);
-                    k.exact_rows = false;
+                    struct linear_case as_infer = k;
+                    as_infer.exact_rows = true, as_infer.light = false;
+                    add(&suite, &as_infer, false);
                 }
                 if (i % 5 == 4) { /* some of the gradients only */
                     k.want_dx = turn != 1;

@@ -145,7 +145,7 @@ static void test_steps(void **state)
 {
     const struct steps_case *k = *state;
     const char *text = getenv("SRF_STEPS");
-    int64_t steps = getenv("SRF_GPU_SMALL") ? 40 : text ? atoll(text) : 2000;
+    int64_t steps = gpu_small() ? 10 : text ? atoll(text) : 2000;
     struct run r = run_new(k);
     struct attn_case *c = &r.c;
     struct srf_attn_shape s = c->shape;

@@ -8,6 +8,11 @@
 static const double SMALL_WORK = 1e6;
 enum { SMALL_CASES = 20 };
 
+bool gpu_small(void)
+{
+    return getenv("SRF_GPU_SMALL") != NULL;
+}
+
 const char *gpu_device(void)
 {
     const char *device = getenv("SRF_TEST_DEVICE");
@@ -27,7 +32,7 @@ enum srf_dtype gpu_dtype(int i)
 void gpu_add(struct gpu_suite *suite, void (*body)(void **state), const void *data, size_t bytes,
              double work, const char *name, ...)
 {
-    if (getenv("SRF_GPU_SMALL") && work > SMALL_WORK) return;
+    if (gpu_small() && work > SMALL_WORK) return;
     if (suite->n == GPU_MAX_CASES) {
         fprintf(stderr, "more than %d cases\n", GPU_MAX_CASES);
         exit(2);
@@ -66,7 +71,7 @@ int gpu_run(struct gpu_suite *suite, const char *pattern)
     srf_ctx_free(ctx);
     size_t n = 0, all = suite->n;
     bool taken[GPU_MAX_CASES];
-    for (size_t i = 0; i < all; i++) taken[i] = !getenv("SRF_GPU_SMALL") || is_small(suite, i);
+    for (size_t i = 0; i < all; i++) taken[i] = !gpu_small() || is_small(suite, i);
     for (size_t i = 0; i < all; i++) {
         if (taken[i]) {
             suite->tests[n++] = suite->tests[i];

@@ -15,6 +15,8 @@ struct gpu_suite {
     size_t n;
 };
 
+/* Under SRF_GPU_SMALL: tests that are light then do less, too. */
+bool gpu_small(void);
 /* Device of this run, and its element types: from 0 to gpu_n_dtypes() - 1. */
 const char *gpu_device(void);
 int gpu_n_dtypes(void);
