@@ -22,15 +22,15 @@
  *                  falls, so that going back multiplies by 2^(M' - M) <= 1
  *     4. dk, dv    as dq with keys for queries; R stands for d_o, u for delta
  *     5. dW, if asked: each head's and segment's sum of da^T [x; y], then all in a fixed order
- * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, without slots, each tensor read once;
- * where heads are few, a walk through a piece of a head, by look-back (srf_attn_pieces.h): keys and
- * values are read twice.
+ * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, without slots, each tensor read once.
+ * The sums of segments, if d = 64, are those that pure SRF attention makes (srf__states_before).
  * Components of q, k are clamped so that those of x, y stay within 1e17 and |x|^2 in range.
  *
  * Floor (H100, 3.35 TB/s): forward q, k, v, o once; B = 32, H = 12, T = 1024, d = 64: 201 MB,
  * 60 us (measured 132); backward 8 of these tensors, 120 us (419). Two kernels instead of one walk
  * move another 350 MB forward. kernels/lab/srf_attn_hybrid_cuda.md has the steps.
  */
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/srf_attn_hybrid_walk.h"
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -228,34 +228,23 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
 
 /* ---- forward in one walk: window 64, m <= 64, d <= 64 ---------------------------------------- */
 
-/* PIECES: by ticket; else a whole head. */
-template <int D, bool PIECES>
+/* GIVEN: the states before segments are in p.entry. */
+template <int D, bool GIVEN>
 __global__ void __launch_bounds__(128, 3) fused_fwd_kernel(const __grid_constant__ struct hybrid p)
 {
     extern __shared__ __align__(16) char smem[];
     struct fused_smem<D> *sm = (struct fused_smem<D> *)smem;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
-    int bh = blockIdx.x, piece = 0;
-    if (PIECES) {
-        chain_wait();
-        if (threadIdx.x == 0) sm->ticket = take_ticket(p.pieces);
-        __syncthreads();
-        bh = sm->ticket % p.pieces.heads;
-        piece = sm->ticket / p.pieces.heads;
-    }
-    struct walker w = walker_at<D>(&p, (unsigned)bh, piece, p.pieces.n, p.piece_blocks);
+    struct walker w = walker_of<D>(&p);
     struct state_sums<D> state;
     float bias[2];
-    start_features<D>(sm, bias, &p, &w);
-    start_state(&state);
-    /* The sum leaves the piece's first two blocks, of which the walk looks back at the first from
-     * the second. A head's first piece begins with the first. */
-    const bool sum = PIECES && piece + 1 < p.pieces.n;
-    if (sum) sum_blocks<D>(sm, &state, bias, &p, &w, piece * p.piece_blocks, p.piece_blocks);
-    if (!sum && w.begin) load_fused<D>(sm, &p, w.in, w.begin - 1, false);
-    if (!sum) load_fused<D>(sm, &p, w.in, w.begin, true);
+    start_walk<D, GIVEN>(sm, &state, bias, &p, &w);
     cp_async_commit();
-    if (PIECES) look_back_blocks<D>(&state, &p, &w);
+    if (GIVEN) {
+        chain_wait();
+        if (w.seg > 0)
+            enter<D>(&state, p.entry + (w.bh * p.n_seg + w.seg) * SRF__STATES_COUNT, w.feature);
+    }
 
     for (int block = w.begin; block < w.end; block++) {
         int now = block & 1, before = now ^ 1;
@@ -297,11 +286,13 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     int64_t n_slots = div_up(s->t, s->window) - 2;
     n_slots = n_slots < 0 ? 0 : n_slots;
     /* Segments only where they save more than their own walk costs. */
-    int64_t n_sm = cuda_of(ctx)->n_sm;
-    int64_t walks = n_bh * div_up(s->m, CTA_FEATURES), n_seg = 3 * n_sm / walks;
+    int64_t walks = n_bh * div_up(s->m, CTA_FEATURES), n_seg = 3 * cuda_of(ctx)->n_sm / walks;
     n_seg = n_seg > MAX_SEGMENTS ? MAX_SEGMENTS : n_seg;
     n_seg = n_seg > n_slots / 4 ? n_slots / 4 : n_seg;
-    n_seg = n_seg < 3 ? 1 : n_seg;
+    /* By warpgroup products the sums cost less than half of the walk. */
+    const bool given =
+        !backward && s->window == 64 && srf__states_take(ctx, s) && n_seg > 1 && n_slots > 0;
+    n_seg = n_seg < (given ? 2 : 3) ? 1 : n_seg;
     p->t = (int)s->t;
     p->heads = (int)s->h;
     p->m = (int)s->m;
@@ -316,14 +307,10 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     p->half_scale = (float)(0.5 * 1.4426950408889634 / sqrt((double)s->d));
     p->limit = (float)(SRF__X_LIMIT * pow((double)s->d, 0.25));
     p->log2_m = (float)log2((double)s->m);
-    /* In one walk: pieces where heads alone leave a quarter of the card idle. */
-    if (!backward && s->window == 64 && s->m <= 64 && s->d <= 64 && 4 * n_bh < 9 * n_sm) {
-        /* One piece for each place on the card, or, where a head has few of them, two. */
-        int64_t blocks = div_up(n_bh * n_slots, 3 * n_sm);
-        blocks = blocks > PIECE_CHUNKS ? PIECE_CHUNKS : blocks;
-        if (n_slots < 4 * blocks) blocks = div_up(blocks, 2);
-        p->piece_blocks = blocks < 4 ? 4 : (int)blocks;
-        srf__pieces_carve(&bump, n_bh, div_up(n_slots, p->piece_blocks), s->d, &p->pieces);
+    if (given) {
+        p->entry = (float *)bump_bytes(&bump, (size_t)(n_bh * p->n_seg * SRF__STATES_COUNT) *
+                                                  sizeof(float));
+        return bump.used;
     }
     size_t rows = (size_t)(n_bh * n_slots * s->m), seg_rows = (size_t)(n_bh * p->n_seg * s->m);
     p->s = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
@@ -342,15 +329,9 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     return bump.used;
 }
 
+/* In the chain that srf__states_before has begun. */
 template <int D>
-static srf_status fused_heads(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
-{
-    LAUNCH((fused_fwd_kernel<D, false>), n_bh, 128, sizeof(struct fused_smem<D>), *p);
-    return srf__cuda_launched("srf_attn_fwd");
-}
-
-template <int D>
-static srf_status fused_pieces(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
+static srf_status fused_given(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
 {
     constexpr int bytes = sizeof(struct fused_smem<D>);
     CUDA_TRY(cudaFuncSetAttribute(fused_fwd_kernel<D, true>,
@@ -358,8 +339,7 @@ static srf_status fused_pieces(struct srf_ctx *ctx, const struct hybrid *p, int6
     CUDA_TRY(cudaFuncSetAttribute(fused_fwd_kernel<D, true>,
                                   cudaFuncAttributePreferredSharedMemoryCarveout,
                                   cudaSharedmemCarveoutMaxShared));
-    SRF_TRY(srf__pieces_reset(ctx, &p->pieces));
-    struct chain_shape shape = {dim3((unsigned)(n_bh * p->pieces.n)), 128, bytes, 1};
+    struct chain_shape shape = {dim3((unsigned)(n_bh * p->n_seg)), 128, bytes, 1};
     chain_launch(ctx, shape, fused_fwd_kernel<D, true>, *p);
     return srf__cuda_launched("srf_attn_fwd");
 }
@@ -369,7 +349,12 @@ static srf_status fwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
 {
     if constexpr (D <= 64 && C == 64) {
         if (p->window == 64 && p->m <= 64) {
-            return p->pieces.n > 1 ? fused_pieces<D>(ctx, p, n_bh) : fused_heads<D>(ctx, p, n_bh);
+            if constexpr (D == 64)
+                if (p->entry) return fused_given<D>(ctx, p, n_bh);
+            SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh));
+            LAUNCH((fused_fwd_kernel<D, false>), n_bh * p->n_seg, 128, sizeof(struct fused_smem<D>),
+                   *p);
+            return srf__cuda_launched("srf_attn_fwd");
         }
     }
     SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, false));
@@ -419,5 +404,8 @@ srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_ar
     p.stat = (float *)a->stat;
     p.ld = a->ld;
     p.ld_o = a->ld_o;
+    if (p.entry)
+        SRF_TRY(srf__states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg,
+                                   p.seg_slots, p.entry));
     FOR_HEAD_SIZE(a->s.d, a->s.window, fwd, ctx, &p, a->s.b * a->s.h)
 }

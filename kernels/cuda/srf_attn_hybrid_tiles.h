@@ -2,7 +2,7 @@
  * memory and a warp's products with them. Forms and names are explained in srf_attn_hybrid.cu.
  */
 #pragma once
-#include "kernels/cuda/srf_attn_pieces.h"
+#include "kernels/cuda/srf_attn.h"
 
 #define LAZY          6 /* a row's stabiliser may be this much below its maximum */
 #define WARP_FEATURES 16
@@ -29,9 +29,8 @@ struct hybrid {
     float *top, *z, *u;   /* (b h, n_slots, m): M, z, u */
     float *sum_s, *sum_z; /* (b h, n_seg, m, d), (b h, n_seg, m): a segment's own S or R, z or u */
     float *sum_top;       /* (b h, n_seg, m) */
+    float *entry;         /* (b h, n_seg, SRF__STATES_COUNT) before segments; or NULL */
     float *dw_part;       /* (2, b h, n_seg, m, d) */
-    struct pieces pieces; /* forward in one walk: of piece_blocks blocks; n = 1: whole heads */
-    int piece_blocks;
     float scale, half_scale; /* d^(-1/4), log2(e) d^(-1/2) / 2 */
     float limit, log2_m;     /* components of q, k; log2(m) */
 };

@@ -286,7 +286,6 @@ template <int D> struct fused_smem {
     bf16 q[64 * (D + 8)], pair[2][2][64 * (D + 8)]; /* k, v of even and odd blocks */
     bf16 w[64 * (D + 8)], s[64 * (D + 8)];
     float half_q[64], half_k[2][64], bias[64], top[64], z[64];
-    int ticket;
 };
 
 template <int D>
@@ -299,13 +298,6 @@ __device__ __forceinline__ void load_fused(struct fused_smem<D> *sm, const struc
     load_rows<D, 64, 128>(sm->pair[block & 1][1], p->v + at, p->ld, n);
     if (queries) load_rows<D, 64, 128>(sm->q, p->q + at, p->ld, n);
 }
-template <int D>
-__device__ __forceinline__ void load_queries(struct fused_smem<D> *sm, const struct hybrid *p,
-                                             int64_t in, int block)
-{
-    int row = block * 64;
-    load_rows<D, 64, 128>(sm->q, p->q + in + row * p->ld, p->ld, p->t - row);
-}
 
 /* What a CTA walks through. */
 struct walker {
@@ -313,58 +305,60 @@ struct walker {
     int seg, begin, end;      /* blocks [begin, end) */
     int n_blocks, feature;    /* the warp's first feature */
 };
-/* Part seg of n, of `slots` blocks each. */
-template <int D>
-__device__ __forceinline__ struct walker walker_at(const struct hybrid *p, unsigned head, int seg,
-                                                   int n, int slots)
+template <int D> __device__ __forceinline__ struct walker walker_of(const struct hybrid *p)
 {
     struct walker w;
+    unsigned head = blockIdx.x / (unsigned)p->n_seg;
     int64_t seq = head / (unsigned)p->heads;
     w.bh = head;
     w.set = head % (unsigned)p->heads;
     w.in = seq * p->t * p->ld + w.set * D;
     w.out = seq * p->t * p->ld_o + w.set * D;
-    w.seg = seg;
+    w.seg = (int)(blockIdx.x - head * (unsigned)p->n_seg);
     w.n_blocks = (p->t + 63) / 64;
     /* The segments before hold the blocks before lo: what block lo + 1 reads. */
-    int lo = w.seg * slots;
+    int lo = w.seg * p->seg_slots;
     w.begin = w.seg ? lo + 1 : 0;
-    w.end = w.seg + 1 < n ? lo + slots + 1 : w.n_blocks;
+    w.end = w.seg + 1 < p->n_seg ? lo + p->seg_slots + 1 : w.n_blocks;
     w.feature = (threadIdx.x >> 5) * WARP_FEATURES;
     return w;
 }
-template <int D> __device__ __forceinline__ struct walker walker_of(const struct hybrid *p)
-{
-    unsigned head = blockIdx.x / (unsigned)p->n_seg;
-    return walker_at<D>(p, head, (int)(blockIdx.x - head * (unsigned)p->n_seg), p->n_seg,
-                        p->seg_slots);
-}
 
-/* W, not committed yet, and the biases. */
+/* A segment's state, as srf__states_before makes it. */
 template <int D>
-__device__ __forceinline__ void start_features(struct fused_smem<D> *sm, float bias[2],
-                                               const struct hybrid *p, const struct walker *w)
+__device__ __forceinline__ void enter(struct state_sums<D> *state, const float *from, int feature)
 {
-    int g = (threadIdx.x & 31) >> 2;
-    load_rows<D, 64, 128>(sm->w, p->w + w->set * p->w_step, D, p->m);
-    load_features<64>(sm->bias, p->bias + w->set * p->bias_step, p->m);
-    bias[0] = bias[1] = 0;
-    if (w->feature >= p->m) return;
-    for (int j = 0; j < 2; j++)
-        bias[j] = SRF__LOG2E * p->bias[w->set * p->bias_step + w->feature + g + 8 * j];
+    const int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const int f = feature + g + 8 * j;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float2 x = *(const float2 *)(from + f * D + n * 8 + quad * 2);
+            state->s[n][2 * j] = x.x;
+            state->s[n][2 * j + 1] = x.y;
+        }
+        state->z[2 * j] = quad == 0 ? from[64 * D + f] : 0.0f;
+        state->top[j] = from[64 * (D + 2) + f];
+    }
 }
-
-/* The first loads, not committed yet, and the state before the segment. */
-template <int D>
+/* The first loads, not committed yet, and, unless it is given, the state before the segment. */
+template <int D, bool GIVEN = false>
 __device__ __forceinline__ void start_walk(struct fused_smem<D> *sm, struct state_sums<D> *state,
                                            float bias[2], const struct hybrid *p,
                                            const struct walker *w)
 {
-    start_features<D>(sm, bias, p, w);
+    int g = (threadIdx.x & 31) >> 2;
+    load_rows<D, 64, 128>(sm->w, p->w + w->set * p->w_step, D, p->m);
+    load_features<64>(sm->bias, p->bias + w->set * p->bias_step, p->m);
     if (w->begin) load_fused<D>(sm, p, w->in, w->begin - 1, false);
     load_fused<D>(sm, p, w->in, w->begin, true);
     start_state(state);
-    if (w->feature < p->m) add_segments<D, false>(state, p, w->bh, w->seg, w->feature);
+    bias[0] = bias[1] = 0;
+    if (w->feature >= p->m) return;
+    for (int j = 0; j < 2; j++)
+        bias[j] = SRF__LOG2E * p->bias[w->set * p->bias_step + w->feature + g + 8 * j];
+    if (!GIVEN) add_segments<D, false>(state, p, w->bh, w->seg, w->feature);
 }
 
 /* Waits for a block's loads (the first time for two blocks'). */
@@ -410,85 +404,5 @@ __device__ __forceinline__ void take_block(struct fused_smem<D> *sm, struct stat
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) load_a<D>(w[kk], sm->w + feature * (D + 8), kk);
     add_keys<D, 64>(state, w, bias, sm->pair[stage][0], sm->pair[stage][1], sm->half_k[stage], p);
-}
-
-/* Where block lo + i of a piece's sum lies: the first two where the walk looks for them, a third in
- * the place of q and S. */
-template <int D> struct sum_place {
-    bf16 *k, *v;
-    float *half;
-};
-template <int D>
-__device__ __forceinline__ struct sum_place<D> sum_place_of(struct fused_smem<D> *sm, int lo,
-                                                            int i) {
-    const int at = (lo + i % 3) & 1;
-    const bool third = i % 3 == 2;
-    struct sum_place<D> x = {
-        third ? sm->q : sm->pair[at][0], third ? sm->s : sm->pair[at][1],
-            third ? sm->half_q : sm->half_k[at]
-    };
-    return x;
-}
-/* The sum of a piece's n >= 2 blocks from lo on, last first; W is on its way. Leaves the first two,
- * clean, in their places, and the queries of the second on their way. */
-template <int D>
-__device__ __forceinline__ void sum_blocks(struct fused_smem<D> *sm, struct state_sums<D> *state,
-                                           const float bias[2], const struct hybrid *p,
-                                           const struct walker *w, int lo, int n)
-{
-    auto load = [&](int i) {
-        const struct sum_place<D> x = sum_place_of<D>(sm, lo, i);
-        const int row = (lo + i) * 64;
-        const int64_t at = w->in + row * p->ld;
-        load_rows<D, 64, 128>(x.k, p->k + at, p->ld, p->t - row);
-        load_rows<D, 64, 128>(x.v, p->v + at, p->ld, p->t - row);
-    };
-    for (int i = n - 1; i >= n - 2; i--) {
-        load(i);
-        cp_async_commit();
-    }
-    for (int i = n - 1; i >= 0; i--) {
-        const struct sum_place<D> x = sum_place_of<D>(sm, lo, i);
-        cp_async_wait<1>();
-        clean_rows<D, 64, 128, true>(x.k, p, x.half);
-        __syncthreads();
-        if (i >= 2) load(i - 2);
-        if (i == 0) load_queries<D>(sm, p, w->in, w->begin);
-        cp_async_commit();
-        if (w->feature < p->m) {
-            uint32_t features[D / 16][4];
-#pragma unroll
-            for (int kk = 0; kk < D / 16; kk++)
-                load_a<D>(features[kk], sm->w + w->feature * (D + 8), kk);
-            add_keys<D, 64>(state, features, bias, x.k, x.v, x.half, p);
-        }
-    }
-    __syncthreads();
-}
-/* The state as the look-back has it, and back. */
-template <int D>
-__device__ __forceinline__ void look_back_blocks(struct state_sums<D> *state,
-                                                 const struct hybrid *p, const struct walker *w)
-{
-    struct pure_state<D> st;
-#pragma unroll
-    for (int n = 0; n < D / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) st.s[n][e] = state->s[n][e];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        st.z[j] = state->z[2 * j];
-        st.top[j] = state->top[j];
-    }
-    look_back<D>(&st, p->pieces, w->bh, w->seg, threadIdx.x);
-#pragma unroll
-    for (int n = 0; n < D / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) state->s[n][e] = st.s[n][e];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        state->z[2 * j] = st.z[j];
-        state->top[j] = st.top[j];
-    }
 }
 #endif

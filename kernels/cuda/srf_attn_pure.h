@@ -3,7 +3,7 @@
  * are explained in srf_attn_pure.cu.
  */
 #pragma once
-#include "kernels/cuda/srf_attn_pieces.h"
+#include "kernels/cuda/srf_attn.h"
 
 #define CHUNK 64 /* tokens whose mutual weights are formed explicitly */
 
@@ -29,6 +29,11 @@ static inline __host__ __device__ int64_t pure_state_count(int64_t d, int64_t nf
 }
 
 #ifdef __CUDACC__
+/* The state of features f0 = 16 warp + lane / 4 and f0 + 8, a quad together: C of 16 x d. */
+template <int D> struct pure_state {
+    float s[D / 8][4];
+    float z[2], top[2]; /* the same in all lanes of a quad */
+};
 /* A chunk's keys as the feature owner sees them. */
 struct pure_keys {
     uint32_t kf[8][2]; /* tokens 8 j + 2 pair, + 1 of features f0, f0 + 8 */

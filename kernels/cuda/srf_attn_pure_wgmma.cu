@@ -366,16 +366,37 @@ static srf_status launch_states(struct srf_ctx *ctx, const struct walk *p,
     return srf__cuda_launched("srf_attn");
 }
 
+static srf_status states_before(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
+                                const void *v, int64_t ld, const void *w, const void *bias,
+                                const struct pure_plan *plan, float *states)
+{
+    struct walk p = walk_of(s, w, bias, plan, states);
+    struct walk_maps m;
+    SRF_TRY(srf__tile_map(&m.k, k, s->b, s->t, s->h, ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.v, v, s->b, s->t, s->h, ld, CHUNK));
+    m.q = m.k; /* not used */
+    return launch_states(ctx, &p, &m, s->b * s->h);
+}
+
 srf_status srf__pure_wgmma_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                   const struct pure_plan *plan, float *states)
 {
-    const struct srf_attn_shape *s = &a->s;
-    struct walk p = walk_of(s, a->w, a->bias, plan, states);
-    struct walk_maps m;
-    SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
-    SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
-    m.q = m.k; /* not used */
-    return launch_states(ctx, &p, &m, s->b * s->h);
+    return states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, plan, states);
+}
+
+bool srf__states_take(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    return srf__pure_wgmma_takes(ctx, s);
+}
+
+srf_status srf__states_before(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
+                              const void *v, int64_t ld, const void *w, const void *bias, int n_seg,
+                              int seg_chunks, float *states)
+{
+    struct pure_plan plan = srf__pure_plan(ctx, s, 1);
+    plan.n_seg = n_seg;
+    plan.seg_chunks = seg_chunks;
+    return states_before(ctx, s, k, v, ld, w, bias, &plan, states);
 }
 
 srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
