@@ -588,19 +588,21 @@ static const struct {
     int64_t b, position, window, m;
     bool bf16;
 } steps[] = {
-    {true, true, 0, 10, 0, 64, false},    {true, true, 0, 100000, 0, 64, false},
-    {true, true, 0, 200, 64, 64, false},  {true, true, 0, 100040, 64, 64, false},
-    {false, true, 64, 100, 0, 64, false}, {false, true, 0, 100, 0, 256, false},
-    {false, true, 0, 100, 0, 64, true},
+    {true, true, 0, 10, 0, 64, false},     {true, true, 0, 100000, 0, 64, false},
+    {true, true, 0, 200, 64, 64, false},   {true, true, 0, 100040, 64, 64, false},
+    {false, true, 64, 100, 0, 64, false},  {false, true, 0, 100, 0, 256, false},
+    {false, true, 0, 100, 0, 64, true},    {false, true, 0, 264, 32, 64, false},
+    {false, true, 0, 264, 128, 64, false},
 };
 
 static const struct {
     bool cpu, gpu;
     int64_t b, t, window;
 } prefills[] = {
-    {true, false, 4, 1024, 0},   {true, false, 4, 1024, 64}, {false, true, 16, 1024, 0},
-    {false, true, 16, 8192, 0},  {false, true, 1, 65536, 0}, {false, true, 16, 1024, 64},
-    {false, true, 16, 8192, 64},
+    {true, false, 4, 1024, 0},   {true, false, 4, 1024, 64},  {false, true, 16, 1024, 0},
+    {false, true, 16, 8192, 0},  {false, true, 1, 65536, 0},  {false, true, 16, 1024, 64},
+    {false, true, 16, 8192, 64}, {false, true, 8, 4096, 64},  {false, true, 8, 4096, 32},
+    {false, true, 8, 4096, 128}, {false, true, 8, 4096, 192},
 };
 
 static int64_t size_of(const struct srf_ctx *ctx, int64_t p)

@@ -41,7 +41,8 @@
 /* Shared memory, from a multiple of 1024. V of chunks that queries may still want (three behind the
  * sums' own), and of four ahead: two with the keys, two on their way. */
 template <bool parts> struct pure_form {
-    static constexpr int groups = 4; /* keys, sums, two of queries */
+    using small_parts = struct prefill_small;
+    static constexpr int groups = 4, key_groups = 2; /* keys, sums, two of queries */
     static constexpr int k_tiles = 4, v_tiles = 8;
     static constexpr int k = 0, v = k + k_tiles * TILE;
     static constexpr int w = v + v_tiles * TILE, q = w + 2 * TILE; /* of queries: (2), (2, 2) */
@@ -100,18 +101,11 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_
                 }
                 key_weights(kf, &keys, a, f.bias);
                 const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
-                const uint32_t kf_at =
-                    base + at::kf + (2 * to + buffer) * TILE + tile_at<CHUNK>(f0, 0) + 4 * pair;
                 wait_empty(given, number);
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        store_shared(tile_on<CHUNK>(kf_at, j) + r * 16 * CHUNK,
-                                     kf[j >> 1][2 * (j & 1) + r]);
+                publish_weights(kf, base + at::kf + (2 * to + buffer) * TILE, f0, pair);
                 st.z[0] += late[0], st.z[1] += late[2];
                 scale_tops(&st, &keys);
-                publish_tops(&st, 0, f.bias, given, buffer, f0, pair);
+                publish_tops(&st, 0, f.bias, given->top[buffer], given->z[buffer], f0, pair);
                 if (pair == 0) {
                     given->step[buffer][f0] = keys.step[0];
                     given->step[buffer][f0 + 8] = keys.step[1];
@@ -416,7 +410,7 @@ bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_pre
     uintptr_t pointers = (uintptr_t)a->q | (uintptr_t)a->k | (uintptr_t)a->v | (uintptr_t)a->w |
                          (uintptr_t)a->o | (uintptr_t)a->state;
     bool shape = s->d == D && s->m >= 2 && s->m <= 512 && s->m % 2 == 0 &&
-                 (s->window == 0 || s->window == CHUNK);
+                 (s->window % CHUNK == 0 ? s->window <= 192 : s->window == 32);
     /* rows, heads and chunks of all heads are counted in 32 bits */
     bool small = s->b * s->t <= 1 << 30 && s->b * s->h <= 1 << 20 &&
                  s->b * s->h * (div_up(s->t, CHUNK) + 1) <= INT32_MAX;

@@ -3,8 +3,8 @@
 #pragma once
 #include "kernels/cuda/srf_attn.h"
 
-/* srf_attn_prefill.cu: whether these kernels take the shape (window 0 or 64) and these leading
- * dimensions and pointers (NULL: not known yet). */
+/* srf_attn_prefill.cu: whether these kernels take the shape (windows 0, 32, 64, 128, 192), these
+ * leading dimensions and pointers (NULL: not known yet). */
 bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);
 size_t srf__prefill_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);
 srf_status srf__prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);

@@ -77,7 +77,8 @@ static __device__ __forceinline__ struct work work_of(const struct prefill &p, i
     int first = p.offsets ? p.offsets[w.seq] : w.seq * p.t;
     int rows = p.offsets ? p.offsets[w.seq + 1] - first : p.t;
     w.pos = p.window ? p.pos[w.seq] : 0;
-    if (w.pos >= 4 * CHUNK) w.pos = 2 * CHUNK + w.pos % (2 * CHUNK);
+    const int ring = 2 * p.window;
+    if (ring > 0 && w.pos >= 2 * ring) w.pos = ring + w.pos % ring;
     w.first = (int64_t)first - w.pos;
     w.stop = w.pos + rows;
     w.slot = (int64_t)(p.slots ? p.slots[w.seq] : w.seq) * p.h + w.head;
@@ -98,7 +99,7 @@ struct place {
     int64_t slot;
     int head, pos, stop; /* all as in struct work */
     int c, end;          /* this chunk, the turn's end */
-    bool before;         /* hybrid: the block before the turn's first, for its keys */
+    int before;          /* hybrid: chunks from this one on that are there for their keys only */
 };
 static __device__ __forceinline__ struct work turn_of(const struct prefill &p, int64_t item,
                                                       int64_t items, int segs, int *turn)
@@ -106,6 +107,12 @@ static __device__ __forceinline__ struct work turn_of(const struct prefill &p, i
     const uint32_t all = (uint32_t)items / (uint32_t)p.n_turns, i = (uint32_t)item % all;
     *turn = (int)((uint32_t)item / all);
     return work_of(p, i / (uint32_t)segs, (int)(i % (uint32_t)segs));
+}
+/* Hybrid: the first chunk of which queries of chunk c see keys one by one, or their state has not
+ * all. */
+static __device__ __forceinline__ int first_seen(const struct prefill &p, int c)
+{
+    return max(0, (c * CHUNK / p.window - 1) * p.window) / CHUNK;
 }
 /* The first chunk of place->item or of the block's next turn that has any; false: none is left.
  * segs: of a head. */
@@ -123,7 +130,7 @@ static __device__ __forceinline__ bool find_place(const struct prefill &p, struc
         at->c = w.begin + turn * p.turn_chunks;
         at->end = min(w.end, at->c + p.turn_chunks);
         if (at->c >= at->end) continue;
-        at->before = p.window && at->c > 0;
+        at->before = p.window ? at->c - first_seen(p, at->c) : 0;
         at->c -= at->before;
         return true;
     }
@@ -132,13 +139,14 @@ static __device__ __forceinline__ bool find_place(const struct prefill &p, struc
 static __device__ __forceinline__ bool next_place(const struct prefill &p, struct place *at,
                                                   int64_t items, int segs, int step = 1)
 {
-    at->before = false;
+    at->before = max(0, at->before - step);
     at->c += step;
     while (UNLIKELY(at->c >= at->end)) {
         const int over = at->c - at->end;
         at->item += gridDim.x;
         if (!find_place(p, at, items, segs)) return false;
         at->c += over;
+        at->before = max(0, at->before - over);
     }
     return true;
 }
@@ -446,53 +454,8 @@ static __device__ __forceinline__ void load_keys(const struct prefill_maps &m, u
         barrier_arrive(bar);
     }
 }
-/* A thread has 16-byte pieces tid % 8 of rows tid / 8 + 16 i. Zeros from row n on: no weight makes
- * a number of what is none. */
-static __device__ __forceinline__ void clear_tail(uint32_t k_tile, uint32_t v_tile, int n, int tid)
-{
-    for (int row = tid / 8; row < CHUNK && n < CHUNK; row += 16)
-        if (row >= n) {
-            const uint32_t at = tile_at<D>(row, tid % 8);
-            asm volatile("st.shared.v4.b32 [%0], {%2,%2,%2,%2};\n"
-                         "st.shared.v4.b32 [%1], {%2,%2,%2,%2};" ::"r"(k_tile + at),
-                         "r"(v_tile + at), "r"(0)
-                         : "memory");
-        }
-}
-/* half of rows of keys; infinite, weight 0, from row n on. They are clamped in place. */
-static __device__ __forceinline__ void own_norms(uint32_t k_tile, float *half,
-                                                 const struct prefill &p, int n, int tid)
-{
-    const int row = tid / 8, piece = tid % 8;
-    const uint32_t first = k_tile + tile_at<D>(row, piece);
-    const float most = SRF__X_LIMIT / p.scale;
-#pragma unroll
-    for (int i = 0; i < CHUNK / 16; i++) {
-        const uint32_t addr = first + i * 16 * D * 2;
-        uint32_t x[4];
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(addr)
-                     : "memory");
-        float sum = sum_squares(x[0]) + sum_squares(x[1]) + sum_squares(x[2]) + sum_squares(x[3]);
-        if (sum > most * most) {
-            sum = 0;
-            for (int j = 0; j < 4; j++) {
-                x[j] = clamp_bf16(x[j], p.limit);
-                store_shared(addr + 4 * j, x[j]);
-                sum += sum_squares(x[j]);
-            }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int o = 1; o < 8; o <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-        sum *= 0.5f * SRF__LOG2E * p.scale * p.scale;
-        if (sum > SRF__HALF_LIMIT) sum = SRF__HALF_LIMIT;
-        if (piece == 0) half[row + 16 * i] = row + 16 * i < n ? sum : INFINITY;
-    }
-}
-
-/* clear_tail for a warp's 16 rows, which it may then read. */
+/* Zeros in those of a warp's 16 rows that are row n of the chunk or behind it: no weight makes a
+ * number of what is none. The warp may then read them. */
 static __device__ __forceinline__ void clear_rows(uint32_t k_tile, uint32_t v_tile, int n, int warp,
                                                   int lane)
 {
@@ -506,8 +469,9 @@ static __device__ __forceinline__ void clear_rows(uint32_t k_tile, uint32_t v_ti
         }
     __syncwarp();
 }
-/* own_norms for a warp's 16 rows, |k|^2 being the diagonal of K K^T: true where it wrote to the tile.
- * The registers of A are those of B for the same rows. */
+/* half of a warp's 16 rows of keys, |k|^2 being the diagonal of K K^T; infinite, weight 0, from row
+ * n on. They are clamped in place: true where it wrote to the tile. The registers of A are those of
+ * B for the same rows. */
 static __device__ __forceinline__ bool
 diagonal_norms(uint32_t k_tile, float *half, const struct prefill &p, int n, int warp, int lane)
 {
@@ -643,19 +607,18 @@ static __device__ __forceinline__ void scale_tops(struct pure_state<D> *st,
         st->top[k] = keys->top[k];
     }
 }
-/* z, and bias + M - less, in buffer i for the queries. */
+/* bias + M - less, and z as a sum of two, for the queries. */
 static __device__ __forceinline__ void publish_tops(const struct pure_state<D> *st, float less,
-                                                    const float bias[2],
-                                                    struct prefill_given *given, int i, int f0,
-                                                    int pair)
+                                                    const float bias[2], float *tops,
+                                                    bf16 z_of[2][64], int f0, int pair)
 {
 #pragma unroll
     for (int k = 0; k < 2 && pair == 0; k++) {
         const float z = st->z[k];
         const bf16 most = __float2bfloat16_rn(z);
-        given->top[i][f0 + 8 * k] = bias[k] + st->top[k] - less;
-        given->z[i][0][f0 + 8 * k] = most;
-        given->z[i][1][f0 + 8 * k] = __float2bfloat16_rn(z - __bfloat162float(most));
+        tops[f0 + 8 * k] = bias[k] + st->top[k] - less;
+        z_of[0][f0 + 8 * k] = most;
+        z_of[1][f0 + 8 * k] = __float2bfloat16_rn(z - __bfloat162float(most));
     }
 }
 /* z with the weights of these keys, where pair is 0. */
@@ -668,7 +631,18 @@ static __device__ __forceinline__ void add_tops(struct pure_state<D> *st, const 
     st->z[1] += sum[2];
 }
 
-/* S in bf16, for the queries. */
+/* Weights of keys, for the queries. */
+static __device__ __forceinline__ void publish_weights(const uint32_t kf[4][4], uint32_t kf_tile,
+                                                       int f0, int pair)
+{
+    const uint32_t to = kf_tile + tile_at<CHUNK>(f0, 0) + 4 * pair;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            store_shared(tile_on<CHUNK>(to, j) + r * 16 * CHUNK, kf[j >> 1][2 * (j & 1) + r]);
+}
+/* S in bf16, for them. */
 static __device__ __forceinline__ void publish_sums(const struct pure_state<D> *st, uint32_t s_tile,
                                                     int f0, int pair)
 {
@@ -799,14 +773,14 @@ give_rows(const struct prefill &p, int64_t first, int head, float (&num)[D / 8][
 /* form: the layout of its shared memory, its warpgroups and their roles. totals: the sums of each
  * segment's own keys, without queries. */
 template <class form, bool totals>
-static __global__ BOUNDS(GROUP *(totals ? form::groups - 2 : form::groups),
+static __global__ BOUNDS(GROUP *(totals ? form::key_groups : form::groups),
                          1) void prefill_kernel(const __grid_constant__ struct prefill p,
                                                 const __grid_constant__ struct prefill_maps m)
 {
 #if HAVE_WGMMA
     extern __shared__ char raw[];
     const uint32_t skip = -smem_addr(raw) & 1023u, base = smem_addr(raw) + skip;
-    struct prefill_small *sm = (struct prefill_small *)(raw + skip + form::small);
+    auto *sm = (typename form::small_parts *)(raw + skip + form::small);
     const int64_t items = p.heads * (p.n_seg - totals) * p.n_turns; /* of all blocks */
     form::template run<totals>(p, m, items, base, sm, threadIdx.x / GROUP);
 #endif
@@ -817,8 +791,8 @@ static srf_status prefill_launch(struct srf_ctx *ctx, const struct prefill *p,
                                  const struct prefill_maps *m)
 {
     /* And what a base that is no multiple of 1024 wants. */
-    constexpr int bytes = form::small + 1024 + (int)sizeof(struct prefill_small);
-    constexpr int threads = GROUP * (totals ? form::groups - 2 : form::groups);
+    constexpr int bytes = form::small + 1024 + (int)sizeof(typename form::small_parts);
+    constexpr int threads = GROUP * (totals ? form::key_groups : form::groups);
     int64_t items = p->heads * (p->n_seg - totals) * p->n_turns, n_sm = cuda_of(ctx)->n_sm;
     int64_t blocks = items < n_sm ? items : n_sm;
     auto kernel = prefill_kernel<form, totals>;

@@ -1,50 +1,82 @@
-/* Prefill of the window hybrid with blocks of 64 tokens: see srf_attn_prefill.cu, and for the forms
- * srf_attn_hybrid.cu. Chunks are the blocks: the queries of block c see blocks c - 1 and c exactly,
- * older ones through the state. Keys and sums are one warpgroup here: it gives out the state of the
- * blocks up to c - 2 with the tiles of block c, and then takes block c - 1 in if block c is
- * complete, as the recurrent form does. Denominators have exact terms: no block has to be cut.
+/* Prefill of the window hybrid, windows of 32, 64, 128, 192: see srf_attn_prefill.cu, and for the
+ * forms srf_attn_hybrid.cu. Chunks of 64 tokens go to two warpgroups of queries in turns; keys and
+ * sums are one warpgroup, which gives out the state that a chunk's queries see.
  *
- * The exact terms go with the first 64 features. Rows of positions before the call come from the
- * ring; the last 128 rows go there in the end.
+ *     window 64   chunks are blocks: the queries of chunk c see chunks c - 1 and c exactly, older
+ *                 ones through the state. Then the state takes chunk c - 1 in if chunk c is
+ *                 complete, as the recurrent form does.
+ *     window 128  two chunks a block (192: three): exact are chunk c and the two or three before
+ *                 it; at the end of a complete block the state takes in the two chunks of the block
+ *                 before.
+ *     window 32   two blocks a chunk, which would want two states. Both take the state of chunks up
+ *                 to c - 2. Of chunk c - 1 the first block sees the first half, the second block
+ *                 all of it, through features: qf kf^T, as the pure form's chunks see themselves.
+ *                 M counts that chunk: all its keys are older than the queries, and one that makes
+ *                 others' weights vanish is seen exactly, or vanishes nowhere.
+ *
+ * Denominators have exact terms: no chunk has to be cut. The exact terms go with the first 64
+ * features. Rows of positions before the call come from the ring; the last 2 window rows go there
+ * in the end.
  *
  * Floor: as the pure form's.
  */
 #include "kernels/cuda/srf_attn_prefill_parts.h"
 
-/* Shared memory, from a multiple of 1024. Tiles of blocks that queries may still want, the one
- * before each of them, the keys' own, and two that are on their way. */
-struct window_form {
-    static constexpr int groups = 3; /* keys, two of queries */
-    static constexpr int tiles = 8;
-    static constexpr int k = 0, v = k + tiles * TILE;
-    static constexpr int w = v + tiles * TILE, q = w + 2 * TILE; /* of queries: (2), (2, 2) */
-    static constexpr int s = q + 4 * TILE;                       /* to queries: (2, 2) */
-    static constexpr int small = s + 4 * TILE;
+/* Behind the tiles. What is given out for chunk i is in slot i % slots, all chunks of a block's way
+ * counted, also those that are there for their keys only. */
+template <int slots> struct window_small {
+    float half[8][64];     /* log2(e) |y|^2 / 2 of the keys of chunks i % 8 */
+    float top[slots][64];  /* bias + M */
+    bf16 z[slots][2][64];  /* z as a sum of two */
+    uint64_t loads[4];     /* keys and values of chunk i % 4 have come */
+    uint64_t keys[8];      /* they, and norms, are as they are used */
+    uint64_t full[slots];  /* all is there for the queries */
+    uint64_t empty[slots]; /* they need it no more */
+};
 
+/* Shared memory, from a multiple of 1024. `back` chunks before its own may be wanted for a chunk.
+ * The keys are at most `slots` chunks ahead of the queries, and have two more on their way. */
+template <int window_, int slots_> struct window_form {
+    static constexpr int window = window_, slots = slots_;
+    static constexpr int n_queries = 2, groups = 1 + n_queries, key_groups = 1;
+    static constexpr int of_block = window > CHUNK ? window / CHUNK : 1; /* chunks */
+    static constexpr int back = 2 * of_block - 1;
+    static constexpr int tiles = slots + back + 3;
+    static constexpr int k = 0, v = k + tiles * TILE;
+    static constexpr int w = v + tiles * TILE, q = w + n_queries * TILE;  /* of queries */
+    static constexpr int s = q + n_queries * TILE, kf = s + slots * TILE; /* to queries */
+    static constexpr int small = kf + (window < CHUNK ? slots * TILE : 0);
+    using small_parts = struct window_small<slots>;
+
+    /* A chunk's queries see something through features. */
+    static __device__ __forceinline__ bool far(int c)
+    {
+        return window < CHUNK ? c > 0 : c >= 2 * of_block;
+    }
     template <bool totals>
     static __device__ void run(const struct prefill &p, const struct prefill_maps &m, int64_t items,
-                               uint32_t base, struct prefill_small *sm, int group);
+                               uint32_t base, small_parts *sm, int group);
 };
-#define RING (2 * CHUNK)
 
 /* 8 values, from column 8 piece on, of a row of the ring of keys (part 0) or values (1). */
 static __device__ __forceinline__ char *ring_piece(const struct prefill &p, int64_t slot, int part,
                                                    int row, int piece)
 {
     char *ring = (char *)(state_z(p, slot, 0) + 2 * p.m);
-    return ring + ((part * RING + row) * D + 8 * piece) * (p.state_bf16 ? 2 : 4);
+    return ring + ((part * 2 * p.window + row) * D + 8 * piece) * (p.state_bf16 ? 2 : 4);
 }
 
 /* The last tokens' k, v as they are into the ring; thread tid of n. */
 static __device__ __forceinline__ void write_ring(const struct prefill &p, const struct work &w,
                                                   int tid, int n)
 {
-    const int from = max(w.pos, w.stop - RING);
+    const int ring = 2 * p.window;
+    const int from = max(w.pos, w.stop - ring);
     for (int i = tid; i < (w.stop - from) * 16; i += n) {
         const int piece = i % 8, part = i / 8 % 2, at = from + i / 16;
         const bf16 *rows = part ? p.v : p.k;
         const uint4 x = *(const uint4 *)(rows + (w.first + at) * p.ld + w.head * D + 8 * piece);
-        char *to = ring_piece(p, w.slot, part, at % RING, piece);
+        char *to = ring_piece(p, w.slot, part, at % ring, piece);
         if (p.state_bf16) {
             *(uint4 *)to = x;
         } else {
@@ -76,7 +108,7 @@ static __device__ __forceinline__ void load_older(const struct prefill &p, uint3
         const uint32_t to = (part ? v_tile : k_tile) + tile_at<D>(r, piece);
         uint4 x = make_uint4(0, 0, 0, 0);
         if (t < at.pos)
-            x = read_ring(p, ring_piece(p, at.slot, part, t % RING, piece));
+            x = read_ring(p, ring_piece(p, at.slot, part, t % (2 * p.window), piece));
         else if (t < at.stop)
             x = *(const uint4 *)((part ? p.v : p.k) + (at.row + t) * p.ld + at.head * D +
                                  8 * piece);
@@ -88,103 +120,123 @@ static __device__ __forceinline__ void load_older(const struct prefill &p, uint3
 }
 
 /* The warpgroup of keys, and of sums. */
-template <bool totals>
+template <class form, bool totals>
 static __device__ __forceinline__ void keys_role(const struct prefill &p,
                                                  const struct prefill_maps &m, int64_t items,
-                                                 uint32_t base, struct prefill_small *sm)
+                                                 uint32_t base, typename form::small_parts *sm)
 {
-    using at = window_form;
+    constexpr int W = form::window;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
     const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
     const float to_log2 = SRF__LOG2E * p.scale, log2_m = log2f((float)p.m);
     struct place now = {}, ahead;
     now.item = blockIdx.x;
-    if (!find_place(p, &now, items, segs)) return;
+    bool any = find_place(p, &now, items, segs), more = any;
     ahead = now;
-    bool more = true;
-    int loads = 0;
+    int i = 0, loads = 0; /* chunks before this one */
+    auto k_of = [&](int chunk) { return base + form::k + chunk % form::tiles * TILE; };
+    auto v_of = [&](int chunk) { return base + form::v + chunk % form::tiles * TILE; };
     auto load_next = [&] {
         if (!more) return;
-        const uint32_t k_tile = base + at::k + loads % at::tiles * TILE;
-        const uint32_t v_tile = base + at::v + loads % at::tiles * TILE;
-        if (ahead.c * CHUNK >= ahead.pos)
-            load_keys(m, k_tile, v_tile, ahead, &sm->loads[loads & 3], tid);
+        if (UNLIKELY(ahead.c * CHUNK < ahead.pos))
+            load_older(p, k_of(loads), v_of(loads), ahead, &sm->loads[loads & 3], tid);
         else
-            load_older(p, k_tile, v_tile, ahead, &sm->loads[loads & 3], tid);
+            load_keys(m, k_of(loads), v_of(loads), ahead, &sm->loads[loads & 3], tid);
         more = next_place(p, &ahead, items, segs);
         loads++;
     };
-    /* Block number `block`, where `now` is, has come. */
-    auto start = [&](int block) {
-        const uint32_t k_tile = base + at::k + block % at::tiles * TILE;
+    /* Chunk number `chunk`, where `now` is, becomes what all use; then what else is given out. */
+    auto prepare = [&](int chunk) {
         const int n = now.stop - now.c * CHUNK;
-        barrier_wait(smem_addr(&sm->loads[block & 3]), block >> 2 & 1);
-        clear_tail(k_tile, base + at::v + block % at::tiles * TILE, n, tid);
-        own_norms(k_tile, sm->half[block & 3], p, n, tid);
-        async_fence();
-        group_barrier(1);
+        barrier_wait(smem_addr(&sm->loads[chunk & 3]), chunk >> 2 & 1);
+        if (UNLIKELY(n < CHUNK)) clear_rows(k_of(chunk), v_of(chunk), n, warp, lane);
+        diagonal_norms(k_of(chunk), sm->half[chunk & 7], p, n, warp, lane);
+    };
+    auto give_keys = [&](int chunk) {
+        if (!totals) barrier_arrive(smem_addr(&sm->keys[chunk & 7]));
         load_next();
     };
-    struct key_features f;
-    struct pure_state<D> st;
-    int i = 0, item[2] = {0, 0}; /* blocks before this one; of what has been given out */
-    load_next();
-    load_next();
+#pragma unroll 1
+    for (int k = 0; k < 2; k++) load_next();
+    if (any) {
+        prepare(0);
+        async_fence();
+        group_barrier(1);
+        give_keys(0);
+    }
 
-    for (bool any = true; any;) {
+    while (any) {
         const int64_t own = now.item;
         const int end = now.end;
         int turn;
         const struct work w = turn_of(p, own, items, segs, &turn);
+        struct key_features f;
+        struct pure_state<D> st;
         read_features(&f, p, w, f0, pair);
         begin_turn<TOPS | SUMS, totals>(&st, p, w, turn, 1, f0, tid, 1);
-        start(i);
-        if (now.before) {
-            /* Queries of this number there are none: what they had last must be done, or they
-             * would be more than four blocks behind. */
-            if (!totals) wait_empty(&sm->given[i & 1], (i & 1 ? item[1] : item[0]) + 1);
-            i++;
-            next_place(p, &now, items, segs);
-            start(i);
-        }
-        bool same = true;
-        auto go_on = [&] {
+        for (bool same = true; same; i++) {
+            /* -1: for its keys only */
+            const int c = now.before > 0 ? -1 : now.c, left = now.stop - now.c * CHUNK;
+            const int pos = now.pos, slot = i % form::slots;
             any = next_place(p, &now, items, segs);
             same = any && now.item == own;
-            if (same) start(i + 1);
-        };
-        for (; same; i++) {
-            const int c = now.c, to = i & 1;
-            const bool full = c > 0 && (c + 1) * CHUNK <= now.stop;
-            const int tile = (i - 1) % at::tiles * TILE; /* of the block before */
-            float a[32];
-            if (!totals) {
-                const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
-                struct prefill_given *given = &sm->given[to];
-                wait_empty(given, number);
-                publish_tops(&st, log2_m, f.bias, given, buffer, f0, pair);
-                publish_sums(&st, base + at::s + (2 * to + buffer) * TILE, f0, pair);
+            if (any) prepare(i + 1);
+            /* The state takes in the keys of chunks i - j. Window 32: with what is given out; at
+             * the sequence's end, and a block's, half of the last chunk as well. */
+            int j = 1, to = 1;
+            if (W < CHUNK)
+                to = c < 0 || left != CHUNK;
+            else if (c < form::back || (c + 1) % form::of_block != 0 || left < CHUNK)
+                to = 2;
+            else
+                j = form::back, to = form::of_block;
+            auto give = [&](const uint32_t kf[4][4]) {
+                if (!totals) {
+                    if (i >= form::slots)
+                        barrier_wait(smem_addr(&sm->empty[slot]), (i / form::slots & 1) ^ 1);
+                    if (form::far(c)) {
+                        publish_tops(&st, log2_m, f.bias, sm->top[slot], sm->z[slot], f0, pair);
+                        publish_sums(&st, base + form::s + slot * TILE, f0, pair);
+                        if (W < CHUNK) publish_weights(kf, base + form::kf + slot * TILE, f0, pair);
+                    }
+                }
                 async_fence();
-                arrive(given->full, number);
-            }
-            if (full) {
-                struct pure_keys keys;
+                group_barrier(1);
+                if (!totals) barrier_arrive(smem_addr(&sm->full[slot]));
+                if (any) give_keys(i + 1);
+            };
+            if (W >= CHUNK) give(NULL);
+            for (; j >= to; j--) {
+                const bool keys_there = W >= CHUNK || j == 0 || c > 0;
                 uint32_t kf[4][4];
-                products(a, f.w, base + at::k + tile);
-                key_exponents(a, sm->half[(i - 1) & 3], to_log2);
-                key_tops(&keys, &st, a, f.bias, 0, pair);
-                key_weights(kf, &keys, a, f.bias);
-                scale_sums(&st, keys.step);
+                if (keys_there) {
+                    struct pure_keys keys;
+                    float a[32];
+                    products(a, f.w, k_of(i - j));
+                    key_exponents(a, sm->half[(i - j) & 7], to_log2);
+                    if (W < CHUNK && UNLIKELY(j == 0 || left < W || c <= pos / CHUNK)) {
+                        /* What the caller's state has; what comes later sees one by one. */
+                        const int hi = j == 0 || left < W ? W : CHUNK;
+                        const int lo = j == 0 || c > pos / CHUNK ? 0 : pos % CHUNK < W ? W : CHUNK;
+#pragma unroll
+                        for (int e = 0; e < 32; e++) {
+                            const int token = e / 4 * 8 + 2 * pair + (e & 1);
+                            if (token < lo || token >= hi) a[e] = -INFINITY;
+                        }
+                    }
+                    key_tops(&keys, &st, a, f.bias, 0, pair);
+                    key_weights(kf, &keys, a, f.bias);
+                    scale_sums(&st, keys.step);
+                    scale_tops(&st, &keys);
+                }
+                if (W < CHUNK && j == 1) give(kf);
+                if (!keys_there) continue;
                 warpgroup_fence();
-                wgmma_mix(&st.s[0][0], kf, base + at::v + tile, true);
+                mix(&st.s[0][0], kf, v_of(i - j), true);
                 warpgroup_commit();
-                scale_tops(&st, &keys);
                 add_tops(&st, kf, lane);
-                go_on();
                 warpgroup_wait<0>();
                 wgmma_hold(&st.s[0][0]);
-            } else {
-                go_on();
             }
         }
         end_turn<TOPS | SUMS, totals>(&st, p, w, end == w.end, f0, tid, 1);
@@ -194,104 +246,201 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
     }
 }
 
-/* A tile of weights 2^(a - most) for the rows of a warp, num and den brought to the new maxima. */
-static __device__ __forceinline__ void
-row_weights(uint32_t weight[4][4], float a[32], float most[2], float (&num)[D / 8][4], float den[4])
+/* What a warp's rows have so far: numerators; denominators, of rows g, g + 8 in 0, 2, shares of a
+ * sum over the quad; both in the scale 2^-most. */
+struct row_sums {
+    float num[D / 8][4], den[4], most[2];
+};
+
+/* Weights 2^(a - most) of n tiles, of the last one's columns from 8 `from` on; sums brought to the
+ * new maxima. first: there is nothing to bring. */
+template <bool first, int n, int from>
+static __device__ __forceinline__ void row_weights(uint32_t weight[n][4][4], const float a[n][32],
+                                                   struct row_sums *r)
 {
     float step[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float next = most[i];
+        float most = first ? a[0][2 * i] : r->most[i];
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-            next = fmaxf(next, fmaxf(a[4 * j + 2 * i], a[4 * j + 2 * i + 1]));
-        next = quad_max(next);
-        step[i] = exp2_fast(most[i] - next);
-        most[i] = next;
-        den[2 * i] *= step[i];
-        den[2 * i + 1] *= step[i];
+        for (int t = 0; t < n; t++)
+#pragma unroll
+            for (int j = t < n - 1 ? 0 : from; j < 8; j++)
+                most = fmaxf(most, fmaxf(a[t][4 * j + 2 * i], a[t][4 * j + 2 * i + 1]));
+        most = quad_max(most);
+        step[i] = first ? 1.0f : exp2_fast(r->most[i] - most);
+        r->most[i] = most;
+        r->den[2 * i] *= step[i];
     }
-    if (__any_sync(0xffffffffu, step[0] != 1.0f || step[1] != 1.0f))
-        scale_rows(num, step[0], step[1]);
+    if (!first && __any_sync(0xffffffffu, step[0] != 1.0f || step[1] != 1.0f))
+        scale_rows(r->num, step[0], step[1]);
 #pragma unroll
-    for (int j = 0; j < 8; j++)
+    for (int t = 0; t < n; t++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            weight[j >> 1][(j & 1) * 2 + i] = pack_bf16(exp2_fast(a[4 * j + 2 * i] - most[i]),
-                                                        exp2_fast(a[4 * j + 2 * i + 1] - most[i]));
+        for (int j = t < n - 1 ? 0 : from; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                weight[t][j >> 1][(j & 1) * 2 + i] =
+                    pack_bf16(exp2_fast(a[t][4 * j + 2 * i] - r->most[i]),
+                              exp2_fast(a[t][4 * j + 2 * i + 1] - r->most[i]));
 }
 
-/* num += weight tile */
-static __device__ __forceinline__ void mix(float (&num)[D / 8][4], const uint32_t weight[4][4],
-                                           uint32_t tile)
+/* a = x tile^T, on its own. */
+static __device__ __forceinline__ void scores(float a[32], const uint32_t x[4][4], uint32_t tile)
 {
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) wgmma_64<false>(a, x[kk], tile_on_by(tile, 2 * kk), kk > 0);
+}
+
+/* n tiles of keys, seen one by one: of the first call, the chunk's own, causally, and the one
+ * before; of the last tile only rows from 16 `from` on, by the first half of the queries. last: far
+ * = x W^T as well, meanwhile. */
+template <bool first, int n, int from, bool last>
+static __device__ __forceinline__ void
+exact_tiles(struct row_sums *r, float far[32], const uint32_t x[4][4], const uint32_t k[2],
+            const uint32_t v[2], uint32_t w_tile, float exact)
+{
+    const int lane = threadIdx.x & 31, row = (threadIdx.x & (GROUP - 1)) / 32 * 16 + (lane >> 2);
+    const int before = row - 2 * (lane & 3);
+    const uint32_t ones = lane < 4 ? 0x3f803f80u : 0;
+    float a[n][32];
+    uint32_t weight[n][4][4];
     warpgroup_fence();
-    wgmma_mix(&num[0][0], weight, tile, true);
+#pragma unroll
+    for (int t = 0; t < n; t++) scores(a[t], x, k[t]);
     warpgroup_commit();
     warpgroup_wait<0>();
-    wgmma_hold(&num[0][0]);
+#pragma unroll
+    for (int t = 0; t < n; t++) {
+        wgmma_hold(a[t]);
+#pragma unroll
+        for (int j = t < n - 1 ? 0 : 2 * from; j < 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float *at = &a[t][4 * j + e];
+                /* not in one step with a difference: that of huge ones may be anything */
+                *at *= exact;
+                if (first && t == 0 && 8 * j + (e & 1) - 8 * (e >> 1) > before) *at = -INFINITY;
+                if (from > 0 && t == n - 1 && row >= CHUNK / 2) *at = -INFINITY;
+            }
+    }
+    row_weights<first, n, 2 * from>(weight, a, r);
+    warpgroup_fence();
+#pragma unroll
+    for (int t = 0; t < n; t++)
+#pragma unroll
+        for (int kk = t < n - 1 ? 0 : from; kk < 4; kk++)
+            wgmma_64<true>(&r->num[0][0], weight[t][kk], tile_on_by(v[t], 128 * kk),
+                           !first || t > 0 || kk > 0);
+    if (last) scores(far, x, w_tile);
+    warpgroup_commit();
+#pragma unroll
+    for (int t = 0; t < n; t++)
+#pragma unroll
+        for (int kk = t < n - 1 ? 0 : from; kk < 4; kk++)
+            mma_bf16(r->den, weight[t][kk], ones, ones);
+    warpgroup_wait<0>();
+    wgmma_hold(&r->num[0][0]);
+    if (last) wgmma_hold(far);
 }
 
-/* One of two warpgroups of queries, for every other block. */
+/* One of two warpgroups of queries, for every other chunk. */
+template <class form>
 static __device__ __forceinline__ void queries_role(const struct prefill &p, int64_t items,
-                                                    uint32_t base, struct prefill_small *sm,
+                                                    uint32_t base, typename form::small_parts *sm,
                                                     int group)
 {
-    using at = window_form;
+    constexpr int W = form::window, slots = form::slots, tiles = form::tiles;
+    constexpr int from = W < CHUNK ? 2 : 0; /* of the chunk before, see exact_tiles */
     const int tid = threadIdx.x & (GROUP - 1), lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int row = 16 * warp + (lane >> 2), id = 2 + group;
+    const int id = 2 + group;
     const float to_log2 = SRF__LOG2E * p.scale, exact = to_log2 * p.scale;
-    const uint32_t w_tile = base + at::w + group * TILE;
-    struct prefill_given *given = &sm->given[group];
-    /* The next block for this warpgroup; n counts them all, as the keys do. */
-    auto next = [&](struct place *x, int *n) {
-        bool any;
+    const uint32_t w_tile = base + form::w + group * TILE, q_tile = base + form::q + group * TILE;
+    /* Where the next chunk for this warpgroup is, and its number, as the keys count. */
+    struct place next = {};
+    next.item = blockIdx.x;
+    int number = 0, done = group;
+    bool any = find_place(p, &next, items, p.n_seg);
+    /* On by so many chunks, and on to one of its own; a warp loads its rows of it, having done
+     * with the last ones. */
+    auto load_next = [&](int step) {
         do {
-            any = next_place(p, x, items, p.n_seg);
-            ++*n;
-        } while (any && (x->before || (*n & 1) != group));
-        return any;
-    };
-    struct place now = {}, ahead;
-    now.item = blockIdx.x;
-    int number = 0, number_ahead, loads = 0;
-    bool any = find_place(p, &now, items, p.n_seg);
-    if (any && (now.before || group)) any = next(&now, &number);
-    ahead = now, number_ahead = number;
-    bool more = any;
-    auto load_next = [&] {
-        if (!more) return;
-        const bf16 *src = p.q + (ahead.row + ahead.c * CHUNK) * p.ld + ahead.head * D + tid % 8 * 8;
-        const uint32_t tile = base + at::q + (2 * group + (loads++ & 1)) * TILE;
+            any = any && next_place(p, &next, items, p.n_seg, step);
+            number += step;
+            step = 2;
+        } while (any && next.before > 0);
+        if (!any) return;
+        const int first = 16 * warp + lane / 8, t0 = next.c * CHUNK + first;
+        const bf16 *src = p.q + (next.row + t0) * p.ld + next.head * D + lane % 8 * 8;
 #pragma unroll
-        for (int r = tid / 8; r < CHUNK; r += 16) {
-            const int t = ahead.c * CHUNK + r;
-            const bool there = t >= ahead.pos && t < ahead.stop;
-            cp_async_16(tile + tile_at<D>(r, tid % 8), there ? src + r * p.ld : p.q, there);
+        for (int i = 0; i < 4; i++, src += 4 * p.ld) {
+            const int t = t0 + 4 * i;
+            const bool there = t >= next.pos && t < next.stop;
+            cp_async_16(q_tile + tile_at<D>(first + 4 * i, lane % 8), there ? src : p.q, there);
         }
         cp_async_commit();
-        more = next(&ahead, &number_ahead);
     };
-    load_next();
-    int64_t features = -1;
-    for (int item = 0; any; item++, any = next(&now, &number)) {
-        const int c = now.c;
-        const uint32_t q_tile = base + at::q + (2 * group + (item & 1)) * TILE;
-        if (features_of(p, now.head) != features) {
-            features = features_of(p, now.head);
+    load_next(group);
+    int features = -1;
+    for (;; done += 2) {
+        /* Chunks that are there for their keys. */
+        for (; UNLIKELY(done < number); done += 2) {
+            barrier_wait(smem_addr(&sm->full[done % slots]), done / slots & 1);
+            barrier_arrive(smem_addr(&sm->empty[done % slots]));
+        }
+        if (!any) break;
+        const int c = next.c, head = next.head, slot = done % slots;
+        const int lo = max(0, next.pos - c * CHUNK), hi = min(CHUNK, next.stop - c * CHUNK);
+        const int rows = (int)next.row + c * CHUNK;
+        if (UNLIKELY((int)features_of(p, head) != features)) {
+            features = (int)features_of(p, head);
             group_barrier(id); /* all are done with the old ones */
-            load_tile<D, GROUP>(w_tile, p.w + features * D, D, 64, p.count, tid);
+            load_tile<D, GROUP>(w_tile, p.w + (int64_t)features * D, D, 64, p.count, tid);
             cp_async_commit();
             cp_async_wait<0>();
             async_fence();
+            group_barrier(id);
         }
+        uint32_t x[4][4];
+        float a[32];
+        struct row_sums r = {};
+        r.most[0] = r.most[1] = -INFINITY;
         cp_async_wait<0>();
-        group_barrier(id);
-        load_next();
-        uint32_t x[4][4], weight[4][4];
-        float a[32], num[D / 8][4], den[4] = {0, 0, 0, 0}, half[2] = {0, 0};
-        float most[2] = {-INFINITY, -INFINITY};
+        __syncwarp();
         query_rows(x, q_tile, p.limit, warp, lane);
+        __syncwarp();
+        load_next(2);
+        barrier_wait(smem_addr(&sm->keys[done & 7]), done >> 3 & 1);
+        /* Tiles of chunks c - back, and before. */
+        uint32_t k[2], v[2];
+        auto of_tiles = [&](int back) {
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                const int tile = (done + tiles - back - t) % tiles * TILE;
+                k[t] = base + form::k + tile;
+                v[t] = base + form::v + tile;
+            }
+        };
+        of_tiles(0);
+        if (UNLIKELY(p.first > 0)) {
+            products(a, x, w_tile);
+        } else if (UNLIKELY(c == 0)) {
+            exact_tiles<true, 1, 0, true>(&r, a, x, k, v, w_tile, exact);
+        } else if (form::back == 1) {
+            exact_tiles<true, 2, from, true>(&r, a, x, k, v, w_tile, exact);
+        } else {
+            const int before = min(c, c % form::of_block + form::of_block);
+            exact_tiles<true, 2, 0, false>(&r, a, x, k, v, w_tile, exact);
+#pragma unroll 1
+            for (int t = 2; t <= form::back; t++) {
+                if (t > before) break;
+                of_tiles(t);
+                exact_tiles<false, 1, 0, false>(&r, a, x, k, v, w_tile, exact);
+            }
+            products(a, x, w_tile);
+        }
+        float half[2] = {0, 0};
+        uint32_t weight[4][4];
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
 #pragma unroll
@@ -301,55 +450,80 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
             half[i] = 0.5f * exact * quad_sum(half[i]);
             if (half[i] > SRF__HALF_LIMIT) half[i] = SRF__HALF_LIMIT;
         }
-        clear(num);
-        wait_for(given->full, item);
-        for (int b = c; b >= max(c - 1, 0) && p.first == 0; b--) {
-            const int tile = (number - c + b) % at::tiles * TILE;
-            products(a, x, base + at::k + tile);
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    a[4 * j + e] *= exact;
-                    if (b == c && 8 * j + 2 * pair + (e & 1) > row + 8 * (e >> 1))
-                        a[4 * j + e] = -INFINITY;
-                }
-            row_weights(weight, a, most, num, den);
-            add_ones(den, weight, lane);
-            mix(num, weight, base + at::v + tile);
-        }
-        if (c > 1) {
-            products(a, x, w_tile);
+        barrier_wait(smem_addr(&sm->full[slot]), done / slots & 1);
+        const uint32_t s_tile = base + form::s + slot * TILE;
+        if (!UNLIKELY(!form::far(c))) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                float2 shift = *(const float2 *)(given->top[item & 1] + 8 * j + 2 * pair);
+                float2 shift = *(const float2 *)(sm->top[slot] + 8 * j + 2 * pair);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     a[4 * j + e] =
                         fmaf(a[4 * j + e], to_log2, (e & 1 ? shift.y : shift.x) - half[e >> 1]);
             }
-            row_weights(weight, a, most, num, den);
-            add_z(den, weight, given->z[item & 1], lane);
-            mix(num, weight, base + at::s + (2 * group + (item & 1)) * TILE);
+            row_weights<false, 1, 0>(&weight, &a, &r);
+            warpgroup_fence();
+            if (W < CHUNK) {
+                mix(a, weight, base + form::kf + slot * TILE, false);
+                warpgroup_commit();
+            }
+            mix(&r.num[0][0], weight, s_tile, true);
+            warpgroup_commit();
+            add_z(r.den, weight, sm->z[slot], lane);
+            if (W < CHUNK) {
+                /* Chunk c - 1 but for what was seen exactly. */
+                uint32_t seen[4][4];
+                warpgroup_wait<1>();
+                wgmma_hold(a);
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        seen[j >> 1][(j & 1) * 2 + i] =
+                            j >= 4 && warp < 2 ? 0
+                                               : pack_bf16(a[4 * j + 2 * i], a[4 * j + 2 * i + 1]);
+                warpgroup_wait<0>();
+                wgmma_hold(&r.num[0][0]);
+                warpgroup_fence();
+                mix(&r.num[0][0], seen, v[1], true);
+                warpgroup_commit();
+                add_ones(r.den, seen, lane);
+            }
+            warpgroup_wait<0>();
+            wgmma_hold(&r.num[0][0]);
         }
-        arrive(given->empty, item);
-        give_rows(p, now.row + c * CHUNK, now.head, num, den, most, q_tile, warp,
-                  max(0, now.pos - c * CHUNK), min(CHUNK, now.stop - c * CHUNK), lane);
+        /* Rows go out through the tile of S, which all are done with. */
+        group_barrier(id);
+        if (UNLIKELY(p.num != NULL))
+            give_rows<true>(p, rows, head, r.num, r.den, r.most, s_tile, warp, lo, hi, lane);
+        else
+            give_rows<false>(p, rows, head, r.num, r.den, r.most, s_tile, warp, lo, hi, lane);
+        barrier_arrive(smem_addr(&sm->empty[slot]));
     }
 }
 
+template <int window_, int slots_>
 template <bool totals>
-__device__ __forceinline__ void window_form::run(const struct prefill &p,
-                                                 const struct prefill_maps &m, int64_t items,
-                                                 uint32_t base, struct prefill_small *sm, int group)
+__device__ __forceinline__ void
+window_form<window_, slots_>::run(const struct prefill &p, const struct prefill_maps &m,
+                                  int64_t items, uint32_t base, small_parts *sm, int group)
 {
-    start_barriers(sm, 1, 1);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 4; i++) barrier_init(smem_addr(&sm->loads[i]), GROUP);
+        for (int i = 0; i < 8; i++) barrier_init(smem_addr(&sm->keys[i]), GROUP);
+        for (int i = 0; i < slots; i++) {
+            barrier_init(smem_addr(&sm->full[i]), GROUP);
+            barrier_init(smem_addr(&sm->empty[i]), GROUP);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
     if (totals || group == 0) {
         if (!totals) asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
-        keys_role<totals>(p, m, items, base, sm);
+        keys_role<window_form, totals>(p, m, items, base, sm);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 160;");
-        queries_role(p, items, base, sm, group - 1);
+        queries_role<window_form>(p, items, base, sm, group - 1);
     }
 }
 #endif
@@ -361,16 +535,31 @@ static __global__ void ring_kernel(const __grid_constant__ struct prefill p)
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
+template <bool totals>
+static srf_status launch(struct srf_ctx *ctx, const struct prefill *p, const struct prefill_maps *m)
+{
+    switch (p->window) {
+    case 32:
+        return prefill_launch<window_form<32, 3>, totals>(ctx, p, m);
+    case 64:
+        return prefill_launch<window_form<64, 4>, totals>(ctx, p, m);
+    case 128:
+        return prefill_launch<window_form<128, 3>, totals>(ctx, p, m);
+    default:
+        return prefill_launch<window_form<192, 2>, totals>(ctx, p, m);
+    }
+}
+
 srf_status srf__prefill_window_totals(struct srf_ctx *ctx, const struct prefill *p,
                                       const struct prefill_maps *m)
 {
-    return prefill_launch<window_form, true>(ctx, p, m);
+    return launch<true>(ctx, p, m);
 }
 
 srf_status srf__prefill_window(struct srf_ctx *ctx, const struct prefill *p,
                                const struct prefill_maps *m)
 {
-    SRF_TRY((prefill_launch<window_form, false>(ctx, p, m)));
+    SRF_TRY(launch<false>(ctx, p, m));
     if (p->n_seg == 1 || p->first + p->count < p->m) return SRF_OK;
     ring_kernel<<<(unsigned)p->heads, 256, 0, stream_of(ctx)>>>(*p);
     return srf__cuda_launched("srf_attn_prefill");
