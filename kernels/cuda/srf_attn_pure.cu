@@ -373,7 +373,8 @@ static struct fwd_plan plan_fwd(const struct srf_ctx *ctx, const struct srf_attn
 size_t srf__pure_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     if (!srf__pure_shape(ctx, s) || !srf__pure_wgmma_takes(ctx, s)) return 0;
-    return srf__pure_wgmma_entry_bytes(s);
+    /* A pass over k, v that costs less than the memory where it needs no states of segments. */
+    return plan_fwd(ctx, s).plan.n_seg > 1 ? srf__pure_wgmma_entry_bytes(s) : 0;
 }
 
 size_t srf__pure_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)

@@ -19,7 +19,7 @@
  * Floor: q, k, v, o, do read, dq written, and q, k, v, do read, dk, dv written: 24 b t h d bytes,
  * 0.20 ms on an H100 (3 TB/s) at b = 32, t = 1024, h = 12, d = 64.
  */
-#include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
+#include "kernels/cuda/srf_attn_pure_wgmma.h"
 
 /* ---- queries ------------------------------------------------------------------------------ */
 
@@ -673,23 +673,7 @@ static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s
     int64_t heads = s->b * s->h, nf = s->m > 64 ? 2 : 1, chunks = div_up(s->t, CHUNK);
     int per_sm = nf == 1 && s->d <= 64 ? 3 : nf == 1 && s->d <= 96 ? 2 : 1;
     *plan = srf__pure_plan(ctx, s, per_sm);
-    if (srf__pure_wgmma_takes(ctx, s)) {
-        const size_t all = (size_t)(heads * chunks), segments = (size_t)(heads * plan->n_seg);
-        srf__pure_wgmma_units(ctx, s, plan, p);
-        const size_t units = segments * (size_t)p->n_unit;
-        p->tickets = (unsigned *)bump_bytes(&bump, (size_t)p->n_tickets * sizeof(unsigned));
-        p->entry = (bf16 *)bump_bytes(&bump, all * CHUNK * 64 * sizeof(bf16));
-        p->marks = (float *)bump_bytes(&bump, all * MARKS * sizeof(float));
-        p->r = (float *)bump_bytes(&bump, units * 64 * 65 * sizeof(float));
-        if (plan->n_seg > 1) {
-            p->states = (float *)bump_bytes(&bump, segments * (size_t)pure_state_count(64, 1) *
-                                                       sizeof(float));
-            p->adds = (float *)bump_bytes(&bump, segments * 64 * 66 * sizeof(float));
-            p->seg_r = (float *)bump_bytes(&bump, segments * 64 * 65 * sizeof(float));
-        }
-        if (dw) p->dw = (float *)bump_bytes(&bump, 2 * units * 64 * 64 * sizeof(float));
-        return bump.used;
-    }
+    if (srf__pure_wgmma_takes(ctx, s)) return srf__pure_wgmma_plan_bwd(ctx, s, dw, plan, p);
     p->cuts = (uint64_t *)bump_bytes(&bump, (size_t)(heads * chunks) * sizeof(uint64_t));
     p->tops = (float *)bump_bytes(&bump, (size_t)(heads * chunks * nf * 64) * sizeof(float));
     p->delta = (float *)bump_bytes(&bump, (size_t)(heads * s->t) * sizeof(float));
@@ -745,7 +729,7 @@ static srf_status launch_walks(struct srf_ctx *ctx, const struct srf_srf_attn_bw
 
 template <int D, int NF>
 static srf_status launch_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
-                             const struct pure_plan *plan, const struct bwd_params *p)
+                             const struct pure_plan *plan, struct bwd_params *p)
 {
     if (srf__pure_wgmma_takes(ctx, &a->s))
         SRF_TRY(srf__pure_wgmma_bwd(ctx, a, plan, p));
@@ -784,11 +768,6 @@ srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     struct pure_plan plan;
     struct bwd_params p = {};
     plan_bwd(ctx, s, a->dw != NULL, &plan, &p);
-    if (a->carry && srf__pure_carry_bytes(ctx, s) > 0) {
-        p.entry = (bf16 *)a->carry;
-        p.marks = (float *)(p.entry + s->b * s->h * div_up(s->t, CHUNK) * CHUNK * 64);
-        p.carried = true;
-    }
     p.q = (const bf16 *)a->q;
     p.k = (const bf16 *)a->k;
     p.v = (const bf16 *)a->v;

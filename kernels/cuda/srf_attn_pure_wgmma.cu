@@ -409,7 +409,7 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     struct walk_maps m;
     p.o = (bf16 *)a->o;
     p.stat = (float *)a->stat;
-    p.entry = (bf16 *)a->carry;
+    p.entry = srf__pure_carry_bytes(ctx, s) > 0 ? (bf16 *)a->carry : NULL;
     if (p.entry) p.marks = (float *)(p.entry + heads * div_up(s->t, CHUNK) * CHUNK * 64);
     p.ld_o = a->ld_o;
     SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));

@@ -36,12 +36,12 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
 srf_status srf__pure_wgmma_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                   const struct pure_plan *plan, float *states);
 
-/* How the backward cuts segments into units. */
-void srf__pure_wgmma_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
-                           const struct pure_plan *plan, struct bwd_params *p);
+/* Fills the scratch pointers and how segments are cut into units; returns the bytes. */
+size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool dw,
+                                const struct pure_plan *plan, struct bwd_params *p);
 /* dq, dk, dv, and the blocks' parts of dw (two a unit) if there is one. */
 srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
-                               const struct pure_plan *plan, const struct bwd_params *p);
+                               const struct pure_plan *plan, struct bwd_params *p);
 
 /* The launcher asks for this bound to learn whether a kernel was compiled for its device. */
 #if defined(__CUDA_ARCH__) && !HAVE_WGMMA

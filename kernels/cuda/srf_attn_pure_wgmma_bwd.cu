@@ -14,30 +14,9 @@
  */
 #include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
 
-srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
-                               const struct pure_plan *plan, const struct bwd_params *p)
-{
-    const struct srf_attn_shape *s = &a->s;
-    const int64_t heads = s->b * s->h;
-    struct bwd_maps m;
-    SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
-    SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
-    SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
-    SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
-    if (p->carried)
-        CUDA_TRY(cudaMemsetAsync(p->tickets, 0, (size_t)p->n_tickets * sizeof *p->tickets,
-                                 stream_of(ctx)));
-    else if (p->n_seg > 1)
-        SRF_TRY(srf__pure_wgmma_states(ctx, a, plan, p->states));
-    if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_adds(ctx, p, &m, heads));
-    if (!p->carried) SRF_TRY(srf__pure_wgmma_entries(ctx, p, &m, heads));
-    if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_suffix(ctx, p, heads));
-    return srf__pure_wgmma_grads(ctx, p, &m, heads);
-}
-
 /* Units of equal length, such that the last blocks end together. */
-void srf__pure_wgmma_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
-                           const struct pure_plan *plan, struct bwd_params *p)
+static void plan_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+                       const struct pure_plan *plan, struct bwd_params *p)
 {
     const int64_t segments = s->b * s->h * plan->n_seg, chunks = plan->seg_chunks;
     const int64_t last = div_up(s->t, CHUNK) - (plan->n_seg - 1) * chunks; /* segment's chunks */
@@ -54,4 +33,52 @@ void srf__pure_wgmma_units(const struct srf_ctx *ctx, const struct srf_attn_shap
     }
     p->n_unit = (int)div_up(chunks, p->unit_chunks);
     p->n_tickets = (int)(1 + segments * p->n_unit);
+}
+
+size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool dw,
+                                const struct pure_plan *plan, struct bwd_params *p)
+{
+    struct cuda_bump bump = {(char *)ctx->workspace, 0};
+    const size_t heads = (size_t)(s->b * s->h), chunks = heads * (size_t)div_up(s->t, CHUNK);
+    const size_t segments = heads * (size_t)plan->n_seg;
+    plan_units(ctx, s, plan, p);
+    const size_t units = segments * (size_t)p->n_unit;
+    p->tickets = (unsigned *)bump_bytes(&bump, (size_t)p->n_tickets * sizeof(unsigned));
+    p->entry = (bf16 *)bump_bytes(&bump, chunks * CHUNK * 64 * sizeof(bf16));
+    p->marks = (float *)bump_bytes(&bump, chunks * MARKS * sizeof(float));
+    p->r = (float *)bump_bytes(&bump, units * 64 * 65 * sizeof(float));
+    if (plan->n_seg > 1) {
+        p->states =
+            (float *)bump_bytes(&bump, segments * (size_t)pure_state_count(64, 1) * sizeof(float));
+        p->adds = (float *)bump_bytes(&bump, segments * 64 * 66 * sizeof(float));
+        p->seg_r = (float *)bump_bytes(&bump, segments * 64 * 65 * sizeof(float));
+    }
+    if (dw) p->dw = (float *)bump_bytes(&bump, 2 * units * 64 * 64 * sizeof(float));
+    return bump.used;
+}
+
+srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
+                               const struct pure_plan *plan, struct bwd_params *p)
+{
+    const struct srf_attn_shape *s = &a->s;
+    const int64_t heads = s->b * s->h;
+    struct bwd_maps m;
+    SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
+    if (a->carry && srf__pure_carry_bytes(ctx, s) > 0) {
+        p->entry = (bf16 *)a->carry;
+        p->marks = (float *)(p->entry + heads * div_up(s->t, CHUNK) * CHUNK * 64);
+        p->carried = true;
+    }
+    if (p->carried)
+        CUDA_TRY(cudaMemsetAsync(p->tickets, 0, (size_t)p->n_tickets * sizeof *p->tickets,
+                                 stream_of(ctx)));
+    else if (p->n_seg > 1)
+        SRF_TRY(srf__pure_wgmma_states(ctx, a, plan, p->states));
+    if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_adds(ctx, p, &m, heads));
+    if (!p->carried) SRF_TRY(srf__pure_wgmma_entries(ctx, p, &m, heads));
+    if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_suffix(ctx, p, heads));
+    return srf__pure_wgmma_grads(ctx, p, &m, heads);
 }

@@ -2,9 +2,12 @@
  * srf_attn_pure_wgmma_bwd.cu tells.
  *
  * A block walks backward over the chunks of a unit. Its first warpgroup owns queries: psi, dP,
- * dq, and R, u (with features in the place of tokens). The second owns keys: kf, dk, dv. What both
- * need lies in tiles: psi, kf, R before a meeting, dP before a second one. Warp w of either owns
- * tokens 16 w .. and features 16 w ...
+ * dq, and R (with features in the place of tokens). The second owns keys: kf, dk, dv; delta, u and
+ * the copy engine, since queries take longer. What both need lies in tiles: psi, kf, R before a
+ * meeting, dP before a second one. Warp w of either owns tokens 16 w .. and features 16 w ...
+ *
+ * The products in flight leave few registers: what is not a sum is made again when it is needed
+ * (`opaque`), or lies in shared memory and is addressed by one register.
  *
  * A chunk where some psi would be above 2^66 is cut in two, and so on; M, S and z of a piece are
  * made from the chunk's by the owners of keys. So they are where S was left in the scale of M
@@ -60,6 +63,12 @@ __device__ __forceinline__ void store_float(uint32_t addr, float x)
 }
 #define UNIT_I64(field) shared_i64(base + at::unit + (int)offsetof(struct unit, field))
 #define UNIT_INT(field) (int)load_shared(base + at::unit + (int)offsetof(struct unit, field))
+/* What a step back over the chunk multiplies sums of feature f by. */
+__device__ __forceinline__ float mark_back(uint32_t marks, int f)
+{
+    return exp2_fast(load_float(marks + (MARK_BEFORE + f) * 4) -
+                     load_float(marks + (MARK_AFTER + f) * 4));
+}
 /* -dO.o of this thread's two rows; o is what it has of them. */
 __device__ __forceinline__ void row_deltas(float delta[2], const uint4 (&o)[2][2], uint32_t do_tile,
                                            int row, int pair)
@@ -294,8 +303,8 @@ static __global__
             opaque(base);
             const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
             const int f0 = 16 * warp + g, row = f0, lo = hi - size;
-            const int back = UNIT_INT(c_last) - c, s = back & 1, turn = s,
-                      end = min(hi, p.t - c * CHUNK);
+            const int back = UNIT_INT(c_last) - c, s = back & 1;
+            const int end = min(hi, p.t - c * CHUNK);
             const int64_t t0 = (int64_t)c * CHUNK;
             const uint32_t psi_tile = base + at::psi;
             const bool in0 = row >= lo && row < end, in1 = row + 8 >= lo && row + 8 < end;
@@ -311,7 +320,7 @@ static __global__
             }
             float a[8][4];
             uint32_t x[4][4];
-            barrier_wait(base + at::bar, turn);
+            barrier_wait(base + at::bar, s);
             own_rows(x, base, p.limit, warp, lane);
             warpgroup_fence();
             wgmma_scores(&a[0][0], x, base + at::w);
@@ -432,10 +441,7 @@ static __global__
                 scale_rows(a, p.scale, p.scale);
                 store_rows<64>(p.dq + UNIT_I64(in) + t0 * p.ld, p.ld, a, forget(base) + at::out,
                                forget(warp), lo, end, forget(lane));
-                const float back0 = exp2_fast(load_float(marks + (MARK_BEFORE + f0) * 4) -
-                                              load_float(marks + (MARK_AFTER + f0) * 4));
-                const float back1 = exp2_fast(load_float(marks + (MARK_BEFORE + f0 + 8) * 4) -
-                                              load_float(marks + (MARK_AFTER + f0 + 8) * 4));
+                const float back0 = mark_back(marks, f0), back1 = mark_back(marks, f0 + 8);
                 warpgroup_wait<0>();
                 wgmma_hold(&r[0][0]);
                 if (__any_sync(0xffffffffu, back0 != 1.0f || back1 != 1.0f))
@@ -467,9 +473,8 @@ static __global__
             opaque(base);
             const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
             const int f0 = 16 * warp + g, row = f0, lo = hi - size;
-            const int back = UNIT_INT(c_last) - c, s = back & 1, turn = s,
-                      n = min(CHUNK, p.t - c * CHUNK);
-            const int end = min(hi, n);
+            const int back = UNIT_INT(c_last) - c, s = back & 1;
+            const int n = min(CHUNK, p.t - c * CHUNK), end = min(hi, n);
             const int64_t t0 = (int64_t)c * CHUNK;
             const uint32_t k_tile = base + at::k + s * TILE, do_tile = base + at::d_o + s * TILE;
             const uint32_t kf_tile = base + at::kf;
@@ -484,7 +489,7 @@ static __global__
                 float top[2];
                 const char *from = (const char *)(p.entry + (UNIT_I64(chunk) + c) * (CHUNK * 64));
                 meet(ALL_A, 256);
-                barrier_wait(base + at::bar + 8, turn);
+                barrier_wait(base + at::bar + 8, s);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float *mark = marks + f0 + 8 * i;
@@ -606,8 +611,8 @@ static __global__
                 const int f0 = 16 * warp + g, lo = hi - size, end = min(hi, p.t - c * CHUNK);
                 const int s = (UNIT_INT(c_last) - c) & 1;
                 const int64_t t0 = (int64_t)c * CHUNK;
-                const uint32_t k_tile = base + at::k + s * TILE,
-                               do_tile = base + at::d_o + s * TILE;
+                const uint32_t k_tile = base + at::k + s * TILE;
+                const uint32_t do_tile = base + at::d_o + s * TILE;
                 const uint32_t psi_tile = base + at::psi, kf_tile = base + at::kf;
                 const uint32_t deltas = base + at::delta + (done & 1) * 512;
                 const uint32_t marks = base + at::marks + (cold ? 2 : s) * (MARKS * 4);
@@ -642,13 +647,8 @@ static __global__
                     float u[2] = {load_float(own + now), load_float(own + now + 32)};
                     add_deltas(u, psi_tile, deltas, warp, lane);
                     if (pair == 0) {
-                        store_float(own + (256 - now),
-                                    u[0] * exp2_fast(load_float(marks + (MARK_BEFORE + f0) * 4) -
-                                                     load_float(marks + (MARK_AFTER + f0) * 4)));
-                        store_float(own + (256 - now) + 32,
-                                    u[1] *
-                                        exp2_fast(load_float(marks + (MARK_BEFORE + f0 + 8) * 4) -
-                                                  load_float(marks + (MARK_AFTER + f0 + 8) * 4)));
+                        store_float(own + 256 - now, u[0] * mark_back(marks, f0));
+                        store_float(own + 256 - now + 32, u[1] * mark_back(marks, f0 + 8));
                     }
                 }
                 warpgroup_wait<0>();
