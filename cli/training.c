@@ -603,7 +603,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
         {"plan-windows", 0, CLI_INT, &in.plan_windows, "N",
-         "by the error on N tokens, each layer's own window, of the same sum; 0 = off", 0, 1 << 24},
+         "each layer's own window, of the same sum, by its worth on N tokens; 0 = off", 0, 1 << 24},
         {"state-budget", 0, CLI_INT, &in.state_budget, "BYTES",
          "plan windows for a state of a sequence of so many bytes in fp32; 0: as with --window", 0,
          1e15},
@@ -643,7 +643,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
         {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
-         "what the other options begin with: hybrid, planned, pure, faithful or window (hybrid)",
+         "what the other options begin with: planned, hybrid, pure, faithful or window (planned)",
          0, 0},
         {0}};
     enum { RECIPE = sizeof options / sizeof *options - 2 };

@@ -160,7 +160,7 @@ for how in '--window 4 --plan-windows 512' '--recipe hybrid --window 4 --plan-wi
     recipe "${how// /}" $how
     grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
-for how in '--recipe planned' '--window 8 --plan-windows 512'; do # 4 x 8 is all of a sequence
+for how in '' '--recipe planned' '--window 8 --plan-windows 512'; do # 4 x 8 is all of a sequence
     recipe "short${how// /}" $how
     grep -q "windows by layer: nothing to choose" stderr || fail "$how: $(cat stderr)"
 done
@@ -181,7 +181,7 @@ recipe no-window --recipe planned --window 0
 ! grep -q "windows by layer" stderr || fail "no window: $(cat stderr)"
 recipe window --recipe window --window 8
 grep -q "nothing older" stderr || fail "--recipe window: $(cat stderr)"
-refuse 2 "hybrid, planned, pure, faithful, window" "${retrofit[@]}" --out t --recipe best
+refuse 2 "planned, hybrid, pure, faithful, window" "${retrofit[@]}" --out t --recipe best
 refuse 2 "--recipe" "$SRF" train --model model.h5 --data text.txt --out t --recipe pure
 
 finish
