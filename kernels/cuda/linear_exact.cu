@@ -7,8 +7,8 @@
  *     some rows (8)    W (in, out): a block of a cluster has a piece and 32 columns of W, all of
  *                      which is on its way at once; a warp adds up one row of x
  *     some rows (8)    W^T (out, in): a block has 32 rows of W^T, each of its warps a piece of them
- *     any number       tiles of 16 R rows by 64 columns; where there are few tiles the blocks of a
- *                      cluster have a piece each, otherwise a block has them all
+ *     any number       tiles of 16 R rows by 16 C columns; where there are few tiles the blocks of
+ *                      a cluster have a piece each, otherwise a block has them all
  * What is read of W first is on its way before the kernel in front is done (chain.h).
  * Floor: a few rows: memory, W is read once. Many: 2 n in out flops in fp32, without tensor cores,
  * 67 Tflop/s on an H100. */
@@ -22,7 +22,6 @@
 #define STRIP     32  /* columns of theirs */
 #define PART      384 /* of k at once in shared memory, W (in, out) */
 #define PART_T    96  /* W^T */
-#define COLUMNS   64  /* of a tile of any number of rows */
 #define STAGES    3   /* of its way through shared memory */
 
 static_assert(THREADS / 32 == PIECES && THREADS / 32 == SOME_ROWS, "a warp for each");
@@ -158,25 +157,25 @@ __launch_bounds__(THREADS) void some_transposed_kernel(const struct linear_rows<
 
 /* Shared memory of a block: stages, each STEP of k of the tile's rows of x and columns of W; later
  * the sums that the blocks of a cluster exchange. */
-template <int R, bool TRANS> struct stage {
+template <int R, int C, bool TRANS> struct stage {
     float x[16 * R][STEP + 4];
-    float w[TRANS ? COLUMNS : STEP][TRANS ? STEP + 4 : COLUMNS];
+    float w[TRANS ? 16 * C : STEP][TRANS ? STEP + 4 : 16 * C];
 };
-template <int R, bool TRANS> union room {
-    struct stage<R, TRANS> stages[STAGES];
-    float sums[16 * R][COLUMNS];
+template <int R, int C, bool TRANS> union room {
+    struct stage<R, C, TRANS> stages[STAGES];
+    float sums[16 * R][16 * C];
 };
 
-template <int V, bool TRANS, typename S>
+template <int V, int C, bool TRANS, typename S>
 static __device__ __forceinline__ void fetch_w(S *to, const struct linear_rows<float> *a,
                                                int64_t column, int64_t k, int64_t end)
 {
     if (TRANS)
-        fetch<V, STEP, STEP + 4>(&to->w[0][0], a->w + column * a->in + k, a->in, COLUMNS,
+        fetch<V, STEP, STEP + 4>(&to->w[0][0], a->w + column * a->in + k, a->in, 16 * C,
                                  a->out - column, end - k, threadIdx.x, THREADS);
     else
-        fetch<V, COLUMNS, COLUMNS>(&to->w[0][0], a->w + k * a->out + column, a->out, STEP, end - k,
-                                   a->out - column, threadIdx.x, THREADS);
+        fetch<V, 16 * C, 16 * C>(&to->w[0][0], a->w + k * a->out + column, a->out, STEP, end - k,
+                                 a->out - column, threadIdx.x, THREADS);
 }
 
 template <int V, typename S>
@@ -192,22 +191,31 @@ static __device__ __forceinline__ float part_of(const float4 &f, int i)
     return i == 0 ? f.x : i == 1 ? f.y : i == 2 ? f.z : f.w;
 }
 
-/* Tiles: columns along x, rows along z; a cluster's blocks, PIECES or 1, along y. A thread has rows
- * y + 16 i of the tile, and columns 4 x + j or, with W^T, x + 16 j. */
-template <int V, int R, bool TRANS>
-static __global__ __launch_bounds__(THREADS) void any_kernel(const struct linear_rows<float> a)
+/* Column of the tile that is thread x's number j: fours lie together, with W^T it is every 16th. */
+template <bool TRANS> static __device__ __forceinline__ int column_of(int x, int j)
 {
-    __shared__ __align__(16) union room<R, TRANS> room;
+    return TRANS ? x + 16 * j : 4 * x + j % 4 + 64 * (j / 4);
+}
+
+/* Tiles: columns along x, rows along z; a cluster's blocks, PIECES or 1, along y. A thread has rows
+ * y + 16 i of the tile and C columns. */
+template <int V, int R, int C, bool TRANS>
+static __global__
+__launch_bounds__(THREADS, C == 4 ? 2 : 1) void any_kernel(const struct linear_rows<float> a)
+{
+    extern __shared__ float4 shared[];
+    typedef union room<R, C, TRANS> layout;
+    layout &room = *(layout *)shared;
     int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    int64_t column = (int64_t)blockIdx.x * COLUMNS, row = (int64_t)blockIdx.z * 16 * R;
+    int64_t column = (int64_t)blockIdx.x * 16 * C, row = (int64_t)blockIdx.z * 16 * R;
     int64_t piece = piece_of(a.in), begin = gridDim.y > 1 ? blockIdx.y * piece : 0;
     int64_t end = gridDim.y > 1 ? min(begin + piece, a.in) : a.in;
-    float total[R][4] = {}, sum[R][4] = {};
+    float total[R][C] = {}, sum[R][C] = {};
     chain_next();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++)
         if (begin + s * STEP < end)
-            fetch_w<V, TRANS>(&room.stages[s], &a, column, begin + s * STEP, end);
+            fetch_w<V, C, TRANS>(&room.stages[s], &a, column, begin + s * STEP, end);
     chain_wait();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
@@ -215,70 +223,70 @@ static __global__ __launch_bounds__(THREADS) void any_kernel(const struct linear
             fetch_x<V>(&room.stages[s], &a, row, 16 * R, begin + s * STEP, end);
         cp_async_commit(); /* what is of W came with the first, at the latest */
     }
-    int now = 0;
+    int now = 0, done = 0; /* done: of the piece */
     for (int64_t k = begin; k < end; k += STEP) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         int64_t next = k + (STAGES - 1) * STEP;
         int slot = now ? now - 1 : STAGES - 1;
         if (next < end) {
-            fetch_w<V, TRANS>(&room.stages[slot], &a, column, next, end);
+            fetch_w<V, C, TRANS>(&room.stages[slot], &a, column, next, end);
             fetch_x<V>(&room.stages[slot], &a, row, 16 * R, next, end);
         }
         cp_async_commit();
-        const struct stage<R, TRANS> *st = &room.stages[now];
+        const struct stage<R, C, TRANS> *st = &room.stages[now];
 #pragma unroll
         for (int i = 0; i < STEP; i += 4) {
-            float4 x[R], w[4];
+            float4 x[R], w[C]; /* w: four k of a column each; without TRANS one of four columns */
 #pragma unroll
             for (int r = 0; r < R; r++) x[r] = *(const float4 *)&st->x[ty + 16 * r][i];
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                w[j] = TRANS ? *(const float4 *)&st->w[tx + 16 * j][i]
-                             : *(const float4 *)&st->w[i + j][4 * tx];
+            for (int j = 0; j < C && TRANS; j++) w[j] = *(const float4 *)&st->w[tx + 16 * j][i];
 #pragma unroll
-            for (int e = 0; e < 4; e++)
+            for (int e = 0; e < 4; e++) {
+#pragma unroll
+                for (int j = 0; j < C / 4 && !TRANS; j++)
+                    w[j] = *(const float4 *)&st->w[i + e][4 * tx + 64 * j];
 #pragma unroll
                 for (int r = 0; r < R; r++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        sum[r][j] = fmaf(part_of(x[r], e),
-                                         TRANS ? part_of(w[j], e) : part_of(w[e], j), sum[r][j]);
+                    for (int j = 0; j < C; j++)
+                        sum[r][j] =
+                            fmaf(part_of(x[r], e),
+                                 TRANS ? part_of(w[j], e) : part_of(w[j / 4], j % 4), sum[r][j]);
+            }
         }
         now = now + 1 < STAGES ? now + 1 : 0;
-        if ((k + STEP) % piece == 0 || k + STEP >= end)
-#pragma unroll
-            for (int r = 0; r < R; r++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) total[r][j] += sum[r][j], sum[r][j] = 0.0f;
-    }
-    if (gridDim.y == 1) {
+        done += STEP;
+        if (done < piece && k + STEP < end) continue;
+        done = 0;
 #pragma unroll
         for (int r = 0; r < R; r++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                int64_t to = row + ty + 16 * r, at = column + (TRANS ? tx + 16 * j : 4 * tx + j);
-                if (to < a.n && at < a.out) linear_finish(&a, to, at, total[r][j]);
-            }
-        return;
+            for (int j = 0; j < C; j++) total[r][j] += sum[r][j], sum[r][j] = 0.0f;
     }
     cp_async_wait<0>();
     __syncthreads(); /* the sums lie where the stages were */
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            room.sums[ty + 16 * r][TRANS ? tx + 16 * j : 4 * tx + j] = total[r][j];
-    cluster_sync();
-    constexpr int SHARE = 16 * R * COLUMNS / PIECES; /* of the tile, for a block to finish */
-    for (int i = threadIdx.x; i < SHARE; i += THREADS) {
-        int e = (int)blockIdx.y * SHARE + i, r = e / COLUMNS, c = e % COLUMNS;
+        for (int j = 0; j < C; j++) room.sums[ty + 16 * r][column_of<TRANS>(tx, j)] = total[r][j];
+    if (gridDim.y > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    int share = 16 * R * 16 * C / (int)gridDim.y; /* of the tile, for a block to finish */
+    for (int i = threadIdx.x; i < share; i += THREADS) {
+        int e = (int)blockIdx.y * share + i, r = e / (16 * C), c = e % (16 * C);
         float u = 0.0f;
+        if (gridDim.y > 1)
 #pragma unroll
-        for (int p = 0; p < PIECES; p++) u += cluster_load(&room.sums[r][c], p);
+            for (int p = 0; p < PIECES; p++) u += cluster_load(&room.sums[r][c], p);
+        else
+            u = room.sums[r][c];
         if (row + r < a.n && column + c < a.out) linear_finish(&a, row + r, column + c, u);
     }
-    cluster_sync(); /* the others stay until they are read */
+    if (gridDim.y > 1) cluster_sync(); /* the others stay until they are read */
 }
 
 /* ---- which ---------------------------------------------------------------------------------- */
@@ -308,22 +316,35 @@ static srf_status some_rows(struct srf_ctx *ctx, const struct linear_rows<float>
                   {dim3(strips), THREADS, bytes, 1}, a);
 }
 
-template <int V, int R>
+/* Tiles of 16 R by 16 C. */
+template <int V, int R, int C>
+static srf_status tiles(struct srf_ctx *ctx, const struct linear_rows<float> &a, bool trans)
+{
+    int64_t across = div_up(a.out, 16 * C), down = div_up(a.n, 16 * R);
+    bool split = cuda_of(ctx)->cc >= 90 && across * down < 2 * cuda_of(ctx)->n_sm;
+    unsigned pieces = split ? PIECES : 1;
+    size_t bytes = trans ? sizeof(union room<R, C, true>) : sizeof(union room<R, C, false>);
+    return launch(ctx, trans ? any_kernel<V, R, C, true> : any_kernel<V, R, C, false>,
+                  {dim3((unsigned)across, pieces, (unsigned)down), THREADS, bytes, pieces}, a);
+}
+
+template <int V>
 static srf_status any_rows(struct srf_ctx *ctx, const struct linear_rows<float> &a, bool trans)
 {
-    const int64_t most = 65535ll * 16 * R; /* rows of a grid */
+    const int64_t most = 65535ll * 32; /* rows of a grid */
     for (int64_t begin = 0; begin < a.n; begin += most) {
         struct linear_rows<float> some = a;
         some.n = a.n - begin < most ? a.n - begin : most;
         some.x += begin * a.in, some.y += begin * a.out;
         if (a.residual) some.residual += begin * a.out;
         if (a.pre) some.pre += begin * a.out;
-        int64_t strips = div_up(a.out, COLUMNS), tiles = div_up(some.n, 16 * R);
-        bool split = cuda_of(ctx)->cc >= 90 && strips * tiles < 2 * cuda_of(ctx)->n_sm;
-        unsigned pieces = split ? PIECES : 1;
-        SRF_TRY(launch(ctx, trans ? any_kernel<V, R, true> : any_kernel<V, R, false>,
-                       {dim3((unsigned)strips, pieces, (unsigned)tiles), THREADS, 0, pieces},
-                       some));
+        bool large = div_up(a.out, 128) * div_up(some.n, 128) >= 2 * cuda_of(ctx)->n_sm;
+        if (some.n <= 32)
+            SRF_TRY((tiles<V, 2, 4>(ctx, some, trans)));
+        else if (large && V == 4)
+            SRF_TRY((tiles<4, 8, 8>(ctx, some, trans)));
+        else
+            SRF_TRY((tiles<V, 8, 4>(ctx, some, trans)));
     }
     return SRF_OK;
 }
@@ -331,9 +352,8 @@ static srf_status any_rows(struct srf_ctx *ctx, const struct linear_rows<float> 
 template <int V>
 static srf_status exact_rows(struct srf_ctx *ctx, const struct linear_rows<float> &a, bool trans)
 {
-    if (a.n <= SOME_ROWS && cuda_of(ctx)->cc >= 90) return some_rows<V>(ctx, a, trans);
-    if (a.n <= 32) return any_rows<V, 2>(ctx, a, trans);
-    return any_rows<V, 8>(ctx, a, trans);
+    bool few = a.n <= SOME_ROWS && cuda_of(ctx)->cc >= 90;
+    return few ? some_rows<V>(ctx, a, trans) : any_rows<V>(ctx, a, trans);
 }
 
 srf_status srf__linear_exact_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *args)
