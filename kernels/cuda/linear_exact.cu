@@ -1,5 +1,5 @@
 /* Linear layers in fp32 whose rows do not notice each other: y = act(x W + b), each row with the
- * bits that it gets alone, so that a sequence's text does not depend on the batch (ctx->exact_rows).
+ * bits that it gets alone, so that no sequence's text depends on the batch (ctx->exact_rows).
  *
  * The sum over `in` is one order of additions for any number of rows: it is cut into PIECES equal
  * parts, a part is a chain of fused multiply-adds, and the parts are added from first to last. What
