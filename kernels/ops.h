@@ -66,7 +66,7 @@ struct srf_embed_fwd_args {
     const void *tokens; /* i32 (n), each in [0, v): the caller has checked */
     const void *pos;    /* i32 (n), or NULL; negative (an idle sequence): as 0 */
     enum srf_positions positions;
-    const void *wte, *wpe; /* T (v, c), T (n_pos, c) */
+    const void *wte, *wpe; /* T (v, c), T (n_pos, c) or NULL: rows of wte alone, no positions */
     void *y;               /* out T (n, c) */
 };
 struct srf_embed_bwd_args {

@@ -42,8 +42,11 @@ SRF_ARCH_LIST(X)
 /* An element of one of the model's slots: of type T, of type A. */
 void *srf__model_at(const struct srf_model *m, int slot, int64_t offset);
 void *srf__model_acc_at(const struct srf_model *m, int slot, int64_t offset);
-/* The last row of each sequence of a batch to the front of an activation T (rows, c). */
-srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch, void *rows);
+/* Which rows of a batch are the last of its sequences: noted on the device, where the batch's
+ * tokens were. Then these rows of an activation T (rows, c) to T (b, c), which it may not share. */
+srf_status srf__model_note_last(struct srf_model *m, const struct srf_batch *batch);
+srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch,
+                                  const void *rows, void *last);
 
 /* Readers for config keys; they name the key and what was expected. Absent keys: `fallback`
  * (required where fallback is < 0). */

@@ -301,8 +301,10 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
                              PTR(k->stat), PTR(k->carry)));
     if (rows_behind(m, batch, l) < n) {
         n = rows_behind(m, batch, l);
-        SRF_TRY(srf__model_gather_last(m, batch, att));
-        SRF_TRY(srf__model_gather_last(m, batch, res1));
+        SRF_TRY(srf__model_note_last(m, batch));
+        SRF_TRY(srf__model_gather_last(m, batch, att, ln));
+        SRF_TRY(srf__model_gather_last(m, batch, res1, qkv));
+        att = ln, res1 = qkv;
     }
     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                     .b = PARAM(l, O_B), .residual = res1, .y = res2));

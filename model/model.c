@@ -70,13 +70,10 @@ int64_t srf_batch_rows(const struct srf_batch *batch)
     return n;
 }
 
-/* Gathering takes a copy a sequence. */
 int64_t srf_batch_hidden_rows(const struct srf_batch *batch)
 {
-    enum { FEW = 256 };
-    int64_t n = srf_batch_rows(batch);
-    bool last = batch->last_only && batch->mode == SRF_MODE_PREFILL && n >= FEW * batch->b;
-    return last ? batch->b : n;
+    bool last = batch->last_only && batch->mode == SRF_MODE_PREFILL;
+    return last ? batch->b : srf_batch_rows(batch);
 }
 
 /* The calls of a training step or an evaluation on such a batch, planned: nothing is behind the

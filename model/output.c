@@ -145,24 +145,42 @@ srf_status srf_model_attention_mse(const struct srf_model *m, double *sum)
     return SRF_OK;
 }
 
-srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch, void *rows)
+srf_status srf__model_note_last(struct srf_model *m, const struct srf_batch *batch)
+{
+    int32_t *rows;
+    if (m->ctx->plan) return SRF_OK;
+    SRF_TRY(SRF_ALLOC(rows, batch->b));
+    for (int64_t i = 0, end = 0; i < batch->b; i++) {
+        end += srf_batch_sequence_rows(batch, i);
+        rows[i] = (int32_t)(end - 1);
+    }
+    srf_status st =
+        m->ctx->be->upload(m->ctx, PTR(m->slot_tokens), rows, (size_t)batch->b * sizeof *rows);
+    srf__free(rows);
+    return st;
+}
+
+srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch,
+                                  const void *rows, void *last)
+{
+    return SRF_RUN(m->ctx, embed_fwd, .n = batch->b, .c = m->config.c, .v = srf_batch_rows(batch),
+                   .tokens = PTR(m->slot_tokens), .wte = rows, .y = last);
+}
+
+/* The last position of each sequence, in the first rows of hidden. A copy each: forward has seen to
+ * it where there may be many (last_only). */
+static srf_status last_rows(struct srf_model *m, const struct srf_batch *batch)
 {
     size_t size = (size_t)m->config.c * srf_dtype_bytes(m->ctx->dtype);
-    char *first = rows;
+    char *first = PTR(m->slot_hidden);
+    if (srf_batch_hidden_rows(batch) == batch->b || m->ctx->plan) return SRF_OK;
     /* Row i comes from at or behind i, in order. */
-    for (int64_t i = 0, end = 0; i < batch->b && batch->t > 1 && !m->ctx->plan; i++) {
+    for (int64_t i = 0, end = 0; i < batch->b; i++) {
         end += srf_batch_sequence_rows(batch, i);
         SRF_TRY(m->ctx->be->copy(m->ctx, first + (size_t)i * size, first + (size_t)(end - 1) * size,
                                  size));
     }
     return SRF_OK;
-}
-
-/* The last position of each sequence, in the first rows of hidden. */
-static srf_status last_rows(struct srf_model *m, const struct srf_batch *batch)
-{
-    if (srf_batch_hidden_rows(batch) == batch->b) return SRF_OK;
-    return srf__model_gather_last(m, batch, PTR(m->slot_hidden));
 }
 
 void srf_model_inputs(const struct srf_model *m, void **tokens, void **pos)

@@ -57,6 +57,11 @@ static void test_embed(void **state)
     ref_embed_fwd(&(struct srf_embed_fwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(&s, "y", y, twin_tol(&s, 1), 1);
+    for (int64_t i = 0; i < n * c; i++) /* without positions */
+        y.ref[i] = wte.ref[((int32_t *)tokens.ref)[i / c] * c + i % c];
+    twin_run(&s, embed_fwd, .n = n, .c = c, .v = v, .tokens = tokens.dev, .wte = wte.dev,
+             .y = y.dev);
+    twin_close(&s, "gathered", y, 0, 0);
     if (past) {
         twins_free(&s);
         return;

@@ -36,6 +36,10 @@ static void check(struct twins *s, const int64_t *shape, bool with_pos,
     ref_embed_fwd(&(struct srf_embed_fwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(s, "y", y, twin_tol(s, 1), 1);
+    for (int64_t i = 0; i < n * c; i++) /* without positions */
+        y.ref[i] = wte.ref[tokens[i / c] * c + i % c];
+    twin_run(s, embed_fwd, .n = n, .c = c, .v = v, .tokens = tokens, .wte = wte.dev, .y = y.dev);
+    twin_close(s, "gathered", y, 0, 0);
     if (positions != SRF_POS_ERROR) return;
 #define ARGS(side)                                                                                 \
     .n = n, .c = c, .v = v, .t = t, .n_pos = n_pos, .tokens = tokens, .dy = dy.side,               \

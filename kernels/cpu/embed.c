@@ -1,6 +1,6 @@
 /* Token and position embedding.
  *
- *     forward    y[n] = wte[tokens[n]] + wpe[pos[n]]
+ *     forward    y[n] = wte[tokens[n]] + wpe[pos[n]], or a plain gather without wpe
  *     backward   dwte[tokens[n]] += dy[n],  dwpe[n % t] += dy[n]
  *
  * The backward scatter is cut by columns: tokens repeat, columns do not, so no atomics are needed
@@ -20,7 +20,7 @@ srf_status SRF_CPU(embed_fwd)(struct srf_ctx *ctx, const struct srf_embed_fwd_ar
 {
     if (a->n == 0 || a->c == 0) return SRF_OK;
     int64_t most = a->positions == SRF_POS_ERROR ? a->n_pos : INT32_MAX;
-    SRF_FAIL_IF(!a->pos && (a->t < 1 || a->t > most), SRF_INVALID,
+    SRF_FAIL_IF(a->wpe && !a->pos && (a->t < 1 || a->t > most), SRF_INVALID,
                 "embed_fwd: t is %lld, expected 1 to %lld (the position table)", (long long)a->t,
                 (long long)most);
     const int32_t *tokens = a->tokens, *pos = a->pos;
@@ -28,9 +28,13 @@ srf_status SRF_CPU(embed_fwd)(struct srf_ctx *ctx, const struct srf_embed_fwd_ar
     int64_t c = a->c;
 #pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (a->n * c > MIN_PARALLEL)
     for (int64_t i = 0; i < a->n; i++) {
-        int64_t p = table_row(pos ? pos[i] : i % a->t, a->n_pos, a->positions);
-        const real *te = wte + tokens[i] * c, *pe = wpe + p * c;
+        const real *te = wte + tokens[i] * c;
         real *y = (real *)a->y + i * c;
+        if (!wpe) {
+            memcpy(y, te, (size_t)c * sizeof *y);
+            continue;
+        }
+        const real *pe = wpe + table_row(pos ? pos[i] : i % a->t, a->n_pos, a->positions) * c;
         for (int64_t j = 0; j < c; j++) y[j] = te[j] + pe[j];
     }
     return SRF_OK;

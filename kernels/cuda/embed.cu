@@ -1,6 +1,6 @@
 /* Token and position embedding.
  *
- *     forward    y[n] = wte[tokens[n]] + wpe[pos[n]]                  a warp for each row
+ *     forward    y[n] = wte[tokens[n]] + wpe[pos[n]], or a plain gather without wpe: a warp a row
  *     backward   dwte[tokens[n]] += dy[n],  dwpe[n % t] += dy[n]
  *
  * The backward scatter without atomics: rows are sorted by token (stable, so equal tokens keep
@@ -32,11 +32,17 @@ static __global__ void __launch_bounds__(32 * WARPS) embed_fwd_kernel(struct srf
     chain_wait();
     if (row >= a.n) return;
     int64_t token = ((const int32_t *)a.tokens)[row];
+    const T *te = (const T *)a.wte + token * a.c;
+    T *y = (T *)a.y + row * a.c;
+    if (!a.wpe) {
+        for (int64_t j = threadIdx.x % 32 * N; j < a.c; j += 32 * N)
+            store_pack(y + j, load_pack<N>(te + j));
+        return;
+    }
     int64_t pos = a.pos ? max(((const int32_t *)a.pos)[row], 0) : row % a.t;
     if (pos >= a.n_pos && a.positions != SRF_POS_ERROR)
         pos = a.positions == SRF_POS_WRAP ? pos % a.n_pos : a.n_pos - 1;
-    const T *te = (const T *)a.wte + token * a.c, *pe = (const T *)a.wpe + pos * a.c;
-    T *y = (T *)a.y + row * a.c;
+    const T *pe = (const T *)a.wpe + pos * a.c;
     for (int64_t j = threadIdx.x % 32 * N; j < a.c; j += 32 * N) {
         pack<T, N> e = load_pack<N>(te + j), p = load_pack<N>(pe + j);
 #pragma unroll
@@ -49,7 +55,7 @@ extern "C" srf_status cuda_embed_fwd(struct srf_ctx *ctx, const struct srf_embed
 {
     if (a->n == 0 || a->c == 0) return SRF_OK;
     int64_t most = a->positions == SRF_POS_ERROR ? a->n_pos : INT32_MAX;
-    SRF_FAIL_IF(!a->pos && (a->t < 1 || a->t > most), SRF_INVALID,
+    SRF_FAIL_IF(a->wpe && !a->pos && (a->t < 1 || a->t > most), SRF_INVALID,
                 "embed_fwd: t is %lld, expected 1 to %lld (the position table)", (long long)a->t,
                 (long long)most);
     bool packs =
