@@ -160,14 +160,16 @@ static void tried_table(const struct validate_report *r, const double *values, F
 
 void validate_page_tried(const struct validate_report *r, FILE *to)
 {
+    const struct srf_attention_config *a = &r->config->attention;
+    char window[40] = "each layer's own window";
+    if (!a->n_windows) snprintf(window, sizeof window, "window %lld", (long long)a->window);
     fputs("<h2>Which features</h2>\n", to);
     tried_table(r, r->tried, to);
     fprintf(to,
-            "<p>The output error again, mean over heads and %d draws, window %lld: which features "
+            "<p>The output error again, mean over heads and %d draws, %s: which features "
             "would serve this model best. Good: small. oprf: %s, with each head's own parameter A, "
             "from its mean |q+k|²/√d.</p>\n",
-            VALIDATE_TRIED_DRAWS, (long long)r->config->attention.window,
-            srf_feature_kind_name(r->config->attention.features));
+            VALIDATE_TRIED_DRAWS, window, srf_feature_kind_name(a->features));
     tried_table(r, r->tried_kl, to);
     fputs("<p>The same for the attention weights themselves: KL(softmax ‖ SRF) of where a token "
           "looks, in nats, mean over heads and the first tokens of the text. Good: well below 1; "

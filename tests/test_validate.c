@@ -361,6 +361,33 @@ static void measurements(void **state)
         }
 }
 
+/* A layer with a window of its own is measured as if all had it. */
+static void windows_by_layer(void **state)
+{
+    (void)state;
+    static const int windows[L] = {8, 4};
+    struct setting s;
+    struct srf_validate_result one, own;
+    setting_new(&s, SRF_F64);
+    struct srf_validate_config c = config_of(8, true, ms);
+    c.attention.n_windows = L;
+    for (int l = 0; l < L; l++) c.attention.windows[l] = windows[l];
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &own));
+    for (int l = 0; l < L; l++) {
+        c = config_of(windows[l], true, ms);
+        test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &one));
+        for (int i = 0; i < N_M; i++)
+            for (int h = l * H; h < (l + 1) * H; h++) {
+                assert_true(own.error[i * L * H + h] == one.error[i * L * H + h]);
+                assert_true(own.weights_kl[i * L * H + h] == one.weights_kl[i * L * H + h]);
+            }
+        assert_true(own.step[l] == one.step[l] && own.prefill[l] == one.prefill[l]);
+        srf_validate_result_free(&one);
+    }
+    srf_validate_result_free(&own);
+    setting_free(&s);
+}
+
 /* Features that a checkpoint holds are used as they are, for the first draw of their m alone. */
 static void stored_features(void **state)
 {
@@ -582,10 +609,15 @@ static void bad_arguments_and_progress(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(measurements),    cmocka_unit_test(weights_of_large_heads),
-        cmocka_unit_test(stored_features), cmocka_unit_test(without_far_part),
-        cmocka_unit_test(positions),       cmocka_unit_test(draws),
-        cmocka_unit_test(continuations),   cmocka_unit_test(bad_arguments_and_progress),
+        cmocka_unit_test(measurements),
+        cmocka_unit_test(weights_of_large_heads),
+        cmocka_unit_test(stored_features),
+        cmocka_unit_test(without_far_part),
+        cmocka_unit_test(positions),
+        cmocka_unit_test(draws),
+        cmocka_unit_test(windows_by_layer),
+        cmocka_unit_test(continuations),
+        cmocka_unit_test(bad_arguments_and_progress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -348,7 +348,8 @@ static srf_status weights_of_draw(struct run *r, int64_t m, double *kl)
             struct srf_weights_args a = {.t = t,
                                          .d = r->d,
                                          .m = m,
-                                         .window = r->config->attention.window,
+                                         .window =
+                                             srf_attention_window(&r->config->attention, layer),
                                          .q = r->qkv + h * r->d,
                                          .k = r->qkv + r->c + h * r->d,
                                          .ld = ld,
