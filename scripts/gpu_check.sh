@@ -84,7 +84,8 @@ done
     echo "0 passed, 1 failed"
     exit 1
 }
-sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
+sanitizer="$(command -v compute-sanitizer ||
+    ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
 
 # job NAME LIMIT COMMAND...: in the background on the next GPU, output to a log; its exit status to
 # NAME.status and its nanoseconds to NAME.ns. At most `parallel` at once.
@@ -125,10 +126,10 @@ report() {
     wait
     for name in "${names[@]}"; do
         status="$(cat "$logs/$name.status" 2>/dev/null || echo none)"
-        words="$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test(s)\).*/\2 \1/p' "$logs/$name.log" |
-            tr 'A-Z\n' 'a-z ')"
-        words="$words$(grep -ahE 'ERROR SUMMARY|RACECHECK SUMMARY|^[0-9]+ failures$' "$logs/$name.log" |
-            sed 's/^=* *//' | tail -1 || true)"
+        words="$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test(s)\).*/\2 \1/p' \
+            "$logs/$name.log" | tr 'A-Z\n' 'a-z ')"
+        words="$words$(grep -ahE 'ERROR SUMMARY|RACECHECK SUMMARY|^[0-9]+ failures$' \
+            "$logs/$name.log" | sed 's/^=* *//' | tail -1 || true)"
         if [ "$status" = 0 ]; then
             passed=$((passed + 1))
         else
@@ -137,13 +138,15 @@ report() {
         printf '%-4s %-28s %6.1f s  %s\n' "$([ "$status" = 0 ] && echo ok || echo FAIL)" "$name" \
             "$(awk '{print $1 / 1e9}' "$logs/$name.ns" 2>/dev/null || echo 0)" \
             "$([ "$status" != 124 ] && [ "$status" != 137 ] || echo "out of time; ")$words"
-        [ "$status" = 0 ] || grep -aE '^\[  FAILED  \]|^FAILED|relative error|off by|other bits|rror:' \
-            "$logs/$name.log" | head -20 | sed 's/^/         /' || true
+        [ "$status" = 0 ] ||
+            grep -aE '^\[  FAILED  \]|^FAILED|relative error|off by|other bits|rror:' \
+                "$logs/$name.log" | head -20 | sed 's/^/         /' || true
     done
     names=()
 }
 
-# References in double take most of the programs' time: threads that wait leave the cores to others.
+# References in double take most of the programs' time: threads that wait leave the cores to
+# others.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" OMP_WAIT_POLICY=passive
 # The checkers' long kernels come after the programs: all share the GPU by turns.
 say "Programs"
@@ -153,7 +156,10 @@ while read -r program; do job "$program" 400 "$bin/$program"; done < <(
 )
 report
 
-# Our kernels, whose names end so; a library's are not looked into.
+# Our kernels, whose names end so; a library's are not looked into. Programs on one GPU take turns
+# of milliseconds, and the more there are the longer one of many small launches waits: a few at
+# once.
+parallel=$((parallel < 6 * ${#cards[@]} ? parallel : 6 * ${#cards[@]}))
 say "Light cases under compute-sanitizer"
 if [ -n "$sanitizer" ]; then
     for tool in racecheck memcheck; do
