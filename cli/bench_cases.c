@@ -37,7 +37,9 @@ srf_status bench_plan(struct srf_ctx *ctx, const struct op_call *c, struct srf_c
 /* ---- cases: p holds the shape ---------------------------------------------------------------- */
 
 /* n, in, out, then what else */
-enum { TRANSPOSED = 1, GELU = 2, RESIDUAL = 4, BIAS = 8 };
+/* SLOPE: GELU's derivative is kept, as in a training step, not what it is taken of; and backward
+ * adds up dx's columns. */
+enum { TRANSPOSED = 1, GELU = 2, RESIDUAL = 4, BIAS = 8, SLOPE = 16 };
 
 static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
@@ -59,7 +61,8 @@ static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct o
                                      .b = what & BIAS ? bias : NULL,
                                      .residual = what & RESIDUAL ? y : NULL,
                                      .act = what & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
-                                     .pre = what & GELU ? pre : NULL,
+                                     .pre = what & GELU && !(what & SLOPE) ? pre : NULL,
+                                     .slope = what & SLOPE ? pre : NULL,
                                      .y = y};
     return SRF_OK;
 }
@@ -67,7 +70,8 @@ static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct o
 static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     int64_t n = p[0], in = p[1], out = p[2], what = p[3];
-    void *x, *w, *pre, *dy, *dx, *dw, *db;
+    bool derive = what & GELU && !(what & SLOPE);
+    void *x, *w, *pre, *dy, *dx, *dw, *db, *dx_sum;
     SRF_TRY(bench_reals(b, n * in, 1, &x));
     SRF_TRY(bench_reals(b, in * out, 0.02, &w));
     SRF_TRY(bench_reals(b, n * in, 1, &pre));
@@ -75,6 +79,7 @@ static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct o
     SRF_TRY(bench_reals(b, n * in, 0, &dx));
     SRF_TRY(bench_accs(b, in * out, 0, &dw));
     SRF_TRY(bench_accs(b, out, 0, &db));
+    SRF_TRY(bench_accs(b, in, 0, &dx_sum));
     c->op = SRF_OP_linear_bwd;
     c->args.linear_bwd =
         (struct srf_linear_bwd_args){.n = n,
@@ -84,9 +89,11 @@ static srf_status linear_bwd(struct bench_buffers *b, const int64_t *p, struct o
                                      .w = w,
                                      .dy = dy,
                                      .w_transposed = what & TRANSPOSED,
-                                     .x_pre = what & GELU ? pre : NULL,
-                                     .x_act = what & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
+                                     .x_pre = derive ? pre : NULL,
+                                     .x_act = derive ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
+                                     .x_slope = what & SLOPE ? pre : NULL,
                                      .dx = dx,
+                                     .dx_sum = what & SLOPE ? dx_sum : NULL,
                                      .dw = dw,
                                      .db = what & BIAS ? db : NULL};
     return SRF_OK;
@@ -542,7 +549,7 @@ static const int64_t sizes[2][11] = {
 static const struct bench_case dense[] = {
     {"linear_fwd qkv", linear_fwd, {ROWS, WIDTH, QKV, BIAS}},
     {"linear_fwd out, residual", linear_fwd, {ROWS, WIDTH, WIDTH, BIAS | RESIDUAL}},
-    {"linear_fwd fc, gelu", linear_fwd, {ROWS, WIDTH, FF, BIAS | GELU}},
+    {"linear_fwd fc, gelu", linear_fwd, {ROWS, WIDTH, FF, BIAS | GELU | SLOPE}},
     {"linear_fwd proj, residual", linear_fwd, {ROWS, FF, WIDTH, BIAS | RESIDUAL}},
     {"linear_fwd head", linear_fwd, {HEAD_ROWS, WIDTH, PADDED, TRANSPOSED}},
     {"linear_fwd fc, 1 row", linear_fwd, {1, WIDTH, FF, BIAS | GELU}},
@@ -550,8 +557,8 @@ static const struct bench_case dense[] = {
     {"linear_fwd fc, few rows", linear_fwd, {FEW, WIDTH, FF, BIAS | GELU}},
     {"linear_bwd qkv", linear_bwd, {ROWS, WIDTH, QKV, BIAS}},
     {"linear_bwd out", linear_bwd, {ROWS, WIDTH, WIDTH, BIAS}},
-    {"linear_bwd fc", linear_bwd, {ROWS, WIDTH, FF, BIAS}},
-    {"linear_bwd proj, gelu", linear_bwd, {ROWS, FF, WIDTH, BIAS | GELU}},
+    {"linear_bwd fc", linear_bwd, {ROWS, WIDTH, FF, 0}},
+    {"linear_bwd proj, gelu", linear_bwd, {ROWS, FF, WIDTH, SLOPE}},
     {"linear_bwd head", linear_bwd, {HEAD_ROWS, WIDTH, PADDED, TRANSPOSED}},
     {"act_fwd", act_fwd, {ROWS, FF}},
     {"layernorm_fwd", layernorm, {ROWS, WIDTH, 0}},

@@ -69,6 +69,7 @@ struct srf_cost srf_linear_fwd_cost(const struct srf_ctx *ctx, const struct srf_
     if (a->residual) count += n * out, flops += n * out;
     if (a->act != SRF_ACT_NONE) {
         if (a->pre) count += n * out;
+        if (a->slope) count += n * out, flops += 7 * n * out;
         flops += 9 * n * out;
     }
     return (struct srf_cost){t_bytes(ctx, count), flops};
@@ -82,6 +83,8 @@ struct srf_cost srf_linear_bwd_cost(const struct srf_ctx *ctx, const struct srf_
         count += in * out + n * in * (a->dx_accumulate ? 2 : 1);
         flops += 2 * n * in * out;
         if (a->x_act != SRF_ACT_NONE) count += n * in, flops += 17 * n * in;
+        if (a->x_slope) count += n * in, flops += n * in;
+        if (a->dx_sum) sums += 2 * in, flops += n * in;
     }
     if (a->dw) count += n * in, sums += 2 * in * out, flops += 2 * n * in * out;
     if (a->db) sums += 2 * out, flops += n * out;

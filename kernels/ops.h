@@ -110,18 +110,22 @@ struct srf_linear_fwd_args {
     const void *residual; /* T (n, out), may be y itself: y = residual + x W + b, act must be NONE;
                            * or NULL */
     enum srf_act act;     /* GELU_TANH: 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) */
-    void *pre; /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
-    void *y;   /* out T (n, out) */
+    void *pre;   /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
+    void *slope; /* out T (n, out): act'(u), for the same; only with act, may be NULL */
+    void *y;     /* out T (n, out) */
 };
 struct srf_linear_bwd_args {
     int64_t n, in, out;
     const void *x, *w, *dy; /* T (n, in), as in forward, (n, out) */
     bool w_transposed;
-    const void *x_pre;  /* T (n, in) or NULL: x was act(x_pre), and dx is to be d/dx_pre */
-    enum srf_act x_act; /* that act; NONE without x_pre */
-    bool dx_accumulate; /* dx += instead of dx = */
-    void *dx;           /* out T (n, in), or NULL: not wanted */
-    void *dw, *db;      /* += A as w, (out); NULL: not wanted */
+    const void *x_pre;   /* T (n, in) or NULL: x was act(x_pre), and dx is to be d/dx_pre */
+    enum srf_act x_act;  /* that act; NONE without x_pre */
+    const void *x_slope; /* T (n, in) or NULL: act'(x_pre), instead of the two */
+    bool dx_accumulate;  /* dx += instead of dx = */
+    void *dx;            /* out T (n, in), or NULL: not wanted */
+    void *dx_sum; /* += A (in): column sums of dx as it is then, the bias gradient of the layer that
+                   * dx is the dy of; only with dx, may be NULL */
+    void *dw, *db; /* += A as w, (out); NULL: not wanted */
 };
 /* y = act(x): what linear_fwd made of its pre, where that was kept and y was not. */
 struct srf_act_fwd_args {

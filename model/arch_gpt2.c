@@ -271,6 +271,13 @@ static srf_status layernorm(struct srf_model *m, int64_t n, const void *x, int64
                    .y = y, .mean = mean, .rstd = rstd);
 }
 
+/* Whether `pre` keeps the slope of the MLP's activation, which is all that backward wants of it
+ * where the activation itself is kept. */
+static bool keeps_slope(const struct srf_model *m)
+{
+    return m->plan.recompute == SRF_RECOMPUTE_NONE;
+}
+
 /* The MLP's activation, of what `pre` keeps. */
 static srf_status activate(struct srf_model *m, int64_t n, const struct block *k)
 {
@@ -311,7 +318,8 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), ln, PTR(k->mean2), PTR(k->rstd2)));
     return SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = ln, .w = PARAM(l, FC_W),
                    .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
-                   .pre = m->plan.train ? PTR(k->pre) : NULL, .y = PTR(k->fc));
+                   .pre = m->plan.train && !keeps_slope(m) ? PTR(k->pre) : NULL,
+                   .slope = m->plan.train && keeps_slope(m) ? PTR(k->pre) : NULL, .y = PTR(k->fc));
 }
 
 static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
@@ -361,13 +369,15 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         const struct block *k = &a->blocks[l];
         void *qkv = PTR(k->qkv), *att = PTR(k->att), *ln = PTR(k->ln);
         /* What is not kept, the last block has left where it is shared. */
-        bool again = l + 1 < cfg->n_layers;
+        bool again = l + 1 < cfg->n_layers, slope = keeps_slope(m);
 
         if (again && recompute == SRF_RECOMPUTE_BLOCK) SRF_TRY(block_inside(m, batch, l));
         if (again && recompute == SRF_RECOMPUTE_CHEAP) SRF_TRY(activate(m, n, k));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
-                        .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = PTR(k->pre),
-                        .x_act = SRF_ACT_GELU_TANH, .dx = d_fc, .dw = GRAD(l, PROJ_W)));
+                        .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = slope ? NULL : PTR(k->pre),
+                        .x_act = slope ? SRF_ACT_NONE : SRF_ACT_GELU_TANH,
+                        .x_slope = slope ? PTR(k->pre) : NULL, .dx = d_fc, .dx_sum = GRAD(l, FC_B),
+                        .dw = GRAD(l, PROJ_W)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .w = PARAM(l, FC_W),
                         .dy = d_fc, .dx = d_ln));
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2),
@@ -376,7 +386,7 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                         .dbeta = GRAD(l, LN2_B), .dx_sum = GRAD(l, O_B), .beta = PARAM(l, LN2_B),
                         .y = ln));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = ln, .w = PARAM(l, FC_W),
-                        .dy = d_fc, .dw = GRAD(l, FC_W), .db = GRAD(l, FC_B)));
+                        .dy = d_fc, .dw = GRAD(l, FC_W)));
 
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                         .dy = d_res, .dx = d_att, .dw = GRAD(l, O_W)));

@@ -7,6 +7,7 @@ static const int64_t shapes[][3] = {
     {1, 1, 1},       {1, 7, 5},       {3, 1, 2},       {5, 17, 13},    {33, 64, 65},
     {0, 16, 16},     {37, 41, 97},    {128, 64, 192},  {64, 384, 128}, {257, 128, 512},
     {200, 96, 288},  {130, 512, 130}, {64, 100, 1001}, {512, 256, 64}, {1, 768, 768},
+    {300, 200, 392}, /* tiles of the products with a slope */
     {3001, 8, 2056}, /* bias gradients: more rows than blocks take at once */
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
@@ -16,8 +17,8 @@ struct linear_case {
     int64_t n, in, out;
     bool transposed, bias, exact_rows;
     enum { NO_RESIDUAL, OTHER, ITSELF } residual;
-    bool act, keep_pre;         /* forward */
-    bool activated, accumulate; /* backward: x was an activation, dx += */
+    bool act, keep_pre, keep_slope;     /* forward */
+    bool activated, sloped, accumulate; /* backward: x was an activation, dx += */
     bool want_dx, want_dw, want_db;
     bool light;
 };
@@ -29,6 +30,7 @@ static void test_fwd(void **state)
     int64_t n = k->n, in = k->in, out = k->out;
     struct twin x = twin_normal(&s, n * in, 1), w = twin_normal(&s, in * out, 1);
     struct twin b = twin_normal(&s, out, 1), pre = twin_fill(&s, n * out, NAN);
+    struct twin slope = twin_fill(&s, n * out, NAN);
     bool itself = k->residual == ITSELF;
     struct twin y = itself ? twin_normal(&s, n * out, 1) : twin_fill(&s, n * out, NAN);
     struct twin r = itself ? y : twin_normal(&s, n * out, 1);
@@ -37,12 +39,13 @@ static void test_fwd(void **state)
     .n = n, .in = in, .out = out, .x = x.side, .w = w.side, .w_transposed = k->transposed,         \
     .b = k->bias ? b.side : NULL, .residual = k->residual ? r.side : NULL,                         \
     .act = k->act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .pre = k->keep_pre ? pre.side : NULL,        \
-    .y = y.side
+    .slope = k->keep_slope ? slope.side : NULL, .y = y.side
     twin_run(&s, linear_fwd, ARGS(dev));
     ref_linear_fwd(&(struct srf_linear_fwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(&s, "y", y, twin_tol(&s, in), sqrt((double)in));
     twin_close(&s, "pre", pre, twin_tol(&s, in), sqrt((double)in));
+    twin_close(&s, "slope", slope, twin_tol(&s, in), sqrt((double)in));
     twins_free(&s);
 }
 
@@ -90,10 +93,12 @@ static void test_bwd(void **state)
     struct twin dy = twin_normal(&s, n * out, 1), pre = twin_normal(&s, n * in, 2);
     struct twin dx = k->accumulate ? twin_normal(&s, n * in, 1) : twin_fill(&s, n * in, NAN);
     struct twin dw = twin_acc_normal(&s, in * out, 1), db = twin_acc_normal(&s, out, 1);
+    struct twin dx_sum = twin_acc_normal(&s, in, 1);
 #define ARGS(side)                                                                                 \
     .n = n, .in = in, .out = out, .x = x.side, .w = w.side, .dy = dy.side,                         \
     .w_transposed = k->transposed, .x_pre = k->activated ? pre.side : NULL,                        \
     .x_act = k->activated ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .dx_accumulate = k->accumulate,      \
+    .x_slope = k->sloped ? pre.side : NULL, .dx_sum = k->want_db ? dx_sum.side : NULL,             \
     .dx = k->want_dx ? dx.side : NULL, .dw = k->want_dw ? dw.side : NULL,                          \
     .db = k->want_db ? db.side : NULL
     twin_run(&s, linear_bwd, ARGS(dev));
@@ -102,6 +107,8 @@ static void test_bwd(void **state)
     twin_close(&s, "dx", dx, twin_tol(&s, out), sqrt((double)out));
     twin_close(&s, "dw", dw, twin_acc_tol(&s, n), sqrt((double)n));
     twin_close(&s, "db", db, twin_acc_tol(&s, n), sqrt((double)n));
+    /* of dx as it was rounded */
+    twin_close(&s, "dx_sum", dx_sum, twin_tol(&s, out), sqrt((double)out * (double)n));
     twins_free(&s);
 }
 
@@ -154,18 +161,18 @@ static void add(struct gpu_suite *suite, const struct linear_case *k, bool bwd)
     const char *dtype = srf_dtype_name(k->dtype), *layout = k->transposed ? " transposed" : "";
     if (bwd)
         gpu_add(suite, test_bwd, k, sizeof *k, k->light ? work : 2 * work,
-                "linear_bwd %s n=%d in=%d out=%d%s%s%s%s%s%s", dtype, (int)k->n, (int)k->in,
-                (int)k->out, layout, k->activated ? " activated" : "",
+                "linear_bwd %s n=%d in=%d out=%d%s%s%s%s%s%s%s", dtype, (int)k->n, (int)k->in,
+                (int)k->out, layout, k->activated ? " activated" : "", k->sloped ? " slope" : "",
                 k->accumulate ? " accumulate" : "", k->want_dx ? " dx" : "",
                 k->want_dw ? " dw" : "", k->want_db ? " db" : "");
     else
-        gpu_add(suite, test_fwd, k, sizeof *k, work, "linear_fwd %s n=%d in=%d out=%d%s%s%s%s%s%s",
-                dtype, (int)k->n, (int)k->in, (int)k->out, layout, k->exact_rows ? " as infer" : "",
-                k->bias ? " bias" : "",
+        gpu_add(suite, test_fwd, k, sizeof *k, work,
+                "linear_fwd %s n=%d in=%d out=%d%s%s%s%s%s%s%s", dtype, (int)k->n, (int)k->in,
+                (int)k->out, layout, k->exact_rows ? " as infer" : "", k->bias ? " bias" : "",
                 k->residual == ITSELF  ? " residual=y"
                 : k->residual == OTHER ? " residual"
                                        : "",
-                k->act ? " gelu" : "", k->keep_pre ? " pre" : "");
+                k->act ? " gelu" : "", k->keep_pre ? " pre" : "", k->keep_slope ? " slope" : "");
 }
 
 int main(int argc, char **argv)
@@ -260,6 +267,26 @@ int main(int argc, char **argv)
                     k.want_dw = turn != 2 && turn != 3;
                     k.want_db = turn != 2;
                 }
+                add(&suite, &k, true);
+            }
+        for (int i = 0; i < N_SHAPES; i++)
+            for (int turn = 0; turn < 3; turn++) {
+                struct linear_case k = {.dtype = gpu_dtype(type),
+                                        .n = shapes[i][0],
+                                        .in = shapes[i][1],
+                                        .out = shapes[i][2],
+                                        .transposed = turn == 2 && i % 2,
+                                        .bias = turn != 1,
+                                        .act = true,
+                                        .keep_slope = true,
+                                        .keep_pre = turn == 2,
+                                        .sloped = true,
+                                        .accumulate = turn == 2 && i % 3 == 0,
+                                        .want_dx = true,
+                                        .want_dw = turn == 0,
+                                        .want_db = turn != 1,
+                                        .light = turn == 0 && (i == 7 || i == 10)};
+                add(&suite, &k, false);
                 add(&suite, &k, true);
             }
     }

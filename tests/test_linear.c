@@ -79,13 +79,15 @@ static void check_fwd(struct twins *s, const int64_t *shape, bool transposed, bo
     int64_t n = shape[0], in = shape[1], out = shape[2];
     struct twin x = twin_normal(s, n * in, 1), w = twin_normal(s, in * out, 1);
     struct twin b = twin_normal(s, out, 1), pre = twin_fill(s, n * out, NAN);
+    struct twin slope = twin_fill(s, n * out, NAN);
+    bool keep_slope = act != SRF_ACT_NONE && in % 2;
     /* residual: 0 = none, 1 = another tensor, 2 = y itself */
     struct twin y = residual == 2 ? twin_normal(s, n * out, 1) : twin_fill(s, n * out, NAN);
     struct twin r = residual == 2 ? y : twin_normal(s, n * out, 1);
     twin_run(s, linear_fwd, .n = n, .in = in, .out = out, .x = x.dev, .w = w.dev,
              .w_transposed = transposed, .b = bias ? b.dev : NULL,
              .residual = residual ? r.dev : NULL, .act = act, .pre = keep_pre ? pre.dev : NULL,
-             .y = y.dev);
+             .slope = keep_slope ? slope.dev : NULL, .y = y.dev);
     ref_linear_fwd(&(struct srf_linear_fwd_args){.n = n,
                                                  .in = in,
                                                  .out = out,
@@ -96,9 +98,11 @@ static void check_fwd(struct twins *s, const int64_t *shape, bool transposed, bo
                                                  .residual = residual ? r.ref : NULL,
                                                  .act = act,
                                                  .pre = keep_pre ? pre.ref : NULL,
+                                                 .slope = keep_slope ? slope.ref : NULL,
                                                  .y = y.ref});
     twin_close(s, "y", y, twin_tol(s, in), sqrt((double)in));
     twin_close(s, "pre", pre, twin_tol(s, in), sqrt((double)in));
+    twin_close(s, "slope", slope, twin_tol(s, in), sqrt((double)in));
 }
 
 static void fwd(enum srf_dtype dtype, int threads)
@@ -152,19 +156,23 @@ static void check_bwd(struct twins *s, const int64_t *shape, bool transposed, bo
     struct twin dy = twin_normal(s, n * out, 1), pre = twin_normal(s, n * in, 2);
     struct twin dx = accumulate ? twin_normal(s, n * in, 1) : twin_fill(s, n * in, NAN);
     struct twin dw = twin_normal(s, in * out, 1), db = twin_normal(s, out, 1);
+    struct twin dx_sum = twin_normal(s, in, 1);
+    bool sloped = activated && in % 2;
     if (n == 0) ref_linear_bwd(&(struct srf_linear_bwd_args){0});
 #define ARGS(side)                                                                                 \
     .n = n, .in = in, .out = out, .x = x.side, .w = w.side, .dy = dy.side,                         \
-    .w_transposed = transposed, .x_pre = activated ? pre.side : NULL,                              \
-    .x_act = activated ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .dx_accumulate = accumulate,            \
-    .dx = wanted & 1 ? dx.side : NULL, .dw = wanted & 2 ? dw.side : NULL,                          \
-    .db = wanted & 4 ? db.side : NULL
+    .w_transposed = transposed, .x_pre = activated && !sloped ? pre.side : NULL,                   \
+    .x_act = activated && !sloped ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,                              \
+    .x_slope = sloped ? pre.side : NULL, .dx_accumulate = accumulate,                              \
+    .dx_sum = wanted & 4 ? dx_sum.side : NULL, .dx = wanted & 1 ? dx.side : NULL,                  \
+    .dw = wanted & 2 ? dw.side : NULL, .db = wanted & 4 ? db.side : NULL
     twin_run(s, linear_bwd, ARGS(dev));
     ref_linear_bwd(&(struct srf_linear_bwd_args){ARGS(ref)});
 #undef ARGS
     twin_close(s, "dx", dx, twin_tol(s, out), sqrt((double)out));
     twin_close(s, "dw", dw, twin_tol(s, n), sqrt((double)n));
     twin_close(s, "db", db, twin_tol(s, n), sqrt((double)n));
+    twin_close(s, "dx_sum", dx_sum, twin_tol(s, n * out), sqrt((double)n * (double)out));
 }
 
 static void bwd(enum srf_dtype dtype, int threads)

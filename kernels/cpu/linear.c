@@ -1,7 +1,7 @@
 /* Linear layers: y = act(x W + b), by BLAS; and act_fwd, the activation alone.
  *
  *     forward    u = x W + b,  y = act(u)
- *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy
+ *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy,  dx_sum += sum_n dx
  *
  * The bias is written into y before the product, which then runs with beta = 1: BLAS would clear y
  * in that pass anyway. GELU is a pass over u after the product; its derivative a pass over dx.
@@ -64,6 +64,13 @@ static void activate(struct srf_ctx *ctx, int64_t n, const real *u, real *y)
     for (int64_t i = 0; i < n; i++) y[i] = gelu(u[i]);
 }
 
+/* s = gelu'(u); before y = gelu(u), which may be u. */
+static void slopes(struct srf_ctx *ctx, int64_t n, const real *u, real *s)
+{
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (n > MIN_PARALLEL)
+    for (int64_t i = 0; i < n; i++) s[i] = gelu_derivative(u[i]);
+}
+
 srf_status SRF_CPU(linear_fwd)(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
 {
     if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
@@ -74,6 +81,7 @@ srf_status SRF_CPU(linear_fwd)(struct srf_ctx *ctx, const struct srf_linear_fwd_
     if (a->b || a->residual) put_start(ctx, a->n, a->out, a->b, a->residual, u);
     srf__gemm(ctx, false, a->w_transposed, a->n, a->out, a->in, 1, a->x, a->in, a->w,
               a->w_transposed ? a->in : a->out, a->b || a->residual, u, a->out);
+    if (a->act != SRF_ACT_NONE && a->slope) slopes(ctx, a->n * a->out, u, a->slope);
     if (a->act != SRF_ACT_NONE) activate(ctx, a->n * a->out, u, a->y);
     return SRF_OK;
 }
@@ -93,16 +101,23 @@ static void input_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args
               beta, dx, a->in);
 }
 
-/* dx = or += act'(x_pre) times the product, which goes through the workspace where dx is kept. */
+/* dx = or += act'(x_pre), or x_slope, times the product, which goes through the workspace where dx is kept. */
 static void input_gradient_act(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
     int64_t step = a->dx_accumulate ? DX_ROWS : a->n;
     for (int64_t begin = 0; begin < a->n; begin += step) {
         int64_t rows = a->n - begin < step ? a->n - begin : step, count = rows * a->in;
-        const real *pre = (const real *)a->x_pre + begin * a->in;
+        const real *pre = a->x_pre ? (const real *)a->x_pre + begin * a->in : NULL;
+        const real *slope = a->x_slope ? (const real *)a->x_slope + begin * a->in : NULL;
         real *dx = (real *)a->dx + begin * a->in, *d = a->dx_accumulate ? ctx->workspace : dx;
         input_gradient(ctx, a, begin, rows, 0, d);
-        if (a->dx_accumulate) {
+        if (slope && a->dx_accumulate) {
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
+            for (int64_t i = 0; i < count; i++) dx[i] += d[i] * slope[i];
+        } else if (slope) {
+#pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
+            for (int64_t i = 0; i < count; i++) dx[i] *= slope[i];
+        } else if (a->dx_accumulate) {
 #pragma omp parallel for simd schedule(static) num_threads(ctx->n_threads) if (count > MIN_PARALLEL)
             for (int64_t i = 0; i < count; i++) dx[i] += d[i] * gelu_derivative(pre[i]);
         } else {
@@ -112,18 +127,18 @@ static void input_gradient_act(struct srf_ctx *ctx, const struct srf_linear_bwd_
     }
 }
 
-/* db += column sums of dy, by partial sums of ranges of rows in the workspace. */
-static void bias_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+/* db += column sums of dy (n, out), by partial sums of ranges of rows in the workspace. */
+static void column_sums(struct srf_ctx *ctx, int64_t n, int64_t out, const real *dy, real *db)
 {
-    int64_t out = a->out, parts = ctx->n_threads, stride = srf__part_stride(out);
-    real *sums = ctx->workspace, *db = a->db;
-#pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (a->n * out > MIN_PARALLEL)
+    int64_t parts = ctx->n_threads, stride = srf__part_stride(out);
+    real *sums = ctx->workspace;
+#pragma omp parallel for schedule(static) num_threads(ctx->n_threads) if (n * out > MIN_PARALLEL)
     for (int64_t part = 0; part < parts; part++) {
         real *sum = sums + part * stride;
         memset(sum, 0, (size_t)out * sizeof *sum);
-        int64_t end = srf__split(a->n, parts, part + 1);
-        for (int64_t i = srf__split(a->n, parts, part); i < end; i++) {
-            const real *row = (const real *)a->dy + i * out;
+        int64_t end = srf__split(n, parts, part + 1);
+        for (int64_t i = srf__split(n, parts, part); i < end; i++) {
+            const real *row = dy + i * out;
             for (int64_t j = 0; j < out; j++) sum[j] += row[j];
         }
     }
@@ -137,27 +152,31 @@ srf_status SRF_CPU(linear_bwd)(struct srf_ctx *ctx, const struct srf_linear_bwd_
     SRF_TRY(check_shape("linear_bwd", a->n, a->in, a->out));
     SRF_FAIL_IF((a->x_act != SRF_ACT_NONE) != (a->x_pre != NULL), SRF_INVALID,
                 "linear_bwd: x_act and x_pre go together");
-    if (a->dx && a->x_act != SRF_ACT_NONE)
+    SRF_FAIL_IF(a->x_pre && a->x_slope, SRF_INVALID, "linear_bwd: x_pre or x_slope, not both");
+    if (a->dx && (a->x_act != SRF_ACT_NONE || a->x_slope))
         input_gradient_act(ctx, a);
     else if (a->dx)
         input_gradient(ctx, a, 0, a->n, a->dx_accumulate, a->dx);
+    if (a->dx && a->dx_sum) column_sums(ctx, a->n, a->in, a->dx, a->dx_sum);
     if (a->dw && a->w_transposed)
         srf__gemm(ctx, true, false, a->out, a->in, a->n, 1, a->dy, a->out, a->x, a->in, 1, a->dw,
                   a->in);
     else if (a->dw)
         srf__gemm(ctx, true, false, a->in, a->out, a->n, 1, a->x, a->in, a->dy, a->out, 1, a->dw,
                   a->out);
-    if (a->db) bias_gradient(ctx, a);
+    if (a->db) column_sums(ctx, a->n, a->out, a->dy, a->db);
     return SRF_OK;
 }
 
 size_t SRF_CPU(linear_bwd_workspace)(const struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
     int64_t rows = a->n < DX_ROWS ? a->n : DX_ROWS;
-    bool through = a->dx && a->dx_accumulate && a->x_act != SRF_ACT_NONE;
+    bool through = a->dx && a->dx_accumulate && (a->x_act != SRF_ACT_NONE || a->x_slope);
     int64_t dx = through ? rows * a->in : 0;
-    int64_t db = a->db ? ctx->n_threads * srf__part_stride(a->out) : 0;
-    return (size_t)(dx > db ? dx : db) * sizeof(real);
+    int64_t widest = a->db ? a->out : 0;
+    if (a->dx && a->dx_sum && a->in > widest) widest = a->in;
+    int64_t sums = widest ? ctx->n_threads * srf__part_stride(widest) : 0;
+    return (size_t)(dx > sums ? dx : sums) * sizeof(real);
 }
 
 srf_status SRF_CPU(act_fwd)(struct srf_ctx *ctx, const struct srf_act_fwd_args *a)

@@ -2,7 +2,7 @@
  *
  * With l = x w^T, t = l[target], E = exp(l - t), Z = sum E,
  *     nll = log Z,  d = scale ce_weight / Z (E - Z onehot)
- * A kernel makes t, a dot product a row. The product (head_loss_wgmma.cu) leaves E where logits
+ * A kernel makes t, a dot product a row. The product (product.h) leaves E where logits
  * would be, and row sums of its tiles; another kernel adds these up in order, for Z, and puts E - Z
  * where the target is. What is then missing of d is a factor of the row: x is multiplied with it
  * before dw += d^T x, dx = d w after. So logits are neither written nor read, and no pass over them
@@ -13,7 +13,7 @@
  * Elsewhere (fp32, other cards, rows that are not in 16-byte pieces) the ops that it stands for do
  * it one after the other.
  * Floor: tensor cores; 6 n c ld flops. */
-#include "kernels/cuda/head_loss.h"
+#include "kernels/cuda/product.h"
 #include "kernels/cuda/tile.h"
 #include "kernels/head_loss.h"
 
@@ -172,7 +172,7 @@ static struct places places_in(const struct srf_ctx *ctx, const struct srf_head_
     bump_bytes(&b, cuda_linear_bwd_workspace(ctx, &gradients));
     p.shift = (float *)bump_bytes(&b, (size_t)a->n * sizeof(float));
     p.factor = (float *)bump_bytes(&b, (size_t)a->n * sizeof(float));
-    p.parts = (float *)bump_bytes(&b, (size_t)(a->n * div_up(a->ld, HEAD_COLS)) * sizeof(float));
+    p.parts = (float *)bump_bytes(&b, (size_t)(a->n * div_up(a->ld, PRODUCT_COLS)) * sizeof(float));
     p.scaled = (bf16 *)bump_bytes(&b, (size_t)(a->n * a->c) * sizeof(bf16));
     p.bytes = b.used;
     return p;
@@ -195,16 +195,20 @@ extern "C" srf_status cuda_head_loss(struct srf_ctx *ctx, const struct srf_head_
                 "head_loss: %lld words in %lld rows of %lld", (long long)a->v, (long long)a->ld,
                 (long long)a->c);
     struct places at = places_in(ctx, a, ctx->workspace);
-    struct head_product p = {a->n, a->c, a->v, a->ld, a->x, a->w, at.shift, a->logits, at.parts};
-    if (!srf__head_product_takes(ctx, &p) || !is_aligned(a->dx, 16)) return one_by_one(ctx, a);
+    struct wgmma_product p = {};
+    p.end = PRODUCT_EXP;
+    p.m = a->n, p.n = a->ld, p.k = a->c, p.v = a->v;
+    p.a = a->x, p.b = a->w, p.y = a->logits;
+    p.shift = at.shift, p.sums = at.parts;
+    if (!srf__product_takes(ctx, &p) || !is_aligned(a->dx, 16)) return one_by_one(ctx, a);
     cudaStream_t stream = stream_of(ctx);
     int c = (int)a->c;
     unsigned rows = (unsigned)div_up(a->n, WARPS);
     target_kernel<<<rows, THREADS, 0, stream>>>(a->n, c, (const bf16 *)a->x, (const bf16 *)a->w,
                                                 (const int32_t *)a->targets, at.shift);
-    SRF_TRY(srf__head_product(ctx, &p));
+    SRF_TRY(srf__product(ctx, &p));
     struct norm_args norm = {};
-    norm.n = a->n, norm.ld = a->ld, norm.n_parts = div_up(a->ld, HEAD_COLS);
+    norm.n = a->n, norm.ld = a->ld, norm.n_parts = div_up(a->ld, PRODUCT_COLS);
     norm.c = c, norm.v = (int)a->v;
     norm.scale = (float)(a->scale * a->ce_weight);
     norm.parts = at.parts;

@@ -1,7 +1,7 @@
 /* Linear layers: y = act(x W + b), by cuBLASLt.
  *
  *     forward    u = x W + b,  y = act(u)
- *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy
+ *     backward   dx = (dy W^T) act'(x_pre),  dw += x^T dy,  db += sum_n dy,  dx_sum += sum_n dx
  *
  * Row-major arrays are read as the column-major transposes that BLAS knows: y^T = W^T x^T and so
  * on, no copies. Products of bf16 are summed in fp32; fp32 is computed in fp32, without TF32. dw is
@@ -9,6 +9,8 @@
  * (as beta C), GELU and its derivative. Where it cannot (GELU in fp32 mode, a derivative that is to
  * be added to dx, arrays not aligned to 16 bytes) the product goes to the workspace in fp32, some
  * rows at a time, and a kernel of ours does the rest.
+ * Where act' is kept (slope), a product of our own makes act and act' of one tanh, and another
+ * multiplies with it and adds up dx's columns: product.h.
  * db: a kernel reads dy once; its blocks leave partial sums in the workspace. Forward of a few
  * rows, as in decoding, has a kernel of its own (linear_few.cu), and so has fp32 with exact_rows
  * (linear_exact.cu).
@@ -18,6 +20,7 @@
  * Floor: tensor cores; 2 n in out flops forward, twice that backward: 990 Tflop/s on an H100. */
 #include "kernels/cuda/gelu.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/product.h"
 
 #include <string.h>
 
@@ -287,13 +290,12 @@ static srf_status multiply(struct srf_ctx *ctx, const struct product *p, bool *d
 
 /* ---- what no epilogue does ------------------------------------------------------------------- */
 
-/* y = act(u), pre = u, u = sums + b + residual; b, residual, pre may be NULL, and residual y. */
+/* y = act(u), pre = u, slope = act'(u), u = sums + b + residual; b, residual, pre, slope may be NULL,
+ * and residual y. */
 template <typename T>
-static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(int64_t rows, int64_t out,
-                                                                    const float *__restrict__ sums,
-                                                                    const T *__restrict__ b,
-                                                                    const T *residual, bool act,
-                                                                    T *__restrict__ pre, T *y)
+static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(
+    int64_t rows, int64_t out, const float *__restrict__ sums, const T *__restrict__ b,
+    const T *residual, bool act, T *__restrict__ pre, T *__restrict__ slope, T *y)
 {
     for (int64_t i = blockIdx.x; i < rows; i += gridDim.x)
         for (int64_t j = threadIdx.x; j < out; j += THREADS) {
@@ -302,20 +304,22 @@ static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(int64_t rows
             if (b) u += to_float(b[j]);
             if (residual) u += to_float(residual[at]);
             if (pre) pre[at] = from_float<T>(u);
+            if (slope) slope[at] = from_float<T>(gelu_derivative(u));
             y[at] = from_float<T>(act ? gelu(u) : u);
         }
 }
 
-/* dx = or += sums gelu'(pre) */
+/* dx = or += sums gelu'(pre), or sums slope */
 template <typename T>
 static __global__ __launch_bounds__(THREADS) void finish_dx_kernel(int64_t count,
                                                                    const float *__restrict__ sums,
                                                                    const T *__restrict__ pre,
+                                                                   const T *__restrict__ slope,
                                                                    bool add, T *__restrict__ dx)
 {
     int64_t step = (int64_t)gridDim.x * THREADS;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
-        float d = sums[i] * gelu_derivative(to_float(pre[i]));
+        float d = sums[i] * (slope ? to_float(slope[i]) : gelu_derivative(to_float(pre[i])));
         dx[i] = from_float<T>(add ? to_float(dx[i]) + d : d);
     }
 }
@@ -442,18 +446,32 @@ static srf_status forward_pieces(struct srf_ctx *ctx, const struct srf_linear_fw
         SRF_TRY(multiply(ctx, &p, NULL));
         void *residual = row_of(ctx, a->residual, begin, a->out);
         void *pre = act ? row_of(ctx, a->pre, begin, a->out) : NULL;
+        void *slope = act ? row_of(ctx, a->slope, begin, a->out) : NULL;
         void *y = row_of(ctx, a->y, begin, a->out);
         unsigned grid = grid_for(ctx, rows, 1, 8);
         if (ctx->dtype == SRF_BF16)
             finish_fwd_kernel<bf16><<<grid, THREADS, 0, stream_of(ctx)>>>(
                 rows, a->out, sums, (const bf16 *)a->b, (const bf16 *)residual, act, (bf16 *)pre,
-                (bf16 *)y);
+                (bf16 *)slope, (bf16 *)y);
         else
             finish_fwd_kernel<float><<<grid, THREADS, 0, stream_of(ctx)>>>(
                 rows, a->out, sums, (const float *)a->b, (const float *)residual, act, (float *)pre,
-                (float *)y);
+                (float *)slope, (float *)y);
     }
     return srf__cuda_launched("linear_fwd");
+}
+
+/* The activation and its slope in the product's end; *done: it was launched. */
+static srf_status forward_slope(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a,
+                                bool *done)
+{
+    struct wgmma_product p = {};
+    p.end = PRODUCT_GELU;
+    p.m = a->n, p.n = a->out, p.k = a->in;
+    p.a = a->x, p.b = a->w, p.y = a->y;
+    p.bias = a->b, p.slope = a->slope;
+    *done = !a->w_transposed && !a->pre && srf__product_takes(ctx, &p);
+    return *done ? srf__product(ctx, &p) : SRF_OK;
 }
 
 extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
@@ -462,6 +480,10 @@ extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_line
     SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
     bool act = a->act != SRF_ACT_NONE, done = false;
     SRF_FAIL_IF(a->residual && act, SRF_INVALID, "linear_fwd: a residual goes with no activation");
+    if (act && a->slope) {
+        SRF_TRY(forward_slope(ctx, a, &done));
+        return done ? SRF_OK : forward_pieces(ctx, a);
+    }
     if (ctx->exact_rows && ctx->dtype == SRF_F32) return srf__linear_exact_fwd(ctx, a);
     if (a->n <= LINEAR_FEW_ROWS && srf__linear_few_fwd(ctx, a))
         return srf__cuda_launched("linear_fwd");
@@ -502,21 +524,43 @@ static srf_status input_gradient_pieces(struct srf_ctx *ctx, const struct srf_li
         p.d = after_blas(ctx), p.d_f32 = true;
         SRF_TRY(multiply(ctx, &p, NULL));
         const void *pre = row_of(ctx, a->x_pre, begin, a->in);
+        const void *slope = row_of(ctx, a->x_slope, begin, a->in);
         void *dx = row_of(ctx, a->dx, begin, a->in);
         int64_t count = rows * a->in;
         unsigned grid = grid_for(ctx, count, THREADS, 8);
         if (ctx->dtype == SRF_BF16)
             finish_dx_kernel<bf16><<<grid, THREADS, 0, stream_of(ctx)>>>(
-                count, sums, (const bf16 *)pre, a->dx_accumulate, (bf16 *)dx);
+                count, sums, (const bf16 *)pre, (const bf16 *)slope, a->dx_accumulate, (bf16 *)dx);
         else
             finish_dx_kernel<float><<<grid, THREADS, 0, stream_of(ctx)>>>(
-                count, sums, (const float *)pre, a->dx_accumulate, (float *)dx);
+                count, sums, (const float *)pre, (const float *)slope, a->dx_accumulate,
+                (float *)dx);
     }
+    return srf__cuda_launched("linear_bwd");
+}
+
+/* dx = (dy W^T) slope, and its column sums, in the product's end; *done: it was launched. */
+static srf_status gradient_slope(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a,
+                                 bool *done)
+{
+    struct wgmma_product p = {};
+    p.end = PRODUCT_SLOPE;
+    p.m = a->n, p.n = a->in, p.k = a->out;
+    p.a = a->dy, p.b = a->w, p.y = a->dx;
+    p.slope = (void *)(uintptr_t)a->x_slope;
+    p.sums = a->dx_sum ? (float *)ctx->workspace : NULL;
+    *done = !a->w_transposed && !a->dx_accumulate && srf__product_takes(ctx, &p);
+    if (!*done) return SRF_OK;
+    SRF_TRY(srf__product(ctx, &p));
+    if (a->dx_sum)
+        srf__cuda_add_parts(ctx, p.sums, div_up(a->n, PRODUCT_ROWS), a->in, (float *)a->dx_sum,
+                            NULL);
     return srf__cuda_launched("linear_bwd");
 }
 
 static srf_status input_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
+    if (a->x_slope) return input_gradient_pieces(ctx, a);
     struct product p = input_product(ctx, a, 0, a->n);
     p.d = a->dx;
     if (a->x_act == SRF_ACT_NONE) {
@@ -554,19 +598,24 @@ static dim3 sum_grid(const struct srf_ctx *ctx, int64_t n, int64_t out, int widt
 }
 
 template <typename T>
-static srf_status bias_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+static srf_status add_columns(struct srf_ctx *ctx, int64_t n, int64_t out, const T *dy, float *db)
 {
-    const T *dy = (const T *)a->dy;
     float *parts = (float *)ctx->workspace;
-    bool packs = is_aligned(dy, 16) && a->out % PACK(T) == 0;
-    dim3 grid = sum_grid(ctx, a->n, a->out, packs ? PACK(T) : 1);
+    bool packs = is_aligned(dy, 16) && out % PACK(T) == 0;
+    dim3 grid = sum_grid(ctx, n, out, packs ? PACK(T) : 1);
     if (packs)
-        column_sums_kernel<T, PACK(T)>
-            <<<grid, THREADS, 0, stream_of(ctx)>>>(a->n, a->out, dy, parts);
+        column_sums_kernel<T, PACK(T)><<<grid, THREADS, 0, stream_of(ctx)>>>(n, out, dy, parts);
     else
-        column_sums_kernel<T, 1><<<grid, THREADS, 0, stream_of(ctx)>>>(a->n, a->out, dy, parts);
-    srf__cuda_add_parts(ctx, parts, grid.y, a->out, (float *)a->db, NULL);
+        column_sums_kernel<T, 1><<<grid, THREADS, 0, stream_of(ctx)>>>(n, out, dy, parts);
+    srf__cuda_add_parts(ctx, parts, grid.y, out, db, NULL);
     return srf__cuda_launched("linear_bwd");
+}
+
+/* db += column sums of dy (n, out) */
+static srf_status column_sums(struct srf_ctx *ctx, int64_t n, int64_t out, const void *dy, void *db)
+{
+    if (ctx->dtype == SRF_BF16) return add_columns(ctx, n, out, (const bf16 *)dy, (float *)db);
+    return add_columns(ctx, n, out, (const float *)dy, (float *)db);
 }
 
 extern "C" srf_status cuda_linear_bwd(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
@@ -575,11 +624,13 @@ extern "C" srf_status cuda_linear_bwd(struct srf_ctx *ctx, const struct srf_line
     SRF_TRY(check_shape("linear_bwd", a->n, a->in, a->out));
     SRF_FAIL_IF((a->x_act != SRF_ACT_NONE) != (a->x_pre != NULL), SRF_INVALID,
                 "linear_bwd: x_act and x_pre go together");
-    if (a->dx) SRF_TRY(input_gradient(ctx, a));
+    SRF_FAIL_IF(a->x_pre && a->x_slope, SRF_INVALID, "linear_bwd: x_pre or x_slope, not both");
+    bool done = false;
+    if (a->dx && a->x_slope) SRF_TRY(gradient_slope(ctx, a, &done));
+    if (a->dx && !done) SRF_TRY(input_gradient(ctx, a));
+    if (a->dx && a->dx_sum && !done) SRF_TRY(column_sums(ctx, a->n, a->in, a->dx, a->dx_sum));
     if (a->dw) SRF_TRY(weight_gradient(ctx, a));
-    if (a->db)
-        SRF_TRY(ctx->dtype == SRF_BF16 ? bias_gradient<bf16>(ctx, a)
-                                       : bias_gradient<float>(ctx, a));
+    if (a->db) SRF_TRY(column_sums(ctx, a->n, a->out, a->dy, a->db));
     return SRF_OK;
 }
 
@@ -587,11 +638,16 @@ extern "C" size_t cuda_linear_bwd_workspace(const struct srf_ctx *ctx,
                                             const struct srf_linear_bwd_args *a)
 {
     if (a->n == 0 || a->in == 0 || a->out == 0) return 0;
-    bool pieces = a->dx && a->x_act != SRF_ACT_NONE;
+    bool pieces = a->dx && (a->x_act != SRF_ACT_NONE || a->x_slope);
     int64_t floats = pieces ? piece_rows(a->n, a->in) * a->in : 0;
-    size_t bytes = BLAS_BYTES + (size_t)floats * sizeof(float);
-    if (!a->db) return bytes;
+    size_t bytes = BLAS_BYTES + (size_t)floats * sizeof(float), sums = 0;
     int width = (int)(16 / srf_dtype_bytes(ctx->dtype)); /* the widest packs make the most parts */
-    size_t sums = sum_grid(ctx, a->n, a->out, width).y * (size_t)a->out * sizeof(float);
-    return bytes > sums ? bytes : sums;
+    if (a->db) sums = sum_grid(ctx, a->n, a->out, width).y * (size_t)a->out;
+    if (a->dx && a->dx_sum) {
+        size_t tiles = (size_t)div_up(a->n, PRODUCT_ROWS) * (size_t)a->in;
+        size_t parts = sum_grid(ctx, a->n, a->in, width).y * (size_t)a->in;
+        sums = tiles > sums ? tiles : sums;
+        sums = parts > sums ? parts : sums;
+    }
+    return bytes > sums * sizeof(float) ? bytes : sums * sizeof(float);
 }

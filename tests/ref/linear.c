@@ -34,6 +34,8 @@ void ref_linear_fwd(const struct srf_linear_fwd_args *a)
             for (int64_t i = 0; i < a->in; i++)
                 u += x[r * a->in + i] * w[at(i, j, a->in, a->out, a->w_transposed)];
             if (a->act == SRF_ACT_GELU_TANH && a->pre) ((double *)a->pre)[r * a->out + j] = u;
+            if (a->act == SRF_ACT_GELU_TANH && a->slope)
+                ((double *)a->slope)[r * a->out + j] = gelu_slope(u);
             double v = a->act == SRF_ACT_GELU_TANH ? ref_gelu(u) : u;
             *y = a->residual ? ((const double *)a->residual)[r * a->out + j] + v : v;
         }
@@ -55,9 +57,13 @@ void ref_linear_bwd(const struct srf_linear_bwd_args *a)
             for (int64_t j = 0; j < a->out; j++)
                 d += dy[r * a->out + j] * w[at(i, j, a->in, a->out, a->w_transposed)];
             if (pre) d *= gelu_slope(pre[r * a->in + i]);
+            if (a->x_slope) d *= ((const double *)a->x_slope)[r * a->in + i];
             double *dx = (double *)a->dx + r * a->in + i;
             *dx = a->dx_accumulate ? *dx + d : d;
         }
+    for (int64_t r = 0; r < a->n && a->dx && a->dx_sum; r++)
+        for (int64_t i = 0; i < a->in; i++)
+            ((double *)a->dx_sum)[i] += ((const double *)a->dx)[r * a->in + i];
     for (int64_t r = 0; r < a->n && a->db; r++)
         for (int64_t j = 0; j < a->out; j++) ((double *)a->db)[j] += dy[r * a->out + j];
 }

@@ -1,4 +1,4 @@
-/* What the product of head_loss_wgmma.cu is made of: products of operands in shared memory,
+/* What the product of product_wgmma.cu is made of: products of operands in shared memory,
  * clusters of two blocks, and two-dimensional bulk copies.
  *
  * Operands lie in shared memory in tiles of 64 columns, as the copy engine writes them with the
@@ -7,7 +7,14 @@
 #include "kernels/cuda/wgmma.h"
 
 #if HAVE_WGMMA
-/* c (64, 192) = A B (!add) or c += A B, of 16 columns of A. */
+/* B where k runs along a tile's rows: `step` bytes between tiles of 64 columns each. */
+__device__ __forceinline__ uint64_t wgmma_tile_cols(uint32_t addr, int step)
+{
+    return (uint64_t)(addr >> 4 & 0x3fff) | (uint64_t)(step >> 4) << 16 | (uint64_t)64 << 32 |
+           (uint64_t)1 << 62;
+}
+/* c (64, 192) = A B (!add) or c += A B, of 16 columns of A; B_COLS: k runs along B's tile rows. */
+template <bool B_COLS>
 __device__ __forceinline__ void wgmma_192(float c[96], uint64_t a, uint64_t b, bool add)
 {
     asm volatile(
@@ -21,7 +28,7 @@ __device__ __forceinline__ void wgmma_192(float c[96], uint64_t a, uint64_t b, b
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
         "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-        "%96, %97, p, 1, 1, 0, 0;\n"
+        "%96, %97, p, 1, 1, 0, %99;\n"
         "}\n"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
           "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),
@@ -37,7 +44,7 @@ __device__ __forceinline__ void wgmma_192(float c[96], uint64_t a, uint64_t b, b
           "+f"(c[77]), "+f"(c[78]), "+f"(c[79]), "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]),
           "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]), "+f"(c[88]), "+f"(c[89]), "+f"(c[90]),
           "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95])
-        : "l"(a), "l"(b), "r"((int)add));
+        : "l"(a), "l"(b), "r"((int)add), "n"(B_COLS));
 }
 
 /* Registers of every thread of a warpgroup from here on. */
@@ -55,6 +62,12 @@ __device__ __forceinline__ void group_sync(int id, int threads)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+__device__ __forceinline__ uint32_t shared_load(uint32_t addr)
+{
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr) : "memory");
+    return x;
+}
 __device__ __forceinline__ void shared_store(uint32_t addr, uint32_t x)
 {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory");

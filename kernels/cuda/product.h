@@ -1,0 +1,32 @@
+/* y = A B on Hopper's warpgroup products, bf16, with what is done to y on its way out: product_wgmma.cu.
+ */
+#pragma once
+#include "kernels/cuda/dense.h"
+
+#define PRODUCT_ROWS 128 /* of a tile of y */
+#define PRODUCT_COLS 192
+
+enum product_end {
+    PRODUCT_EXP,  /* y = exp(A B - shift of the row), columns from v on 0; and row sums */
+    PRODUCT_GELU, /* y = gelu(u), slope = gelu'(u), u = A B + bias */
+    PRODUCT_SLOPE /* y = (A B) slope; and column sums */
+};
+
+struct wgmma_product {
+    enum product_end end;
+    int64_t m, n, k;
+    const void *a; /* bf16 (m, k) */
+    const void *b; /* bf16 (n, k); of GELU (k, n) */
+    void *y;       /* out bf16 (m, n) */
+    int64_t v;
+    const float *shift; /* (m), in log2 units */
+    const void *bias;   /* bf16 (n), or NULL */
+    void *slope;        /* bf16 (m, n): out of GELU, in of SLOPE */
+    /* out: EXP, (n / PRODUCT_COLS rounded up, m), a tile's sums along its rows; SLOPE, (m /
+     * PRODUCT_ROWS rounded up, n), along its columns, or NULL */
+    float *sums;
+};
+
+/* Whether the card and the build have the kernel, and the product's shape and addresses suit it. */
+bool srf__product_takes(const struct srf_ctx *ctx, const struct wgmma_product *p);
+srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p);
