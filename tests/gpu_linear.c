@@ -184,7 +184,7 @@ int main(int argc, char **argv)
                 srf_dtype_name(gelu.dtype));
         static const int64_t exact[][2] = {{384, 1152}, {384, 384},  {384, 1536},
                                            {1536, 384}, {384, 2048}, {3333, 129}};
-        /* Every kernel of exact rows, for slow checkers too; large tiles are theirs but for size. */
+        /* Every kernel of exact rows, for slow checkers too; large tiles: theirs but for size. */
         static const int64_t rows[] = {1, 5, 20, 40, 2048};
         for (int i = 0; i < 20 && gelu.dtype == SRF_F32; i++) {
             int64_t n = rows[i / 4];

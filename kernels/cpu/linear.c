@@ -101,7 +101,8 @@ static void input_gradient(struct srf_ctx *ctx, const struct srf_linear_bwd_args
               beta, dx, a->in);
 }
 
-/* dx = or += act'(x_pre), or x_slope, times the product, which goes through the workspace where dx is kept. */
+/* dx = or += act'(x_pre), or x_slope, times the product, which goes through the workspace where dx
+ * is kept. */
 static void input_gradient_act(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
     int64_t step = a->dx_accumulate ? DX_ROWS : a->n;

@@ -290,8 +290,8 @@ static srf_status multiply(struct srf_ctx *ctx, const struct product *p, bool *d
 
 /* ---- what no epilogue does ------------------------------------------------------------------- */
 
-/* y = act(u), pre = u, slope = act'(u), u = sums + b + residual; b, residual, pre, slope may be NULL,
- * and residual y. */
+/* y = act(u), pre = u, slope = act'(u), u = sums + b + residual. b, residual, pre, slope may be
+ * NULL, residual may be y. */
 template <typename T>
 static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(
     int64_t rows, int64_t out, const float *__restrict__ sums, const T *__restrict__ b,

@@ -1,5 +1,5 @@
-/* y = A B on Hopper's warpgroup products, bf16, with what is done to y on its way out: product_wgmma.cu.
- */
+/* y = A B on Hopper's warpgroup products, bf16, with what is done to y on its way out:
+ * product_wgmma.cu. */
 #pragma once
 #include "kernels/cuda/dense.h"
 

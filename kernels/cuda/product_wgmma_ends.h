@@ -1,4 +1,4 @@
-/* The tiles of product_wgmma.cu: their sizes, what a launch is told, and how a finished tile leaves.
+/* The tiles of product_wgmma.cu: their sizes, what a launch is told, how a finished tile leaves.
  *
  * A tile goes in pieces of 64 columns through shared memory, where a warpgroup has BUFFERS of them,
  * and from there by bulk copy. A slope that y is multiplied with comes to a buffer by bulk copy
