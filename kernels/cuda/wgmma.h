@@ -204,7 +204,7 @@ __device__ __forceinline__ void bulk_done()
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-/* ---- barriers of some warps: n threads, all together or, id by id, those that only arrive ----- */
+/* ---- barriers of some warps: n threads, all together or, id by id, those that only arrive -- */
 
 __device__ __forceinline__ void meet(int id, int n)
 {
