@@ -56,22 +56,6 @@ template <int n> __device__ __forceinline__ void registers_up()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 }
-/* Barrier `id` (1 to 15) of `threads` threads of the block. */
-__device__ __forceinline__ void group_sync(int id, int threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ uint32_t shared_load(uint32_t addr)
-{
-    uint32_t x;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr) : "memory");
-    return x;
-}
-__device__ __forceinline__ void shared_store(uint32_t addr, uint32_t x)
-{
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory");
-}
 
 /* ---- clusters -------------------------------------------------------------------------------- */
 

@@ -111,7 +111,7 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
     for (int i = 0; i < PIECES; i++) {
         uint32_t piece = f->pieces + f->next * PIECE_BYTES;
         if (thread == 0) bulk_store_wait<BUFFERS - 1>();
-        group_sync(f->id, GROUP);
+        meet(f->id, GROUP);
         f->next ^= 1;
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt++)
@@ -121,10 +121,10 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
                 u.x = exp2_fast(fmaf(u.x, LOG2E, -shift[j]));
                 u.y = exp2_fast(fmaf(u.y, LOG2E, -shift[j]));
                 sum[j] += u.x + u.y;
-                shared_store(word_at(piece, nt, j), pack_bf16(u.x, u.y));
+                store_shared(word_at(piece, nt, j), pack_bf16(u.x, u.y));
             }
         bulk_fence();
-        group_sync(f->id, GROUP);
+        meet(f->id, GROUP);
         if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
     }
 #pragma unroll
@@ -144,7 +144,7 @@ __device__ __forceinline__ void take_bias(const struct finish *f, struct place p
     int thread = threadIdx.x % GROUP, col = p.col + 2 * thread;
     if (thread >= COLS / 2) return;
     bool there = f->w->bias && col < f->w->n;
-    shared_store(f->bias + 4 * thread, there ? *(const uint32_t *)(f->w->bias + col) : 0);
+    store_shared(f->bias + 4 * thread, there ? *(const uint32_t *)(f->w->bias + col) : 0);
 }
 
 __device__ __forceinline__ float tanh_fast(float x)
@@ -172,22 +172,22 @@ __device__ __forceinline__ void put_gelu(struct finish *f, float c[2][COLS / 2],
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         if (thread == 0) bulk_store_wait<0>();
-        group_sync(f->id, GROUP); /* and, the first time, the bias has come */
+        meet(f->id, GROUP); /* and, the first time, the bias has come */
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt++) {
             float2 b =
-                unpack_bf16(shared_load(f->bias + (i * PIECE_COLS + 8 * nt) * 2 + (lane & 3) * 4));
+                unpack_bf16(load_shared(f->bias + (i * PIECE_COLS + 8 * nt) * 2 + (lane & 3) * 4));
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float2 u = products_at(c, i, nt, j), s;
                 u.x = gelu_and_slope(u.x + b.x, &s.x);
                 u.y = gelu_and_slope(u.y + b.y, &s.y);
-                shared_store(word_at(y, nt, j), pack_bf16(u.x, u.y));
-                shared_store(word_at(slope, nt, j), pack_bf16(s.x, s.y));
+                store_shared(word_at(y, nt, j), pack_bf16(u.x, u.y));
+                store_shared(word_at(slope, nt, j), pack_bf16(s.x, s.y));
             }
         }
         bulk_fence();
-        group_sync(f->id, GROUP);
+        meet(f->id, GROUP);
         if (thread == 0) {
             bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, y);
             bulk_store(&f->m->slope, p.col + i * PIECE_COLS, p.row, slope);
@@ -217,12 +217,12 @@ __device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
     for (int r = 0; r < ROWS / GROUP_WARPS; r++) {
         int row = warp * (ROWS / GROUP_WARPS) + r;
         float2 x =
-            unpack_bf16(shared_load(piece + tile_at<PIECE_COLS>(row, lane >> 2) + (lane & 3) * 4));
+            unpack_bf16(load_shared(piece + tile_at<PIECE_COLS>(row, lane >> 2) + (lane & 3) * 4));
         sum.x += x.x, sum.y += x.y;
     }
     float2 *others = (float2 *)f->sums + lane;
     if (warp > 0) others[(warp - 1) * (PIECE_COLS / 2)] = sum;
-    group_sync(f->id, GROUP);
+    meet(f->id, GROUP);
     int col = p.col + i * PIECE_COLS + 2 * lane;
     if (warp == 0 && p.row < f->w->m && col < f->w->n) {
         for (int j = 0; j < GROUP_WARPS - 1; j++) {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
         }
         *(float2 *)(f->w->sums + (int64_t)(p.row / ROWS) * f->w->n + col) = sum;
     }
-    group_sync(f->id, GROUP); /* read: the next piece's sums may come */
+    meet(f->id, GROUP); /* read: the next piece's sums may come */
 }
 
 __device__ __forceinline__ void put_times_slope(struct finish *f, float c[2][COLS / 2],
@@ -248,15 +248,15 @@ __device__ __forceinline__ void put_times_slope(struct finish *f, float c[2][COL
         for (int nt = 0; nt < PIECE_COLS / 8; nt++) {
             float2 slope[4]; /* under way at once */
 #pragma unroll
-            for (int j = 0; j < 4; j++) slope[j] = unpack_bf16(shared_load(word_at(piece, nt, j)));
+            for (int j = 0; j < 4; j++) slope[j] = unpack_bf16(load_shared(word_at(piece, nt, j)));
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float2 u = products_at(c, i, nt, j);
-                shared_store(word_at(piece, nt, j), pack_bf16(u.x * slope[j].x, u.y * slope[j].y));
+                store_shared(word_at(piece, nt, j), pack_bf16(u.x * slope[j].x, u.y * slope[j].y));
             }
         }
         bulk_fence();
-        group_sync(f->id, GROUP);
+        meet(f->id, GROUP);
         if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
         /* into the buffer of the piece before, which its copy has had the time to read */
         if (thread == 0 && i > 0 && i - 1 + BUFFERS < PIECES) {

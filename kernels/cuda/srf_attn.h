@@ -122,16 +122,6 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *src, int64_
         }
     }
 }
-__device__ __forceinline__ void store_shared(uint32_t addr, uint32_t x)
-{
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory");
-}
-__device__ __forceinline__ uint32_t load_shared(uint32_t addr)
-{
-    uint32_t x;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr) : "memory");
-    return x;
-}
 /* Two bf16 values clamped to +-limit (of both halves); NaN stays NaN. */
 __device__ __forceinline__ uint32_t clamp_bf16(uint32_t x, uint32_t limit)
 {
