@@ -147,7 +147,7 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
                 for (int j = 0; j < BUFFERS; j++) ask_slope(&f, p, j);
             }
             if (END == PRODUCT_GELU) {
-                meet(f.id, GROUP); /* the last tile's bias has been read */
+                group_sync(f.id, GROUP); /* the last tile's bias has been read */
                 take_bias(&f, p);
             }
             /* tile i of the block: the (i / 2 + group)-th time that this turn comes */

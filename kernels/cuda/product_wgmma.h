@@ -57,6 +57,12 @@ template <int n> __device__ __forceinline__ void registers_up()
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 }
 
+/* Barrier `id` (1 to 15) of `threads` threads of the block. */
+__device__ __forceinline__ void group_sync(int id, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /* ---- clusters -------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ int cluster_rank()

@@ -111,7 +111,7 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
     for (int i = 0; i < PIECES; i++) {
         uint32_t piece = f->pieces + f->next * PIECE_BYTES;
         if (thread == 0) bulk_store_wait<BUFFERS - 1>();
-        meet(f->id, GROUP);
+        group_sync(f->id, GROUP);
         f->next ^= 1;
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt++)
@@ -124,7 +124,7 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
                 store_shared(word_at(piece, nt, j), pack_bf16(u.x, u.y));
             }
         bulk_fence();
-        meet(f->id, GROUP);
+        group_sync(f->id, GROUP);
         if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
     }
 #pragma unroll
@@ -172,7 +172,7 @@ __device__ __forceinline__ void put_gelu(struct finish *f, float c[2][COLS / 2],
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         if (thread == 0) bulk_store_wait<0>();
-        meet(f->id, GROUP); /* and, the first time, the bias has come */
+        group_sync(f->id, GROUP); /* and, the first time, the bias has come */
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt++) {
             float2 b =
@@ -187,7 +187,7 @@ __device__ __forceinline__ void put_gelu(struct finish *f, float c[2][COLS / 2],
             }
         }
         bulk_fence();
-        meet(f->id, GROUP);
+        group_sync(f->id, GROUP);
         if (thread == 0) {
             bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, y);
             bulk_store(&f->m->slope, p.col + i * PIECE_COLS, p.row, slope);
@@ -222,7 +222,7 @@ __device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
     }
     float2 *others = (float2 *)f->sums + lane;
     if (warp > 0) others[(warp - 1) * (PIECE_COLS / 2)] = sum;
-    meet(f->id, GROUP);
+    group_sync(f->id, GROUP);
     int col = p.col + i * PIECE_COLS + 2 * lane;
     if (warp == 0 && p.row < f->w->m && col < f->w->n) {
         for (int j = 0; j < GROUP_WARPS - 1; j++) {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
         }
         *(float2 *)(f->w->sums + (int64_t)(p.row / ROWS) * f->w->n + col) = sum;
     }
-    meet(f->id, GROUP); /* read: the next piece's sums may come */
+    group_sync(f->id, GROUP); /* read: the next piece's sums may come */
 }
 
 __device__ __forceinline__ void put_times_slope(struct finish *f, float c[2][COLS / 2],
@@ -256,7 +256,7 @@ __device__ __forceinline__ void put_times_slope(struct finish *f, float c[2][COL
             }
         }
         bulk_fence();
-        meet(f->id, GROUP);
+        group_sync(f->id, GROUP);
         if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
         /* into the buffer of the piece before, which its copy has had the time to read */
         if (thread == 0 && i > 0 && i - 1 + BUFFERS < PIECES) {
