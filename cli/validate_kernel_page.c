@@ -68,10 +68,9 @@ void validate_page_kernel(const struct validate_report *r, FILE *to)
         "q/d<sup>1/4</sup>, y = k/d<sup>1/4</sup> of heads of %lld, over %lld draws: it falls as "
         "1/m, faster while the first block of d rows fills up. Good: marks on the lines, which are "
         "theory: here to %.1f %% at most. The errors of draws have a heavy tail, and of many marks "
-        "one "
-        "is far off: the farthest, by %.1f of its standard errors, is as far as chance alone puts "
-        "it "
-        "in %.2g %% of such runs (by drawing from these draws again; below 0.1 %% suspect a fault, "
+        "one is far off: the farthest, by %.1f of its standard errors, is as far as chance alone "
+        "puts it in %.2g %% of such runs (by drawing from these draws again; below 0.1 %% suspect "
+        "a fault, "
         "and try more --kernel-draws). With %lld features at |x+y|² = 1, simplex has %.2f of the "
         "error of independent features.</p>\n",
         (long long)r->head_size, (long long)r->kernel_draws, 100 * r->chance.part,

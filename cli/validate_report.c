@@ -168,8 +168,7 @@ void validate_print(const struct validate_report *r)
     struct validate_summary norm = validate_summarize(r, r->result->v_mean);
     printf("%s, %lld tokens\n", attention, (long long)r->tokens);
     printf("kernel error: within %.1f %% of the closed forms (the farthest by %.1f standard "
-           "errors, as "
-           "chance alone has it in %.2g %% of runs)\n",
+           "errors, as chance alone has it in %.2g %% of runs)\n",
            100 * r->chance.part, r->chance.distance, 100 * r->chance.chance);
     printf("|q+k|^2/sqrt(d): median head %.3g, hardest %.3g (layer %lld head %lld)\n", norm.median,
            norm.worst, (long long)norm.worst_layer, (long long)norm.worst_head);

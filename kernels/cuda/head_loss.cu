@@ -178,16 +178,6 @@ static struct places places_in(const struct srf_ctx *ctx, const struct srf_head_
     return p;
 }
 
-static srf_status one_by_one(struct srf_ctx *ctx, const struct srf_head_loss_args *a)
-{
-    struct srf_linear_fwd_args logits = srf__head_logits(a);
-    struct srf_xent_args xent = srf__head_xent(a);
-    struct srf_linear_bwd_args gradients = srf__head_gradients(a);
-    SRF_TRY(cuda_linear_fwd(ctx, &logits));
-    SRF_TRY(cuda_xent(ctx, &xent));
-    return cuda_linear_bwd(ctx, &gradients);
-}
-
 extern "C" srf_status cuda_head_loss(struct srf_ctx *ctx, const struct srf_head_loss_args *a)
 {
     if (a->n == 0) return SRF_OK;
@@ -200,7 +190,7 @@ extern "C" srf_status cuda_head_loss(struct srf_ctx *ctx, const struct srf_head_
     p.m = a->n, p.n = a->ld, p.k = a->c, p.v = a->v;
     p.a = a->x, p.b = a->w, p.y = a->logits;
     p.shift = at.shift, p.sums = at.parts;
-    if (!srf__product_takes(ctx, &p) || !is_aligned(a->dx, 16)) return one_by_one(ctx, a);
+    if (!srf__product_takes(ctx, &p) || !is_aligned(a->dx, 16)) return srf__head_one_by_one(ctx, a);
     cudaStream_t stream = stream_of(ctx);
     int c = (int)a->c;
     unsigned rows = (unsigned)div_up(a->n, WARPS);
@@ -227,10 +217,6 @@ extern "C" srf_status cuda_head_loss(struct srf_ctx *ctx, const struct srf_head_
 extern "C" size_t cuda_head_loss_workspace(const struct srf_ctx *ctx,
                                            const struct srf_head_loss_args *a)
 {
-    struct srf_linear_fwd_args logits = srf__head_logits(a);
-    struct srf_xent_args xent = srf__head_xent(a);
-    size_t sizes[] = {cuda_linear_fwd_workspace(ctx, &logits), cuda_xent_workspace(ctx, &xent)};
-    size_t most = places_in(ctx, a, NULL).bytes;
-    for (size_t bytes : sizes) most = bytes > most ? bytes : most;
-    return most;
+    size_t one_by_one = srf__head_one_by_one_workspace(ctx, a), own = places_in(ctx, a, NULL).bytes;
+    return own > one_by_one ? own : one_by_one;
 }
