@@ -112,6 +112,61 @@ static const struct cli_option *find(const struct cli_option *options, const cha
     return NULL;
 }
 
+/* Insertions, removals, changes and swaps of neighbours between two words; NEAR_MOST for words that
+ * are too long or too far apart to be meant for each other. */
+enum { NEAR_MOST = 3, NEAR_LENGTH = 24 };
+
+static int distance(const char *a, size_t na, const char *b)
+{
+    int rows[3][NEAR_LENGTH + 1], *two = rows[0], *one = rows[1], *now = rows[2];
+    size_t nb = strlen(b);
+    if (na > NEAR_LENGTH || nb > NEAR_LENGTH) return NEAR_MOST;
+    for (size_t j = 0; j <= nb; j++) one[j] = (int)j;
+    for (size_t i = 1; i <= na; i++) {
+        now[0] = (int)i;
+        for (size_t j = 1; j <= nb; j++) {
+            int best = one[j - 1] + (a[i - 1] != b[j - 1]);
+            if (one[j] + 1 < best) best = one[j] + 1;
+            if (now[j - 1] + 1 < best) best = now[j - 1] + 1;
+            bool swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+            if (swapped && two[j - 2] + 1 < best) best = two[j - 2] + 1;
+            now[j] = best;
+        }
+        int *last = two;
+        two = one, one = now, now = last;
+    }
+    return one[nb] < NEAR_MOST ? one[nb] : NEAR_MOST;
+}
+
+void cli_nearest_start(struct cli_nearest *near, const char *word, size_t n)
+{
+    *near = (struct cli_nearest){.word = word, .n = n, .distance = NEAR_MOST};
+}
+
+void cli_nearest_offer(struct cli_nearest *near, const char *name)
+{
+    /* Of a short word half is not enough to know it by. The start of a longer name is. */
+    int d = distance(near->word, near->n, name);
+    if ((size_t)d * 3 > near->n + 1) d = NEAR_MOST;
+    if (near->n > 2 && strncmp(near->word, name, near->n) == 0) d = 1;
+    if (d >= near->distance) return;
+    near->distance = d;
+    near->name = name;
+}
+
+static void unknown_option(const char *arg, const char *command, const struct cli_option *options)
+{
+    const char *word = arg + strspn(arg, "-");
+    struct cli_nearest near;
+    cli_nearest_start(&near, word, strcspn(word, "="));
+    for (const struct cli_option *o = options; o->name; o++) cli_nearest_offer(&near, o->name);
+    if (near.name)
+        cli_usage_error("unknown option '%s': did you mean --%s? See 'srf %s --help'", arg,
+                        near.name, command);
+    else
+        cli_usage_error("unknown option '%s': see 'srf %s --help'", arg, command);
+}
+
 bool cli_parse(int argc, char **argv, const char *usage, const char *about,
                const struct cli_option *options, const char **positional, int min_positional,
                int max_positional, int *n_positional, bool *set, int *exit_code)
@@ -148,8 +203,12 @@ bool cli_parse(int argc, char **argv, const char *usage, const char *about,
             for (const struct cli_option *p = options; p->name && !o; p++)
                 if (p->short_name == arg[1]) o = p;
         }
-        if (!o || (value && o->type == CLI_FLAG)) {
-            cli_usage_error("unknown option '%s'; see 'srf %s --help'", arg, argv[0]);
+        if (!o) {
+            unknown_option(arg, argv[0], options);
+            return false;
+        }
+        if (value && o->type == CLI_FLAG) {
+            cli_usage_error("--%s takes no value, found '%s'", o->name, value);
             return false;
         }
         if (o->type != CLI_FLAG && !value) {
@@ -186,8 +245,11 @@ void cli_progress_update(struct cli_progress *p, double done, double total, cons
     p->last = t;
     double elapsed = t - p->start, left = done > 0 ? elapsed * (total - done) / done : 0;
     fprintf(stderr, "%s%s ", p->terminal ? "\r\033[K" : "", p->what);
-    if (total > 0)
-        fprintf(stderr, "%5.1f%%  %d:%02d left  ", 100 * done / total, (int)left / 60,
+    if (total > 0) fprintf(stderr, "%5.1f%%  ", 100 * done / total);
+    if (total > 0 && left < 3600)
+        fprintf(stderr, "%d:%02d left  ", (int)left / 60, (int)left % 60);
+    else if (total > 0 && left < 1e8)
+        fprintf(stderr, "%d:%02d:%02d left  ", (int)left / 3600, (int)left / 60 % 60,
                 (int)left % 60);
     fprintf(stderr, "%s%s", note ? note : "", p->terminal ? "" : "\n");
     fflush(stderr);

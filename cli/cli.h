@@ -57,6 +57,16 @@ int cli_fail(void);
 /* Print "srf: error: ..." for a mistake of the command line; returns EXIT_USAGE. */
 int cli_usage_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
+/* What a mistyped word may have been meant for, of the names that are offered; name: NULL if none
+ * is near. */
+struct cli_nearest {
+    const char *word, *name;
+    size_t n; /* of word, which need not end there */
+    int distance;
+};
+void cli_nearest_start(struct cli_nearest *near, const char *word, size_t n);
+void cli_nearest_offer(struct cli_nearest *near, const char *name);
+
 /* A progress line with ETA on stderr: rewritten in place on a terminal, one line every `every_s`
  * seconds elsewhere. */
 struct cli_progress {

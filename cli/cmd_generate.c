@@ -173,7 +173,7 @@ static srf_status generate(const struct generate_options *in, struct run *r)
     struct cli_progress progress;
     SRF_TRY(prefill(in, r));
     cli_progress_start(&progress, "generate", in->quiet || streams(in));
-    cli_catch_signals();
+    cli_catch_signals(NULL);
     if (streams(in)) SRF_TRY(print_now(prompt_text(in, r), strlen(prompt_text(in, r))));
     double start = cli_now();
     srf_status st = SRF_OK;

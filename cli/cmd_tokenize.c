@@ -178,7 +178,7 @@ static void report(const struct run *r)
 static int run_tokenize(const struct inputs *in)
 {
     struct run r = {.in = in};
-    cli_catch_signals();
+    cli_catch_signals(NULL);
     srf_status st = tokenize(&r);
     if (st == SRF_OK) report(&r);
     int code = st == SRF_OK ? EXIT_OK : cli_fail();

@@ -225,19 +225,24 @@ cleanup:
     return st;
 }
 
-/* The flag of the signal handler: the one thing a handler may write. */
+/* What the signal handler writes, the flag, and what it says: nothing else is there for it. */
 static volatile sig_atomic_t interrupted;
+static const char *interrupted_words;
 
 static void on_signal(int sig)
 {
     (void)sig;
     interrupted = 1;
+    if (!interrupted_words) return;
+    ssize_t n = write(STDERR_FILENO, interrupted_words, strlen(interrupted_words));
+    (void)n; /* the work counts, not the word of it */
 }
 
-void cli_catch_signals(void)
+void cli_catch_signals(const char *words)
 {
     /* SA_RESETHAND: the second Ctrl-C is not to be argued with. */
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
+    interrupted_words = words;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 }

@@ -142,8 +142,9 @@ srf_status cli_check_apart(const char *in, const char *out);
 /* A whole text file (a config.json); srf__free. */
 srf_status cli_read_text(const char *path, char **text);
 
-/* SIGINT and SIGTERM set a flag instead of ending the process; the second one ends it. */
-void cli_catch_signals(void);
+/* SIGINT and SIGTERM set a flag instead of ending the process; the second one ends it. words: what
+ * the first one says at once, where finishing may take a while, or NULL. */
+void cli_catch_signals(const char *words);
 bool cli_interrupted(void);
 
 /* Length of the UTF-8 character that text[0..n) starts with; 0 if it starts with none, -1 if more

@@ -419,7 +419,7 @@ static srf_status serve(struct run *r)
                                 .done = done,
                                 .round = each_round,
                                 .user = r};
-    cli_catch_signals();
+    cli_catch_signals(NULL);
     cli_progress_start(&r->progress, "generate", r->in->quiet);
     r->start = cli_now();
     srf_status st = srf_serve(&server);

@@ -406,7 +406,7 @@ static int run(const struct cli_training *defaults, struct inputs *in)
     struct report report = {.config = srf_trainer_config(r.trainer),
                             .first_step = srf_trainer_steps_done(r.trainer)};
     cli_progress_start(&report.progress, defaults->name, in->quiet);
-    cli_catch_signals();
+    cli_catch_signals("\nsrf: finishing the step, then saving; again: stops at once\n");
     double start = cli_now(), val_ppl = 0;
     struct srf_run_hooks hooks = {.user = &report, .step = on_step, .stop = on_stop};
     st = srf_trainer_run(r.trainer, in->out, &hooks, &val_ppl);

@@ -49,6 +49,8 @@ run "$SRF" --help
 for command in import export tokenize info train retrofit eval validate generate bench; do
     grep -qw $command stdout || fail "srf --help: no $command"
 done
+run "$SRF" help retrofit
+[ $status -eq 0 ] && grep -q '^usage: srf retrofit' stdout || fail "srf help retrofit: exit $status"
 run "$SRF" --version
 [ $status -eq 0 ] || fail "srf --version: exit $status"
 
@@ -63,6 +65,24 @@ run "$SRF"
 grep -q retrofit stderr || fail "srf alone: no list of commands"
 refuse 2 "$SRF" no-such-command
 refuse 2 "$SRF" --no-such-option
+
+# Mistyped: what may have been meant, or nothing.
+# meant WORDS ARGUMENT...
+meant() {
+    local words="$1"
+    shift
+    refuse 2 "$SRF" "$@"
+    grep -qF -- "$words" stderr || fail "srf $*: expected '$words' in: $(cat stderr)"
+}
+meant 'did you mean retrofit?' retrofti
+meant 'did you mean --model?' eval --modle x
+meant 'did you mean --max-tokens?' eval --max
+meant 'did you mean --steps?' retrofit -steps 3
+meant 'takes no value' eval --json=3
+for word in --q --xyzzy "--$(printf 'a%.0s' {1..5000})"; do
+    refuse 2 "$SRF" eval "$word"
+    ! grep -q 'did you mean' stderr || fail "srf eval ${word:0:20}: $(cat stderr)"
+done
 for command in import export tokenize info train retrofit eval validate generate; do
     refuse 2 "$SRF" $command
 done
@@ -179,6 +199,7 @@ kill -INT $pid
 wait $pid
 status=$?
 [ $status -eq 1 ] || fail "an interrupted run: expected exit 1, found $status"
+grep -q '^srf: finishing the step' stderr || fail "no word on what Ctrl-C does: $(cat stderr)"
 [ -f cut/last.h5 ] || fail "an interrupted run left no checkpoint"
 [ ! -f cut/model.h5 ] || fail "the run ended before it could be interrupted"
 command=$(sed -n 's/.*go on with: //p' stderr)
