@@ -246,9 +246,9 @@ void cli_progress_update(struct cli_progress *p, double done, double total, cons
     double elapsed = t - p->start, left = done > 0 ? elapsed * (total - done) / done : 0;
     fprintf(stderr, "%s%s ", p->terminal ? "\r\033[K" : "", p->what);
     if (total > 0) fprintf(stderr, "%5.1f%%  ", 100 * done / total);
-    if (total > 0 && left < 3600)
+    if (done > 0 && total > 0 && left < 3600)
         fprintf(stderr, "%d:%02d left  ", (int)left / 60, (int)left % 60);
-    else if (total > 0 && left < 1e8)
+    else if (done > 0 && total > 0 && left < 1e8)
         fprintf(stderr, "%d:%02d:%02d left  ", (int)left / 3600, (int)left / 60 % 60,
                 (int)left % 60);
     fprintf(stderr, "%s%s", note ? note : "", p->terminal ? "" : "\n");

@@ -106,7 +106,8 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     SRF_FAIL_IF(!path, SRF_INVALID, "distillation from scratch needs --teacher");
     SRF_TRY(srf_checkpoint_load(path, NULL, &r->teacher));
     if (!in->teacher) r->teacher->attention.kind = SRF_ATTN_SOFTMAX;
-    return SRF_OK;
+    /* now, not after minutes of preparations */
+    return srf_trainer_check_teacher(r->ck, r->teacher);
 }
 
 /* About n tokens of the training text, in windows spread over it; caller srf__free()s. */
@@ -117,7 +118,8 @@ static srf_status sample_text(const struct inputs *in, struct run *r, int64_t n,
     *tokens = NULL;
     if (count < 1) count = 1;
     if (count > total / len) count = total / len;
-    SRF_FAIL_IF(count < 1, SRF_INVALID, "%s: too short to calibrate on", in->data);
+    SRF_FAIL_IF(count < 1, SRF_INVALID, "%s: %lld tokens are less than a sequence of %lld",
+                in->data, (long long)total, (long long)len);
     SRF_TRY(SRF_ALLOC(*tokens, count * len));
     for (int64_t i = 0; i < count; i++)
         SRF_TRY(srf_tokenset_read(r->data, i * (total / count), len, *tokens + i * len));
@@ -125,16 +127,29 @@ static srf_status sample_text(const struct inputs *in, struct run *r, int64_t n,
     return SRF_OK;
 }
 
+static void on_preparation(void *user, int64_t done, int64_t total)
+{
+    cli_progress_update(user, (double)done, (double)total, "");
+}
+
 /* What is made of the model before training, from its training text. */
 static srf_status calibrate(const struct inputs *in, struct run *r)
 {
-    struct srf_calibrate_config c = {
-        .seq_len = in->config.seq_len, .balance = true, .fit = in->fit, .best_of = in->best_of};
+    struct cli_progress progress;
+    struct srf_calibrate_config c = {.seq_len = in->config.seq_len,
+                                     .balance = true,
+                                     .fit = in->fit,
+                                     .best_of = in->best_of,
+                                     .progress = on_preparation,
+                                     .user = &progress};
     struct srf_calibrate_result result;
     int32_t *tokens;
     srf_status st = SRF_OK;
     SRF_TRY_GO(sample_text(in, r, in->calibrate, &c.windows, &tokens));
-    SRF_TRY_GO(srf_calibrate(r->ctx, r->ck, tokens, &c, &result));
+    cli_progress_start(&progress, "calibrate", in->quiet);
+    st = srf_calibrate(r->ctx, r->ck, tokens, &c, &result);
+    cli_progress_end(&progress);
+    SRF_TRY_GO(st);
     if (!in->quiet)
         fprintf(stderr, "calibrated on %lld tokens: mean |q+k|^2/sqrt(d) from %.1f to %.1f\n",
                 (long long)(c.windows * c.seq_len), result.v_before, result.v_after);
@@ -148,13 +163,19 @@ cleanup:
 
 static srf_status plan_windows(const struct inputs *in, struct run *r)
 {
+    struct cli_progress progress;
     struct srf_plan_windows_config c = {.seq_len = in->config.seq_len,
-                                        .state_budget = in->state_budget};
+                                        .state_budget = in->state_budget,
+                                        .progress = on_preparation,
+                                        .user = &progress};
     struct srf_plan_windows_result result;
     int32_t *tokens;
     srf_status st = SRF_OK;
     SRF_TRY_GO(sample_text(in, r, in->plan_windows, &c.windows, &tokens));
-    SRF_TRY_GO(srf_plan_windows(r->ctx, r->ck, tokens, &c, &result));
+    cli_progress_start(&progress, "windows by layer", in->quiet);
+    st = srf_plan_windows(r->ctx, r->ck, tokens, &c, &result);
+    cli_progress_end(&progress);
+    SRF_TRY_GO(st);
     if (!in->quiet && result.measured)
         fprintf(stderr,
                 "windows by layer, on %lld tokens: KL to softmax, layer by layer, from %.4f to "
@@ -239,7 +260,7 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
 /* ---- progress ------------------------------------------------------------------------------ */
 
 struct report {
-    struct cli_progress progress;
+    struct cli_progress progress, evaluation;
     const struct srf_train_config *config;
     double loss;                    /* smoothed */
     double grad_norm, tokens_per_s; /* newest known */
@@ -273,6 +294,13 @@ static void on_step(void *user, const struct srf_train_metrics *m, double val_pp
         fprintf(stderr, "step %lld: loss %.4f, validation perplexity %.3f\n", (long long)m->step,
                 p->loss, val_ppl);
     }
+}
+
+static void on_evaluating(void *user, int64_t done, int64_t total)
+{
+    struct report *p = user;
+    if (total == 0) cli_progress_start(&p->evaluation, "evaluate", p->progress.quiet);
+    cli_progress_update(&p->evaluation, (double)done, (double)total, "");
 }
 
 static bool on_stop(void *user)
@@ -408,7 +436,8 @@ static int run(const struct cli_training *defaults, struct inputs *in)
     cli_progress_start(&report.progress, defaults->name, in->quiet);
     cli_catch_signals("\nsrf: finishing the step, then saving; again: stops at once\n");
     double start = cli_now(), val_ppl = 0;
-    struct srf_run_hooks hooks = {.user = &report, .step = on_step, .stop = on_stop};
+    struct srf_run_hooks hooks = {
+        .user = &report, .step = on_step, .evaluating = on_evaluating, .stop = on_stop};
     st = srf_trainer_run(r.trainer, in->out, &hooks, &val_ppl);
     cli_progress_end(&report.progress);
     int code = EXIT_OK;

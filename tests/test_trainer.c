@@ -146,14 +146,14 @@ static void learns(void **state)
         s.config.redraw_every = 1;
         s.config.freeze_at = 0.5;
         test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
-        test_ok(srf_trainer_evaluate(t, &before));
+        test_ok(srf_trainer_evaluate(t, NULL, &before));
         for (int i = 0; i < 150; i++) {
             struct srf_train_metrics m;
             test_ok(srf_trainer_step(t, &m));
             assert_false(m.skipped);
             assert_int_equal(m.step, i + 1);
         }
-        test_ok(srf_trainer_evaluate(t, &after));
+        test_ok(srf_trainer_evaluate(t, NULL, &after));
         print_message("perplexity %.2f -> %.2f\n", before, after);
         assert_true(before > 12 && after < (kind == 1 ? 11 : 8));
         srf_trainer_free(t);
@@ -479,7 +479,7 @@ static void run_and_interrupt(void **state)
     assert_int_equal(ck->attention.draw, 11);
     test_ok(srf_trainer_create(s.ctx, ck, NULL, &s.config, s.train, s.held, &t));
     double again;
-    test_ok(srf_trainer_evaluate(t, &again));
+    test_ok(srf_trainer_evaluate(t, NULL, &again));
     assert_true(again == want);
     srf_trainer_free(t);
     srf_checkpoint_free(ck);

@@ -366,8 +366,10 @@ static srf_status choose(struct run *r, struct srf_calibrate_result *out)
     SRF_TRY_GO(SRF_ALLOC(w, r->h * m * r->d));
     SRF_TRY_GO(SRF_ALLOC(bias, r->h * m));
     SRF_TRY_GO(SRF_ALLOC(one, m * r->d + m + r->h));
-    for (int64_t layer = 0; layer < ck->config.n_layers; layer++)
+    for (int64_t layer = 0, n = ck->config.n_layers; layer < n; layer++) {
+        if (r->config->progress) r->config->progress(r->config->user, layer, n);
         SRF_TRY_GO(choose_layer(r, layer, w, bias, one, out));
+    }
 cleanup:
     srf__free(w);
     srf__free(bias);

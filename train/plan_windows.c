@@ -169,22 +169,31 @@ static srf_status measure_kl(struct srf_ctx *ctx, const struct srf_checkpoint *c
     return SRF_OK;
 }
 
+static void report(const struct srf_plan_windows_config *config, int64_t done, int64_t total)
+{
+    if (config->progress) config->progress(config->user, done, total);
+}
+
 /* loss (n_choices, layers): what each layer's window costs. */
 static srf_status measure(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
                           const int32_t *tokens, const struct srf_plan_windows_config *config,
                           int64_t n_choices, double *loss)
 {
-    int64_t n = ck->config.n_layers, one = ck->attention.window;
+    int64_t n = ck->config.n_layers, one = ck->attention.window, total = n_choices + 1 + n;
     struct srf_checkpoint trial = {0};
     double rounding;
     srf_status st = SRF_OK;
     SRF_TRY_GO(make_trial(ctx, ck, tokens, config, &trial));
-    for (int64_t c = 0; c < n_choices; c++)
+    for (int64_t c = 0; c < n_choices; c++) {
+        report(config, c, total);
         SRF_TRY_GO(measure_errors(ctx, &trial, tokens, config, halves[c] * one / 2, loss + c * n));
+    }
+    report(config, n_choices, total);
     /* What rounding alone makes of it, in bf16 more than some layers' windows, is no layer's. */
     SRF_TRY_GO(measure_kl(ctx, ck, &trial, tokens, config, -1, one / 2, &rounding));
     for (int64_t l = 0; l < n; l++) {
         double kl;
+        report(config, n_choices + 1 + l, total);
         SRF_TRY_GO(measure_kl(ctx, ck, &trial, tokens, config, l, one / 2, &kl));
         double weight = loss[l] > 0 && !(kl < rounding) ? (kl - rounding) / loss[l] : 0;
         for (int64_t c = 0; c < n_choices; c++) {

@@ -7,6 +7,8 @@
 struct srf_plan_windows_config {
     int64_t windows, seq_len; /* of text */
     int64_t state_budget;     /* most bytes of a sequence's recurrent state in fp32; 0: as with W */
+    void (*progress)(void *user, int64_t done, int64_t total); /* measurements; may be NULL */
+    void *user;
 };
 struct srf_plan_windows_result {
     /* KL(softmax || this) of the next token with one layer's window, all else exact: summed over

@@ -132,9 +132,10 @@ static srf_status log_step(FILE *f, const struct srf_train_metrics *m, const str
 }
 
 /* Evaluates, and adds the result to the newest line of the log, over its "}\n", in one write. */
-static srf_status evaluate(struct srf_trainer *t, FILE *f, double *ppl)
+static srf_status evaluate(struct srf_trainer *t, FILE *f, const struct srf_run_hooks *hooks,
+                           double *ppl)
 {
-    SRF_TRY(srf_trainer_evaluate(t, ppl));
+    SRF_TRY(srf_trainer_evaluate(t, hooks, ppl));
     if (fseek(f, -2, SEEK_END) != 0) return SRF_OK; /* an empty log: of someone who deleted it */
     put_number(f, "val_ppl", *ppl);
     fprintf(f, "}\n");
@@ -160,7 +161,7 @@ static srf_status step_and_save(struct srf_trainer *t, const struct paths *p, FI
         SRF_TRY(log_step(log, &m, t));
     if (stop || srf__due(m.step, c->save_every, c->steps)) SRF_TRY(srf_trainer_save(t, p->last));
     if (last) SRF_TRY(srf_trainer_save_model(t, p->model));
-    if (evaluates && (last || !stop)) SRF_TRY(evaluate(t, log, &ppl));
+    if (evaluates && (last || !stop)) SRF_TRY(evaluate(t, log, hooks, &ppl));
     if (ppl > 0) *val_ppl = ppl;
     if (hooks->step) hooks->step(hooks->user, &m, ppl);
     SRF_FAIL_IF(stop && !last, SRF_INTERRUPTED, "interrupted after step %lld of %lld; saved in %s",
@@ -170,16 +171,16 @@ static srf_status step_and_save(struct srf_trainer *t, const struct paths *p, FI
 
 /* Before the first step: a new run is saved at once, so that there is always something to resume.
  * A resumed one makes up for what the last step had still to do. */
-static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log, bool evaluated,
-                        double *val_ppl)
+static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log,
+                        const struct srf_run_hooks *hooks, bool evaluated, double *val_ppl)
 {
     const struct srf_train_config *c = &t->config;
     if (!t->resumed) return srf_trainer_save(t, p->last);
     bool done = t->step == c->steps;
     if (done) SRF_TRY(srf_trainer_save_model(t, p->model));
     if (!t->val || t->step == 0 || !srf__due(t->step, c->eval_every, c->steps)) return SRF_OK;
-    if (evaluated) return done ? srf_trainer_evaluate(t, val_ppl) : SRF_OK;
-    return evaluate(t, log, val_ppl);
+    if (evaluated) return done ? srf_trainer_evaluate(t, hooks, val_ppl) : SRF_OK;
+    return evaluate(t, log, hooks, val_ppl);
 }
 
 srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
@@ -194,7 +195,7 @@ srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
     SRF_TRY(srf_make_dir(dir));
     remove_unfinished(dir);
     SRF_TRY(open_metrics(p.metrics, t->step, &log, &evaluated));
-    srf_status st = start(t, &p, log, evaluated, val_ppl);
+    srf_status st = start(t, &p, log, hooks, evaluated, val_ppl);
     while (st == SRF_OK && t->step < t->config.steps)
         st = step_and_save(t, &p, log, hooks, val_ppl);
     fclose(log);

@@ -113,8 +113,8 @@ static srf_status tokenizer_hash(const char *json, char hex[17])
 }
 
 /* A teacher's logits and attention outputs are compared with the student's one by one. */
-static srf_status check_teacher(const struct srf_checkpoint *student,
-                                const struct srf_checkpoint *teacher)
+srf_status srf_trainer_check_teacher(const struct srf_checkpoint *student,
+                                     const struct srf_checkpoint *teacher)
 {
     const struct srf_model_config *a = &student->config, *b = &teacher->config;
     const struct {
@@ -199,7 +199,7 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
                 SRF_INVALID, "%s attention trains its features and never draws them anew",
                 srf_attention_kind_name(a->kind));
     bool teach = srf_policy_needs_teacher(config);
-    if (teach) SRF_TRY(check_teacher(ck, teacher));
+    if (teach) SRF_TRY(srf_trainer_check_teacher(ck, teacher));
     struct srf_trainer *t;
     SRF_TRY(SRF_CALLOC(t, 1));
     t->ctx = ctx;
@@ -383,13 +383,19 @@ srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out
     return read ? read_metrics(t, out) : SRF_OK;
 }
 
-srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl)
+srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hooks *hooks,
+                                double *ppl)
 {
     SRF_FAIL_IF(!t->val, SRF_INVALID, "there is no validation set");
     struct srf_eval_config c = {.seq_len = t->config.seq_len,
                                 .batch = t->config.micro_batch,
                                 .max_tokens = t->config.eval_tokens};
     struct srf_eval_result r;
+    if (hooks && hooks->evaluating) {
+        c.progress = hooks->evaluating;
+        c.user = hooks->user;
+        c.progress(c.user, 0, 0);
+    }
     SRF_TRY(srf_evaluate(t->model, t->val, &c, &r));
     *ppl = r.ppl;
     return SRF_OK;

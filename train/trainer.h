@@ -36,6 +36,9 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
                               const struct srf_checkpoint *teacher,
                               const struct srf_train_config *config, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
+/* SRF_MISMATCH where that teacher is none for this student; srf_trainer_create asks as well. */
+srf_status srf_trainer_check_teacher(const struct srf_checkpoint *student,
+                                     const struct srf_checkpoint *teacher);
 /* From last.h5 of an earlier run, teacher and settings included. SRF_MISMATCH where the training
  * data or the context's dtype are not those of the run. */
 srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,
@@ -47,8 +50,11 @@ void srf_trainer_free(struct srf_trainer *t); /* NULL is fine */
 /* One optimizer step. SRF_NONFINITE, where the metrics are known, after too many skipped ones in a
  * row. */
 srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out);
-/* Perplexity of the model as it is on the validation set. SRF_INVALID without one. */
-srf_status srf_trainer_evaluate(struct srf_trainer *t, double *ppl);
+struct srf_run_hooks; /* below */
+/* Perplexity of the model as it is on the validation set. SRF_INVALID without one. hooks: their
+ * `evaluating` is called, or NULL. */
+srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hooks *hooks,
+                                double *ppl);
 /* All that a resume needs. */
 srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
 /* The model alone, attention and features included. */
@@ -70,6 +76,8 @@ struct srf_run_hooks {
     void *user;
     /* After every step: may be NULL. val_ppl is 0 where the step had no evaluation. */
     void (*step)(void *user, const struct srf_train_metrics *m, double val_ppl);
+    /* When an evaluation begins (0 of 0), and in it (tokens). May be NULL. */
+    void (*evaluating)(void *user, int64_t done, int64_t total);
     /* Asked after every step: true saves and returns SRF_INTERRUPTED. May be NULL. */
     bool (*stop)(void *user);
 };
