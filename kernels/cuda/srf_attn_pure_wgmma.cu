@@ -17,19 +17,26 @@ struct walk {
     int64_t ld_o;
     int t, h, m, n_sets;
     int n_seg, seg_chunks;
-    float scale;
-    uint32_t limit;
+    struct key_scales by;
 };
 struct walk_maps {
     CUtensorMap q, k, v;
 };
+
+#if HAVE_WGMMA
+/* log2(e) bias of a feature, -infinity for one that is not there. */
+static __device__ __forceinline__ float bias_of(const struct walk &p, int64_t set, int f)
+{
+    return f < p.m ? SRF__LOG2E * p.bias[set * p.m + f] : -INFINITY;
+}
+#endif
 
 /* ---- the states of segments ------------------------------------------------------------------ */
 
 #define STATE_STAGES 3
 struct state_smem {
     static constexpr int v = STATE_STAGES * TILE, w = v + STATE_STAGES * TILE;
-    static constexpr int half = w + TILE, bias = half + CHUNK * 4, bar = bias + CHUNK * 4;
+    static constexpr int half = w + TILE, bar = half + CHUNK * 4;
     static constexpr int bytes = bar + STATE_STAGES * 8;
 };
 
@@ -49,8 +56,7 @@ static __global__ WALK_BOUNDS(3) void pure_states_kernel(const __grid_constant__
     const int seg = blockIdx.x % (p.n_seg - 1), first = seg * p.seg_chunks;
     const int seq = (int)(head_i / p.h), head = (int)(head_i % p.h);
     const int64_t set = p.n_sets == 1 ? 0 : head;
-    const float to_log2 = SRF__LOG2E * p.scale;
-    float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
+    float *half = (float *)(smem + at::half);
     chain_next();
     auto fill = [&](int i) {
         const int s = i % STATE_STAGES, t0 = (first + p.seg_chunks - 1 - i) * CHUNK;
@@ -66,7 +72,7 @@ static __global__ WALK_BOUNDS(3) void pure_states_kernel(const __grid_constant__
         barrier_init_done();
         for (int i = 0; i < min(STATE_STAGES - 1, p.seg_chunks); i++) fill(i);
     }
-    if (tid < 64) bias[tid] = tid < p.m ? SRF__LOG2E * p.bias[set * p.m + tid] : -INFINITY;
+    const float bias[2] = {bias_of(p, set, f0), bias_of(p, set, f0 + 8)};
     struct pure_state<64> st;
     pure_state_start(&st, false, 1, NULL, f0, pair);
     cp_async_wait<0>();
@@ -76,24 +82,24 @@ static __global__ WALK_BOUNDS(3) void pure_states_kernel(const __grid_constant__
     for (int i = 0; i < p.seg_chunks; i++) {
         const int s = i % STATE_STAGES;
         const uint32_t k_tile = base + s * TILE, v_tile = base + at::v + s * TILE;
-        float a[8][4];
-        struct pure_keys keys;
+        float a[8][4], sum[4];
+        uint32_t kf[4][4];
+        struct chunk_keys keys;
         barrier_wait(base + at::bar + 8 * s, i / STATE_STAGES & 1);
-        key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, CHUNK, tid);
-        async_fence();
+        if (diagonal_norms(k_tile, half, p.by, 0, CHUNK, warp, lane)) async_fence();
         __syncthreads();
         if (tid == 0 && i + STATE_STAGES - 1 < p.seg_chunks) fill(i + STATE_STAGES - 1);
-        warpgroup_fence();
-        wgmma_tile_scores(&a[0][0], base + at::w, k_tile);
-        warpgroup_commit();
+        begin_scores(a, base + at::w, k_tile);
         warpgroup_wait<0>();
         wgmma_hold(&a[0][0]);
-        key_weights<64>(&keys, &st, a, half, bias[f0], bias[f0 + 8], to_log2, pair);
-        pure_state_step<64>(&st, &keys);
-        uint32_t kf[4][4];
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) key_operand(kf[kk], &keys, kk);
-        add_keys(&st, kf, v_tile);
+        key_exponents(a, half, p.by.to_log2, pair);
+        key_tops(&keys, st.top, a, bias);
+        chunk_weights(kf, &keys, a);
+        if (keys_rise(&keys)) scale_state(&st, &keys);
+        begin_mix(st.s, kf, v_tile, true);
+        add_ones(sum, kf, false, lane);
+        st.z[0] += sum[0];
+        st.z[1] += sum[2];
         warpgroup_wait<0>();
         wgmma_hold(&st.s[0][0]);
         /* All have read the tiles and the norms. */
@@ -108,12 +114,76 @@ static __global__ WALK_BOUNDS(3) void pure_states_kernel(const __grid_constant__
 struct walk_smem {
     static constexpr int v = 2 * TILE, q = v + 2 * TILE, w = q + 2 * TILE;
     static constexpr int kf = w + TILE, s = kf + TILE, half = s + TILE;
-    static constexpr int bias = half + CHUNK * 4, top = bias + 64 * 4; /* bias + M */
-    static constexpr int z = top + 64 * 4;                             /* (2, 64) bf16: its parts */
-    static constexpr int bar = z + 64 * 4, bytes = bar + 2 * 8;
+    static constexpr int top = half + CHUNK * 4; /* bias + M */
+    /* z as a sum of two: rows of 64 bf16, a piece apart from what banks repeat by; a zero piece. */
+    static constexpr int z = top + 64 * 4, z_row = 64 * 2 + 16;
+    static constexpr int far = z + 2 * z_row + 16; /* (4) warps' M rise far */
+    static constexpr int bar = far + 16, bytes = bar + 2 * 8;
 };
 
-/* ENTRIES: they are kept for the backward. */
+#if HAVE_WGMMA
+/* Maximum that keeps a NaN. */
+static __device__ __forceinline__ float max_nan(float x, float y)
+{
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+static __device__ __forceinline__ float quad_max_nan(float x)
+{
+    x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+/* To the last bit but one. */
+static __device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+static __device__ __forceinline__ float log2_fast(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* a = exponents of this warp's queries, products with features before; r, their maxima. */
+static __device__ __forceinline__ void query_tops(float r[2], float (&a)[8][4], const float *top,
+                                                  float to_log2, int pair)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 shift = *(const float2 *)(top + 8 * j + 2 * pair);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            a[j][e] = fmaf(a[j][e], to_log2, e & 1 ? shift.y : shift.x);
+            r[e >> 1] = j == 0 && e % 2 == 0 ? a[j][e] : max_nan(r[e >> 1], a[j][e]);
+        }
+    }
+    r[0] = quad_max_nan(r[0]);
+    r[1] = quad_max_nan(r[1]);
+}
+/* What warp `warp` keeps of the weights that its 16 tokens give a chunk's keys: those not behind
+ * them. */
+template <int warp>
+static __device__ __forceinline__ void causal(uint32_t x[4][4], const float (&a)[8][4],
+                                              uint32_t diagonal)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = 2 * warp + i;
+            const uint32_t y = j <= at ? pack_bf16(a[j][2 * i], a[j][2 * i + 1]) : 0;
+            x[j >> 1][(j & 1) * 2 + i] = j == at ? y & diagonal : y;
+        }
+}
+#endif
+
+/* ENTRIES: they are kept for the backward.
+ *
+ * Two barriers a chunk: |k|^2 is there; kf, S, z, M are. What is seldom done takes little code on a
+ * chunk's way: instructions behind a jump have to be fetched first. */
 template <bool ENTRIES>
 static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ struct walk p,
                                                        const __grid_constant__ struct walk_maps m)
@@ -130,10 +200,10 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
     const int first = seg * p.seg_chunks, c_end = min(first + p.seg_chunks, n_chunks);
     const int seq = (int)(head_i / p.h), head = (int)(head_i % p.h);
     const int64_t set = p.n_sets == 1 ? 0 : head;
-    const float to_log2 = SRF__LOG2E * p.scale;
     const uint32_t diagonal = lower_mask(g, pair);
-    float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
-    float *top = (float *)(smem + at::top);
+    float *half = (float *)(smem + at::half), *top = (float *)(smem + at::top);
+    const uint32_t z_lane =
+        base + at::z + ((lane & 7) < 2 ? (lane & 7) * at::z_row + (lane >> 3) * 16 : 2 * at::z_row);
     auto fill = [&](int c) {
         const int s = (c - first) & 1;
         const uint32_t full = base + at::bar + 8 * s;
@@ -148,8 +218,15 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         for (int s = 0; s < 2; s++) barrier_init(base + at::bar + 8 * s, 1);
         barrier_init_done();
         fill(first);
+        if (first + 1 < c_end) fill(first + 1);
     }
-    if (tid < 64) bias[tid] = tid < p.m ? SRF__LOG2E * p.bias[set * p.m + tid] : -INFINITY;
+    if (tid < 4) store_shared(base + at::z + 2 * at::z_row + 4 * tid, 0);
+    const float bias[2] = {bias_of(p, set, f0), bias_of(p, set, f0 + 8)};
+    /* Of chunk c: this thread's first 16 bytes of o (in order of stores), its tokens' stat. */
+    const int64_t token = (int64_t)first * CHUNK;
+    bf16 *out = p.o + ((int64_t)seq * p.t + token + 16 * warp + (lane >> 3)) * p.ld_o + head * 64 +
+                (lane & 7) * 8;
+    float *stat = p.stat + head_i * p.t + token + row;
     chain_wait();
     struct pure_state<64> st;
     pure_state_start(&st, seg > 0, 1, p.states + (head_i * p.n_seg + seg) * pure_state_count(64, 1),
@@ -163,122 +240,165 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         const int n = min(CHUNK, p.t - c * CHUNK), hi = min(lo + size, n), s = (c - first) & 1;
         const uint32_t k_tile = base + s * TILE, v_tile = base + at::v + s * TILE;
         const uint32_t q_tile = base + at::q + s * TILE;
+        const bool whole = size == CHUNK;
         barrier_wait(base + at::bar + 8 * s, (c - first) >> 1 & 1);
-        key_norms<64, 1>(k_tile, half, p.scale, p.limit, lo, hi, tid);
-        async_fence();
+        if (diagonal_norms(k_tile, half, p.by, lo, hi, warp, lane)) async_fence();
         if (ENTRIES && tid == 0) bulk_sent(); /* S, before it is written again */
         __syncthreads();
-        if (tid == 0 && lo == 0 && size == CHUNK && c + 1 < c_end) fill(c + 1);
 
-        float a[8][4], aq[8][4];
-        uint32_t x[4][4], q[4][4];
-        struct pure_keys keys;
-        own_rows(q, q_tile, p.limit, warp, lane);
-        warpgroup_fence();
-        wgmma_tile_scores(&a[0][0], base + at::w, k_tile);
-        warpgroup_commit();
-        wgmma_scores(&aq[0][0], q, base + at::w);
-        warpgroup_commit();
+        float a[8][4], aq[8][4], late[4];
+        uint32_t x[4][4];
+        struct chunk_keys keys;
+        begin_scores(a, base + at::w, k_tile);
+        begin_scores(aq, q_tile, base + at::w);
         warpgroup_wait<1>();
         wgmma_hold(&a[0][0]);
-        key_weights<64>(&keys, &st, a, half, bias[f0], bias[f0 + 8], to_log2, pair);
-        pure_publish<64>(&st, &keys, base + at::kf, base + at::s, f0, lane);
+        float own_first[2] = {a[0][0], a[0][2]};
+        if (UNLIKELY(!whole)) take_piece(own_first, a, half, lo, pair);
+        key_exponents(a, half, p.by.to_log2, pair);
+        key_tops(&keys, st.top, a, bias);
+        const bool fits = keys_fit(&keys, st.top, own_first, half, p.by.to_log2, bias, lo, lane);
+        const float z_was[2] = {st.z[0], st.z[1]}, top_was[2] = {st.top[0], st.top[1]};
+        bool far = false;
+        if (UNLIKELY(keys_rise(&keys))) {
+            if (ENTRIES && whole) {
+                const float none[2] = {1, 1};
+                far = __any_sync(0xffffffffu, key_tops_far(st.top, keys.top));
+                if (far)
+                    put_entry(p.entry + (head_i * n_chunks + c) * (CHUNK * 64), &st, none, f0,
+                              pair);
+            }
+            /* Where another warp's features do not fit, M of these stays above what it must be. */
+            if (__all_sync(0xffffffffu, fits)) scale_state(&st, &keys);
+        }
+        chunk_weights(x, &keys, a);
+        put_rows(base + at::kf, x, warp, lane);
+        add_ones(late, x, false, lane);
+        pack_rows(x, st.s);
+        put_rows(base + at::s, x, warp, lane);
         if (pair == 0) {
             bf16 *z = (bf16 *)(smem + at::z) + f0;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float zi = st.z[i] * keys.step[i];
-                top[f0 + 8 * i] = bias[f0 + 8 * i] + keys.top[i];
-                z[8 * i] = __float2bfloat16_rn(zi);
-                z[64 + 8 * i] = __float2bfloat16_rn(zi - __bfloat162float(z[8 * i]));
+                const bf16 most = __float2bfloat16_rn(st.z[i]);
+                top[f0 + 8 * i] = bias[i] + st.top[i];
+                z[8 * i] = most;
+                z[at::z_row / 2 + 8 * i] = __float2bfloat16_rn(st.z[i] - __bfloat162float(most));
             }
         }
+        if (ENTRIES && lane == 0) ((int *)(smem + at::far))[warp] = far;
         async_fence();
         warpgroup_wait<0>();
         wgmma_hold(&aq[0][0]);
-        if (ENTRIES && lo == 0 && size == CHUNK) {
+        const bool cut = __syncthreads_or(!fits && size > 1);
+        /* What lay there has been read by all. */
+        if (tid == 0 && whole && c > first && c + 1 < c_end) fill(c + 1);
+        if (ENTRIES && whole) {
             const int64_t chunk = head_i * n_chunks + c;
-            const bool stay = __syncthreads_or(key_tops_far(&st, &keys));
-            put_marks(p.marks + chunk * MARKS, &st, &keys, bias, stay, f0, pair);
+            const int4 any = *(const int4 *)(smem + at::far);
+            const bool stay = any.x | any.y | any.z | any.w;
+            put_marks(p.marks + chunk * MARKS, z_was, top_was, keys.top, keys.step, bias, stay, f0,
+                      pair);
             if (tid == 0 && !stay) {
                 bulk_send(p.entry + chunk * (CHUNK * 64), base + at::s, TILE);
                 bulk_commit();
             }
-            if (stay) put_entry(p.entry + chunk * (CHUNK * 64), &st, f0, pair);
-        } else {
-            __syncthreads();
-        }
-
-        /* Query features; o and den of this warp's tokens. */
-        float r[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float2 shift = *(const float2 *)(top + 8 * j + 2 * pair);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                aq[j][i] = fmaf(aq[j][i], to_log2, i & 1 ? shift.y : shift.x);
-                r[i >> 1] = fmaxf(r[i >> 1], aq[j][i]);
+            if (UNLIKELY(stay && !far)) {
+                const float up[2] = {exp2_fast(st.top[0] - top_was[0]),
+                                     exp2_fast(st.top[1] - top_was[1])};
+                put_entry(p.entry + chunk * (CHUNK * 64), &st, up, f0, pair);
             }
         }
-        r[0] = quad_max(r[0]);
-        r[1] = quad_max(r[1]);
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) aq[j][i] = exp2_fast(aq[j][i] - r[i >> 1]);
-        pack_rows(q, aq);
-        float o[8][4], den[4] = {0, 0, 0, 0};
-        warpgroup_fence();
-        wgmma_mix(&a[0][0], q, base + at::kf, false);
-        warpgroup_commit();
-        wgmma_mix(&o[0][0], q, base + at::s, false);
-        warpgroup_commit();
-        const uint32_t z_row = base + at::z + (g & 1) * 128 + pair * 4;
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) {
-            /* Columns 0 and 1 of this product are the two parts of z, others 0. */
-            uint32_t z0 = load_shared(z_row + kk * 32), z1 = load_shared(z_row + kk * 32 + 16);
-            mma_bf16(den, q[kk], g < 2 ? z0 : 0, g < 2 ? z1 : 0);
-        }
-        warpgroup_wait<1>();
-        wgmma_hold(&a[0][0]);
-        pack_rows(x, a);
-        keep_side<true>(x, diagonal, warp);
-        warpgroup_fence();
-        wgmma_mix(&o[0][0], x, v_tile, true);
-        warpgroup_commit();
-        const uint32_t ones = g == 0 ? 0x3f803f80u : 0;
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma_bf16(den, x[kk], ones, ones);
-        const float den_row[2] = {__shfl_sync(0xffffffffu, den[0] + den[1], lane & ~3),
-                                  __shfl_sync(0xffffffffu, den[2] + den[3], lane & ~3)};
-        const bool in0 = row >= lo && row < hi, in1 = row + 8 >= lo && row + 8 < hi;
-        const bool bad = (in0 && den_row[0] < SRF__MIN_DEN) || (in1 && den_row[1] < SRF__MIN_DEN);
-        warpgroup_wait<0>();
-        wgmma_hold(&o[0][0]);
-        if (__syncthreads_or(bad && size > 1)) {
+        if (UNLIKELY(cut)) {
             size >>= 1;
             continue;
         }
-        pure_state_step<64>(&st, &keys);
-        own_rows(x, base + at::kf, warp, lane); /* kf: fewer registers than to keep it */
-        add_keys(&st, x, v_tile);
-        if (p.stat && pair == 0) {
-            float *to = p.stat + head_i * p.t + c * CHUNK + row;
-            if (in0) to[0] = r[0] + log2f(den_row[0]);
-            if (in1) to[8] = r[1] + log2f(den_row[1]);
+
+        begin_sums(st.s, base + at::kf, v_tile);
+        st.z[0] += late[0];
+        st.z[1] += late[2];
+        /* Query features; o and den of this warp's tokens. */
+        float r[2];
+        for (bool clamped = false;; clamped = true) {
+            query_tops(r, aq, top, p.by.to_log2, pair);
+            const bool fine = fabsf(r[0]) < SRF__X_LIMIT && fabsf(r[1]) < SRF__X_LIMIT;
+            if (!UNLIKELY(__any_sync(0xffffffffu, !fine)) || clamped) break;
+            token_products<64>(aq, forget(q_tile), forget(base) + at::w, p.by.limit, warp, 0,
+                               forget(lane));
         }
-        scale_rows(o, 1.0f / den_row[0], 1.0f / den_row[1]);
-        store_rows<64>(p.o + ((int64_t)seq * p.t + c * CHUNK) * p.ld_o + head * 64, p.ld_o, o,
-                       q_tile, warp, lo, hi, lane);
-        warpgroup_wait<0>();
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                x[j >> 1][(j & 1) * 2 + i] =
+                    pack_bf16(exp2_fast(aq[j][2 * i] - r[i]), exp2_fast(aq[j][2 * i + 1] - r[i]));
+        float o[8][4], den[4];
+        begin_mix(a, x, base + at::kf, false);
+        begin_mix(o, x, base + at::s, false);
+        {
+            /* Columns 0 and 1 of this product are the two parts of z, others 0. */
+            const uint32_t step = (lane & 7) < 2 ? 64 : 0;
+            uint32_t z[8];
+            ldmatrix_x4(z, z_lane);
+            ldmatrix_x4(z + 4, z_lane + step);
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++) mma_add(den, x[kk], z[2 * kk], z[2 * kk + 1], kk > 0);
+        }
+        warpgroup_wait<1>();
         wgmma_hold(&st.s[0][0]);
+        wgmma_hold(&a[0][0]);
+        if (warp == 0)
+            causal<0>(x, a, diagonal);
+        else if (warp == 1)
+            causal<1>(x, a, diagonal);
+        else if (warp == 2)
+            causal<2>(x, a, diagonal);
+        else
+            causal<3>(x, a, diagonal);
+        begin_mix(o, x, v_tile, true);
+        add_ones(den, x, true, lane);
+        const float den_row[2] = {__shfl_sync(0xffffffffu, den[0] + den[1], lane & ~3),
+                                  __shfl_sync(0xffffffffu, den[2] + den[3], lane & ~3)};
+        if (p.stat && pair == 0) {
+            if (row >= lo && row < hi) stat[0] = r[0] + log2_fast(den_row[0]);
+            if (row + 8 >= lo && row + 8 < hi) stat[8] = r[1] + log2_fast(den_row[1]);
+        }
+        const float by[2] = {reciprocal(den_row[0]), reciprocal(den_row[1])};
+        warpgroup_wait<0>();
+        wgmma_hold(&o[0][0]);
+        scale_rows(o, by[0], by[1]);
+        pack_rows(x, o);
+        if (UNLIKELY(hi - lo < CHUNK)) {
+            bf16 *to = p.o + ((int64_t)seq * p.t + c * CHUNK + row) * p.ld_o + head * 64 + 2 * pair;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    if (row + 8 * i >= lo && row + 8 * i < hi)
+                        *(uint32_t *)(to + 8 * i * p.ld_o + 8 * j) = x[j >> 1][(j & 1) * 2 + i];
+        } else {
+            put_rows(q_tile, x, warp, lane);
+            __syncwarp();
+            const uint32_t from = q_tile + warp * 2048 + tile_at<64>(lane >> 3, lane & 7);
+            bf16 *to = out;
+#pragma unroll
+            for (int i = 0; i < 4; i++, to += 4 * p.ld_o) {
+                uint4 y;
+                asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+                             : "r"((from ^ (i & 1) * 64) + i * 512)
+                             : "memory");
+                *(uint4 *)to = y;
+            }
+        }
         lo += size;
         size = lo & -lo;
         if (lo >= n) {
             c++;
             lo = 0;
             size = CHUNK;
+            out += CHUNK * p.ld_o;
+            stat += CHUNK;
         }
     }
     if (ENTRIES && tid == 0) bulk_done();
@@ -348,8 +468,7 @@ static struct walk walk_of(const struct srf_attn_shape *s, const void *w, const 
     p.n_sets = (int)s->n_sets;
     p.n_seg = plan->n_seg;
     p.seg_chunks = plan->seg_chunks;
-    p.scale = plan->scale;
-    p.limit = plan->limit;
+    p.by = key_scales_of(plan->scale, plan->limit);
     return p;
 }
 

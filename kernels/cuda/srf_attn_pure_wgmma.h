@@ -3,6 +3,11 @@
  * a chunk, or 64 features, are the rows of a product, whose other operand is read once for all of
  * them. Warp w owns tokens 16 w .. and features 16 w ...
  *
+ * The forward differs in when a chunk is taken in pieces: its keys alone say so, before anything is
+ * given out. A feature's M after the chunk is then more than SPREAD above both its M before and its
+ * exponent of the first key. (Else z of the state or of that key is at least 2^-(SPREAD + 1) in
+ * every feature, and so are all denominators.)
+ *
  * The kernels of an op are a chain (chain.h) whose first is launched as any: once one of them runs,
  * all before that first one are complete, and inputs may be read before chain_wait.
  */
@@ -42,6 +47,20 @@ size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn
 /* dq, dk, dv, and the blocks' parts of dw (two a unit) if there is one. */
 srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                const struct pure_plan *plan, struct bwd_params *p);
+
+/* What keys are scaled by. */
+struct key_scales {
+    float to_log2; /* of w.k */
+    float to_half; /* of |k|^2 */
+    float most;    /* |k|^2 from which on some component may have to be clamped */
+    uint32_t limit;
+};
+
+static inline __host__ __device__ struct key_scales key_scales_of(float scale, uint32_t limit)
+{
+    const float most = SRF__X_LIMIT / scale;
+    return {SRF__LOG2E * scale, 0.5f * SRF__LOG2E * scale * scale, most * most, limit};
+}
 
 /* The launcher asks for this bound to learn whether a kernel was compiled for its device. */
 #if defined(__CUDA_ARCH__) && !HAVE_WGMMA
@@ -108,46 +127,247 @@ __device__ __forceinline__ void keep_side(uint32_t a[4][4], uint32_t diagonal, i
             a[kk][i] &= ahead == 0 ? diagonal : (LOWER ? ahead < 0 : ahead > 0) ? 0xffffffffu : 0;
         }
 }
-/* The chunk's keys go into S, on their own: warpgroup_wait, then wgmma_hold(S). kf: A operand. */
-__device__ __forceinline__ void add_keys(struct pure_state<64> *st, const uint32_t kf[4][4],
-                                         uint32_t v_tile)
-{
-    warpgroup_fence();
-    wgmma_mix(&st->s[0][0], kf, v_tile, true);
-    warpgroup_commit();
-}
 /* Some M of this thread's features rises so far with the chunk that S would be lost by it. */
-__device__ __forceinline__ bool key_tops_far(const struct pure_state<64> *st,
-                                             const struct pure_keys *keys)
+__device__ __forceinline__ bool key_tops_far(const float top[2], const float with[2])
 {
-    return (st->top[0] > SRF__UNSET && keys->top[0] - st->top[0] > MARK_FAR) ||
-           (st->top[1] > SRF__UNSET && keys->top[1] - st->top[1] > MARK_FAR);
+    return (top[0] > SRF__UNSET && with[0] - top[0] > MARK_FAR) ||
+           (top[1] > SRF__UNSET && with[1] - top[1] > MARK_FAR);
 }
-__device__ __forceinline__ void put_marks(float *marks, const struct pure_state<64> *st,
-                                          const struct pure_keys *keys, const float *bias,
-                                          bool stay, int f0, int pair)
+/* z, top: those before the chunk; by pair 0 of a quad. */
+__device__ __forceinline__ void put_marks(float *marks, const float z[2], const float top[2],
+                                          const float with[2], const float step[2],
+                                          const float bias[2], bool stay, int f0, int pair)
 {
     if (f0 == 0 && pair == 0) marks[MARK_STAY] = stay;
     if (pair != 0) return;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int f = f0 + 8 * i;
-        marks[MARK_Z + f] = stay ? st->z[i] : st->z[i] * keys->step[i];
-        marks[MARK_BEFORE + f] = st->top[i];
-        marks[MARK_AFTER + f] = keys->top[i];
-        marks[MARK_PSI + f] = bias[f] + keys->top[i];
-        marks[MARK_KF + f] = bias[f] - keys->top[i];
+        marks[MARK_Z + f] = stay ? z[i] : z[i] * step[i];
+        marks[MARK_BEFORE + f] = top[i];
+        marks[MARK_AFTER + f] = with[i];
+        marks[MARK_PSI + f] = bias[i] + with[i];
+        marks[MARK_KF + f] = bias[i] - with[i];
     }
 }
-/* S in the scale of M before, in the order of a tile. */
-__device__ __forceinline__ void put_entry(bf16 *entry, const struct pure_state<64> *st, int f0,
-                                          int pair)
+/* S in the scale of M before, of which st has 2^-up, in the order of a tile. */
+__device__ __forceinline__ void put_entry(bf16 *entry, const struct pure_state<64> *st,
+                                          const float up[2], int f0, int pair)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int j = 0; j < 8; j++)
             *(uint32_t *)((char *)entry + tile_at<64>(f0 + 8 * i, j) + 4 * pair) =
-                pack_bf16(st->s[j][2 * i], st->s[j][2 * i + 1]);
+                pack_bf16(st->s[j][2 * i] * up[i], st->s[j][2 * i + 1] * up[i]);
+}
+
+/* ---- chunks whose keys decide alone into what pieces they are cut ---------------------------- */
+
+#define UNLIKELY(x) __builtin_expect((x) != 0, 0)
+#define SPREAD      60 /* log2: what a feature's weights in a chunk may differ by */
+
+/* What wgmma_tile says of a tile's address with `pieces` of 16 bytes more. The lower half of one
+ * tile's descriptors is one number and a constant, so that they cost an addition each. */
+__device__ __forceinline__ uint64_t tile_by(uint32_t tile, int pieces)
+{
+    return (uint64_t)(1u << 30 | 64) << 32 | ((tile >> 4 | 64 << 16) + (uint32_t)pieces);
+}
+/* c (64, 64) = X Y^T: tiles of 64 rows. Of its own: warpgroup_wait, then wgmma_hold(c). */
+__device__ __forceinline__ void begin_scores(float (&c)[8][4], uint32_t x, uint32_t y)
+{
+    warpgroup_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<false, false>(&c[0][0], tile_by(x, 2 * kk), tile_by(y, 2 * kk), kk > 0);
+    warpgroup_commit();
+}
+/* c (64, 64) += X Y, likewise. */
+__device__ __forceinline__ void begin_sums(float (&c)[8][4], uint32_t x, uint32_t y)
+{
+    warpgroup_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<false, true>(&c[0][0], tile_by(x, 2 * kk), tile_by(y, 128 * kk), true);
+    warpgroup_commit();
+}
+/* c (64, 64) = X Y, or c += X Y; X packed. */
+__device__ __forceinline__ void begin_mix(float (&c)[8][4], const uint32_t x[4][4], uint32_t y,
+                                          bool add)
+{
+    warpgroup_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64<true>(&c[0][0], x[kk], tile_by(y, 128 * kk), add || kk > 0);
+    warpgroup_commit();
+}
+/* A warp's rows of a tile, an A operand as registers have it. */
+__device__ __forceinline__ void put_rows(uint32_t tile, const uint32_t a[4][4], int warp, int lane)
+{
+    const uint32_t to = tile + warp * 2048 + tile_at<64>(lane & 15, lane >> 4);
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         tile_on<64>(to, 2 * kk)),
+                     "r"(a[kk][0]), "r"(a[kk][1]), "r"(a[kk][2]), "r"(a[kk][3])
+                     : "memory");
+}
+/* mma_bf16, or (!add) the same on zeros, which need no registers. */
+__device__ __forceinline__ void mma_add(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
+                                        bool add)
+{
+    const float from[4] = {add ? c[0] : 0, add ? c[1] : 0, add ? c[2] : 0, add ? c[3] : 0};
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(from[0]),
+                   "f"(from[1]), "f"(from[2]), "f"(from[3]));
+}
+/* Half of it: c += A (16, 8) B (8, 8). B, one register, need not lie beside another. */
+__device__ __forceinline__ void mma_half(float c[4], const uint32_t a[2], uint32_t b)
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+/* c += (!add: =) sums of rows, a product with a column of ones: where pair is 0, of c[0], c[2]. */
+__device__ __forceinline__ void add_ones(float c[4], const uint32_t a[4][4], bool add, int lane)
+{
+    const uint32_t ones = lane < 4 ? 0x3f803f80u : 0;
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) mma_add(c, a[kk], ones, ones, add || kk > 0);
+}
+
+/* half of a warp's 16 keys, |k|^2 being the diagonal of K K^T (A's registers are B's for the same
+ * rows): log2(e) |y|^2 / 2, infinite (weight 0) for rows outside [lo, hi). True: keys were clamped
+ * in place. */
+__device__ __forceinline__ bool diagonal_norms(uint32_t k_tile, float *half,
+                                               const struct key_scales &by, int lo, int hi,
+                                               int warp, int lane)
+{
+    const int g = lane >> 2, row = 16 * warp + g;
+    const uint32_t rows = k_tile + warp * 2048;
+    const bool mine = (lane & 3) == g >> 1;
+    float sum[2];
+    bool clamped = false;
+    for (;; clamped = true) {
+        float low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            uint32_t x[4];
+            load_a<64>(x, rows, kk, lane);
+            mma_half(low, x, x[0]);
+            mma_half(high, x, x[1]);
+            mma_half(low, x + 2, x[2]);
+            mma_half(high, x + 2, x[3]);
+        }
+        sum[0] = g & 1 ? low[1] : low[0];
+        sum[1] = g & 1 ? high[3] : high[2];
+        const bool wide = mine && fmaxf(sum[0], sum[1]) > by.most;
+        if (!UNLIKELY(__any_sync(0xffffffffu, wide && !clamped))) break;
+        __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < 16; i++) {
+            const uint32_t addr = rows + 4 * (32 * i + lane);
+            store_shared(addr, clamp_bf16(load_shared(addr), by.limit));
+        }
+        __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sum[i] *= by.to_half;
+        if (sum[i] > SRF__HALF_LIMIT) sum[i] = SRF__HALF_LIMIT;
+        if (mine) half[row + 8 * i] = row + 8 * i >= lo && row + 8 * i < hi ? sum[i] : INFINITY;
+    }
+    return clamped;
+}
+
+/* A chunk's (or piece's) keys, of this thread's two features. */
+struct chunk_keys {
+    float top[2];  /* M with them */
+    float step[2]; /* 2^(M before - M) */
+    float less[2]; /* M - bias */
+};
+/* Of a piece's rows [lo, ..), a = W K^T: first, row lo's, in the quad's lane that has it; outside
+ * what is no number becomes one. */
+__device__ __forceinline__ void take_piece(float first[2], float (&a)[8][4], const float *half,
+                                           int lo, int pair)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = 8 * j + 2 * pair + (e & 1);
+            if (row == lo) first[e >> 1] = a[j][e];
+            if (half[row] == INFINITY) a[j][e] = 0;
+        }
+}
+/* Exponents but for the bias; a = W K^T before. */
+__device__ __forceinline__ void key_exponents(float (&a)[8][4], const float *half, float to_log2,
+                                              int pair)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 sub = *(const float2 *)(half + 8 * j + 2 * pair);
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[j][e] = fmaf(a[j][e], to_log2, e & 1 ? -sub.y : -sub.x);
+    }
+}
+__device__ __forceinline__ void key_tops(struct chunk_keys *keys, const float top[2],
+                                         const float (&a)[8][4], const float bias[2])
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float most = fmaxf(a[0][2 * i], a[0][2 * i + 1]);
+#pragma unroll
+        for (int j = 1; j < 8; j++) most = fmaxf(most, fmaxf(a[j][2 * i], a[j][2 * i + 1]));
+        most = quad_max(most);
+        keys->top[i] = fmaxf(top[i], ceilf(most + bias[i]));
+        keys->step[i] = exp2_fast(top[i] - keys->top[i]);
+        /* Of exponents of 1e9 rounding may take more than there is. */
+        keys->less[i] = fmaxf(keys->top[i] - bias[i], most);
+    }
+}
+/* No token of rows lo on sees next to nothing: M before, or the exponent of row lo, which all of
+ * them see, is near M in every feature. Else the chunk has to be cut. */
+__device__ __forceinline__ bool keys_fit(const struct chunk_keys *keys, const float top[2],
+                                         const float first[2], const float *half, float to_log2,
+                                         const float bias[2], int lo, int lane)
+{
+    bool fits = true;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float raw = __shfl_sync(0xffffffffu, first[i], (lane & 28) | (lo >> 1 & 3));
+        const float e = fmaf(raw, to_log2, -half[lo]) + bias[i];
+        if (fmaxf(top[i], e) < keys->top[i] - SPREAD) fits = false;
+    }
+    return fits;
+}
+/* Weights, as an A operand: rows are features. */
+__device__ __forceinline__ void chunk_weights(uint32_t kf[4][4], const struct chunk_keys *keys,
+                                              const float (&a)[8][4])
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            kf[j >> 1][2 * (j & 1) + i] = pack_bf16(exp2_fast(a[j][2 * i] - keys->less[i]),
+                                                    exp2_fast(a[j][2 * i + 1] - keys->less[i]));
+}
+__device__ __forceinline__ bool keys_rise(const struct chunk_keys *keys)
+{
+    return __any_sync(0xffffffffu, keys->step[0] != 1.0f || keys->step[1] != 1.0f);
+}
+/* S, z, M in the scale of these keys, which soon is the old one. */
+__device__ __forceinline__ void scale_state(struct pure_state<64> *st,
+                                            const struct chunk_keys *keys)
+{
+    scale_rows(st->s, keys->step[0], keys->step[1]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        st->z[i] *= keys->step[i];
+        st->top[i] = keys->top[i];
+    }
 }
 #endif

@@ -27,7 +27,7 @@ static __global__
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK, first = here.seg * p.seg_chunks;
     const int count = min(p.seg_chunks, n_chunks - first);
     const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
-    const float to_log2 = SRF__LOG2E * p.scale;
+    const struct key_scales by = key_scales_of(p.scale, p.limit);
     float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
     auto fill = [&](int i) {
         const int s = i % ENTRY_STAGES, t0 = (first + i) * CHUNK;
@@ -49,48 +49,46 @@ static __global__
                      p.states + (here.head_i * p.n_seg + here.seg) * pure_state_count(64, 1), f0,
                      pair);
     __syncthreads();
+    const float own_bias[2] = {bias[f0], bias[f0 + 8]};
 
     for (int i = 0; i < count; i++) {
         const int s = i % ENTRY_STAGES, c = first + i;
         const uint32_t k_tile = base + s * TILE, v_tile = base + at::v + s * TILE;
-        float a[8][4];
-        struct pure_keys keys;
+        float a[8][4], sum[4];
+        uint32_t x[4][4];
+        struct chunk_keys keys;
         barrier_wait(base + at::bar + 8 * s, i / ENTRY_STAGES & 1);
-        key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, min(CHUNK, p.t - c * CHUNK), tid);
-        async_fence();
+        if (diagonal_norms(k_tile, half, by, 0, min(CHUNK, p.t - c * CHUNK), warp, lane))
+            async_fence();
         __syncthreads();
         if (tid == 0 && i + ENTRY_STAGES - 1 < count) fill(i + ENTRY_STAGES - 1);
-        warpgroup_fence();
-        wgmma_tile_scores(&a[0][0], base + at::w, k_tile);
-        warpgroup_commit();
+        begin_scores(a, base + at::w, k_tile);
         warpgroup_wait<0>();
         wgmma_hold(&a[0][0]);
-        key_weights<64>(&keys, &st, a, half, bias[f0], bias[f0 + 8], to_log2, pair);
+        key_exponents(a, half, by.to_log2, pair);
+        key_tops(&keys, st.top, a, own_bias);
         /* What was sent last has left. */
         if (tid == 0) bulk_sent();
-        const bool stay = __syncthreads_or(key_tops_far(&st, &keys));
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const float by = stay ? 1.0f : keys.step[j];
-            const uint32_t to = base + at::s + tile_at<64>(f0 + 8 * j, 0) + 4 * pair;
-#pragma unroll
-            for (int d = 0; d < 8; d++)
-                store_shared(tile_on<64>(to, d),
-                             pack_bf16(st.s[d][2 * j] * by, st.s[d][2 * j + 1] * by));
-        }
+        const bool stay = __syncthreads_or(key_tops_far(st.top, keys.top));
         const int64_t chunk = here.head_i * n_chunks + c;
-        put_marks(p.marks + chunk * MARKS, &st, &keys, bias, stay, f0, pair);
+        put_marks(p.marks + chunk * MARKS, st.z, st.top, keys.top, keys.step, own_bias, stay, f0,
+                  pair);
+        const bool rise = keys_rise(&keys);
+        if (rise && !stay) scale_state(&st, &keys);
+        pack_rows(x, st.s);
+        put_rows(base + at::s, x, warp, lane);
+        if (rise && stay) scale_state(&st, &keys);
+        chunk_weights(x, &keys, a);
         async_fence();
         __syncthreads();
         if (tid == 0) {
             bulk_send(p.entry + chunk * (CHUNK * 64), base + at::s, TILE);
             bulk_commit();
         }
-        pure_state_step<64>(&st, &keys);
-        uint32_t kf[4][4];
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) key_operand(kf[kk], &keys, kk);
-        add_keys(&st, kf, v_tile);
+        begin_mix(st.s, x, v_tile, true);
+        add_ones(sum, x, false, lane);
+        st.z[0] += sum[0];
+        st.z[1] += sum[2];
         warpgroup_wait<0>();
         wgmma_hold(&st.s[0][0]);
     }
@@ -167,12 +165,14 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
     load_row(o, &row_lse, 0);
     chain_wait();
     __syncthreads();
+    const float own_bias[2] = {bias[f0], bias[f0 + 8]};
 
     for (int i = 0; i < count; i++) {
         const int s = i % ADD_STAGES;
         const uint32_t q_tile = base + s * TILE, do_tile = base + at::d_o + s * TILE;
         float a[8][4], delta = 0;
-        struct pure_keys keys;
+        uint32_t kf[4][4];
+        struct chunk_keys keys;
         barrier_wait(base + at::bar + 8 * s, i / ADD_STAGES & 1);
         clamp_large(q_tile, p.limit, tid);
 #pragma unroll
@@ -200,17 +200,14 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
         __syncthreads();
         if (tid == 0 && i + ADD_STAGES - 1 < count) fill(i + ADD_STAGES - 1);
         load_row(o, &row_lse, i + 1);
-        warpgroup_fence();
-        wgmma_tile_scores(&a[0][0], base + at::w, q_tile);
-        warpgroup_commit();
+        begin_scores(a, base + at::w, q_tile);
         warpgroup_wait<0>();
         wgmma_hold(&a[0][0]);
-        key_weights<64>(&keys, &st, a, lse, bias[f0], bias[f0 + 8], to_log2, pair);
-        pure_state_step<64>(&st, &keys);
-        uint32_t kf[4][4];
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) key_operand(kf[kk], &keys, kk);
-        add_keys(&st, kf, do_tile);
+        key_exponents(a, lse, to_log2, pair);
+        key_tops(&keys, st.top, a, own_bias);
+        chunk_weights(kf, &keys, a);
+        if (keys_rise(&keys)) scale_state(&st, &keys);
+        begin_mix(st.s, kf, do_tile, true);
         float add[4] = {0, 0, 0, 0};
         const uint32_t part = base + at::delta + (g & 1) * 128 + pair * 4;
 #pragma unroll
