@@ -30,7 +30,7 @@ extern "C" srf_status cuda_srf_attn_fwd(struct srf_ctx *ctx, const struct srf_sr
 
 size_t srf__attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
-    return srf__pure_carry_bytes(ctx, s);
+    return s->window > 0 ? srf__hybrid_carry_bytes(ctx, s) : srf__pure_carry_bytes(ctx, s);
 }
 
 extern "C" size_t cuda_srf_attn_bwd_workspace(const struct srf_ctx *ctx,

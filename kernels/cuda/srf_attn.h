@@ -62,6 +62,8 @@ srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_ar
 bool srf__hybrid_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 size_t srf__hybrid_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 srf_status srf__hybrid_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
+/* What forward and backward share as `carry`: the states before segments. */
+size_t srf__hybrid_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 
 #ifdef __CUDACC__
 /* Byte offset of 16-byte piece `piece` of row `row`. */

@@ -22,15 +22,15 @@
  *                  falls, so that going back multiplies by 2^(M' - M) <= 1
  *     4. dk, dv    as dq with keys for queries; R stands for d_o, u for delta
  *     5. dW, if asked: each head's and segment's sum of da^T [x; y], then all in a fixed order
- * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, without slots, each tensor read once.
- * The sums of segments, if d = 64, are those that pure SRF attention makes (srf__states_before).
+ * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, and so are 3 and 4, without slots,
+ * each tensor read once. The sums of keys in segments, if d = 64, are those that pure SRF attention
+ * makes (srf__states_before); the forward hands them to the backward (`carry`).
  * Components of q, k are clamped so that those of x, y stay within 1e17 and |x|^2 in range.
  *
  * Floor (H100, 3.35 TB/s): forward q, k, v, o once; B = 32, H = 12, T = 1024, d = 64: 201 MB,
  * 60 us (measured 132); backward 8 of these tensors, 120 us (419). Two kernels instead of one walk
  * move another 350 MB forward. kernels/lab/srf_attn_hybrid_cuda.md has the steps.
  */
-#include "kernels/cuda/chain.h"
 #include "kernels/cuda/srf_attn_hybrid_walk.h"
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -278,6 +278,11 @@ __global__ void __launch_bounds__(128, 3) fused_fwd_kernel(const __grid_constant
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
+static size_t entry_bytes(const struct hybrid *p, int64_t n_bh)
+{
+    return (size_t)(n_bh * p->n_seg * SRF__STATES_COUNT) * sizeof(float);
+}
+
 size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool backward,
                          bool dw, void *base, struct hybrid *p)
 {
@@ -290,9 +295,8 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     n_seg = n_seg > MAX_SEGMENTS ? MAX_SEGMENTS : n_seg;
     n_seg = n_seg > n_slots / 4 ? n_slots / 4 : n_seg;
     /* By warpgroup products the sums cost less than half of the walk. */
-    const bool given =
-        !backward && s->window == 64 && srf__states_take(ctx, s) && n_seg > 1 && n_slots > 0;
-    n_seg = n_seg < (given ? 2 : 3) ? 1 : n_seg;
+    p->given = !dw && s->window == 64 && srf__states_take(ctx, s) && n_seg > 1 && n_slots > 0;
+    n_seg = n_seg < (p->given ? 2 : 3) ? 1 : n_seg;
     p->t = (int)s->t;
     p->heads = (int)s->h;
     p->m = (int)s->m;
@@ -307,41 +311,40 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     p->half_scale = (float)(0.5 * 1.4426950408889634 / sqrt((double)s->d));
     p->limit = (float)(SRF__X_LIMIT * pow((double)s->d, 0.25));
     p->log2_m = (float)log2((double)s->m);
-    if (given) {
-        p->entry = (float *)bump_bytes(&bump, (size_t)(n_bh * p->n_seg * SRF__STATES_COUNT) *
-                                                  sizeof(float));
-        return bump.used;
-    }
+    /* Walks that keep states and sums in registers; dW reads them. */
+    const bool fused = s->window == 64 && s->m <= 64 && s->d <= 64 && !dw;
     size_t rows = (size_t)(n_bh * n_slots * s->m), seg_rows = (size_t)(n_bh * p->n_seg * s->m);
-    p->s = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
-    p->z = (float *)bump_bytes(&bump, rows * sizeof(float));
-    p->top = (float *)bump_bytes(&bump, rows * sizeof(float));
+    if (p->given) p->entry = (float *)bump_bytes(&bump, entry_bytes(p, n_bh));
+    if (p->given && !backward) return bump.used;
+    if (!fused) {
+        p->s = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
+        p->z = (float *)bump_bytes(&bump, rows * sizeof(float));
+    }
+    if (!fused || backward) p->top = (float *)bump_bytes(&bump, rows * sizeof(float));
     if (p->n_seg > 1) {
         p->sum_s = (float *)bump_bytes(&bump, seg_rows * s->d * sizeof(float));
         p->sum_z = (float *)bump_bytes(&bump, seg_rows * sizeof(float));
         p->sum_top = (float *)bump_bytes(&bump, seg_rows * sizeof(float));
     }
     if (!backward) return bump.used;
-    p->r = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
-    p->u = (float *)bump_bytes(&bump, rows * sizeof(float));
+    if (!fused) {
+        p->r = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
+        p->u = (float *)bump_bytes(&bump, rows * sizeof(float));
+    }
     p->delta = (float *)bump_bytes(&bump, (size_t)(n_bh * s->t) * sizeof(float));
     if (dw && n_slots) p->dw_part = (float *)bump_bytes(&bump, 2 * seg_rows * s->d * sizeof(float));
     return bump.used;
 }
 
-/* In the chain that srf__states_before has begun. */
-template <int D>
-static srf_status fused_given(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
+srf_status srf__hybrid_chain(struct srf_ctx *ctx, void (*kernel)(struct hybrid), int64_t grid,
+                             size_t bytes, const struct hybrid *p)
 {
-    constexpr int bytes = sizeof(struct fused_smem<D>);
-    CUDA_TRY(cudaFuncSetAttribute(fused_fwd_kernel<D, true>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    CUDA_TRY(cudaFuncSetAttribute(fused_fwd_kernel<D, true>,
-                                  cudaFuncAttributePreferredSharedMemoryCarveout,
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                   cudaSharedmemCarveoutMaxShared));
-    struct chain_shape shape = {dim3((unsigned)(n_bh * p->n_seg)), 128, bytes, 1};
-    chain_launch(ctx, shape, fused_fwd_kernel<D, true>, *p);
-    return srf__cuda_launched("srf_attn_fwd");
+    struct chain_shape shape = {dim3((unsigned)grid), 128, bytes, 1};
+    chain_launch(ctx, shape, kernel, *p);
+    return srf__cuda_launched("srf_attn");
 }
 
 template <int D, int C>
@@ -350,8 +353,10 @@ static srf_status fwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
     if constexpr (D <= 64 && C == 64) {
         if (p->window == 64 && p->m <= 64) {
             if constexpr (D == 64)
-                if (p->entry) return fused_given<D>(ctx, p, n_bh);
-            SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh));
+                if (p->given)
+                    return srf__hybrid_chain(ctx, fused_fwd_kernel<D, true>, n_bh * p->n_seg,
+                                             sizeof(struct fused_smem<D>), p);
+            SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
             LAUNCH((fused_fwd_kernel<D, false>), n_bh * p->n_seg, 128, sizeof(struct fused_smem<D>),
                    *p);
             return srf__cuda_launched("srf_attn_fwd");
@@ -382,6 +387,14 @@ bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_
                                  (uintptr_t)a->bias | (uintptr_t)a->o);
 }
 
+size_t srf__hybrid_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
+{
+    struct hybrid p = {};
+    if (!srf__hybrid_takes(ctx, s, 0, 0, 0)) return 0;
+    srf__hybrid_carve(ctx, s, false, false, NULL, &p);
+    return p.given ? entry_bytes(&p, s->b * s->h) : 0;
+}
+
 size_t srf__hybrid_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)
 {
     struct hybrid p = {};
@@ -404,7 +417,8 @@ srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_ar
     p.stat = (float *)a->stat;
     p.ld = a->ld;
     p.ld_o = a->ld_o;
-    if (p.entry)
+    if (p.given && a->carry) p.entry = (float *)a->carry;
+    if (p.given)
         SRF_TRY(srf__states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg,
                                    p.seg_slots, p.entry));
     FOR_HEAD_SIZE(a->s.d, a->s.window, fwd, ctx, &p, a->s.b * a->s.h)

@@ -80,7 +80,7 @@ struct col_values { /* of a tile's columns: queries' stat, delta; features' bias
 
 /* A tile's part of the gradients of a warp's rows (x, y: q, d_o or k, v). causal: the tile of the
  * rows' own tokens. left: how many features a tile of them has. */
-template <int D, int C, bool KEYS, bool FAR>
+template <int D, int C, bool KEYS, bool FAR, int SUB = COLUMNS>
 __device__ __forceinline__ void
 add_gradients(struct grad_sums<D, KEYS> *r, struct a_rows<D> *x, struct a_rows<D> *y,
               const bf16 *tile, const bf16 *values, const struct col_values *col_of,
@@ -262,7 +262,8 @@ template <int D> struct fused_dq_smem {
     struct fused_smem<D> fwd;
 };
 
-template <int D>
+/* GIVEN: the states before segments are in p.entry. */
+template <int D, bool GIVEN>
 __global__ void __launch_bounds__(128, 3) fused_dq_kernel(const __grid_constant__ struct hybrid p)
 {
     extern __shared__ __align__(16) char smem[];
@@ -274,9 +275,14 @@ __global__ void __launch_bounds__(128, 3) fused_dq_kernel(const __grid_constant_
 
     struct state_sums<D> state;
     float bias[2];
-    start_walk<D>(sm, &state, bias, &p, &w);
+    start_walk<D, GIVEN>(sm, &state, bias, &p, &w);
     load_rows<D, 64, 128>(d_o, p.d_o + w.out + w.begin * 64 * p.ld_o, p.ld_o, p.t - w.begin * 64);
     cp_async_commit();
+    if (GIVEN) {
+        chain_wait();
+        if (w.seg > 0)
+            enter<D>(&state, p.entry + (w.bh * p.n_seg + w.seg) * SRF__STATES_COUNT, w.feature);
+    }
 
     for (int block = w.begin; block < w.end; block++) {
         int now = block & 1, before = now ^ 1, row0 = block * 64 + warp * 16;
@@ -337,6 +343,113 @@ __global__ void __launch_bounds__(128, 3) fused_dq_kernel(const __grid_constant_
     }
 }
 
+/* ---- dk, dv in one walk: as dq, backward ------------------------------------------------------
+ * Before block j a CTA holds R of the queries from block j + 2 on; it puts it into shared memory
+ * for the keys, then takes in the queries of block j + 1, which are still there. */
+
+/* pair: q, d_o of even and odd blocks. */
+template <int D> struct fused_keys_smem {
+    bf16 k[64 * (D + 8)], v[64 * (D + 8)], pair[2][2][64 * (D + 8)];
+    bf16 w[64 * (D + 8)], r[64 * (D + 8)];
+    float half_k[64], half_q[2][64], stat[2][64], delta[2][64], bias[64], top[64], u[64];
+};
+
+template <int D>
+__device__ __forceinline__ void load_queries(struct fused_keys_smem<D> *sm, const struct hybrid *p,
+                                             const struct walker *w, int block)
+{
+    const int row = block * 64, n = p->t - row, s = block & 1;
+    load_rows<D, 64, 128>(sm->pair[s][0], p->q + w->in + row * p->ld, p->ld, n);
+    load_rows<D, 64, 128>(sm->pair[s][1], p->d_o + w->out + row * p->ld_o, p->ld_o, n);
+    load_stats<64>(sm->stat[s], sm->delta[s], p, w->bh * p->t + row, n);
+}
+template <int D>
+__device__ __forceinline__ void load_keys(struct fused_keys_smem<D> *sm, const struct hybrid *p,
+                                          const struct walker *w, int block)
+{
+    const int row = block * 64, n = p->t - row;
+    load_rows<D, 64, 128>(sm->k, p->k + w->in + row * p->ld, p->ld, n);
+    load_rows<D, 64, 128>(sm->v, p->v + w->in + row * p->ld, p->ld, n);
+}
+
+template <int D>
+__global__ void __launch_bounds__(128, 3) fused_keys_kernel(const __grid_constant__ struct hybrid p)
+{
+    extern __shared__ __align__(16) char smem[];
+    struct fused_keys_smem<D> *sm = (struct fused_keys_smem<D> *)smem;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
+    struct walker w = walker_of<D>(&p);
+    bool active = w.feature < p.m;
+    int own = w.feature + g;
+
+    struct state_sums<D> state;
+    float bias[2] = {0, 0};
+    load_rows<D, 64, 128>(sm->w, p.w + w.set * p.w_step, D, p.m);
+    load_features<64>(sm->bias, p.bias + w.set * p.bias_step, p.m);
+    if (w.end < w.n_blocks) load_queries(sm, &p, &w, w.end);
+    load_queries(sm, &p, &w, w.end - 1);
+    load_keys(sm, &p, &w, w.end - 1);
+    cp_async_commit();
+    start_state(&state);
+    if (active) {
+        for (int j = 0; j < 2; j++)
+            bias[j] = SRF__LOG2E * p.bias[w.set * p.bias_step + own + 8 * j] - p.log2_m;
+        add_segments<D, true>(&state, &p, w.bh, w.seg, w.feature);
+    }
+
+    for (int block = w.end - 1; block >= w.begin; block--) {
+        int now = block & 1, after = now ^ 1, row0 = block * 64 + warp * 16;
+        bool is_first = block == w.end - 1, is_last_block = block + 1 == w.n_blocks;
+        float top[2] = {0,
+                        0}; /* of the scale that R comes into with the queries after this block */
+        if (active && block > 0 && !is_last_block)
+            for (int j = 0; j < 2; j++)
+                top[j] = p.top[(w.bh * p.n_slots + block - 1) * p.m + own + 8 * j];
+        cp_async_wait<0>();
+        clean_rows<D, 64, 128, true>(sm->k, &p, sm->half_k);
+        clean_rows<D, 64, 128, true>(sm->pair[now][0], &p, sm->half_q[now]);
+        if (is_first && !is_last_block)
+            clean_rows<D, 64, 128, true>(sm->pair[after][0], &p, sm->half_q[after]);
+        __syncthreads();
+        struct a_rows<D> x, y;
+        x.init(sm->k + warp * 16 * (D + 8));
+        y.init(sm->v + warp * 16 * (D + 8));
+        struct row_values rows = {};
+        for (int j = 0; j < 2; j++) rows.half[j] = sm->half_k[warp * 16 + g + 8 * j];
+        if (block < p.n_slots) put_state<D>(sm->r, sm->u, sm->top, &state, w.feature);
+        if (active && block > 0 && !is_last_block) {
+            uint32_t a[D / 16][4];
+#pragma unroll
+            for (int kk = 0; kk < D / 16; kk++) load_a<D>(a[kk], sm->w + w.feature * (D + 8), kk);
+            add_queries<D, 64>(&state, a, bias, sm->pair[after][0], sm->pair[after][1],
+                               sm->half_q[after], sm->stat[after], sm->delta[after], top, &p);
+        }
+        struct grad_sums<D, true> grads;
+        start_grads(&grads);
+        struct col_values cols = {sm->stat[after], sm->delta[after], sm->bias, sm->top, sm->u};
+        if (!is_last_block)
+            add_gradients<D, 64, true, false, 16>(&grads, &x, &y, sm->pair[after][0],
+                                                  sm->pair[after][1], &cols, &rows, &p, false, 0);
+        __syncthreads();
+        if (block > w.begin) {
+            load_queries(sm, &p, &w, block - 1);
+            load_keys(sm, &p, &w, block - 1);
+        }
+        cp_async_commit();
+        cols.stat = sm->stat[now];
+        cols.delta = sm->delta[now];
+        add_gradients<D, 64, true, false, 16>(&grads, &x, &y, sm->pair[now][0], sm->pair[now][1],
+                                              &cols, &rows, &p, true, 0);
+        scale_rows(grads.x, p.scale, p.scale);
+        if (block < p.n_slots)
+            add_gradients<D, 64, true, true, 16>(&grads, &x, &y, sm->w, sm->r, &cols, &rows, &p,
+                                                 false, p.m);
+        finish_grads(&grads, &x, &p);
+        store_rows<D>(p.dk + w.in + row0 * p.ld, p.ld, p.t - row0, grads.x);
+        store_rows<D>(p.dv + w.in + row0 * p.ld, p.ld, p.t - row0, grads.v);
+    }
+}
+
 /* ---- dW -----------------------------------------------------------------------------------------
  * A CTA has a walk's features and segment, and makes its sum of da^T x (queries) or da^T y (keys).
  */
@@ -381,19 +494,19 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
                 weight[j] = (QUERIES ? p.z : p.u)[row + g + 8 * j];
             }
 #pragma unroll 1
-            for (int first = 0; first < C; first += SUB) {
+            for (int first = 0; first < C; first += COLUMNS) {
                 const bf16 *tokens = sm->pair[stage][0] + first * (D + 8);
                 const bf16 *values = sm->pair[stage][1] + first * (D + 8);
-                float e[SUB / 8][4], da[SUB / 8][4];
+                float e[COLUMNS / 8][4], da[COLUMNS / 8][4];
                 zero(e);
                 zero(da);
 #pragma unroll
                 for (int kk = 0; kk < D / 16; kk++) {
-                    mma_rows<D, SUB / 8>(e, w[kk], tokens, kk);
-                    mma_rows<D, SUB / 8>(da, state[kk], values, kk);
+                    mma_rows<D, COLUMNS / 8>(e, w[kk], tokens, kk);
+                    mma_rows<D, COLUMNS / 8>(da, state[kk], values, kk);
                 }
 #pragma unroll
-                for (int n = 0; n < SUB / 8; n++)
+                for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         int col = first + n * 8 + quad * 2 + (j & 1), r = j >> 1;
@@ -404,7 +517,7 @@ __global__ void __launch_bounds__(WALK_THREADS) dw_kernel(const __grid_constant_
                         da[n][j] = far_weight(fmaf(e[n][j], SRF__LOG2E * p.scale, add) + to) * dp;
                     }
 #pragma unroll
-                for (int n = 0; n < SUB / 8; n += 2) {
+                for (int n = 0; n < COLUMNS / 8; n += 2) {
                     uint32_t a[4];
                     pack_a(a, da[n], da[n + 1]);
                     mma_cols<D>(acc, a, tokens + n * 8 * (D + 8));
@@ -441,24 +554,39 @@ static __global__ void dw_sum_kernel(float *dw, const float *part, int64_t n, in
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
+/* States before segments, if given, are the forward's (carried) or made by kernels that have begun
+ * a chain. */
+template <int D>
+static srf_status fused_bwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh, bool carried)
+{
+    constexpr int dq_bytes = sizeof(struct fused_dq_smem<D>);
+    const int64_t grid = n_bh * p->n_seg;
+    if (D == 64 && p->given) {
+        void (*kernel)(struct hybrid) = fused_dq_kernel<D, D == 64>;
+        if (carried)
+            LAUNCH(kernel, grid, 128, dq_bytes, *p);
+        else
+            SRF_TRY(srf__hybrid_chain(ctx, kernel, grid, dq_bytes, p));
+    } else {
+        SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
+        LAUNCH((fused_dq_kernel<D, false>), grid, 128, dq_bytes, *p);
+    }
+    SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, true));
+    LAUNCH((fused_keys_kernel<D>), grid, 128, sizeof(struct fused_keys_smem<D>), *p);
+    return srf__cuda_launched("srf_attn_bwd");
+}
+
 template <int D, int C>
 static srf_status bwd(struct srf_ctx *ctx, const struct hybrid *p,
                       const struct srf_srf_attn_bwd_args *a)
 {
     int64_t n_bh = a->s.b * a->s.h, grid = n_bh * p->n_chunks;
     size_t smem = sizeof(struct bwd_smem<D, C>);
-    bool dq_in_one_walk = false;
-    if constexpr (D <= 64 && C == 64) {
-        dq_in_one_walk = p->window == 64 && p->m <= 64 && !p->dw_part; /* dW reads the states */
-        if (dq_in_one_walk) {
-            SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh));
-            LAUNCH((fused_dq_kernel<D>), n_bh * p->n_seg, 128, sizeof(struct fused_dq_smem<D>), *p);
-        }
-    }
-    if (!dq_in_one_walk) {
-        SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, false));
-        LAUNCH((bwd_kernel<D, C, false>), grid, 2 * C, smem, *p);
-    }
+    if constexpr (D <= 64 && C == 64)
+        if (p->window == 64 && p->m <= 64 && !p->dw_part) /* dW reads the states */
+            return fused_bwd<D>(ctx, p, n_bh, a->carry != NULL);
+    SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, false));
+    LAUNCH((bwd_kernel<D, C, false>), grid, 2 * C, smem, *p);
     SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, true));
     LAUNCH((bwd_kernel<D, C, true>), grid, 2 * C, smem, *p);
     if (p->dw_part) {
@@ -506,5 +634,10 @@ srf_status srf__hybrid_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_ar
     p.dv = (bf16 *)a->dv;
     p.ld = a->ld;
     p.ld_o = a->ld_o;
+    if (p.given && a->carry)
+        p.entry = (float *)a->carry; /* read only here */
+    else if (p.given)
+        SRF_TRY(srf__states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg,
+                                   p.seg_slots, p.entry));
     FOR_HEAD_SIZE(a->s.d, a->s.window, bwd, ctx, &p, a)
 }

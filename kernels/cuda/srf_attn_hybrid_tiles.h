@@ -9,7 +9,7 @@
 #define CTA_FEATURES  64
 #define WALK_THREADS  128
 #define WALK_STAGES   3
-#define SUB           32 /* columns of a tile taken at once in backward: registers */
+#define COLUMNS       32 /* of a tile taken at once in backward: registers */
 #define MAX_SEGMENTS  32
 
 struct hybrid {
@@ -29,7 +29,8 @@ struct hybrid {
     float *top, *z, *u;   /* (b h, n_slots, m): M, z, u */
     float *sum_s, *sum_z; /* (b h, n_seg, m, d), (b h, n_seg, m): a segment's own S or R, z or u */
     float *sum_top;       /* (b h, n_seg, m) */
-    float *entry;         /* (b h, n_seg, SRF__STATES_COUNT) before segments; or NULL */
+    bool given;           /* by srf__states_before: */
+    float *entry;         /* (b h, n_seg, SRF__STATES_COUNT) before segments */
     float *dw_part;       /* (2, b h, n_seg, m, d) */
     float scale, half_scale; /* d^(-1/4), log2(e) d^(-1/2) / 2 */
     float limit, log2_m;     /* components of q, k; log2(m) */

@@ -84,14 +84,13 @@ __global__ void __launch_bounds__(WALK_THREADS)
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
-/* The sums of keys in each segment, where there are several. */
 template <int D, int C>
-static srf_status totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
+static srf_status totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh, bool queries)
 {
     int64_t grid = n_bh * div_up(p->m, CTA_FEATURES) * p->n_seg;
-    if (p->n_seg > 1)
-        LAUNCH((walk_kernel<D, C, false>), grid, WALK_THREADS, sizeof(struct walk_smem<D, C>), *p,
-               true);
+    void (*kernel)(struct hybrid, bool) =
+        queries ? walk_kernel<D, C, true> : walk_kernel<D, C, false>;
+    if (p->n_seg > 1) LAUNCH(kernel, grid, WALK_THREADS, sizeof(struct walk_smem<D, C>), *p, true);
     return SRF_OK;
 }
 
@@ -103,13 +102,14 @@ static srf_status walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh
     if (p->n_slots == 0) return SRF_OK;
     void (*kernel)(struct hybrid, bool) =
         queries ? walk_kernel<D, C, true> : walk_kernel<D, C, false>;
-    if (p->n_seg > 1) LAUNCH(kernel, grid, WALK_THREADS, smem, *p, true);
+    SRF_TRY((totals<D, C>(ctx, p, n_bh, queries)));
     LAUNCH(kernel, grid, WALK_THREADS, smem, *p, false);
     return SRF_OK;
 }
 
-srf_status srf__hybrid_totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t d,
-                              int64_t n_bh){FOR_HEAD_SIZE(d, p->window, totals, ctx, p, n_bh)}
+srf_status srf__hybrid_totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t d, int64_t n_bh,
+                              bool queries){
+    FOR_HEAD_SIZE(d, p->window, totals, ctx, p, n_bh, queries)}
 
 srf_status srf__hybrid_walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t d, int64_t n_bh,
                             bool queries)

@@ -2,6 +2,7 @@
  * of a head, the rows of a CTA, and launches. Forms and names are explained in srf_attn_hybrid.cu.
  */
 #pragma once
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/srf_attn_hybrid_tiles.h"
 
 /* Shapes, leading dimensions and addresses (all of them or-ed) that the kernels take. */
@@ -10,13 +11,18 @@ bool srf__hybrid_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s
 /* Sets sizes and pointers into the workspace at base; NULL only counts. Returns its bytes. */
 size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool backward,
                          bool dw, void *base, struct hybrid *p);
-/* srf_attn_hybrid_walk.cu, for one head size d. The sums of keys in each segment, where there are
- * several; every slot's state, S of keys or R of queries. */
-srf_status srf__hybrid_totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t d, int64_t n_bh);
+/* srf_attn_hybrid_walk.cu, for one head size d. The sums of keys or queries in each segment, where
+ * there are several; every slot's state, S of keys or R of queries. */
+srf_status srf__hybrid_totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t d, int64_t n_bh,
+                              bool queries);
 srf_status srf__hybrid_walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t d, int64_t n_bh,
                             bool queries);
 
 #ifdef __CUDACC__
+/* A walk of 128 threads a block in the chain that srf__states_before has begun. */
+srf_status srf__hybrid_chain(struct srf_ctx *ctx, void (*kernel)(struct hybrid), int64_t grid,
+                             size_t bytes, const struct hybrid *p);
+
 #define LAUNCH(kernel, grid, threads, smem, ...)                                                   \
     do {                                                                                           \
         CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,         \
@@ -374,24 +380,30 @@ __device__ __forceinline__ void arrive(struct fused_smem<D> *sm, const struct hy
     __syncthreads();
 }
 
-/* S, z, M of a warp's features for all queries; seen after the next barrier. */
+/* S, z, M of a warp's features (or R, u, M) for all rows; seen after the next barrier. */
 template <int D>
-__device__ __forceinline__ void publish_state(struct fused_smem<D> *sm,
-                                              const struct state_sums<D> *state, int feature)
+__device__ __forceinline__ void put_state(bf16 *states, float *sums, float *top,
+                                          const struct state_sums<D> *state, int feature)
 {
     int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         int row = feature + g + 8 * j;
-        uint32_t *s = (uint32_t *)(sm->s + row * (D + 8) + quad * 2);
+        uint32_t *s = (uint32_t *)(states + row * (D + 8) + quad * 2);
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             s[n * 4] = pack_bf16(state->s[n][2 * j], state->s[n][2 * j + 1]);
         float z = quad_sum(state->z[2 * j]);
         if (quad) continue;
-        sm->z[row] = z;
-        sm->top[row] = state->top[j];
+        sums[row] = z;
+        top[row] = state->top[j];
     }
+}
+template <int D>
+__device__ __forceinline__ void publish_state(struct fused_smem<D> *sm,
+                                              const struct state_sums<D> *state, int feature)
+{
+    put_state<D>(sm->s, sm->z, sm->top, state, feature);
 }
 
 /* The keys of a block in shared memory into a warp's part of the state. */
