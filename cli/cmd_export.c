@@ -15,30 +15,12 @@ static const struct {
 static srf_status freeze_features(struct srf_checkpoint *ck)
 {
     if (ck->features_w) return SRF_OK;
-    const struct srf_attention_config *a = &ck->attention;
-    int64_t d = ck->config.c / ck->config.n_heads, sets = a->per_head ? ck->config.n_heads : 1;
-    const struct srf_features_draw_args args = {.kind = a->features,
-                                                .rotation = a->rotation,
-                                                .normalize_rows = a->normalize_rows,
-                                                .seed = a->seed,
-                                                .draw = a->draw,
-                                                .m = a->m,
-                                                .d = d};
-    srf_status st = SRF_OK;
-    double *w = NULL, *bias = NULL;
-    SRF_TRY_GO(SRF_ALLOC(w, a->m * d));
-    SRF_TRY_GO(SRF_ALLOC(bias, a->m));
-    SRF_TRY_GO(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
-    SRF_TRY_GO(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
-    for (int64_t i = 0; i < ck->config.n_layers * sets; i++) {
-        SRF_TRY_GO(srf_features_draw_one(&args, i / sets, i % sets, a->oprf_a, w, bias));
-        for (int64_t k = 0; k < a->m * d; k++) ck->features_w[i * a->m * d + k] = (float)w[k];
-        for (int64_t k = 0; k < a->m; k++) ck->features_bias[i * a->m + k] = (float)bias[k];
-    }
-cleanup:
-    srf__free(w);
-    srf__free(bias);
-    return st;
+    int64_t d = ck->config.c / ck->config.n_heads;
+    SRF_TRY(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
+    SRF_TRY(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
+    return srf_attention_draw(&ck->attention, ck->config.n_layers,
+                              ck->attention.per_head ? ck->config.n_heads : 1, d, NULL,
+                              ck->features_w, ck->features_bias);
 }
 
 static srf_status export_as(struct srf_checkpoint *ck, const char *out, enum format format,

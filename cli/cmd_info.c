@@ -110,7 +110,8 @@ static srf_status put_native(json_t *facts, struct srf_h5 *f, const struct srf_m
         int64_t d = c->c / c->n_heads, count = 0;
         SRF_TRY_GO(srf_attention_check_layers(&a, c->n_layers));
         for (int64_t l = 0; l < c->n_layers; l++)
-            count += c->n_heads * srf_attn_state_count(a.m, d, srf_attention_window(&a, l));
+            count += c->n_heads *
+                     srf_attn_state_count(srf_attention_m(&a, l), d, srf_attention_window(&a, l));
         SRF_TRY_GO(put(facts, "features_stored", json_boolean(srf_h5_has(f, "/attention/w"))));
         SRF_TRY_GO(put_int(facts, "state_bytes_per_sequence", count * 4));
     }

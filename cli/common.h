@@ -32,7 +32,7 @@ struct cli_attention {
     int64_t m, window, sinks;
     double oprf_a;
     bool share_heads, normalize_rows;
-    const char *far, *windows;
+    const char *far, *windows, *layer_m;
     uint64_t seed, draw;
 };
 #define CLI_NONE INT64_MIN
@@ -62,6 +62,14 @@ struct cli_attention {
          &(a).windows,                                                                             \
          "W,W,...",                                                                                \
          "that of each layer, first to last, in place of one for all",                             \
+         0,                                                                                        \
+         0},                                                                                       \
+        {"layer-features",                                                                         \
+         0,                                                                                        \
+         CLI_STRING,                                                                               \
+         &(a).layer_m,                                                                             \
+         "M,M,...",                                                                                \
+         "random features of each layer, in place of --m",                                         \
          0,                                                                                        \
          0},                                                                                       \
         {"features", 0,                                                                            \

@@ -86,7 +86,7 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     /* Its plan is for one window that all layers have, and whose half is one that kernels on CUDA
      * are fast with. */
     if (!in->plan_given && (before.kind != SRF_ATTN_SOFTMAX || a->kind != SRF_ATTN_SRF ||
-                            a->n_windows || a->window == 0 || a->window % 64))
+                            a->n_windows || a->n_layer_m || a->window == 0 || a->window % 64))
         in->plan_windows = 0;
     /* Its trained features are those of SRF attention that keeps a draw; maps always are. */
     struct srf_train_config *c = &in->config;

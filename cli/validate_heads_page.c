@@ -68,15 +68,16 @@ void validate_page_errors(const struct validate_report *r, FILE *to)
 {
     int64_t i = validate_main(r), n = r->result->n_layers * r->result->n_heads;
     const double *mean = validate_errors_at(r, r->result->error, i);
-    const double *errors = r->trained ? r->result->error_own : mean;
+    bool by_layer = r->config->attention.n_layer_m > 0;
+    const double *errors = r->trained || by_layer ? r->result->error_own : mean;
     const double *sds = validate_errors_at(r, r->result->error_sd, i);
     struct validate_summary s = validate_summarize(r, errors);
     double sd = 0;
     for (int64_t h = 0; h < n; h++) sd += sds[h] / (double)n;
     char attention[200], title[256];
     validate_describe(r, attention, sizeof attention);
-    snprintf(title, sizeof title, "relative error of the output, m = %lld",
-             (long long)r->config->main_m);
+    snprintf(title, sizeof title, "relative error of the output, m = %lld%s",
+             (long long)r->config->main_m, by_layer ? " or the layer's own" : "");
     struct svg_heat_map map = {.title = title,
                                .row_label = "layer",
                                .column_label = "head",
@@ -94,8 +95,10 @@ void validate_page_errors(const struct validate_report *r, FILE *to)
             "is noise right after a swap. The median head is off by %.3g, the worst (layer %lld "
             "head %lld) by %.3g; from one draw to another a head's error changes by %.2g "
             "(standard deviation, %lld draws).</p>\n",
-            r->trained ? "the features that it was trained with" : "mean over draws", s.median,
-            (long long)s.worst_layer, (long long)s.worst_head, s.worst, sd,
+            r->trained ? "the features that it was trained with"
+            : by_layer ? "the first draw"
+                       : "mean over draws",
+            s.median, (long long)s.worst_layer, (long long)s.worst_head, s.worst, sd,
             (long long)r->config->n_draws);
 }
 

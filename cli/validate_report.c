@@ -179,7 +179,7 @@ void validate_print(const struct validate_report *r)
                (long long)r->config->m[i], s.median, s.worst, (long long)s.worst_layer,
                (long long)s.worst_head);
     }
-    if (r->trained) {
+    if (r->trained || r->config->attention.n_layer_m) {
         struct validate_summary s = validate_summarize(r, r->result->error_own);
         printf("output error, its own features: median head %.3f, worst %.3f (layer %lld head "
                "%lld)\n",

@@ -21,15 +21,15 @@ static void convert_layer(const struct srf_engine *e, int64_t layer, void *store
     const struct srf_model_config *cfg = &e->model->config;
     const struct srf_attention_config *a = &e->model->attention;
     int64_t d = cfg->c / cfg->n_heads, window = srf_attention_window(a, layer);
-    int64_t count = srf_attn_state_count(a->m, d, window);
-    int64_t bytes = srf_attn_state_bf16_bytes(a->m, d, window);
+    int64_t m = srf_attention_m(a, layer), count = srf_attn_state_count(m, d, window);
+    int64_t bytes = srf_attn_state_bf16_bytes(m, d, window);
     for (int64_t h = 0; h < cfg->n_heads; h++) {
         char *s = (char *)stored + h * bytes;
         float *v = (float *)values + h * count;
         if (to_host)
-            srf_attn_state_from_bf16(a->m, d, window, s, v);
+            srf_attn_state_from_bf16(m, d, window, s, v);
         else
-            srf_attn_state_to_bf16(a->m, d, window, v, s);
+            srf_attn_state_to_bf16(m, d, window, v, s);
     }
 }
 

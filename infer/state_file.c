@@ -19,9 +19,9 @@ static void state_path(char path[48], int64_t i)
 static enum srf_dtype state_shape(const struct srf_engine *e, int64_t shape[3])
 {
     const struct srf_model *m = srf_engine_model(e);
-    bool one_window = m->attention.n_windows == 0;
-    shape[0] = one_window ? m->config.n_layers : 1;
-    shape[1] = one_window ? m->config.n_heads : 1;
+    bool alike = !m->attention.n_windows && !m->attention.n_layer_m;
+    shape[0] = alike ? m->config.n_layers : 1;
+    shape[1] = alike ? m->config.n_heads : 1;
     shape[2] = srf_model_state_count(m) / (shape[0] * shape[1]);
     return srf_ctx_acc(m->ctx);
 }

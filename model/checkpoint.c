@@ -10,8 +10,8 @@ static const char *const kind_names[] = {"weights", "training", "recurrent"};
 
 int64_t srf_checkpoint_bias_count(const struct srf_checkpoint *ck)
 {
-    return ck->config.n_layers * (ck->attention.per_head ? ck->config.n_heads : 1) *
-           ck->attention.m;
+    return (ck->attention.per_head ? ck->config.n_heads : 1) *
+           srf_attention_m_before(&ck->attention, ck->config.n_layers);
 }
 
 int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck)
@@ -92,6 +92,24 @@ static srf_status refuse_unknown(const struct srf_source *src, const struct srf_
     return SRF_OK;
 }
 
+/* Dimensions of W in a file, and without the last one of its bias: (layers, sets, m, columns), or
+ * (rows, columns) where layers have numbers of features of their own. */
+static int features_shape(const struct srf_checkpoint *ck, int64_t shape[4])
+{
+    const struct srf_attention_config *a = &ck->attention;
+    int64_t columns = srf_attention_columns(a, ck->config.c / ck->config.n_heads);
+    if (a->n_layer_m) {
+        shape[0] = srf_checkpoint_bias_count(ck);
+        shape[1] = columns;
+        return 2;
+    }
+    shape[0] = ck->config.n_layers;
+    shape[1] = a->per_head ? ck->config.n_heads : 1;
+    shape[2] = a->m;
+    shape[3] = columns;
+    return 4;
+}
+
 /* What only a native file has: kind, attention settings, the features in force. */
 static srf_status read_native(const char *path, struct srf_checkpoint *ck)
 {
@@ -114,13 +132,12 @@ static srf_status read_native(const char *path, struct srf_checkpoint *ck)
     SRF_TRY_GO(srf_attention_check(&ck->attention, ck->config.c / ck->config.n_heads));
     SRF_TRY_GO(srf_attention_check_layers(&ck->attention, ck->config.n_layers));
     if (!srf_h5_has(f, "/attention/w")) goto cleanup;
-    int64_t sets = ck->attention.per_head ? ck->config.n_heads : 1;
-    int64_t d = srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);
-    int64_t shape[4] = {ck->config.n_layers, sets, ck->attention.m, d};
+    int64_t shape[4];
+    int ndim = features_shape(ck, shape);
     SRF_TRY_GO(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
     SRF_TRY_GO(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
-    SRF_TRY_GO(srf_h5_get(f, "/attention/w", SRF_F32, 4, shape, ck->features_w));
-    SRF_TRY_GO(srf_h5_get(f, "/attention/bias", SRF_F32, 3, shape, ck->features_bias));
+    SRF_TRY_GO(srf_h5_get(f, "/attention/w", SRF_F32, ndim, shape, ck->features_w));
+    SRF_TRY_GO(srf_h5_get(f, "/attention/bias", SRF_F32, ndim - 1, shape, ck->features_bias));
     for (int64_t i = 0; i < srf_checkpoint_features_count(ck); i++)
         SRF_FAIL_GO_IF(!isfinite(ck->features_w[i]), SRF_NONFINITE,
                        "/attention/w: element %lld is not finite", (long long)i);
@@ -287,11 +304,10 @@ srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f)
         SRF_TRY(srf_h5_put(f, path, SRF_F32, row->ndim, row->shape, ck->params + row->offset));
     }
     if (ck->features_w) {
-        int64_t d = srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);
-        int64_t shape[4] = {ck->config.n_layers, ck->attention.per_head ? ck->config.n_heads : 1,
-                            ck->attention.m, d};
-        SRF_TRY(srf_h5_put(f, "/attention/w", SRF_F32, 4, shape, ck->features_w));
-        SRF_TRY(srf_h5_put(f, "/attention/bias", SRF_F32, 3, shape, ck->features_bias));
+        int64_t shape[4];
+        int ndim = features_shape(ck, shape);
+        SRF_TRY(srf_h5_put(f, "/attention/w", SRF_F32, ndim, shape, ck->features_w));
+        SRF_TRY(srf_h5_put(f, "/attention/bias", SRF_F32, ndim - 1, shape, ck->features_bias));
     }
     SRF_TRY(srf_attention_to_json(&ck->attention, &text));
     st = srf_h5_put_str(f, "/attention", "settings", text);

@@ -49,8 +49,8 @@ srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *o
 /* What is asked of the rivals beyond what is asked of SRF attention. */
 static srf_status check_rival(const struct srf_attention_config *a)
 {
-    SRF_FAIL_IF(a->n_windows && a->kind != SRF_ATTN_SRF, SRF_INVALID,
-                "attention: only srf has windows by layer");
+    SRF_FAIL_IF((a->n_windows || a->n_layer_m) && a->kind != SRF_ATTN_SRF, SRF_INVALID,
+                "attention: only srf has windows or features by layer");
     SRF_FAIL_IF(a->kind == SRF_ATTN_WINDOW && a->window == 0, SRF_INVALID,
                 "attention: a window alone needs a window of at least 1 token");
     SRF_FAIL_IF(a->sinks < 0 || a->sinks > 65536, SRF_INVALID,
@@ -76,6 +76,10 @@ srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
         SRF_FAIL_IF(a->windows[i] < 0 || a->windows[i] > a->window, SRF_INVALID,
                     "attention: layer %lld has a window of %d: expected 0 to %lld", (long long)i,
                     a->windows[i], (long long)a->window);
+    for (int64_t i = 0; i < a->n_layer_m; i++)
+        SRF_FAIL_IF(a->layer_m[i] < 1 || a->layer_m[i] > a->m, SRF_INVALID,
+                    "attention: layer %lld has %d features: expected 1 to %lld", (long long)i,
+                    a->layer_m[i], (long long)a->m);
     SRF_FAIL_IF(d < 2, SRF_INVALID, "attention: heads of %lld: random features need at least 2",
                 (long long)d);
     SRF_FAIL_IF(a->rotation == SRF_ROT_HD && (d & (d - 1)) != 0, SRF_INVALID,
@@ -94,6 +98,9 @@ srf_status srf_attention_check_layers(const struct srf_attention_config *a, int6
     SRF_FAIL_IF(a->n_windows && a->n_windows != n_layers, SRF_MISMATCH,
                 "attention: windows of %lld layers: the model has %lld", (long long)a->n_windows,
                 (long long)n_layers);
+    SRF_FAIL_IF(a->n_layer_m && a->n_layer_m != n_layers, SRF_MISMATCH,
+                "attention: features of %lld layers: the model has %lld", (long long)a->n_layer_m,
+                (long long)n_layers);
     return SRF_OK;
 }
 
@@ -102,45 +109,105 @@ int64_t srf_attention_window(const struct srf_attention_config *a, int64_t layer
     return a->n_windows ? a->windows[layer] : a->window;
 }
 
-srf_status srf_attention_set_windows(struct srf_attention_config *a, const char *text)
+int64_t srf_attention_m(const struct srf_attention_config *a, int64_t layer)
+{
+    return a->n_layer_m ? a->layer_m[layer] : a->m;
+}
+
+int64_t srf_attention_m_before(const struct srf_attention_config *a, int64_t layer)
+{
+    int64_t sum = a->n_layer_m ? 0 : layer * a->m;
+    for (int64_t l = 0; l < layer && a->n_layer_m; l++) sum += a->layer_m[l];
+    return sum;
+}
+
+/* "32,32,64", numbers from `least` to 65536: own (n) and the largest. n = 0: all the same. */
+static srf_status parse_layers(const char *text, const char *what, long least, int32_t *own,
+                               int64_t *n, int64_t *largest)
 {
     const char *s = text;
-    int64_t n = 0, largest = 0;
+    int64_t count = 0, most = 0;
     bool same = true;
     for (;; s++) {
         char *end;
         errno = 0;
         long value = strtol(s, &end, 10);
-        SRF_FAIL_IF(end == s || *s < '0' || *s > '9' || errno || value > 65536 ||
-                        n == SRF_WINDOWS_MAX || (*end && *end != ','),
+        SRF_FAIL_IF(end == s || *s < '0' || *s > '9' || errno || value < least || value > 65536 ||
+                        count == SRF_LAYERS_MAX || (*end && *end != ','),
                     SRF_INVALID,
-                    "windows '%s': expected at most %d numbers from 0 to 65536 with "
-                    "commas between",
-                    text, SRF_WINDOWS_MAX);
-        a->windows[n++] = (int32_t)value;
-        largest = value > largest ? value : largest;
-        same = same && value == a->windows[0];
+                    "%s '%s': expected at most %d numbers from %ld to 65536 with commas between",
+                    what, text, SRF_LAYERS_MAX, least);
+        own[count++] = (int32_t)value;
+        most = value > most ? value : most;
+        same = same && value == own[0];
         s = end;
         if (!*s) break;
     }
-    a->n_windows = same && n > 1 ? 0 : n;
-    a->window = largest;
+    *n = same && count > 1 ? 0 : count;
+    *largest = most;
     return SRF_OK;
 }
 
-/* "32,32,64" */
-static void print_windows(const struct srf_attention_config *a, char *buf, size_t size)
+srf_status srf_attention_set_windows(struct srf_attention_config *a, const char *text)
+{
+    return parse_layers(text, "windows", 0, a->windows, &a->n_windows, &a->window);
+}
+
+srf_status srf_attention_set_layer_m(struct srf_attention_config *a, const char *text)
+{
+    return parse_layers(text, "features", 1, a->layer_m, &a->n_layer_m, &a->m);
+}
+
+/* The longest such text, its end included. */
+enum { LAYERS_TEXT = SRF_LAYERS_MAX * 6 + 1 };
+
+static void print_layers(const int32_t *own, int64_t n, char buf[LAYERS_TEXT])
 {
     buf[0] = '\0';
-    for (int64_t i = 0, at = 0; i < a->n_windows && (size_t)at < size; i++)
-        at += snprintf(buf + at, size - (size_t)at, "%s%d", i ? "," : "", a->windows[i]);
+    for (int64_t i = 0, at = 0; i < n && at < LAYERS_TEXT; i++)
+        at += snprintf(buf + at, (size_t)(LAYERS_TEXT - at), "%s%d", i ? "," : "", own[i]);
+}
+
+srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_layers,
+                              int64_t n_sets, int64_t d, const double *oprf_a, float *w,
+                              float *bias)
+{
+    int64_t n = n_layers * n_sets, failed = -1;
+    double *all;
+    SRF_TRY(SRF_ALLOC(all, n * a->m * (d + 1)));
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < n; i++) {
+        int64_t layer = i / n_sets, set = i % n_sets, m = srf_attention_m(a, layer);
+        int64_t first = n_sets * srf_attention_m_before(a, layer) + set * m;
+        double *own = all + i * a->m * (d + 1), *own_bias = own + m * d;
+        const struct srf_features_draw_args args = {.kind = a->features,
+                                                    .rotation = a->rotation,
+                                                    .normalize_rows = a->normalize_rows,
+                                                    .seed = a->seed,
+                                                    .draw = a->draw,
+                                                    .m = m,
+                                                    .d = d};
+        if (srf_features_draw_one(&args, layer, set, oprf_a ? oprf_a[i] : a->oprf_a, own,
+                                  own_bias) != SRF_OK) {
+#pragma omp critical
+            failed = i;
+            continue;
+        }
+        for (int64_t k = 0; k < m * d; k++) w[first * d + k] = (float)own[k];
+        for (int64_t k = 0; k < m; k++) bias[first + k] = (float)own_bias[k];
+    }
+    srf__free(all);
+    SRF_FAIL_IF(failed >= 0, SRF_INVALID, "features of layer %lld, set %lld cannot be drawn",
+                (long long)(failed / n_sets), (long long)(failed % n_sets));
+    return SRF_OK;
 }
 
 bool srf_attention_same_features(const struct srf_attention_config *a,
                                  const struct srf_attention_config *b)
 {
-    return a->kind == b->kind && a->m == b->m && a->features == b->features &&
-           a->rotation == b->rotation && a->per_head == b->per_head &&
+    return a->kind == b->kind && a->m == b->m && a->n_layer_m == b->n_layer_m &&
+           memcmp(a->layer_m, b->layer_m, (size_t)a->n_layer_m * sizeof *a->layer_m) == 0 &&
+           a->features == b->features && a->rotation == b->rotation && a->per_head == b->per_head &&
            a->normalize_rows == b->normalize_rows && a->oprf_a == b->oprf_a &&
            a->far_none == b->far_none && a->seed == b->seed && a->draw == b->draw;
 }
@@ -164,12 +231,14 @@ void srf_attention_describe(const struct srf_attention_config *a, char *buf, siz
                      (long long)a->window);
         return;
     }
-    int n = snprintf(buf, size, "srf %s%s m=%lld, %s, seed %llu draw %llu",
+    char windows[LAYERS_TEXT], features[LAYERS_TEXT];
+    print_layers(a->windows, a->n_windows, windows);
+    print_layers(a->layer_m, a->n_layer_m, features);
+    if (!a->n_layer_m) snprintf(features, sizeof features, "%lld", (long long)a->m);
+    int n = snprintf(buf, size, "srf %s%s m=%s, %s, seed %llu draw %llu",
                      srf_feature_kind_name(a->features), a->rotation == SRF_ROT_HD ? "/hd" : "",
-                     (long long)a->m, a->per_head ? "one draw a head" : "one draw a layer",
+                     features, a->per_head ? "one draw a head" : "one draw a layer",
                      (unsigned long long)a->seed, (unsigned long long)a->draw);
-    char windows[SRF_WINDOWS_MAX * 6 + 1];
-    print_windows(a, windows, sizeof windows);
     if (a->n_windows && n > 0 && (size_t)n < size)
         n += snprintf(buf + n, size - (size_t)n, ", windows %s exact", windows);
     else if (a->window && n > 0 && (size_t)n < size)
@@ -224,9 +293,11 @@ srf_status srf_attention_to_json(const struct srf_attention_config *a, char **te
         "far_none", (int)a->far_none, "seed", (json_int_t)a->seed, "draw", (json_int_t)a->draw);
     bool ok = root && (!a->sinks ||
                        json_object_set_new(root, "sinks", json_integer((json_int_t)a->sinks)) == 0);
-    char windows[SRF_WINDOWS_MAX * 6 + 1];
-    print_windows(a, windows, sizeof windows);
-    ok = ok && (!a->n_windows || json_object_set_new(root, "windows", json_string(windows)) == 0);
+    char own[LAYERS_TEXT];
+    print_layers(a->windows, a->n_windows, own);
+    ok = ok && (!a->n_windows || json_object_set_new(root, "windows", json_string(own)) == 0);
+    print_layers(a->layer_m, a->n_layer_m, own);
+    ok = ok && (!a->n_layer_m || json_object_set_new(root, "layer_m", json_string(own)) == 0);
     char *s = ok ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     if (s) *text = srf__strdup(s);
@@ -239,7 +310,7 @@ static srf_status parse_attention(const json_t *root, struct srf_attention_confi
 {
     static const char *const known[] = {
         "kind",   "m",        "window", "features", "rotation", "per_head", "normalize_rows",
-        "oprf_a", "far_none", "seed",   "draw",     "sinks",    "windows"};
+        "oprf_a", "far_none", "seed",   "draw",     "sinks",    "windows",  "layer_m"};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)root, key, value)
@@ -259,6 +330,10 @@ static srf_status parse_attention(const json_t *root, struct srf_attention_confi
     SRF_FAIL_IF(windows && !json_is_string(windows), SRF_FORMAT,
                 "attention settings: 'windows' must be a string");
     if (windows) SRF_TRY(srf_attention_set_windows(a, json_string_value(windows)));
+    const json_t *layer_m = json_object_get(root, "layer_m");
+    SRF_FAIL_IF(layer_m && !json_is_string(layer_m), SRF_FORMAT,
+                "attention settings: 'layer_m' must be a string");
+    if (layer_m) SRF_TRY(srf_attention_set_layer_m(a, json_string_value(layer_m)));
     SRF_TRY(srf__json_bool(root, "per_head", a->per_head, &a->per_head));
     SRF_TRY(srf__json_bool(root, "normalize_rows", a->normalize_rows, &a->normalize_rows));
     SRF_TRY(srf__json_double(root, "oprf_a", a->oprf_a, &a->oprf_a));

@@ -25,18 +25,21 @@ enum srf_attention_kind {
     SRF_ATTN_KINDS
 };
 
-/* Most layers that may have windows of their own. */
-#define SRF_WINDOWS_MAX 96
+/* Most layers that may have windows or numbers of features of their own. */
+#define SRF_LAYERS_MAX 96
 
 struct srf_attention_config {
     enum srf_attention_kind kind;
-    int64_t m;      /* features; 64 by default */
+    int64_t m;      /* features of a head; 64 by default */
     int64_t window; /* tokens of a block attended exactly; 0 = pure SRF */
     int64_t sinks;  /* WINDOW only */
     /* One a layer (n_windows = layers) in place of `window`, which is the largest of them then; or
      * n_windows = 0. */
     int64_t n_windows;
-    int32_t windows[SRF_WINDOWS_MAX];
+    int32_t windows[SRF_LAYERS_MAX];
+    /* The same for m; SRF only. */
+    int64_t n_layer_m;
+    int32_t layer_m[SRF_LAYERS_MAX];
     enum srf_feature_kind features;
     enum srf_rotation rotation;
     bool per_head; /* one draw per head; false: one per layer */
@@ -60,11 +63,21 @@ int64_t srf_attention_columns(const struct srf_attention_config *a, int64_t d);
 /* "softmax", "srf", "window", "hedgehog", "t2r"; SRF_INVALID lists them. */
 const char *srf_attention_kind_name(enum srf_attention_kind kind);
 srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *out);
-/* SRF_MISMATCH if it has windows for another number of layers. */
+/* SRF_MISMATCH if it has windows or numbers of features for another number of layers. */
 srf_status srf_attention_check_layers(const struct srf_attention_config *a, int64_t n_layers);
 int64_t srf_attention_window(const struct srf_attention_config *a, int64_t layer);
+int64_t srf_attention_m(const struct srf_attention_config *a, int64_t layer);
+/* Features of a head in all layers before that one: what lies before its own in W, by sets. */
+int64_t srf_attention_m_before(const struct srf_attention_config *a, int64_t layer);
 /* Windows of the layers, "32,32,64": sets windows, n_windows and window. All the same: as one. */
 srf_status srf_attention_set_windows(struct srf_attention_config *a, const char *text);
+/* The same of their features: layer_m, n_layer_m and m. */
+srf_status srf_attention_set_layer_m(struct srf_attention_config *a, const char *text);
+/* W of all layers by the key, on the host: of each layer (n_sets, m, d) and biases (n_sets, m), one
+ * layer after another. oprf_a: (n_layers, n_sets), in place of a's own; or NULL. */
+srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_layers,
+                              int64_t n_sets, int64_t d, const double *oprf_a, float *w,
+                              float *bias);
 /* Whether the two draw the same W (kind, m, sharing, key, ...). */
 bool srf_attention_same_features(const struct srf_attention_config *a,
                                  const struct srf_attention_config *b);

@@ -10,20 +10,20 @@ static int64_t head_size(const struct srf_model *m)
     return m->config.c / m->config.n_heads;
 }
 
-/* Rows of W in all layers, and its elements in one. */
-static int64_t bias_count(const struct srf_model *m)
+/* Rows of W before a layer; in all layers, and the elements there. */
+static int64_t rows_before(const struct srf_model *m, int64_t layer)
 {
-    return m->config.n_layers * m->n_sets * m->attention.m;
+    return m->n_sets * srf_attention_m_before(&m->attention, layer);
 }
 
-static int64_t layer_features(const struct srf_model *m)
+static int64_t bias_count(const struct srf_model *m)
 {
-    return m->n_sets * m->attention.m * srf_attention_columns(&m->attention, head_size(m));
+    return rows_before(m, m->config.n_layers);
 }
 
 static int64_t features_count(const struct srf_model *m)
 {
-    return m->config.n_layers * layer_features(m);
+    return bias_count(m) * srf_attention_columns(&m->attention, head_size(m));
 }
 
 srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *config,
@@ -333,14 +333,27 @@ cleanup:
     return st;
 }
 
-srf_status srf_model_draw(struct srf_model *m)
+/* Where layers have numbers of features of their own: the op knows one number for all. */
+static srf_status draw_on_host(struct srf_model *m)
+{
+    float *w, *bias = NULL;
+    SRF_TRY(SRF_ALLOC(w, features_count(m)));
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(SRF_ALLOC(bias, bias_count(m)));
+    SRF_TRY_GO(srf_attention_draw(&m->attention, m->config.n_layers, m->n_sets, head_size(m), NULL,
+                                  w, bias));
+    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_w), m->ctx->dtype, w, features_count(m)));
+    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_bias), srf_ctx_acc(m->ctx), bias, bias_count(m)));
+cleanup:
+    srf__free(w);
+    srf__free(bias);
+    return st;
+}
+
+static srf_status draw_on_device(struct srf_model *m)
 {
     const struct srf_attention_config *a = &m->attention;
     int64_t n = m->config.n_layers * m->n_sets;
-    if (srf_attention_has_map(a)) {
-        m->w_stale = true;
-        return m->ctx->plan ? SRF_OK : begin_map(m);
-    }
     double *oprf = NULL;
     if (a->oprf_a != 0) {
         SRF_TRY(SRF_ALLOC(oprf, n));
@@ -352,9 +365,19 @@ srf_status srf_model_draw(struct srf_model *m)
                 .n_layers = m->config.n_layers, .n_sets = m->n_sets, .m = a->m, .d = head_size(m),
                 .oprf_a = oprf, .w = PTR(m->slot_w), .bias = PTR(m->slot_bias));
     srf__free(oprf);
-    m->w_stale = true;
-    if (st == SRF_OK && a->far_none && !m->ctx->plan) st = silence_features(m);
     return st;
+}
+
+srf_status srf_model_draw(struct srf_model *m)
+{
+    const struct srf_attention_config *a = &m->attention;
+    m->w_stale = true;
+    if (srf_attention_has_map(a)) return m->ctx->plan ? SRF_OK : begin_map(m);
+    if (!a->n_layer_m)
+        SRF_TRY(draw_on_device(m));
+    else if (!m->ctx->plan)
+        SRF_TRY(draw_on_host(m));
+    return a->far_none && !m->ctx->plan ? silence_features(m) : SRF_OK;
 }
 
 srf_status srf_model_train_features(struct srf_model *m, bool on)
@@ -406,7 +429,7 @@ static struct srf_attn_shape attn_shape(const struct srf_model *m, int64_t layer
                                    .t = batch->t,
                                    .h = m->config.n_heads,
                                    .d = head_size(m),
-                                   .m = m->attention.m,
+                                   .m = srf_attention_m(&m->attention, layer),
                                    .n_sets = m->n_sets,
                                    .window = srf_attention_window(&m->attention, layer),
                                    .causal = true};
@@ -431,30 +454,36 @@ static bool carries(const struct srf_model *m, const struct srf_attn_shape *s)
     return bytes > 0 && bytes <= 4 * (size_t)srf_model_carry_count(m);
 }
 
-/* Layer l's features. */
+/* Where layer l's features are in W. */
+static int64_t features_place(const struct srf_model *m, int64_t layer)
+{
+    return rows_before(m, layer) * srf_attention_columns(&m->attention, head_size(m));
+}
+
 static const void *features(const struct srf_model *m, int64_t layer)
 {
-    return srf__model_at(m, m->slot_w, layer * layer_features(m));
+    return srf__model_at(m, m->slot_w, features_place(m, layer));
 }
 
 static const void *features_bias(const struct srf_model *m, int64_t layer)
 {
-    return srf__model_acc_at(m, m->slot_bias, layer * m->n_sets * m->attention.m);
+    return srf__model_acc_at(m, m->slot_bias, rows_before(m, layer));
 }
 
 int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer)
 {
-    return m->config.n_heads * srf_attn_state_count(m->attention.m, head_size(m),
-                                                    srf_attention_window(&m->attention, layer));
+    const struct srf_attention_config *a = &m->attention;
+    return m->config.n_heads * srf_attn_state_count(srf_attention_m(a, layer), head_size(m),
+                                                    srf_attention_window(a, layer));
 }
 
 int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16)
 {
     int64_t size = (int64_t)srf_dtype_bytes(srf_ctx_acc(m->ctx));
     if (!bf16) return srf_model_layer_state_count(m, layer) * size;
-    return m->config.n_heads *
-           srf_attn_state_bf16_bytes(m->attention.m, head_size(m),
-                                     srf_attention_window(&m->attention, layer));
+    const struct srf_attention_config *a = &m->attention;
+    return m->config.n_heads * srf_attn_state_bf16_bytes(srf_attention_m(a, layer), head_size(m),
+                                                         srf_attention_window(a, layer));
 }
 
 int64_t srf_model_state_place(const struct srf_model *m, int64_t layer, int64_t slot,
@@ -540,7 +569,7 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
                        .q = q, .k = k, .v = v, .ld = ld, .o = o, .d_o = d_o, .ld_o = ld_o,
                        .lse = stat, .dq = dq, .dk = dk, .dv = dv);
     void *dw =
-        m->features_trained ? srf__model_acc_at(m, m->slot_dw, layer * layer_features(m)) : NULL;
+        m->features_trained ? srf__model_acc_at(m, m->slot_dw, features_place(m, layer)) : NULL;
     if (srf_attention_has_map(a))
         return SRF_RUN(m->ctx, map_attn_bwd, .s = s, .map = map_kind(a), .q = q, .k = k, .v = v,
                        .ld = ld, .w = features(m, layer), .o = o, .d_o = d_o, .ld_o = ld_o,

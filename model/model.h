@@ -172,7 +172,7 @@ void *srf_model_param(const struct srf_model *m, int64_t row);
 void *srf_model_grad(const struct srf_model *m, int64_t row);
 /* The masters of all parameters, A, flat as they are; NULL where T is trained as it is. */
 void *srf_model_master(const struct srf_model *m);
-/* The features of all layers, T (n_layers, n_sets, m, columns: d, a trained map's d + 1), their
+/* The features of all layers, T, of each (n_sets, its m, columns: d, a trained map's d + 1), their
  * gradient and masters, A. */
 void *srf_model_features(const struct srf_model *m, int64_t *count);
 void *srf_model_features_grad(const struct srf_model *m);

@@ -13,6 +13,7 @@ enum { V = 509, N_POS = 256, SLOTS = 6, PROMPT = 21, NEW = 90, STOP = 7 };
 struct engine_case {
     enum srf_dtype dtype;
     int64_t d, m, window, second, slots; /* second: the window of the second layer */
+    int64_t second_m;                    /* and its features; 0: m */
     bool state_bf16;
     struct srf_sampler_config sampler;
 };
@@ -38,6 +39,8 @@ static struct engine_on engine_new(const struct engine_case *c, bool state_bf16,
     char windows[32];
     snprintf(windows, sizeof windows, "%d,%d", (int)c->window, (int)c->second);
     test_ok(srf_attention_set_windows(&on.ck->attention, windows));
+    snprintf(windows, sizeof windows, "%d,%d", (int)c->m, (int)(c->second_m ? c->second_m : c->m));
+    test_ok(srf_attention_set_layer_m(&on.ck->attention, windows));
     struct srf_engine_config config = {.slots = c->slots,
                                        .prefill_rows = 64,
                                        .state_bf16 = state_bf16,
@@ -340,10 +343,10 @@ static void add(struct gpu_suite *suite, const struct engine_case *c, const char
                 void (*body)(void **state), double work)
 {
     gpu_add(suite, body, c, sizeof *c, work,
-            "engine %s d=%d m=%d window=%d,%d slots=%d%s temperature=%g top_k=%d top_p=%g: %s",
-            srf_dtype_name(c->dtype), (int)c->d, (int)c->m, (int)c->window, (int)c->second,
-            (int)c->slots, c->state_bf16 ? " bf16 states" : "", c->sampler.temperature,
-            (int)c->sampler.top_k, c->sampler.top_p, what);
+            "engine %s d=%d m=%d,%d window=%d,%d slots=%d%s temperature=%g top_k=%d top_p=%g: %s",
+            srf_dtype_name(c->dtype), (int)c->d, (int)c->m, (int)c->second_m, (int)c->window,
+            (int)c->second, (int)c->slots, c->state_bf16 ? " bf16 states" : "",
+            c->sampler.temperature, (int)c->sampler.top_k, c->sampler.top_p, what);
 }
 
 int main(int argc, char **argv)
@@ -357,6 +360,7 @@ int main(int argc, char **argv)
                                         .d = shape % 2 ? 32 : 64,
                                         .m = shape % 2 ? 20 : 64,
                                         .window = shape / 2 ? 16 : 0,
+                                        .second_m = shape == 3 ? 8 : 0,
                                         .second = shape == 3  ? 4
                                                   : shape / 2 ? 16
                                                               : 0,

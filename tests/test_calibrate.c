@@ -133,6 +133,37 @@ static void test_features(void **state)
     srf_ctx_free(ctx);
 }
 
+/* Fitted features of a layer that has fewer are the first ones of those that it would have. */
+static void test_features_by_layer(void **state)
+{
+    (void)state;
+    struct srf_ctx *ctx = context();
+    struct srf_checkpoint *all = checkpoint(), *own = checkpoint();
+    struct srf_calibrate_config config = {
+        .windows = B, .seq_len = T, .balance = true, .fit = true, .best_of = 1};
+    struct srf_calibrate_result result;
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    test_ok(srf_attention_set_layer_m(&own->attention, "5,16"));
+    test_ok(srf_calibrate(ctx, all, tokens, &config, &result));
+    test_ok(srf_calibrate(ctx, own, tokens, &config, &result));
+    const float *w = own->features_w, *bias = own->features_bias;
+    for (int l = 0; l < L; l++)
+        for (int h = 0; h < H; h++) {
+            int m = l ? 16 : 5, at = (l * H + h) * 16;
+            assert_memory_equal(w, all->features_w + at * D, (size_t)(m * D) * sizeof *w);
+            assert_memory_equal(bias, all->features_bias + at, (size_t)m * sizeof *bias);
+            w += m * D;
+            bias += m;
+        }
+    config.best_of = 4;
+    test_ok(srf_calibrate(ctx, own, tokens, &config, &result));
+    assert_true(result.error_chosen > 0 && result.error_chosen < result.error_first);
+    srf_checkpoint_free(all);
+    srf_checkpoint_free(own);
+    srf_ctx_free(ctx);
+}
+
 /* Two layers of windows of 4 see at most 14 tokens back. */
 static void test_without_far(void **state)
 {
@@ -165,6 +196,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_softmax_does_not_notice),
         cmocka_unit_test(test_features),
+        cmocka_unit_test(test_features_by_layer),
         cmocka_unit_test(test_without_far),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -107,7 +107,12 @@ grep -q "readers will use softmax" stdout || fail "hf: no word on the lost atten
 ok "$SRF" retrofit --model model.h5 --data text.txt --out by-layer --steps 2 --batch 2 \
     --seq-len 32 --m 8 --layer-windows 8,2 --threads 1 --quiet
 ok "$SRF" export by-layer/model.h5 by-layer.h5 --format recurrent
-for model in recurrent by-layer; do
+ok "$SRF" retrofit --model model.h5 --data text.txt --out features --steps 2 --batch 2 \
+    --seq-len 32 --layer-features 4,12 --layer-windows 8,2 --threads 1 --quiet
+ok "$SRF" export features/model.h5 features.h5 --format recurrent
+grep -q "m=4,12, " stdout || fail "features by layer: no word of them: $(cat stdout)"
+ok "$SRF" export features/model.h5 features-hf --format hf
+for model in recurrent by-layer features; do
     for mode in parallel recurrent; do
         ok "$SRF" eval --model $model.h5 --data text.txt --mode $mode --max-tokens 512 \
             --seq-len 64 --threads 1 --quiet --json

@@ -15,7 +15,7 @@ static const char config_json[] =
     "{\"model_type\": \"gpt2\", \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 16, \"n_positions\": 64,"
     " \"vocab_size\": 23, \"activation_function\": \"gelu_new\"}";
 
-/* window < 0: one a layer */
+/* window < 0: one a layer; -2: features by layer as well */
 static struct srf_checkpoint *checkpoint(int64_t window)
 {
     struct srf_checkpoint *ck;
@@ -25,6 +25,7 @@ static struct srf_checkpoint *checkpoint(int64_t window)
     ck->attention.m = 10;
     ck->attention.window = window;
     if (window < 0) test_ok(srf_attention_set_windows(&ck->attention, "7,2"));
+    if (window == -2) test_ok(srf_attention_set_layer_m(&ck->attention, "4,10"));
     return ck;
 }
 
@@ -36,8 +37,8 @@ static void engine_is_the_model(void **state)
     int32_t tokens[B * T];
     struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 3, 0, 0);
     for (int i = 0; i < B * T; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
-    const int64_t windows[] = {0, 4, -1};
-    for (int w = 0; w < 3; w++) {
+    const int64_t windows[] = {0, 4, -1, -2};
+    for (int w = 0; w < 4; w++) {
         struct srf_ctx *ctx;
         struct srf_checkpoint *ck = checkpoint(windows[w]);
         struct srf_arena *arena;

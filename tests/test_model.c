@@ -2,6 +2,7 @@
  * agree. */
 #include "tests/support.h"
 #include "model/model.h"
+#include "tests/scratch.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -21,7 +22,7 @@ struct fixture {
     double ce, kl, mse;
 };
 
-/* window < 0: one a layer */
+/* window < 0: one a layer; -2: features by layer as well */
 static struct srf_attention_config attention(enum srf_attention_kind kind, int64_t window)
 {
     struct srf_attention_config a = srf_attention_default();
@@ -30,6 +31,7 @@ static struct srf_attention_config attention(enum srf_attention_kind kind, int64
     a.window = window;
     a.seed = 5;
     if (window < 0) test_ok(srf_attention_set_windows(&a, "5,2"));
+    if (window == -2) test_ok(srf_attention_set_layer_m(&a, "3,7"));
     return a;
 }
 
@@ -218,6 +220,7 @@ static void gradients_hybrid(void **state)
     check_gradients(attention(SRF_ATTN_SRF, 3), false, false);
     check_gradients(attention(SRF_ATTN_SRF, 3), true, false);
     check_gradients(attention(SRF_ATTN_SRF, -1), false, false);
+    check_gradients(attention(SRF_ATTN_SRF, -2), true, false);
     struct srf_attention_config shared = attention(SRF_ATTN_SRF, 4);
     shared.per_head = false;
     shared.oprf_a = -0.05;
@@ -378,12 +381,6 @@ static void micro_batches(void **state)
     }
 }
 
-static void test_fails(srf_status st, srf_status want, const char *says)
-{
-    assert_int_equal(st, want);
-    assert_non_null(strstr(srf_error_message(), says));
-}
-
 /* Windows of the layers: as text, in files, and refused where they fit nothing. */
 static void layer_windows(void **state)
 {
@@ -421,12 +418,90 @@ static void layer_windows(void **state)
                "windows '4,'");
 }
 
+/* Features of the layers, alike. */
+static void layer_features(void **state)
+{
+    (void)state;
+    struct srf_attention_config a = attention(SRF_ATTN_SRF, 3), b;
+    char *text, *again, line[200];
+    test_ok(srf_attention_set_layer_m(&a, "16,64"));
+    assert_true(a.n_layer_m == 2 && a.m == 64);
+    assert_true(srf_attention_m(&a, 0) == 16 && srf_attention_m(&a, 1) == 64);
+    assert_true(srf_attention_m_before(&a, 0) == 0 && srf_attention_m_before(&a, 2) == 80);
+    srf_attention_describe(&a, line, sizeof line);
+    assert_non_null(strstr(line, "m=16,64,"));
+    test_ok(srf_attention_to_json(&a, &text));
+    test_ok(srf_attention_from_json(text, &b));
+    test_ok(srf_attention_to_json(&b, &again));
+    assert_string_equal(text, again);
+    assert_true(srf_attention_same_features(&a, &b));
+    b.layer_m[0] = 15;
+    assert_false(srf_attention_same_features(&a, &b));
+    srf__free(text);
+    srf__free(again);
+    test_ok(srf_attention_check(&a, 6));
+    test_ok(srf_attention_check_layers(&a, 2));
+    test_fails(srf_attention_check_layers(&a, 3), SRF_MISMATCH, "features of 2 layers");
+    b.layer_m[0] = 65;
+    test_fails(srf_attention_check(&b, 6), SRF_INVALID, "layer 0 has 65 features");
+    b.kind = SRF_ATTN_T2R;
+    test_fails(srf_attention_check(&b, 6), SRF_INVALID, "only srf");
+    test_ok(srf_attention_set_layer_m(&a, "8,8,8"));
+    assert_true(a.n_layer_m == 0 && a.m == 8 && srf_attention_m_before(&a, 3) == 24);
+    const char *bad[] = {"", "0,8", "8,0", "8,", ",8", "8,,8", "-8,8", "65537,8", "8.5", "m"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        test_fails(srf_attention_set_layer_m(&a, bad[i]), SRF_INVALID, "features '");
+    test_fails(srf_attention_from_json("{\"kind\": \"srf\", \"layer_m\": 8}", &a), SRF_FORMAT,
+               "must be a string");
+    test_fails(srf_attention_from_json("{\"kind\": \"srf\", \"layer_m\": \"8,0\"}", &a),
+               SRF_INVALID, "features '8,0'");
+}
+
+/* A layer's features are the first ones of those that it would have with more of them; a file gives
+ * them back, and the same model with the key alone. */
+static void layer_features_drawn(void **state)
+{
+    (void)state;
+    enum { D = 6, H = 2, MOST = 7 };
+    struct fixture f;
+    struct srf_checkpoint *back;
+    char path[96];
+    const int own[] = {3, MOST};
+    double most[2 * H * MOST * D], got[H * (3 + MOST) * D];
+    open_fixture(&f, SRF_F64, attention(SRF_ATTN_SRF, 5), 1, 9, false);
+    test_to_double(f.ctx, srf_arena_ptr(f.arena, f.model->slot_w), most, 2 * H * MOST * D);
+    close_fixture(&f);
+    open_fixture(&f, SRF_F64, attention(SRF_ATTN_SRF, -2), 1, 9, false);
+    test_to_double(f.ctx, srf_arena_ptr(f.arena, f.model->slot_w), got, H * (3 + MOST) * D);
+    const double *at = got;
+    for (int l = 0; l < 2; l++)
+        for (int h = 0; h < H; h++, at += own[l] * D)
+            test_close("features of a layer", at, most + (l * H + h) * MOST * D, own[l] * D, 1e-6);
+    test_ok(srf_model_download(f.model, f.ck));
+    assert_int_equal(srf_checkpoint_bias_count(f.ck), H * (3 + MOST));
+    test_ok(srf_checkpoint_save(f.ck, test_at(path, "own.h5")));
+    test_ok(srf_checkpoint_load(path, NULL, &back));
+    assert_true(srf_attention_same_features(&back->attention, &f.ck->attention));
+    assert_memory_equal(back->features_w, f.ck->features_w,
+                        (size_t)srf_checkpoint_features_count(f.ck) * sizeof(float));
+    assert_memory_equal(back->features_bias, f.ck->features_bias,
+                        (size_t)srf_checkpoint_bias_count(f.ck) * sizeof(float));
+    /* Another split of as many features is other features. */
+    test_ok(srf_attention_set_layer_m(&back->attention, "4,6"));
+    test_ok(srf_checkpoint_save(back, path));
+    srf_checkpoint_free(back);
+    test_ok(srf_checkpoint_load(path, NULL, &back));
+    assert_false(srf_attention_same_features(&back->attention, &f.ck->attention));
+    srf_checkpoint_free(back);
+    close_fixture(&f);
+}
+
 /* The whole model in its parallel form, by prefill split anywhere, and token by token. */
 static void forms_agree(void **state)
 {
     (void)state;
-    const int64_t windows[] = {0, 3, 8, -1};
-    for (int w = 0; w < 4; w++) {
+    const int64_t windows[] = {0, 3, 8, -1, -2};
+    for (int w = 0; w < 5; w++) {
         struct fixture f;
         open_fixture(&f, SRF_F32, attention(SRF_ATTN_SRF, windows[w]), 2, 31, false);
         const int64_t b = 2, t = 31, c = 12;
@@ -598,7 +673,8 @@ int main(void)
         cmocka_unit_test(memory_of_gpt2),         cmocka_unit_test(micro_batches),
         cmocka_unit_test(layer_windows),          cmocka_unit_test(forms_agree),
         cmocka_unit_test(packed_prefill),         cmocka_unit_test(last_only),
-        cmocka_unit_test(stretched_positions),
+        cmocka_unit_test(stretched_positions),    cmocka_unit_test(layer_features),
+        cmocka_unit_test(layer_features_drawn),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }

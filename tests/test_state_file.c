@@ -91,11 +91,12 @@ static void round_trip(void **state)
     char path[96];
     const enum srf_dtype types[] = {SRF_F32, SRF_F64};
     struct srf_checkpoint *ck = checkpoint(1);
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 6; k++) {
         struct srf_ctx *ctx;
         struct srf_states *s;
         struct srf_state_info infos[SLOTS], read;
         if (k == 2) test_ok(srf_attention_set_windows(&ck->attention, "3,5"));
+        if (k == 4) test_ok(srf_attention_set_layer_m(&ck->attention, "6,2"));
         test_ok(srf_ctx_create("cpu", types[k % 2], 1, &ctx));
         struct srf_engine *e = engine(ctx, ck, SRF_POS_ERROR), *f = engine(ctx, ck, SRF_POS_ERROR);
         begin(e, 0, infos);
@@ -146,6 +147,9 @@ static void other_models(void **state)
     ck->attention.window = 8;
     test_fails(srf_states_open(path, ck, &s), SRF_MISMATCH, "expected srf");
     ck->attention.window = 4;
+    test_ok(srf_attention_set_layer_m(&ck->attention, "6,2"));
+    test_fails(srf_states_open(path, ck, &s), SRF_MISMATCH, "m=6,2");
+    ck->attention.n_layer_m = 0;
     ck->attention.normalize_rows = true; /* not in the description */
     test_fails(srf_states_open(path, ck, &s), SRF_MISMATCH, "\"normalize_rows\": true");
     ck->attention.normalize_rows = false;

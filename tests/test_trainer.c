@@ -182,9 +182,11 @@ static void resume_is_exact(void **state)
         enum srf_dtype dtype;
         bool srf, srf_teacher;
         int64_t window;
+        const char *layer_m;
     } cases[] = {
-        {SRF_F32, false, false, 0}, {SRF_F32, true, false, 0}, {SRF_F32, true, false, 4},
-        {SRF_F32, true, true, 4},   {SRF_F64, true, true, 4},
+        {SRF_F32, false, false, 0, NULL}, {SRF_F32, true, false, 0, NULL},
+        {SRF_F32, true, false, 4, NULL},  {SRF_F32, true, true, 4, NULL},
+        {SRF_F64, true, true, 4, NULL},   {SRF_F32, true, false, 4, "8,3"},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         struct setup s;
@@ -192,6 +194,8 @@ static void resume_is_exact(void **state)
         struct srf_train_metrics whole[12], m;
         char last[96];
         open_setup_in(&s, cases[k].dtype, cases[k].window, cases[k].srf);
+        if (cases[k].layer_m)
+            test_ok(srf_attention_set_layer_m(&s.ck->attention, cases[k].layer_m));
         struct srf_checkpoint *teacher = NULL;
         if (cases[k].srf) {
             test_ok(srf_checkpoint_init(config_json, 4, &teacher));

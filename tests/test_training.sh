@@ -80,6 +80,9 @@ grep -q warning stderr && fail "narrow window: $(cat stderr)"
 refuse 1 "windows of 3 layers" "${retrofit[@]/--window/--threads}" --out t --layer-windows 8,4,8
 refuse 1 "a plan of windows" "${retrofit[@]}" --out t --window 0 --plan-windows 512
 refuse 1 "not both" "${retrofit[@]}" --out t --layer-windows 8,4
+refuse 1 "features of 3 layers" "${retrofit[@]/%--m/--steps}" --out t --layer-features 8,4,8
+refuse 1 "features '8,0'" "${retrofit[@]/%--m/--steps}" --out t --layer-features 8,0
+refuse 1 "--m or --layer-features" "${retrofit[@]}" --out t --layer-features 8,4
 
 # The command after Ctrl-C can be pasted, whatever the names, and goes on in the same way.
 odd="it's a \$run; x"

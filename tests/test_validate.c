@@ -388,6 +388,35 @@ static void windows_by_layer(void **state)
     setting_free(&s);
 }
 
+/* Features of a layer's own number are measured as if all layers had as many. */
+static void features_by_layer(void **state)
+{
+    (void)state;
+    static const int64_t own_m[L] = {3, 21};
+    struct setting s;
+    struct srf_validate_result one, own;
+    setting_new(&s, SRF_F32);
+    struct srf_validate_config c = config_of(8, true, ms);
+    test_ok(srf_attention_set_layer_m(&c.attention, "3,21"));
+    assert_int_equal(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &own), SRF_INVALID);
+    c.main_m = 21;
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &own));
+    for (int l = 0; l < L; l++) {
+        c = config_of(8, true, ms);
+        c.main_m = own_m[l];
+        test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &one));
+        for (int h = l * H; h < (l + 1) * H; h++) {
+            assert_true(one.error_own[h] > 0);
+            test_close("own error", &own.error_own[h], &one.error_own[h], 1, 1e-5);
+        }
+        for (int i = 0; i < N_M * L * H; i++) assert_true(own.error[i] == one.error[i]);
+        assert_true(own.step[l] <= 1e-5 && own.prefill[l] <= 1e-5 && own.step[l] > 0);
+        srf_validate_result_free(&one);
+    }
+    srf_validate_result_free(&own);
+    setting_free(&s);
+}
+
 /* Features that a checkpoint holds are used as they are, for the first draw of their m alone. */
 static void stored_features(void **state)
 {
@@ -609,15 +638,11 @@ static void bad_arguments_and_progress(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(measurements),
-        cmocka_unit_test(weights_of_large_heads),
-        cmocka_unit_test(stored_features),
-        cmocka_unit_test(without_far_part),
-        cmocka_unit_test(positions),
-        cmocka_unit_test(draws),
-        cmocka_unit_test(windows_by_layer),
-        cmocka_unit_test(continuations),
-        cmocka_unit_test(bad_arguments_and_progress),
+        cmocka_unit_test(measurements),     cmocka_unit_test(weights_of_large_heads),
+        cmocka_unit_test(stored_features),  cmocka_unit_test(without_far_part),
+        cmocka_unit_test(positions),        cmocka_unit_test(draws),
+        cmocka_unit_test(windows_by_layer), cmocka_unit_test(features_by_layer),
+        cmocka_unit_test(continuations),    cmocka_unit_test(bad_arguments_and_progress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

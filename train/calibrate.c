@@ -253,12 +253,12 @@ static srf_status candidate(const struct run *r, int64_t layer, int64_t head, in
                                                 .normalize_rows = a->normalize_rows,
                                                 .seed = a->seed,
                                                 .draw = a->draw + (uint64_t)draw,
-                                                .m = a->m,
+                                                .m = srf_attention_m(a, layer),
                                                 .d = r->d};
     SRF_TRY(srf_features_draw_one(&args, layer, head, a->oprf_a, w, bias));
     for (int64_t j = 0; r->config->fit && j < r->d; j++) {
         double oprf = srf_oprf_a(r->power[(layer * r->h + head) * r->d + j], 1);
-        for (int64_t i = 0; i < a->m; i++) {
+        for (int64_t i = 0; i < args.m; i++) {
             double *x = &w[i * r->d + j];
             bias[i] += oprf * *x * *x + 0.25 * log1p(-4 * oprf);
             *x *= sqrt(1 - 4 * oprf);
@@ -281,7 +281,7 @@ static srf_status srf_outputs(struct run *r, int64_t layer, const void *q, const
                                .t = r->config->seq_len,
                                .h = r->h,
                                .d = r->d,
-                               .m = r->ck->attention.m,
+                               .m = srf_attention_m(&r->ck->attention, layer),
                                .n_sets = r->h,
                                .window = srf_attention_window(&r->ck->attention, layer),
                                .causal = true};
@@ -314,9 +314,10 @@ static double head_error(const struct run *r, int64_t head)
 static srf_status choose_layer(struct run *r, int64_t layer, float *w, float *bias, double *one,
                                struct srf_calibrate_result *out)
 {
-    int64_t m = r->ck->attention.m, count = m * r->d;
-    float *best_w = r->ck->features_w + layer * r->h * count;
-    float *best_bias = r->ck->features_bias + layer * r->h * m;
+    const struct srf_attention_config *a = &r->ck->attention;
+    int64_t m = srf_attention_m(a, layer), count = m * r->d;
+    float *best_bias = r->ck->features_bias + r->h * srf_attention_m_before(a, layer);
+    float *best_w = r->ck->features_w + r->h * srf_attention_m_before(a, layer) * r->d;
     double *error = one + count + m; /* (h): the least so far */
     const char *q = srf_model_qkv(r->model, layer);
     size_t step = (size_t)r->c * srf_dtype_bytes(r->ctx->dtype);

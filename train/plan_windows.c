@@ -214,9 +214,10 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
     struct srf_attention_config *a = &ck->attention;
     int64_t n = ck->config.n_layers, one = a->window, n_choices = 2, room, sum = 0;
     SRF_FAIL_IF(a->kind != SRF_ATTN_SRF, SRF_INVALID, "softmax attention has no window to plan");
-    SRF_FAIL_IF(a->n_windows || one < 2 || one > 65536 / 3 || n > SRF_WINDOWS_MAX, SRF_INVALID,
+    SRF_FAIL_IF(a->n_windows || a->n_layer_m || one < 2 || one > 65536 / 3 || n > SRF_LAYERS_MAX,
+                SRF_INVALID,
                 "a plan of windows starts from one of 2 to %d for all, at most %d layers",
-                65536 / 3, SRF_WINDOWS_MAX);
+                65536 / 3, SRF_LAYERS_MAX);
     /* A window that leaves nothing to the features would leave them untrained. */
     while (n_choices < CHOICES && halves[n_choices] * one < config->seq_len) n_choices++;
     SRF_TRY(room_of(ck, one, config->state_budget, n_choices, &room));

@@ -42,7 +42,9 @@ struct srf_validate_config {
     struct srf_attention_config attention; /* the SRF side: kind and m are not read */
     const int64_t *m;                      /* numbers of features to try (n_m), ascending */
     int64_t n_m;
-    int64_t main_m;           /* the one of them that the forms are compared at */
+    /* The one of them that is the model's own, which error_own and the forms are of. Where the
+     * attention has numbers by layer those are; main_m is the largest of them then. */
+    int64_t main_m;
     int64_t windows, seq_len; /* of text */
     int64_t n_draws;          /* draws from attention.draw on, at least 2 (errors_only: 1) */
     const double *oprf_a;     /* (layers, sets), in place of attention.oprf_a; or NULL */
@@ -70,7 +72,8 @@ struct srf_validate_result {
     double *v_part;     /* (layers, heads, SRF_VALIDATE_BINS): part of all pairs in each bin */
     double *error;    /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
     double *error_sd; /* the same: standard deviation between draws */
-    /* (layers, heads): with main_m of the first draw, or the features that the checkpoint holds. */
+    /* (layers, heads): with the model's own numbers, of the first draw, or the features that the
+     * checkpoint holds. */
     double *error_own;
     /* (n_m, layers, heads): KL(softmax's attention weights || these), mean over the first 256
      * tokens of the first window, with the first draw. */

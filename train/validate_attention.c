@@ -49,6 +49,27 @@ static char *slot_at(const struct run *r, int slot, int64_t offset)
     return at(r, srf_arena_ptr(r->arena, slot), offset);
 }
 
+/* In place of a number of features for all layers: each layer's own. */
+enum { OWN = 0 };
+
+static int64_t m_of(const struct run *r, int64_t m, int64_t layer)
+{
+    return m == OWN ? srf_attention_m(&r->config->attention, layer) : m;
+}
+
+/* Features of all sets in the layers before that one. */
+static int64_t rows_before(const struct run *r, int64_t m, int64_t layer)
+{
+    const struct srf_attention_config *a = &r->config->attention;
+    return r->n_sets * (m == OWN ? srf_attention_m_before(a, layer) : m * layer);
+}
+
+/* What the model itself has: the draw that is its own, the forms of its recurrent state. */
+static int64_t main_m(const struct run *r)
+{
+    return r->config->attention.n_layer_m ? OWN : r->config->main_m;
+}
+
 /* The bias, A, of features `first` on. */
 static char *bias_at(const struct run *r, int64_t first)
 {
@@ -69,38 +90,51 @@ static srf_status silence(struct run *r, int64_t n)
     return st;
 }
 
-/* Whether the checkpoint holds the features of that draw: trained, fitted or chosen ones are no
- * draw of the key. */
-static bool are_stored(const struct run *r, int64_t m, int64_t draw)
+static srf_status upload_features(struct run *r, const float *w, const float *bias, int64_t rows)
 {
-    struct srf_attention_config a = r->config->attention;
-    a.kind = SRF_ATTN_SRF;
-    a.m = m;
-    a.draw += (uint64_t)draw;
-    return r->ck->features_w && !r->config->oprf_a &&
-           srf_attention_same_features(&r->ck->attention, &a);
+    SRF_TRY(srf_upload_f32(r->ctx, slot_at(r, r->slot_w, 0), r->ctx->dtype, w, rows * r->d));
+    return srf_upload_f32(r->ctx, bias_at(r, 0), srf_ctx_acc(r->ctx), bias, rows);
+}
+
+/* Each layer's own number of features, which the op does not know. */
+static srf_status draw_own(struct run *r, const struct srf_attention_config *a, const double *oprf)
+{
+    int64_t layers = r->model->config.n_layers, rows = rows_before(r, OWN, layers);
+    float *w, *bias = NULL;
+    if (r->ctx->plan) return SRF_OK;
+    SRF_TRY(SRF_ALLOC(w, rows * r->d));
+    srf_status st = SRF_ALLOC(bias, rows);
+    if (st == SRF_OK) st = srf_attention_draw(a, layers, r->n_sets, r->d, oprf, w, bias);
+    if (st == SRF_OK) st = upload_features(r, w, bias, rows);
+    srf__free(w);
+    srf__free(bias);
+    return st;
 }
 
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
 {
-    const struct srf_attention_config *a = &r->config->attention;
-    int64_t n = r->model->config.n_layers * r->n_sets;
-    if (are_stored(r, m, draw) && !a->far_none && !r->ctx->plan) {
-        SRF_TRY(srf_upload_f32(r->ctx, slot_at(r, r->slot_w, 0), r->ctx->dtype, r->ck->features_w,
-                               n * m * r->d));
-        return srf_upload_f32(r->ctx, bias_at(r, 0), srf_ctx_acc(r->ctx), r->ck->features_bias,
-                              n * m);
-    }
+    struct srf_attention_config a = r->config->attention;
+    int64_t layers = r->model->config.n_layers, n = layers * r->n_sets;
+    int64_t rows = rows_before(r, m, layers);
+    a.kind = SRF_ATTN_SRF;
+    a.draw += (uint64_t)draw;
+    if (m != OWN) a.m = m, a.n_layer_m = 0;
+    /* Trained, fitted or chosen features are no draw of the key. */
+    bool stored = r->ck->features_w && !r->config->oprf_a &&
+                  srf_attention_same_features(&r->ck->attention, &a);
+    if (stored && !a.far_none && !r->ctx->plan)
+        return upload_features(r, r->ck->features_w, r->ck->features_bias, rows);
     double *oprf;
     SRF_TRY(SRF_ALLOC(oprf, n));
-    for (int64_t i = 0; i < n; i++) oprf[i] = r->config->oprf_a ? r->config->oprf_a[i] : a->oprf_a;
-    srf_status st = SRF_RUN(r->ctx, features_draw, .kind = a->features, .rotation = a->rotation,
-                            .normalize_rows = a->normalize_rows, .seed = a->seed,
-                            .draw = a->draw + (uint64_t)draw, .n_layers = r->model->config.n_layers,
-                            .n_sets = r->n_sets, .m = m, .d = r->d, .oprf_a = oprf,
-                            .w = slot_at(r, r->slot_w, 0), .bias = bias_at(r, 0));
+    for (int64_t i = 0; i < n; i++) oprf[i] = r->config->oprf_a ? r->config->oprf_a[i] : a.oprf_a;
+    srf_status st =
+        m == OWN ? draw_own(r, &a, oprf)
+                 : SRF_RUN(r->ctx, features_draw, .kind = a.features, .rotation = a.rotation,
+                           .normalize_rows = a.normalize_rows, .seed = a.seed, .draw = a.draw,
+                           .n_layers = layers, .n_sets = r->n_sets, .m = m, .d = r->d,
+                           .oprf_a = oprf, .w = slot_at(r, r->slot_w, 0), .bias = bias_at(r, 0));
     srf__free(oprf);
-    return st == SRF_OK && a->far_none && !r->ctx->plan ? silence(r, n * m) : st;
+    return st == SRF_OK && a.far_none && !r->ctx->plan ? silence(r, rows) : st;
 }
 
 static srf_status softmax_outputs(struct run *r, const void *qkv)
@@ -123,12 +157,12 @@ static srf_status srf_outputs(struct run *r, enum form form, int64_t layer, cons
                                .t = t,
                                .h = r->n_heads,
                                .d = r->d,
-                               .m = m,
+                               .m = m_of(r, m, layer),
                                .n_sets = r->n_sets,
                                .window = srf_attention_window(&r->config->attention, layer),
                                .causal = true};
-    const void *w = slot_at(r, r->slot_w, layer * r->n_sets * m * r->d);
-    const void *bias = bias_at(r, layer * r->n_sets * m);
+    const void *w = slot_at(r, r->slot_w, rows_before(r, m, layer) * r->d);
+    const void *bias = bias_at(r, rows_before(r, m, layer));
     const void *q = at(r, qkv, first * 3 * r->c);
     const void *k = at(r, q, r->c), *v = at(r, q, 2 * r->c);
     int64_t ld = 3 * r->c;
@@ -158,9 +192,11 @@ static srf_status plan_ops(struct run *r)
     for (int64_t l = 0; l < r->model->config.n_layers; l++) {
         for (int64_t i = 0; i < c->n_m; i++)
             SRF_TRY_GO(srf_outputs(r, CHUNKED, l, NULL, c->m[i], c->windows, 0, c->seq_len));
-        SRF_TRY_GO(srf_outputs(r, CHUNKED, l, NULL, c->main_m, 1, 0, c->seq_len));
-        SRF_TRY_GO(srf_outputs(r, PREFILL, l, NULL, c->main_m, 1, 0, c->seq_len));
-        SRF_TRY_GO(srf_outputs(r, STEP, l, NULL, c->main_m, 1, 0, 1));
+        int64_t m = main_m(r);
+        SRF_TRY_GO(srf_outputs(r, CHUNKED, l, NULL, m, c->windows, 0, c->seq_len));
+        SRF_TRY_GO(srf_outputs(r, CHUNKED, l, NULL, m, 1, 0, c->seq_len));
+        SRF_TRY_GO(srf_outputs(r, PREFILL, l, NULL, m, 1, 0, c->seq_len));
+        SRF_TRY_GO(srf_outputs(r, STEP, l, NULL, m, 1, 0, 1));
     }
 cleanup:
     r->ctx->plan = false;
@@ -308,7 +344,7 @@ static srf_status download_outputs(struct run *r, int slot, int64_t n, float *to
 }
 
 /* One draw of m features, all layers: e and e^2 of each head are added to sum and squares
- * (layers, heads), and e is put into own if it is not NULL. */
+ * (layers, heads), and e is put into own, where these are not NULL. */
 static srf_status errors_of_draw(struct run *r, int64_t m, int64_t draw, double *sum,
                                  double *squares, double *own)
 {
@@ -323,8 +359,8 @@ static srf_status errors_of_draw(struct run *r, int64_t m, int64_t draw, double 
 #pragma omp parallel for
         for (int64_t h = 0; h < r->n_heads; h++) {
             double e = relative_error(r->o, exact, n, r->c, h * r->d, r->d);
-            sum[layer * r->n_heads + h] += e;
-            squares[layer * r->n_heads + h] += e * e;
+            if (sum) sum[layer * r->n_heads + h] += e;
+            if (squares) squares[layer * r->n_heads + h] += e * e;
             if (own) own[layer * r->n_heads + h] = e;
         }
     }
@@ -379,13 +415,14 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
     for (int64_t i = 0; i < c->n_m; i++) total += c->m[i] * c->n_draws;
     for (int64_t draw = 0; draw < c->n_draws; draw++)
         for (int64_t i = 0; i < c->n_m; i++) {
-            bool own = draw == 0 && c->m[i] == c->main_m;
+            bool own = draw == 0 && c->m[i] == main_m(r);
             SRF_TRY(errors_of_draw(r, c->m[i], draw, out->error + i * heads,
                                    out->error_sd + i * heads, own ? out->error_own : NULL));
             if (draw == 0) SRF_TRY(weights_of_draw(r, c->m[i], out->weights_kl + i * heads));
             done += c->m[i];
             report(r, (double)done / (double)total);
         }
+    if (main_m(r) == OWN) SRF_TRY(errors_of_draw(r, OWN, 0, NULL, NULL, out->error_own));
     double draws = (double)c->n_draws;
     for (int64_t i = 0; i < c->n_m * heads; i++) {
         double mean = out->error[i] / draws, rest = out->error_sd[i] / draws - mean * mean;
@@ -400,7 +437,7 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
 static srf_status recurrent_error(struct run *r, int64_t layer, int64_t prefill,
                                   const float *chunked, double *error)
 {
-    int64_t m = r->config->main_m, t_len = r->config->seq_len;
+    int64_t m = main_m(r), t_len = r->config->seq_len;
     const void *qkv = srf_model_qkv(r->model, layer);
     SRF_TRY(r->ctx->be->zero(r->ctx, srf_arena_ptr(r->arena, r->slot_state),
                              (size_t)(r->n_heads * r->state_count) *
@@ -414,7 +451,7 @@ static srf_status recurrent_error(struct run *r, int64_t layer, int64_t prefill,
 
 static srf_status form_errors(struct run *r, struct srf_validate_result *out)
 {
-    int64_t m = r->config->main_m, t_len = r->config->seq_len;
+    int64_t m = main_m(r), t_len = r->config->seq_len;
     float *chunked = r->exact; /* not needed any more */
     SRF_TRY(draw_features(r, m, 0));
     for (int64_t layer = 0; layer < out->n_layers; layer++) {
@@ -437,6 +474,9 @@ static srf_status check(const struct srf_validate_config *c, const struct srf_ch
                     "numbers of features must ascend, from 1: found %lld", (long long)c->m[i]);
         has_main |= c->m[i] == c->main_m;
     }
+    SRF_FAIL_IF(c->attention.n_layer_m && c->attention.m != c->main_m, SRF_INVALID,
+                "%lld features in the layer with most of them, not %lld", (long long)c->attention.m,
+                (long long)c->main_m);
     SRF_FAIL_IF(!has_main, SRF_INVALID, "%lld features are not among those to try",
                 (long long)c->main_m);
     SRF_FAIL_IF(c->windows < 1 || c->seq_len < 2 || c->seq_len > ck->config.n_pos, SRF_INVALID,
