@@ -293,12 +293,11 @@ static __device__ __forceinline__ void scores(float a[32], const uint32_t x[4][4
 }
 
 /* n tiles of keys, seen one by one: of the first call, the chunk's own, causally, and the one
- * before; of the last tile only rows from 16 `from` on, by the first half of the queries. last: far
- * = x W^T as well, meanwhile. */
-template <bool first, int n, int from, bool last>
-static __device__ __forceinline__ void
-exact_tiles(struct row_sums *r, float far[32], const uint32_t x[4][4], const uint32_t k[2],
-            const uint32_t v[2], uint32_t w_tile, float exact)
+ * before; of the last tile only rows from 16 `from` on, by the first half of the queries. */
+template <bool first, int n, int from>
+static __device__ __forceinline__ void exact_tiles(struct row_sums *r, const uint32_t x[4][4],
+                                                   const uint32_t k[2], const uint32_t v[2],
+                                                   float exact)
 {
     const int lane = threadIdx.x & 31, row = (threadIdx.x & (GROUP - 1)) / 32 * 16 + (lane >> 2);
     const int before = row - 2 * (lane & 3);
@@ -332,7 +331,6 @@ exact_tiles(struct row_sums *r, float far[32], const uint32_t x[4][4], const uin
         for (int kk = t < n - 1 ? 0 : from; kk < 4; kk++)
             wgmma_64<true>(&r->num[0][0], weight[t][kk], tile_on_by(v[t], 128 * kk),
                            !first || t > 0 || kk > 0);
-    if (last) scores(far, x, w_tile);
     warpgroup_commit();
 #pragma unroll
     for (int t = 0; t < n; t++)
@@ -341,7 +339,6 @@ exact_tiles(struct row_sums *r, float far[32], const uint32_t x[4][4], const uin
             mma_bf16(r->den, weight[t][kk], ones, ones);
     warpgroup_wait<0>();
     wgmma_hold(&r->num[0][0]);
-    if (last) wgmma_hold(far);
 }
 
 /* One of two warpgroups of queries, for every other chunk. */
@@ -422,23 +419,19 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
             }
         };
         of_tiles(0);
-        if (UNLIKELY(p.first > 0)) {
-            products(a, x, w_tile);
-        } else if (UNLIKELY(c == 0)) {
-            exact_tiles<true, 1, 0, true>(&r, a, x, k, v, w_tile, exact);
-        } else if (form::back == 1) {
-            exact_tiles<true, 2, from, true>(&r, a, x, k, v, w_tile, exact);
-        } else {
+        if (UNLIKELY(c == 0 && p.first == 0)) {
+            exact_tiles<true, 1, 0>(&r, x, k, v, exact);
+        } else if (!UNLIKELY(p.first > 0)) {
             const int before = min(c, c % form::of_block + form::of_block);
-            exact_tiles<true, 2, 0, false>(&r, a, x, k, v, w_tile, exact);
+            exact_tiles<true, 2, from>(&r, x, k, v, exact);
 #pragma unroll 1
             for (int t = 2; t <= form::back; t++) {
                 if (t > before) break;
                 of_tiles(t);
-                exact_tiles<false, 1, 0, false>(&r, a, x, k, v, w_tile, exact);
+                exact_tiles<false, 1, 0>(&r, x, k, v, exact);
             }
-            products(a, x, w_tile);
         }
+        products(a, x, w_tile);
         float half[2] = {0, 0};
         uint32_t weight[4][4];
 #pragma unroll
