@@ -586,7 +586,8 @@ static const struct {
     {true, true, 1024, 0, 64},    {true, false, 2048, 0, 64},   {true, true, 4096, 0, 64},
     {true, true, 8192, 0, 64},    {false, true, 16384, 0, 64},  {false, true, 1024, 0, 256},
     {false, true, 16384, 0, 256}, {true, true, 512, 64, 64},    {false, true, 1024, 64, 64},
-    {true, true, 8192, 64, 64},   {false, true, 16384, 64, 64},
+    {true, true, 8192, 64, 64},   {false, true, 16384, 64, 64}, {false, true, 1024, 96, 64},
+    {false, true, 1024, 128, 64},
 };
 
 /* b 0: 8 sequences on the CPU, 256 elsewhere */
@@ -609,7 +610,8 @@ static const struct {
     {true, false, 4, 1024, 0},   {true, false, 4, 1024, 64},  {false, true, 16, 1024, 0},
     {false, true, 16, 8192, 0},  {false, true, 1, 65536, 0},  {false, true, 16, 1024, 64},
     {false, true, 16, 8192, 64}, {false, true, 8, 4096, 64},  {false, true, 8, 4096, 32},
-    {false, true, 8, 4096, 128}, {false, true, 8, 4096, 192},
+    {false, true, 8, 4096, 128}, {false, true, 8, 4096, 192}, {false, true, 8, 4096, 96},
+    {false, true, 8, 4096, 160}, {false, true, 8, 4096, 224}, {false, true, 8, 4096, 256},
 };
 
 static int64_t size_of(const struct srf_ctx *ctx, int64_t p)

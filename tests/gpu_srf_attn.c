@@ -301,17 +301,24 @@ static void add_wide(struct gpu_suite *suite, enum srf_dtype dtype)
         {.b = 1, .t = 2100, .h = 1, .d = 64, .m = 64, .n_sets = 1, .window = 192},
         {.b = 1, .t = 900, .h = 1, .d = 64, .m = 128, .n_sets = 1, .window = 256},
         {.b = 1, .t = 400, .h = 1, .d = 64, .m = 64, .n_sets = 1, .window = 512},
+        {.b = 1, .t = 460, .h = 2, .d = 64, .m = 64, .n_sets = 2, .window = 96},
+        {.b = 1, .t = 2100, .h = 1, .d = 64, .m = 16, .n_sets = 1, .window = 96},
+        {.b = 2, .t = 500, .h = 1, .d = 32, .m = 32, .n_sets = 1, .window = 160},
+        {.b = 1, .t = 800, .h = 2, .d = 64, .m = 32, .n_sets = 2, .window = 224},
+        {.b = 1, .t = 600, .h = 1, .d = 128, .m = 48, .n_sets = 1, .window = 224},
     };
     for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
         double work = 1.5 * (double)(wide[i].b * wide[i].t * wide[i].t * wide[i].m);
         add(suite, dtype, wide[i], wide[i].window, "wide", test_reference, work);
     }
     struct srf_attn_shape one = wide[0];
-    one.t = 450;
-    add(suite, dtype, one, 192, "wide: later tokens", test_causal, 1e6);
-    add(suite, dtype, one, 192, "wide: NaN", test_nan, 1e6);
-    add(suite, dtype, one, 192, "wide: values", test_values, 1e6);
-    add(suite, dtype, one, 192, "wide: gradients' conventions", test_gradients, 1e6);
+    for (int64_t window = 96; window <= 192; window += 96) {
+        one.t = 2 * window + 66;
+        add(suite, dtype, one, window, "wide: later tokens", test_causal, 1e6);
+        add(suite, dtype, one, window, "wide: NaN", test_nan, 1e6);
+        add(suite, dtype, one, window, "wide: values", test_values, 1e6);
+        add(suite, dtype, one, window, "wide: gradients' conventions", test_gradients, 1e6);
+    }
 }
 
 int main(int argc, char **argv)

@@ -27,8 +27,15 @@ static const struct srf_attn_shape shapes[] = {
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
 /* The first ones are those of prefill on tensor cores, for heads of 64. */
-static const int64_t windows[] = {0, 64, 32, 128, 192, 7, 1, 250};
-enum { N_FAST = 5, N_WINDOWS = sizeof windows / sizeof *windows };
+static const int64_t windows[] = {0, 64, 32, 128, 192, 96, 160, 224, 256, 7, 1, 250};
+enum { N_FAST = 9, N_WINDOWS = sizeof windows / sizeof *windows };
+
+/* The same for a window: at least `blocks` blocks of it and a little, so that something is far. */
+static struct srf_attn_shape with_blocks(struct srf_attn_shape s, int64_t window, int64_t blocks)
+{
+    if (s.t < window * blocks + 30) s.t = window * blocks + 30;
+    return s;
+}
 
 static double tol_of(enum srf_dtype dtype)
 {
@@ -199,13 +206,17 @@ static void test_moved_state(void **state)
     }
 }
 
+/* The first piece must fill the block that is the one before, later. */
+static int64_t late_first(int64_t window)
+{
+    return window < 64 ? 70 : window + 7;
+}
 /* Nothing but the window's phase depends on the position. */
 static void test_late_positions(void **state)
 {
     const struct recurrent_case *k = *state;
     struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
-    /* the first piece must fill the block that is the one before, later */
-    const int64_t first = k->shape.window > 70 ? 135 : 70;
+    const int64_t first = late_first(k->shape.window);
     const int64_t lens[] = {first, 1, 1, 1, 1, 1, 1, 1, 1, 33, 1, k->shape.t - first - 42};
     int n = (int)(sizeof lens / sizeof *lens);
     attn_case_ref_fwd(&c);
@@ -332,10 +343,14 @@ int main(int argc, char **argv)
                 i < 2 ? GPU_LIGHT : 1e5);
     for (int type = 0; type < gpu_n_dtypes(); type++)
         for (int w = 0; w < (gpu_dtype(type) == SRF_BF16 ? N_FAST : 2); w++) {
-            add(&suite, gpu_dtype(type), longer, windows[w], "packed", test_packed,
-                gpu_dtype(type) == SRF_BF16 ? GPU_LIGHT : 1e8);
+            /* 128, 160 and 256 go the way of others. */
+            const int64_t way = windows[w] == 160 ? 0 : windows[w] % 128;
+            const bool small = gpu_dtype(type) == SRF_BF16 && (w == 0 || way != 0);
+            add(&suite, gpu_dtype(type), with_blocks(longer, windows[w], 4), windows[w], "packed",
+                test_packed, small ? GPU_LIGHT : 1e8);
             for (int kind = 0; kind < ATTN_N_KINDS; kind++) {
-                struct recurrent_case k = {gpu_dtype(type), ranges, kind};
+                struct recurrent_case k = {gpu_dtype(type), with_blocks(ranges, windows[w], 3),
+                                           kind};
                 k.shape.window = windows[w];
                 gpu_add(&suite, test_range, &k, sizeof k, 1e7, "srf_attn %s window=%d: range, %s",
                         srf_dtype_name(k.dtype), (int)windows[w], attn_kinds[kind].name);
@@ -343,10 +358,17 @@ int main(int argc, char **argv)
         }
     for (int type = 0; type < gpu_n_dtypes(); type++)
         for (int w = 0; w < N_FAST && gpu_dtype(type) == SRF_BF16; w++) {
-            add(&suite, SRF_BF16, many, windows[w], "turns", test_packed, 1e8);
+            struct srf_attn_shape few = with_blocks(longer, windows[w], 3);
+            few.m = w % 2 ? 16 : 32;
+            add(&suite, SRF_BF16, few, windows[w], "few features", test_packed, 1e8);
+            /* More than two blocks for one only: the references take their time. */
+            int64_t blocks = windows[w] == 96 ? 2 : 0;
+            add(&suite, SRF_BF16, with_blocks(many, windows[w], blocks), windows[w], "turns",
+                test_packed, 1e8);
             for (int kind = 1; kind < ATTN_N_KINDS; kind += 5) { /* the references are slow */
                 struct recurrent_case k = {SRF_BF16, many, kind};
                 k.shape.b = 3;
+                k.shape = with_blocks(k.shape, windows[w], blocks);
                 k.shape.window = windows[w];
                 gpu_add(&suite, test_range, &k, sizeof k, 1e8,
                         "srf_attn window=%d: turns, range, %s", (int)windows[w],
@@ -368,7 +390,7 @@ int main(int argc, char **argv)
                     add(&suite, dtype, s, windows[w], "bf16 state", test_bf16_state, work);
                 if (s.t > 3)
                     add(&suite, dtype, s, windows[w], "state moved", test_moved_state, work);
-                if (s.t > (windows[w] > 70 ? 180 : 130) && windows[w] <= 128)
+                if (s.t > late_first(windows[w]) + 45 && windows[w] < 250)
                     add(&suite, dtype, s, windows[w], "late", test_late_positions, work);
             }
     return gpu_run(&suite, argc > 1 ? argv[1] : NULL);

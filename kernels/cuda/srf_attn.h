@@ -54,7 +54,7 @@ bool srf__wide_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bw
 size_t srf__wide_bwd_workspace(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 srf_status srf__wide_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 
-/* ---- srf_attn_hybrid.cu: window 32 or a multiple of 64, bf16; as above ----------------------- */
+/* ---- srf_attn_hybrid.cu: windows that are multiples of 32, bf16; as above -------------------- */
 
 bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);
 size_t srf__hybrid_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a);

@@ -12,8 +12,8 @@
  *                  accumulator registers, and stores every block's state (S as bf16) in a slot.
  *                  Slot i, after block i, is what block i + 2 reads. Few heads and a long sequence:
  *                  the sequence is cut into segments whose sums a first walk makes.
- *     2. forward   a CTA takes 64 (window 32: 32) queries, 16 a warp, over two blocks of keys and
- *                  the features, one row stabiliser r_t raised as it goes.
+ *     2. forward   a CTA takes 64 (odd multiples of 32: 32) queries, 16 a warp, over two blocks of
+ *                  keys and the features, one row stabiliser r_t raised as it goes.
  * Backward, with P = 2^(e - stat), delta_t = -d_o_t.o_t, dP = d_o.value + delta weight, da = P dP:
  *     1. walk as above
  *     2. dq        as forward: dq = d^(-1/4) (da [Y; W] - (sum over features of da) x)
@@ -287,7 +287,7 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
                          bool dw, void *base, struct hybrid *p)
 {
     struct cuda_bump bump = {(char *)base, 0};
-    int64_t n_bh = s->b * s->h, tile = s->window < 64 ? 32 : 64;
+    int64_t n_bh = s->b * s->h, tile = s->window % 64 ? 32 : 64;
     int64_t n_slots = div_up(s->t, s->window) - 2;
     n_slots = n_slots < 0 ? 0 : n_slots;
     /* Segments only where they save more than their own walk costs. */
@@ -372,7 +372,7 @@ bool srf__hybrid_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s
 {
     bool any = s->b > 0 && s->t > 0 && s->h > 0 && s->m > 0;
     bool d = s->d == 32 || s->d == 64 || s->d == 80 || s->d == 96 || s->d == 128;
-    bool window = s->window == 32 || (s->window > 0 && s->window % 64 == 0);
+    bool window = s->window > 0 && s->window % 32 == 0;
     /* Launches count tiles and walks in 31 bits. */
     bool small = s->t < (1 << 30) && s->b * s->h < (1 << 30) / MAX_SEGMENTS / 8 &&
                  s->b * s->h * div_up(s->t, 32) < (1 << 30);

@@ -32,10 +32,10 @@ srf_status srf__hybrid_chain(struct srf_ctx *ctx, void (*kernel)(struct hybrid),
         (kernel)<<<(unsigned)(grid), (threads), (smem), stream_of(ctx)>>>(__VA_ARGS__);            \
     } while (0)
 
-/* The kernels of a head size, for either tile. */
+/* The kernels of a head size, for either tile: blocks are a number of them. */
 #define CASE(D, window, op, ...)                                                                   \
     case D:                                                                                        \
-        return (window) < 64 ? op<D, 32>(__VA_ARGS__) : op<D, 64>(__VA_ARGS__)
+        return (window) % 64 ? op<D, 32>(__VA_ARGS__) : op<D, 64>(__VA_ARGS__)
 #define FOR_HEAD_SIZE(d, window, op, ...)                                                          \
     switch (d) {                                                                                   \
         CASE(32, window, op, __VA_ARGS__);                                                         \
@@ -43,7 +43,7 @@ srf_status srf__hybrid_chain(struct srf_ctx *ctx, void (*kernel)(struct hybrid),
         CASE(80, window, op, __VA_ARGS__);                                                         \
         CASE(96, window, op, __VA_ARGS__);                                                         \
     default:                                                                                       \
-        return (window) < 64 ? op<128, 32>(__VA_ARGS__) : op<128, 64>(__VA_ARGS__);                \
+        return (window) % 64 ? op<128, 32>(__VA_ARGS__) : op<128, 64>(__VA_ARGS__);                \
     }
 
 /* ---- walks --------------------------------------------------------------------------------------

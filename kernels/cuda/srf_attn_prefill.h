@@ -3,7 +3,7 @@
 #pragma once
 #include "kernels/cuda/srf_attn.h"
 
-/* srf_attn_prefill.cu: whether these kernels take the shape (windows 0, 32, 64, 128, 192), these
+/* srf_attn_prefill.cu: whether these kernels take the shape (windows of 32 n up to 256), these
  * leading dimensions and pointers (NULL: not known yet). */
 bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);
 size_t srf__prefill_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_prefill_args *a);

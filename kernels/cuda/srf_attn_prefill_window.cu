@@ -1,13 +1,19 @@
-/* Prefill of the window hybrid, windows of 32, 64, 128, 192: see srf_attn_prefill.cu, and for the
+/* Prefill of the window hybrid, windows of 32 n up to 256: see srf_attn_prefill.cu, and for the
  * forms srf_attn_hybrid.cu. Chunks of 64 tokens go to two warpgroups of queries in turns; keys and
  * sums are one warpgroup, which gives out the state that a chunk's queries see.
  *
  *     window 64   chunks are blocks: the queries of chunk c see chunks c - 1 and c exactly, older
  *                 ones through the state. Then the state takes chunk c - 1 in if chunk c is
  *                 complete, as the recurrent form does.
- *     window 128  two chunks a block (192: three): exact are chunk c and the two or three before
- *                 it; at the end of a complete block the state takes in the two chunks of the block
- *                 before.
+ *     window 128  two chunks a block (192: three, 256: four): exact are chunk c and the two or
+ *                 three before it; at the end of a complete block the state takes in the two chunks
+ *                 of the block before.
+ *     window 96   (160, 224) every other block ends in the middle of a chunk. The second half of
+ *                 such a chunk's queries sees a state that has a block more, half a chunk and whole
+ *                 ones: given out by itself, after the chunk's first one. Each warp has rows of one
+ *                 half only, so takes M and z of its own; of the products with S, one for each
+ *                 state, its weights in the other are zeros. Older blocks begin with half a chunk
+ *                 too: keys are masked by what a half's block sees.
  *     window 32   two blocks a chunk, which would want two states. Both take the state of chunks up
  *                 to c - 2. Of chunk c - 1 the first block sees the first half, the second block
  *                 all of it, through features: qf kf^T, as the pure form's chunks see themselves.
@@ -24,34 +30,39 @@
 
 /* Behind the tiles. What is given out for chunk i is in slot i % slots, all chunks of a block's way
  * counted, also those that are there for their keys only. */
-template <int slots> struct window_small {
-    float half[8][64];     /* log2(e) |y|^2 / 2 of the keys of chunks i % 8 */
-    float top[slots][64];  /* bias + M */
-    bf16 z[slots][2][64];  /* z as a sum of two */
-    uint64_t loads[4];     /* keys and values of chunk i % 4 have come */
-    uint64_t keys[8];      /* they, and norms, are as they are used */
-    uint64_t full[slots];  /* all is there for the queries */
-    uint64_t empty[slots]; /* they need it no more */
+template <int slots, int states, int norms> struct window_small {
+    float half[norms][64];  /* log2(e) |y|^2 / 2 of the keys of chunks i % norms */
+    float top[states][64];  /* bias + M */
+    bf16 z[states][2][64];  /* z as a sum of two */
+    uint64_t loads[4];      /* keys and values of chunk i % 4 have come */
+    uint64_t keys[8];       /* they, and norms, are as they are used */
+    uint64_t full[states];  /* all is there for the queries */
+    uint64_t empty[states]; /* they need it no more */
+    int second[slots]; /* number of the second state of the chunk's queries; -1: they have one */
 };
 
 /* Shared memory, from a multiple of 1024. `back` chunks before its own may be wanted for a chunk.
- * The keys are at most `slots` chunks ahead of the queries, and have two more on their way. */
-template <int window_, int slots_> struct window_form {
-    static constexpr int window = window_, slots = slots_;
+ * The keys are at most `slots` chunks ahead of the queries, and have `ahead` more on their way. */
+template <int window_, int slots_, int ahead_ = 2> struct window_form {
+    static constexpr int window = window_, slots = slots_, ahead = ahead_;
     static constexpr int n_queries = 2, groups = 1 + n_queries, key_groups = 1;
-    static constexpr int of_block = window > CHUNK ? window / CHUNK : 1; /* chunks */
-    static constexpr int back = 2 * of_block - 1;
-    static constexpr int tiles = slots + back + 3;
+    static constexpr int of_block = window > CHUNK ? window / CHUNK : 1; /* whole chunks */
+    /* Blocks may end in the middle of a chunk: in chunks `of_block` behind multiples of `back`. */
+    static constexpr bool odd = window % CHUNK != 0 && window > CHUNK;
+    static constexpr int back = odd ? window / (CHUNK / 2) : 2 * of_block - 1;
+    static constexpr int tiles = slots + back + 1 + ahead;
+    static constexpr int states = slots + odd; /* the last one: of second states */
+    static constexpr int norms = back + 2 > 8 ? 16 : 8;
     static constexpr int k = 0, v = k + tiles * TILE;
-    static constexpr int w = v + tiles * TILE, q = w + n_queries * TILE;  /* of queries */
-    static constexpr int s = q + n_queries * TILE, kf = s + slots * TILE; /* to queries */
+    static constexpr int w = v + tiles * TILE, q = w + n_queries * TILE;   /* of queries */
+    static constexpr int s = q + n_queries * TILE, kf = s + states * TILE; /* to queries */
     static constexpr int small = kf + (window < CHUNK ? slots * TILE : 0);
-    using small_parts = struct window_small<slots>;
+    using small_parts = struct window_small<slots, states, norms>;
 
     /* A chunk's queries see something through features. */
     static __device__ __forceinline__ bool far(int c)
     {
-        return window < CHUNK ? c > 0 : c >= 2 * of_block;
+        return window < CHUNK ? c > 0 : c >= 2 * window / CHUNK;
     }
     template <bool totals>
     static __device__ void run(const struct prefill &p, const struct prefill_maps &m, int64_t items,
@@ -133,7 +144,7 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
     now.item = blockIdx.x;
     bool any = find_place(p, &now, items, segs), more = any;
     ahead = now;
-    int i = 0, loads = 0; /* chunks before this one */
+    int i = 0, loads = 0, seconds = 0; /* chunks before this one; second states */
     auto k_of = [&](int chunk) { return base + form::k + chunk % form::tiles * TILE; };
     auto v_of = [&](int chunk) { return base + form::v + chunk % form::tiles * TILE; };
     auto load_next = [&] {
@@ -150,14 +161,14 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
         const int n = now.stop - now.c * CHUNK;
         barrier_wait(smem_addr(&sm->loads[chunk & 3]), chunk >> 2 & 1);
         if (UNLIKELY(n < CHUNK)) clear_rows(k_of(chunk), v_of(chunk), n, warp, lane);
-        diagonal_norms(k_of(chunk), sm->half[chunk & 7], p, n, warp, lane);
+        diagonal_norms(k_of(chunk), sm->half[chunk & (form::norms - 1)], p, n, warp, lane);
     };
     auto give_keys = [&](int chunk) {
         if (!totals) barrier_arrive(smem_addr(&sm->keys[chunk & 7]));
         load_next();
     };
 #pragma unroll 1
-    for (int k = 0; k < 2; k++) load_next();
+    for (int k = 0; k < form::ahead; k++) load_next();
     if (any) {
         prepare(0);
         async_fence();
@@ -184,21 +195,39 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
             /* The state takes in the keys of chunks i - j. Window 32: with what is given out; at
              * the sequence's end, and a block's, half of the last chunk as well. */
             int j = 1, to = 1;
-            if (W < CHUNK)
+            /* Window 96: after a block, of the one before it; of the first or the last chunk half.
+             * in_chunk: that block ends in the middle of this chunk. */
+            bool in_chunk = false;
+            if (W < CHUNK) {
                 to = c < 0 || left != CHUNK;
-            else if (c < form::back || (c + 1) % form::of_block != 0 || left < CHUNK)
+            } else if (form::odd) {
+                const int phase = c % form::back, middle = c * CHUNK + CHUNK / 2;
+                in_chunk =
+                    c >= form::back && phase == form::of_block && pos < middle && left >= CHUNK / 2;
                 to = 2;
-            else
+                if (in_chunk)
+                    j = form::back, to = form::of_block + 1;
+                else if (phase == form::back - 1 && left >= CHUNK)
+                    j = form::back - 1, to = form::of_block;
+            } else if (c < form::back || (c + 1) % form::of_block != 0 || left < CHUNK) {
+                to = 2;
+            } else {
                 j = form::back, to = form::of_block;
+            }
+            const bool twice = form::odd && !totals && in_chunk && left > CHUNK / 2;
+            auto publish = [&](int state) {
+                publish_tops(&st, log2_m, f.bias, sm->top[state], sm->z[state], f0, pair);
+                publish_sums(&st, base + form::s + state * TILE, f0, pair);
+            };
             auto give = [&](const uint32_t kf[4][4]) {
                 if (!totals) {
                     if (i >= form::slots)
                         barrier_wait(smem_addr(&sm->empty[slot]), (i / form::slots & 1) ^ 1);
                     if (form::far(c)) {
-                        publish_tops(&st, log2_m, f.bias, sm->top[slot], sm->z[slot], f0, pair);
-                        publish_sums(&st, base + form::s + slot * TILE, f0, pair);
+                        publish(slot);
                         if (W < CHUNK) publish_weights(kf, base + form::kf + slot * TILE, f0, pair);
                     }
+                    if (form::odd && tid == 0) sm->second[slot] = twice ? seconds : -1;
                 }
                 async_fence();
                 group_barrier(1);
@@ -213,7 +242,7 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                     struct pure_keys keys;
                     float a[32];
                     products(a, f.w, k_of(i - j));
-                    key_exponents(a, sm->half[(i - j) & 7], to_log2);
+                    key_exponents(a, sm->half[(i - j) & (form::norms - 1)], to_log2);
                     if (W < CHUNK && UNLIKELY(j == 0 || left < W || c <= pos / CHUNK)) {
                         /* What the caller's state has; what comes later sees one by one. */
                         const int hi = j == 0 || left < W ? W : CHUNK;
@@ -223,6 +252,11 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                             const int token = e / 4 * 8 + 2 * pair + (e & 1);
                             if (token < lo || token >= hi) a[e] = -INFINITY;
                         }
+                    }
+                    if (form::odd && (in_chunk ? j == form::back : j == form::of_block)) {
+#pragma unroll
+                        for (int e = 0; e < 32; e++)
+                            if (e < 16 ? in_chunk : !in_chunk) a[e] = -INFINITY;
                     }
                     key_tops(&keys, &st, a, f.bias, 0, pair);
                     key_weights(kf, &keys, a, f.bias);
@@ -237,6 +271,14 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                 add_tops(&st, kf, lane);
                 warpgroup_wait<0>();
                 wgmma_hold(&st.s[0][0]);
+            }
+            if (twice) {
+                if (seconds > 0)
+                    barrier_wait(smem_addr(&sm->empty[form::states - 1]), (seconds & 1) ^ 1);
+                publish(form::states - 1);
+                async_fence();
+                barrier_arrive(smem_addr(&sm->full[form::states - 1]));
+                seconds++;
             }
         }
         end_turn<TOPS | SUMS, totals>(&st, p, w, end == w.end, f0, tid, 1);
@@ -292,12 +334,17 @@ static __device__ __forceinline__ void scores(float a[32], const uint32_t x[4][4
     for (int kk = 0; kk < 4; kk++) wgmma_64<false>(a, x[kk], tile_on_by(tile, 2 * kk), kk > 0);
 }
 
+/* Which halves of a tile's keys a warp's queries do not see one by one. */
+struct tile_mask {
+    bool low, high;
+};
 /* n tiles of keys, seen one by one: of the first call, the chunk's own, causally, and the one
- * before; of the last tile only rows from 16 `from` on, by the first half of the queries. */
-template <bool first, int n, int from>
+ * before; of the last tile only rows from 16 `from` on, by the first half of the queries. some:
+ * not all of the last tile is seen. */
+template <bool first, int n, int from, bool some = false>
 static __device__ __forceinline__ void exact_tiles(struct row_sums *r, const uint32_t x[4][4],
                                                    const uint32_t k[2], const uint32_t v[2],
-                                                   float exact)
+                                                   float exact, struct tile_mask masked = {})
 {
     const int lane = threadIdx.x & 31, row = (threadIdx.x & (GROUP - 1)) / 32 * 16 + (lane >> 2);
     const int before = row - 2 * (lane & 3);
@@ -321,6 +368,7 @@ static __device__ __forceinline__ void exact_tiles(struct row_sums *r, const uin
                 *at *= exact;
                 if (first && t == 0 && 8 * j + (e & 1) - 8 * (e >> 1) > before) *at = -INFINITY;
                 if (from > 0 && t == n - 1 && row >= CHUNK / 2) *at = -INFINITY;
+                if (some && t == n - 1 && (j < 4 ? masked.low : masked.high)) *at = -INFINITY;
             }
     }
     row_weights<first, n, 2 * from>(weight, a, r);
@@ -382,6 +430,8 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
     for (;; done += 2) {
         /* Chunks that are there for their keys. */
         for (; UNLIKELY(done < number); done += 2) {
+            /* The slot's barrier tells this chunk from the one before only behind that one. */
+            if (slots == 1) barrier_wait(smem_addr(&sm->keys[done & 7]), done >> 3 & 1);
             barrier_wait(smem_addr(&sm->full[done % slots]), done / slots & 1);
             barrier_arrive(smem_addr(&sm->empty[done % slots]));
         }
@@ -422,13 +472,22 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
         if (UNLIKELY(c == 0 && p.first == 0)) {
             exact_tiles<true, 1, 0>(&r, x, k, v, exact);
         } else if (!UNLIKELY(p.first > 0)) {
-            const int before = min(c, c % form::of_block + form::of_block);
+            const int phase = c % (form::odd ? form::back : form::of_block);
+            /* Window 96: how many chunks the first half's block begins before this one; the block
+             * that it sees beside, half a chunk before, or half behind, a whole one. */
+            const bool even = form::odd && phase <= form::of_block;
+            const int before = min(c, phase + (!form::odd ? form::of_block
+                                               : even     ? form::of_block + 1
+                                                          : 0));
             exact_tiles<true, 2, from>(&r, x, k, v, exact);
 #pragma unroll 1
             for (int t = 2; t <= form::back; t++) {
                 if (t > before) break;
                 of_tiles(t);
-                exact_tiles<false, 1, 0>(&r, x, k, v, exact);
+                struct tile_mask masked;
+                masked.high = form::odd && phase == form::of_block && t > phase && warp >= 2;
+                masked.low = masked.high || (even && t == phase + form::of_block + 1);
+                exact_tiles<false, 1, 0, form::odd>(&r, x, k, v, exact, masked);
             }
         }
         products(a, x, w_tile);
@@ -444,25 +503,46 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
             if (half[i] > SRF__HALF_LIMIT) half[i] = SRF__HALF_LIMIT;
         }
         barrier_wait(smem_addr(&sm->full[slot]), done / slots & 1);
+        int own = slot; /* of the state that this warp's rows see */
+        bool two = false;
+        if (form::odd) {
+            const int second = sm->second[slot];
+            two = second >= 0;
+            if (UNLIKELY(two)) {
+                barrier_wait(smem_addr(&sm->full[form::states - 1]), second & 1);
+                if (warp >= 2) own = form::states - 1;
+            }
+        }
         const uint32_t s_tile = base + form::s + slot * TILE;
         if (!UNLIKELY(!form::far(c))) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                float2 shift = *(const float2 *)(sm->top[slot] + 8 * j + 2 * pair);
+                float2 shift = *(const float2 *)(sm->top[own] + 8 * j + 2 * pair);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     a[4 * j + e] =
                         fmaf(a[4 * j + e], to_log2, (e & 1 ? shift.y : shift.x) - half[e >> 1]);
             }
             row_weights<false, 1, 0>(&weight, &a, &r);
-            warpgroup_fence();
-            if (W < CHUNK) {
-                mix(a, weight, base + form::kf + slot * TILE, false);
-                warpgroup_commit();
+            if (form::odd && UNLIKELY(two)) {
+                uint32_t part[2][4][4];
+#pragma unroll
+                for (int e = 0; e < 32; e++)
+                    part[e / 16][e / 4 % 4][e % 4] =
+                        e / 16 == (warp >= 2) ? weight[e / 4 % 4][e % 4] : 0;
+                warpgroup_fence();
+                mix(&r.num[0][0], part[0], s_tile, true);
+                mix(&r.num[0][0], part[1], base + form::s + (form::states - 1) * TILE, true);
+            } else {
+                warpgroup_fence();
+                if (W < CHUNK) {
+                    mix(a, weight, base + form::kf + slot * TILE, false);
+                    warpgroup_commit();
+                }
+                mix(&r.num[0][0], weight, s_tile, true);
             }
-            mix(&r.num[0][0], weight, s_tile, true);
             warpgroup_commit();
-            add_z(r.den, weight, sm->z[slot], lane);
+            add_z(r.den, weight, sm->z[own], lane);
             if (W < CHUNK) {
                 /* Chunk c - 1 but for what was seen exactly. */
                 uint32_t seen[4][4];
@@ -492,19 +572,20 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
         else
             give_rows<false>(p, rows, head, r.num, r.den, r.most, s_tile, warp, lo, hi, lane);
         barrier_arrive(smem_addr(&sm->empty[slot]));
+        if (form::odd && UNLIKELY(two)) barrier_arrive(smem_addr(&sm->empty[form::states - 1]));
     }
 }
 
-template <int window_, int slots_>
+template <int window_, int slots_, int ahead_>
 template <bool totals>
 __device__ __forceinline__ void
-window_form<window_, slots_>::run(const struct prefill &p, const struct prefill_maps &m,
-                                  int64_t items, uint32_t base, small_parts *sm, int group)
+window_form<window_, slots_, ahead_>::run(const struct prefill &p, const struct prefill_maps &m,
+                                          int64_t items, uint32_t base, small_parts *sm, int group)
 {
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; i++) barrier_init(smem_addr(&sm->loads[i]), GROUP);
         for (int i = 0; i < 8; i++) barrier_init(smem_addr(&sm->keys[i]), GROUP);
-        for (int i = 0; i < slots; i++) {
+        for (int i = 0; i < states; i++) {
             barrier_init(smem_addr(&sm->full[i]), GROUP);
             barrier_init(smem_addr(&sm->empty[i]), GROUP);
         }
@@ -536,10 +617,18 @@ static srf_status launch(struct srf_ctx *ctx, const struct prefill *p, const str
         return prefill_launch<window_form<32, 3>, totals>(ctx, p, m);
     case 64:
         return prefill_launch<window_form<64, 4>, totals>(ctx, p, m);
+    case 96:
+        return prefill_launch<window_form<96, 3>, totals>(ctx, p, m);
     case 128:
         return prefill_launch<window_form<128, 3>, totals>(ctx, p, m);
-    default:
+    case 160:
+        return prefill_launch<window_form<160, 2>, totals>(ctx, p, m);
+    case 192:
         return prefill_launch<window_form<192, 2>, totals>(ctx, p, m);
+    case 224:
+        return prefill_launch<window_form<224, 1, 1>, totals>(ctx, p, m);
+    default:
+        return prefill_launch<window_form<256, 1>, totals>(ctx, p, m);
     }
 }
 
