@@ -36,7 +36,25 @@
  * Floor: q, k, v read and o written once, 8 bytes a value: 192 heads x 1024 tokens 101 MB, 0.034 ms
  * on an H100 (3 TB/s).
  */
-#include "kernels/cuda/srf_attn_prefill_parts.h"
+#include "kernels/cuda/srf_attn_prefill_tiles.h"
+
+/* What the keys give out to a warpgroup of queries, beside tiles: two of it, in turns. */
+struct prefill_given {
+    float top[2][64];  /* bias + M */
+    float step[2][64]; /* 2^(M before - M), for the sums */
+    bf16 z[2][2][64];  /* z as a sum of two */
+    int piece[2];      /* rows lo + 256 hi of a chunk */
+    /* All of it is there; weights alone are; nobody needs it any more. */
+    uint64_t full[2], weights[2], empty[2];
+};
+/* Behind the tiles. */
+struct prefill_small {
+    float half[4][64]; /* log2(e) |y|^2 / 2 of the keys of chunks c % 4 */
+    float piece[64];   /* the same of a piece of a chunk, infinite outside it */
+    struct prefill_given given[2];
+    uint64_t loads[4]; /* keys and values number i % 4 have come */
+    uint64_t keys[4];  /* keys, and their norms, are as they are used */
+};
 
 /* Shared memory, from a multiple of 1024. V of chunks that queries may still want (three behind the
  * sums' own), and of four ahead: two with the keys, two on their way. */
@@ -55,6 +73,59 @@ template <bool parts> struct pure_form {
 };
 
 #if HAVE_WGMMA
+static __device__ __forceinline__ bool group_any(int id, bool x)
+{
+    uint32_t any;
+    asm volatile("{\n"
+                 ".reg .pred p, q;\n"
+                 "setp.ne.b32 p, %1, 0;\n"
+                 "bar.red.or.pred q, %2, %3, p;\n"
+                 "selp.u32 %0, 1, 0, q;\n"
+                 "}\n"
+                 : "=r"(any)
+                 : "r"((uint32_t)x), "r"(id), "n"(GROUP)
+                 : "memory");
+    return any;
+}
+/* This thread of a warpgroup has filled, or emptied, what is given out as number i. All arrive: a
+ * checker of races does not see what a warp's barrier orders. */
+static __device__ __forceinline__ void arrive(uint64_t barrier[2], int i)
+{
+    barrier_arrive(smem_addr(&barrier[i & 1]));
+}
+static __device__ __forceinline__ void wait_for(uint64_t barrier[2], int i)
+{
+    barrier_wait(smem_addr(&barrier[i & 1]), i >> 1 & 1);
+}
+/* Before number i is filled: what was there two before has been emptied. */
+static __device__ __forceinline__ void wait_empty(struct prefill_given *given, int i)
+{
+    if (i >= 2) barrier_wait(smem_addr(&given->empty[i & 1]), (i >> 1 & 1) ^ 1);
+}
+/* Barriers, by all threads of the block; arrivals of warpgroups. */
+static __device__ __forceinline__ void start_barriers(struct prefill_small *sm, int full, int empty)
+{
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 4; i++) {
+            struct prefill_given *given = &sm->given[i >> 1];
+            barrier_init(smem_addr(&given->full[i & 1]), full * GROUP);
+            barrier_init(smem_addr(&given->weights[i & 1]), GROUP);
+            barrier_init(smem_addr(&given->empty[i & 1]), empty * GROUP);
+            barrier_init(smem_addr(&sm->loads[i]), GROUP);
+            barrier_init(smem_addr(&sm->keys[i]), GROUP);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+}
+/* c (64, 64) += P B: P a tile of 64 rows, B another's 64 rows. */
+static __device__ __forceinline__ void mix_tiles(float c[32], uint32_t p, uint32_t tile)
+{
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++)
+        wgmma_64_tiles<false, true>(c, tile_on_by(p, 2 * kk), tile_on_by(tile, 128 * kk), true);
+}
+
 /* The warpgroup of keys. */
 template <bool totals>
 static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_t items,
@@ -409,8 +480,8 @@ bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_pre
     const struct srf_attn_shape *s = &a->s;
     uintptr_t pointers = (uintptr_t)a->q | (uintptr_t)a->k | (uintptr_t)a->v | (uintptr_t)a->w |
                          (uintptr_t)a->o | (uintptr_t)a->state;
-    bool shape = s->d == D && s->m >= 2 && s->m <= 512 && s->m % 2 == 0 &&
-                 s->window % 32 == 0 && s->window <= 256;
+    bool shape = s->d == D && s->m >= 2 && s->m <= 512 && s->m % 2 == 0 && s->window % 32 == 0 &&
+                 s->window <= 256;
     /* rows, heads and chunks of all heads are counted in 32 bits */
     bool small = s->b * s->t <= 1 << 30 && s->b * s->h <= 1 << 20 &&
                  s->b * s->h * (div_up(s->t, CHUNK) + 1) <= INT32_MAX;

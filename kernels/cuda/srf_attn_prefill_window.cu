@@ -26,7 +26,7 @@
  *
  * Floor: as the pure form's.
  */
-#include "kernels/cuda/srf_attn_prefill_parts.h"
+#include "kernels/cuda/srf_attn_prefill_tiles.h"
 
 /* Behind the tiles. What is given out for chunk i is in slot i % slots, all chunks of a block's way
  * counted, also those that are there for their keys only. */
