@@ -91,7 +91,7 @@ static srf_status put_native(json_t *facts, struct srf_h5 *f, const struct srf_m
 {
     srf_status st = SRF_OK;
     struct srf_attention_config a = srf_attention_default();
-    char *text = NULL, words[200];
+    char *text = NULL, words[200], why[100] = "";
     SRF_TRY(srf_h5_get_str(f, "/", "kind", &text));
     SRF_TRY_GO(put_str(facts, "kind", text));
     if (srf_h5_has_attr(f, "/", "creator")) {
@@ -114,6 +114,9 @@ static srf_status put_native(json_t *facts, struct srf_h5 *f, const struct srf_m
                      srf_attn_state_count(srf_attention_m(&a, l), d, srf_attention_window(&a, l));
         SRF_TRY_GO(put(facts, "features_stored", json_boolean(srf_h5_has(f, "/attention/w"))));
         SRF_TRY_GO(put_int(facts, "state_bytes_per_sequence", count * 4));
+        bool slow = cli_slow_prefill(&a, c, why, sizeof why);
+        snprintf(words, sizeof words, "token by token: %s", why);
+        SRF_TRY_GO(put_str(facts, "prefill_on_cuda", slow ? words : "by chunks"));
     }
     if (srf_h5_has_attr(f, "/trainer", "step")) {
         int64_t step;

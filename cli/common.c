@@ -1,5 +1,6 @@
 #include "cli/common.h"
 #include "checkpoints/file.h"
+#include "kernels/attn_fast.h"
 
 #include <errno.h>
 #include <math.h>
@@ -109,6 +110,23 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
     if (a->seed != UINT64_MAX) attention->seed = a->seed;
     if (a->draw != UINT64_MAX) attention->draw = a->draw;
     return srf_attention_check(attention, head_size);
+}
+
+bool cli_slow_prefill(const struct srf_attention_config *a, const struct srf_model_config *c,
+                      char *why, size_t size)
+{
+    int64_t d = c->c / c->n_heads;
+    for (int64_t l = 0; l < c->n_layers; l++) {
+        int64_t window = srf_attention_window(a, l);
+        if (srf_attn_prefill_fast(d, a->m, window)) continue;
+        if (srf_attn_prefill_fast(d, a->m, 0))
+            snprintf(why, size, "window %lld: multiples of 32 up to 256 are taken by chunks",
+                     (long long)window);
+        else
+            snprintf(why, size, "heads of %lld with %lld features", (long long)d, (long long)a->m);
+        return true;
+    }
+    return false;
 }
 
 srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for,

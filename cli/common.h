@@ -106,6 +106,9 @@ struct cli_attention {
  * kind. */
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention);
+/* Whether SRF attention's prefill on CUDA takes a layer token by token, and why. */
+bool cli_slow_prefill(const struct srf_attention_config *a, const struct srf_model_config *c,
+                      char *why, size_t size);
 
 /* --positions and --max-positions: what stands for positions past the learned ones. */
 struct cli_positions {

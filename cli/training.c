@@ -343,6 +343,11 @@ static void print_warnings(struct run *r)
             "srf: warning: window %lld attends exactly to all of a sequence of %lld tokens: the "
             "features are not trained for; try --window %lld\n",
             (long long)window, (long long)len, (long long)len / 8);
+    char why[100];
+    if (a->kind == SRF_ATTN_SRF && strcmp(r->ctx->be->name, "cuda") == 0 &&
+        cli_slow_prefill(a, &srf_trainer_model(r->trainer)->config, why, sizeof why))
+        fprintf(stderr, "srf: note: prefill of this model will go token by token on CUDA: %s\n",
+                why);
     if (threads && threads != r->ctx->n_threads)
         fprintf(stderr,
                 "srf: note: resumed on %d threads, begun on %lld: equal up to rounding, not "

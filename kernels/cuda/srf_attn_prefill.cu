@@ -480,8 +480,7 @@ bool srf__prefill_takes(const struct srf_ctx *ctx, const struct srf_srf_attn_pre
     const struct srf_attn_shape *s = &a->s;
     uintptr_t pointers = (uintptr_t)a->q | (uintptr_t)a->k | (uintptr_t)a->v | (uintptr_t)a->w |
                          (uintptr_t)a->o | (uintptr_t)a->state;
-    bool shape = s->d == D && s->m >= 2 && s->m <= 512 && s->m % 2 == 0 && s->window % 32 == 0 &&
-                 s->window <= 256;
+    bool shape = srf_attn_prefill_fast(s->d, s->m, s->window);
     /* rows, heads and chunks of all heads are counted in 32 bits */
     bool small = s->b * s->t <= 1 << 30 && s->b * s->h <= 1 << 20 &&
                  s->b * s->h * (div_up(s->t, CHUNK) + 1) <= INT32_MAX;
