@@ -413,7 +413,7 @@ static void print_result(const struct cli_training *defaults, const struct input
         printf(", \"steps\": %lld, \"loss\": ", (long long)steps);
         cli_json_number(stdout, p->loss > 0 ? p->loss : NAN);
         printf(", \"val_ppl\": ");
-        cli_json_number(stdout, val_ppl);
+        cli_json_number(stdout, val_ppl > 0 ? val_ppl : NAN);
         printf(", \"seconds\": %.3f}\n", seconds);
         return;
     }

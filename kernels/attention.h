@@ -1,5 +1,5 @@
 /* SRF attention as a library: softmax attention by simplex random features, on host (CPU) or device
- * (CUDA) memory of the caller. Installed as srf/attention.h; link with -lsrf.
+ * (CUDA) memory of the caller. Installed as srf/attention.h; link with `pkg-config --libs srf`.
  *
  * What it computes. For one head of size d with x = q d^(-1/4), y = k d^(-1/4), softmax attention
  * weighs a key by e^{x.y}. Positive random features (Choromanski et al. 2021, arXiv 2009.14794,

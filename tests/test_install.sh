@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The library as it is installed: its headers compile as C and as C++, pkg-config finds it, an
+# example runs with the shared and with the static one, and nothing but srf_ is exported.
+source "$(dirname "$0")/shell.sh"
+build="$(dirname "$SRF")"
+if ! command -v cmake cc c++ pkg-config nm >/dev/null || [ ! -f "$build/CMakeCache.txt" ] ||
+    nm -D "$build/libsrf.so" | grep -q __asan_; then
+    echo "no tools, or a sanitizer's library, which only the sanitizer's programs can load"
+    finished=1
+    exit 77
+fi
+
+run cmake --install "$build" --prefix "$WORK/to"
+[ $status -eq 0 ] || die "cmake --install: $(cat stderr)"
+run to/bin/srf --version
+grep -q '^srf [0-9]' stdout || fail "the installed srf: $(cat stderr)"
+
+others=$(nm -D --defined-only "$build/libsrf.so" | awk '$3 !~ /^srf_/ { print $3 }')
+[ -z "$others" ] || fail "exported besides srf_: $(head -3 <<<"$others" | xargs)"
+
+pc=$(find to -name srf.pc)
+export PKG_CONFIG_PATH="$WORK/$(dirname "$pc")"
+[ -n "$pc" ] && pkg-config --exists srf || die "no srf.pc: $(find to)"
+sed 's,"kernels/attention.h",<srf/attention.h>,' "$SOURCE/tests/example_attention.c" >example.c
+library="$WORK/$(dirname "$(find to -name libsrf.so)")"
+flags="-Wall -Wextra -Werror -pedantic"
+
+# works NAME COMMAND...: the command builds a program ./NAME, which succeeds.
+works() {
+    local name="$1"
+    shift
+    run "$@" -o "$name"
+    [ $status -eq 0 ] || fail "$name: $(head -5 stderr)"
+    run env LD_LIBRARY_PATH="$library:${LD_LIBRARY_PATH:-}" "./$name"
+    [ $status -eq 0 ] || fail "$name: exit $status: $(cat stdout stderr)"
+}
+
+works shared cc -std=c11 $flags example.c $(pkg-config --cflags --libs srf) -lm
+readelf -d shared | grep -q 'NEEDED.*libsrf' || fail "pkg-config --libs: not the shared library"
+mkdir static
+mv "$library"/libsrf.so static
+works alone cc -std=c11 $flags example.c $(pkg-config --static --cflags --libs srf)
+mv static/libsrf.so "$library"
+
+cat >use.cc <<'END'
+#include <srf/attention.h>
+int main()
+{
+    srf_attn_options options;
+    srf_attn *a;
+    srf_attn_defaults(&options, 2, 8);
+    options.device = "cpu";
+    if (srf_attn_create(&options, &a) != SRF_OK) return 1;
+    bool good = srf_attn_state_bytes(a) > 0 && srf_error_message()[0] == '\0';
+    srf_attn_free(a);
+    return good ? 0 : 1;
+}
+END
+works c++ c++ -std=c++17 $flags use.cc $(pkg-config --cflags --libs srf)
+
+# The op table's headers, as the comment in CMakeLists.txt says.
+cat >ops.c <<'END'
+#include <kernels/features.h>
+#include <kernels/ops.h>
+int main(void)
+{
+    struct srf_ctx *ctx;
+    if (srf_ctx_create("cpu", SRF_F32, 1, &ctx) != SRF_OK) return 1;
+    srf_ctx_free(ctx);
+    return 0;
+}
+END
+works ops cc -std=gnu11 $flags ops.c "-I$WORK/to/include/srf" $(pkg-config --libs srf)
+finish
