@@ -443,6 +443,18 @@ tokens.</p>
     return path
 
 
+def in_short(s):
+    """What was seen, for the terminal."""
+    cache = f"KV cache {size(s['kv_bytes'])} at {s['kv_tokens']} tokens, growing with each"
+    rows = [("softmax attention, untouched", s["ppl_softmax"], cache)]
+    rows.append(("swapped to random features, not yet trained", s["ppl_swapped"], ""))
+    for name, suffix in ("pure", ""), ("hybrid", "_hybrid"):
+        rows.append((f"{name}, retrofitted", s[f"ppl_{name}"],
+                     f"{100 * s['closed_' + name]:.1f} % of the gap closed, "
+                     f"state {size(s['state_bytes' + suffix])} at any length"))
+    return [f"{name:<44} perplexity {ppl:6.2f}  {rest}".rstrip() for name, ppl, rest in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=pathlib.Path)
@@ -470,7 +482,9 @@ def main():
         ),
     }
     page = write_page(out, summary, pictures, validation)
-    print(f"    {out / 'summary.json'}\n    {page}")
+    for line in in_short(summary):
+        print(f"    {line}")
+    print(f"\n    {out / 'summary.json'}\n    {page}: open it in a browser\n")
     if broken_promises(summary):
         sys.exit(1)
 
