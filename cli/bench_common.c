@@ -295,6 +295,5 @@ srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck)
         srf__free(text);
         SRF_TRY(st);
     }
-    return cli_set_attention(&o->attention, (*ck)->config.c / (*ck)->config.n_heads,
-                             &(*ck)->attention);
+    return cli_change_attention(&o->attention, *ck);
 }

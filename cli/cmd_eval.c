@@ -101,6 +101,7 @@ static srf_status open_run(struct inputs *in, struct run *r)
     r->learned = r->ck->config.n_pos;
     SRF_TRY(cli_set_positions(&in->positions, r->ck, &positions));
     SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads, &a));
+    cli_note_other_features(r->ck, &a);
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
     if (in->seq_len == CLI_NONE)
         in->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;

@@ -1,6 +1,7 @@
 /* srf info: what a file holds. Facts are gathered as one JSON object, printed so or as lines. */
 #include "checkpoints/file.h"
 #include "cli/common.h"
+#include "model/arch.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -56,7 +57,7 @@ static srf_status put_config(json_t *facts, const char *text, struct srf_model_c
     SRF_TRY(srf_tensor_table_create(c, &table));
     for (int64_t i = 0; i < table.n; i++) parameters += table.rows[i].count;
     srf_tensor_table_free(&table);
-    SRF_TRY(put_str(facts, "model_type", "gpt2"));
+    SRF_TRY(put_str(facts, "model_type", c->arch->name));
     SRF_TRY(put_int(facts, "parameters", parameters));
     SRF_TRY(put_int(facts, "layers", c->n_layers));
     SRF_TRY(put_int(facts, "heads", c->n_heads));

@@ -129,6 +129,24 @@ bool cli_slow_prefill(const struct srf_attention_config *a, const struct srf_mod
     return false;
 }
 
+void cli_note_other_features(const struct srf_checkpoint *ck, const struct srf_attention_config *a)
+{
+    if (!ck->features_w || !srf_attention_has_features(a)) return;
+    if (srf_attention_same_features(&ck->attention, a)) return;
+    fputs("srf: note: the attention options ask for other features than those stored with the "
+          "model: drawn anew\n",
+          stderr);
+}
+
+srf_status cli_change_attention(const struct cli_attention *a, struct srf_checkpoint *ck)
+{
+    struct srf_attention_config changed = ck->attention;
+    SRF_TRY(cli_set_attention(a, ck->config.c / ck->config.n_heads, &changed));
+    cli_note_other_features(ck, &changed);
+    srf_checkpoint_set_attention(ck, &changed);
+    return SRF_OK;
+}
+
 srf_status cli_tokenizer(const struct srf_checkpoint *ck, const char *needed_for,
                          struct srf_bpe **out)
 {

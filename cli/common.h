@@ -106,6 +106,10 @@ struct cli_attention {
  * kind. */
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention);
+/* The same to a checkpoint's, its stored features included; notes on stderr that they are not used
+ * where the options ask for others. */
+srf_status cli_change_attention(const struct cli_attention *a, struct srf_checkpoint *ck);
+void cli_note_other_features(const struct srf_checkpoint *ck, const struct srf_attention_config *a);
 /* Whether SRF attention's prefill on CUDA takes a layer token by token, and why. */
 bool cli_slow_prefill(const struct srf_attention_config *a, const struct srf_model_config *c,
                       char *why, size_t size);

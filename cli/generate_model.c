@@ -7,8 +7,7 @@ srf_status generate_open(const struct generate_options *in, struct generate_mode
     SRF_TRY(srf_sampler_check(&in->sampler));
     SRF_TRY(cli_open_device(&in->device, &m->ctx));
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &m->ck));
-    SRF_TRY(cli_set_attention(&in->attention, m->ck->config.c / m->ck->config.n_heads,
-                              &m->ck->attention));
+    SRF_TRY(cli_change_attention(&in->attention, m->ck));
     SRF_TRY(cli_set_positions(&in->positions, m->ck, &m->positions));
     return m->ck->tokenizer_json ? cli_tokenizer(m->ck, "srf generate", &m->bpe) : SRF_OK;
 }

@@ -75,8 +75,7 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
         r->ck->attention = defaults->attention;
         r->ck->attention.seed = in->config.seed;
     }
-    SRF_TRY(cli_set_attention(&in->attention, r->ck->config.c / r->ck->config.n_heads,
-                              &r->ck->attention));
+    SRF_TRY(cli_change_attention(&in->attention, r->ck));
     /* A recipe's calibration is for what softmax attention was trained with, and one draw a
      * head. */
     const struct srf_attention_config *a = &r->ck->attention;

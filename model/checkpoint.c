@@ -20,6 +20,16 @@ int64_t srf_checkpoint_features_count(const struct srf_checkpoint *ck)
            srf_attention_columns(&ck->attention, ck->config.c / ck->config.n_heads);
 }
 
+void srf_checkpoint_set_attention(struct srf_checkpoint *ck, const struct srf_attention_config *a)
+{
+    if (!srf_attention_same_features(&ck->attention, a)) {
+        srf__free(ck->features_w);
+        srf__free(ck->features_bias);
+        ck->features_w = ck->features_bias = NULL;
+    }
+    ck->attention = *a;
+}
+
 void srf_checkpoint_free(struct srf_checkpoint *ck)
 {
     if (!ck) return;

@@ -14,7 +14,7 @@ struct srf_checkpoint {
     float *params;        /* (table.total) */
     char *tokenizer_json; /* or NULL */
     /* The features in force, where they are stored (frozen or trained draws): else NULL, and the
-     * draw is made from the key. (n_layers, n_sets, m, d) and (n_layers, n_sets, m); n_sets =
+     * draw is made from the key. Of the shape that `attention` says. (n_layers, n_sets, m, d) and (n_layers, n_sets, m); n_sets =
      * per_head ? n_heads : 1. */
     float *features_w, *features_bias;
 };
@@ -27,6 +27,9 @@ srf_status srf_checkpoint_load(const char *path, const char *config_json,
 /* A fresh model from a config.json's text, weights drawn from seed. */
 srf_status srf_checkpoint_init(const char *config_json, uint64_t seed, struct srf_checkpoint **out);
 void srf_checkpoint_free(struct srf_checkpoint *ck);
+/* Other attention from here on. Stored features that are not those of `a` are dropped: theirs is
+ * another shape, or another draw. */
+void srf_checkpoint_set_attention(struct srf_checkpoint *ck, const struct srf_attention_config *a);
 /* The learned positions stretched linearly to n_pos of them, more than there are: the first and the
  * last stay the first and the last. */
 srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n_pos);

@@ -127,4 +127,23 @@ done
 # A full disk.
 "${generate[@]}" -n 3 --quiet >/dev/full 2>stderr && fail "a full disk is no error"
 [ "$(wc -l <stderr)" -eq 1 ] || fail "a full disk: $(cat stderr)"
+# A model with features of its own: other ones, of any number, are drawn and not read past its.
+"$SRF" retrofit --model model.h5 --data text.txt --out own --steps 2 --batch 2 --seq-len 32 --m 8 \
+    --window 0 --quiet --threads 1 >/dev/null || die "retrofit failed"
+"$SRF" export own/model.h5 own.h5 --format recurrent >/dev/null || die "export failed"
+generate=("$SRF" generate --model own.h5 --threads 1 -q -n 3 --state-out state.h5)
+ok --prompt 'the king'
+[ ! -s stderr ] || fail "its own features: $(cat stderr)"
+mv state.h5 own.state.h5
+for other in '--m 64' '--m 3' '--draw 5' '--features iid'; do
+    ok --prompt 'the king' $other
+    grep -q '^srf: note: .*other features' stderr || fail "generate $other: $(cat stderr)"
+    ! cmp -s state.h5 own.state.h5 || fail "generate $other: the model's own features still"
+    run "$SRF" eval --model own.h5 --data text.txt --max-tokens 200 -q $other
+    grep -q '^srf: note: .*other features' stderr || fail "eval $other: $(cat stderr)"
+done
+ok --prompt 'the king' --draw 0
+cmp state.h5 own.state.h5 || fail "the draw that it has: another state"
+ok --prompt 'the king' --window 4
+[ ! -s stderr ] || fail "its own features with a window: $(cat stderr)"
 finish

@@ -486,6 +486,18 @@ static void layer_features_drawn(void **state)
                         (size_t)srf_checkpoint_features_count(f.ck) * sizeof(float));
     assert_memory_equal(back->features_bias, f.ck->features_bias,
                         (size_t)srf_checkpoint_bias_count(f.ck) * sizeof(float));
+    /* Another window leaves them, another draw or number of them does not. */
+    struct srf_attention_config other = back->attention;
+    other.window = 4;
+    srf_checkpoint_set_attention(back, &other);
+    assert_non_null(back->features_w);
+    other.m = MOST + 1;
+    other.n_layer_m = 0;
+    srf_checkpoint_set_attention(back, &other);
+    assert_null(back->features_w);
+    assert_null(back->features_bias);
+    srf_checkpoint_free(back);
+    test_ok(srf_checkpoint_load(path, NULL, &back));
     /* Another split of as many features is other features. */
     test_ok(srf_attention_set_layer_m(&back->attention, "4,6"));
     test_ok(srf_checkpoint_save(back, path));
