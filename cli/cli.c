@@ -46,6 +46,10 @@ static void print_help(const char *usage, const char *about, const struct cli_op
     printf("usage: %s\n\n%s\n\n", usage, about);
     for (const struct cli_option *o = options; o->name; o++) {
         char left[64];
+        if (o->type == CLI_HEADING) {
+            printf("%s%s\n", o == options ? "" : "\n", o->help);
+            continue;
+        }
         if (o->short_name)
             snprintf(left, sizeof left, "-%c, --%s%s%s", o->short_name, o->name,
                      o->metavar ? " " : "", o->metavar ? o->metavar : "");
@@ -64,6 +68,8 @@ static int store(const struct cli_option *o, const char *text)
     errno = 0;
     double x = 0;
     switch (o->type) {
+    case CLI_HEADING: /* has no name to be given by */
+        return EXIT_OK;
     case CLI_FLAG:
         *(bool *)o->dest = true;
         return EXIT_OK;
@@ -108,7 +114,7 @@ static int store(const struct cli_option *o, const char *text)
 static const struct cli_option *find(const struct cli_option *options, const char *name, size_t n)
 {
     for (const struct cli_option *o = options; o->name; o++)
-        if (strlen(o->name) == n && strncmp(o->name, name, n) == 0) return o;
+        if (n > 0 && strlen(o->name) == n && strncmp(o->name, name, n) == 0) return o;
     return NULL;
 }
 
@@ -159,7 +165,8 @@ static void unknown_option(const char *arg, const char *command, const struct cl
     const char *word = arg + strspn(arg, "-");
     struct cli_nearest near;
     cli_nearest_start(&near, word, strcspn(word, "="));
-    for (const struct cli_option *o = options; o->name; o++) cli_nearest_offer(&near, o->name);
+    for (const struct cli_option *o = options; o->name; o++)
+        if (o->type != CLI_HEADING) cli_nearest_offer(&near, o->name);
     if (near.name)
         cli_usage_error("unknown option '%s': did you mean --%s? See 'srf %s --help'", arg,
                         near.name, command);

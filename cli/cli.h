@@ -24,13 +24,27 @@ enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 SRF_COMMAND_LIST(X)
 #undef X
 
-enum cli_type { CLI_FLAG, CLI_INT, CLI_DOUBLE, CLI_STRING, CLI_U64, CLI_STRINGS };
+enum cli_type {
+    CLI_FLAG,
+    CLI_INT,
+    CLI_DOUBLE,
+    CLI_STRING,
+    CLI_U64,
+    CLI_STRINGS,
+    CLI_HEADING /* no option: what --help says before those that follow */
+};
 
 /* An option that may be given several times. */
 struct cli_strings {
     const char *text[16];
     int n;
 };
+
+/* A row of a table: --help's words for the options after it. */
+#define CLI_HEADING_ROW(text)                                                                      \
+    {                                                                                              \
+        "", 0, CLI_HEADING, NULL, NULL, text, 0, 0                                                 \
+    }
 
 struct cli_option {
     const char *name; /* without the dashes */

@@ -61,7 +61,9 @@ int cmd_bench(int argc, char **argv)
         {"filter", 0, CLI_STRING, &o.filter, "TEXT", "op: only cases whose name holds TEXT", 0, 0},
         {"flat", 0, CLI_FLAG, &o.flat, NULL,
          "op: attention as sequences get longer, of as many tokens in all", 0, 0},
+        CLI_HEADING_ROW("Attention, in place of the model's own:"),
         CLI_ATTENTION_OPTIONS(o.attention),
+        CLI_HEADING_ROW("Where and how:"),
         CLI_DEVICE_OPTIONS(o.device),
         {"json", 0, CLI_FLAG, &o.json, NULL, "print one JSON object", 0, 0},
         {0}};

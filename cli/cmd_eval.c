@@ -274,7 +274,9 @@ int cmd_eval(int argc, char **argv)
         {"batch", 0, CLI_INT, &in.batch, "N", "windows at once", 1, 1e6},
         {"max-tokens", 0, CLI_INT, &in.max_tokens, "N", "stop after N tokens; 0 = all (0)", 0,
          1e15},
+        CLI_HEADING_ROW("Attention, in place of the model's own:"),
         CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_HEADING_ROW("More draws, positions, places:"),
         {"draws", 0, CLI_INT, &in.draws, "N",
          "also with the N - 1 draws of the features that follow: mean and spread (1)", 1, 1e6},
         CLI_POSITIONS_OPTIONS(in.positions),
@@ -286,9 +288,12 @@ int cmd_eval(int argc, char **argv)
          0},
         {"recall-from", 0, CLI_INT, &in.recall_from, "ID", "... of tokens from ID on (0)", 0,
          1 << 24},
+        CLI_HEADING_ROW("Where and how:"),
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
-        {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL,
+         "one JSON object: tokens, nll (mean, nats), ppl, attention, mode, seconds, tokens_per_s",
+         0, 0},
         {0}};
     int code;
     if (!cli_parse(argc, argv, "srf eval --model M.h5 --data D.h5 [options]",

@@ -302,10 +302,12 @@ int cmd_generate(int argc, char **argv)
                                   .attention = CLI_ATTENTION_DEFAULT,
                                   .positions = CLI_POSITIONS_DEFAULT};
     const struct cli_option options[] = {
+        CLI_HEADING_ROW("A model and a prompt:"),
         {"model", 0, CLI_STRING, &in.model, "PATH", "a retrofitted model or a recurrent export", 0,
          0},
         {"prompt", 'p', CLI_STRING, &in.prompt, "TEXT", "text to go on from (none)", 0, 0},
         {"prompt-file", 0, CLI_STRING, &in.prompt_file, "PATH", "the same, from a file", 0, 0},
+        CLI_HEADING_ROW("A file of prompts:"),
         {"input", 0, CLI_STRING, &in.input, "PATH", "a file of prompts; - is standard input", 0, 0},
         {"output", 0, CLI_STRING, &in.output, "PATH",
          "where their results go; - is standard output", 0, 0},
@@ -319,8 +321,10 @@ int cmd_generate(int argc, char **argv)
          "prompts of --input end before this text; may be given again", 0, 0},
         {"prefix", 0, CLI_STRING, &in.prefix, "TEXT",
          "goes before every prompt of --input; @PATH: a file's text", 0, 0},
+        CLI_HEADING_ROW("States:"),
         {"state-in", 0, CLI_STRING, &in.state_in, "PATH", "go on from the states of a file", 0, 0},
         {"state-out", 0, CLI_STRING, &in.state_out, "PATH", "where the states go at the end", 0, 0},
+        CLI_HEADING_ROW("Sampling, memory:"),
         {"tokens", 'n', CLI_INT, &in.n, "N", "tokens to generate (up to 100)", 0, 1 << 24},
         {"batch", 0, CLI_INT, &in.batch, "N", "sequences at once (1, or as many as --state-in)", 1,
          1e6},
@@ -336,11 +340,16 @@ int cmd_generate(int argc, char **argv)
          "tokens of a prefill piece: sets the memory (256; CUDA 8192)", 1, 1 << 20},
         {"state-bf16", 0, CLI_FLAG, &in.state_bf16, NULL,
          "states in bf16: half the memory (CUDA, --dtype bf16)", 0, 0},
+        CLI_HEADING_ROW("Attention, in place of the model's own:"),
         CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_HEADING_ROW("Where and how:"),
         CLI_POSITIONS_OPTIONS(in.positions),
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "only the text", 0, 0},
-        {"json", 0, CLI_FLAG, &in.json, NULL, "print texts and figures as JSON", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL,
+         "one JSON object: texts, prompt_tokens, tokens, state_bytes, kv_bytes, kv_positions, "
+         "prefill_s, decode_s, tokens_per_s",
+         0, 0},
         {0}};
     int code;
     if (!cli_parse(

@@ -111,7 +111,8 @@ int cmd_import(int argc, char **argv)
          "tokenizer.json, a directory, vocab.json, or a checkpoint (the source's)", 0, 0},
         {"max-positions", 0, CLI_INT, &max_positions, "N",
          "stretch the learned positions to N, to train on for longer contexts", 2, 1 << 24},
-        {"json", 0, CLI_FLAG, &json, NULL, "print the result as JSON", 0, 0},
+        {"json", 0, CLI_FLAG, &json, NULL,
+         "one JSON object: source, out, format, the sizes, tokenizer, tokens (of it)", 0, 0},
         {0}};
     int code;
     if (!cli_parse(

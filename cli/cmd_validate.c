@@ -392,10 +392,12 @@ int cmd_validate(int argc, char **argv)
          1e6},
         {"seed", 0, CLI_U64, &in.attention.seed, "N", "of the draws, the same as --features-seed",
          0, 0},
+        CLI_HEADING_ROW("Attention, in place of the model's own:"),
         CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_HEADING_ROW("Where and how:"),
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
-        {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL, "print what DIR/validate.json holds", 0, 0},
         {0}};
     int code;
     if (!cli_parse(argc, argv, "srf validate --model M.h5 --data D.h5 --out DIR [options]",

@@ -53,7 +53,7 @@ static srf_status init_model(const struct inputs *in, struct srf_checkpoint **ou
     SRF_TRY_GO(cli_read_text(in->init, &config));
     SRF_TRY_GO(srf_checkpoint_init(config, in->config.seed, out));
     if (!in->tokenizer) goto cleanup;
-    SRF_TRY_GO(srf_bpe_load(in->tokenizer, &bpe));
+    SRF_TRY_GO(cli_load_tokenizer(in->tokenizer, &bpe));
     SRF_FAIL_GO_IF(srf_bpe_vocab_size(bpe) > (*out)->config.vocab, SRF_MISMATCH,
                    "the tokenizer has %lld tokens, the model's vocabulary %lld",
                    (long long)srf_bpe_vocab_size(bpe), (long long)(*out)->config.vocab);
@@ -464,7 +464,7 @@ static int run(const struct cli_training *defaults, struct inputs *in)
 
 /* ---- options ------------------------------------------------------------------------------- */
 
-enum { MAX_OPTIONS = 64, HELP_SIZE = 160 };
+enum { MAX_OPTIONS = 80, HELP_SIZE = 160 };
 
 /* Settings say their default in --help: the value that they have before the command line is
  * read. */
@@ -603,15 +603,18 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
                         .warmup = CLI_NONE};
     struct srf_train_config *c = &in.config;
     struct cli_option options[] = {
+        CLI_HEADING_ROW("What goes in and out:"),
         {"model", 0, CLI_STRING, &in.model, "PATH", "checkpoint to start from (any format)", 0, 0},
         {"init", 0, CLI_STRING, &in.init, "CONFIG", "config.json of a model from scratch", 0, 0},
-        {"tokenizer", 0, CLI_STRING, &in.tokenizer, "PATH", "with --init: its tokenizer", 0, 0},
+        {"tokenizer", 0, CLI_STRING, &in.tokenizer, "PATH",
+         "with --init: its tokenizer.json, a directory, vocab.json, or a checkpoint", 0, 0},
         {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
          0},
         {"val", 0, CLI_STRING, &in.val, "PATH", "validation data, same forms", 0, 0},
         {"out", 'o', CLI_STRING, &in.out, "DIR", "directory of the run", 0, 0},
         {"resume", 0, CLI_FLAG, &in.resume, NULL, "go on from DIR/last.h5, settings included", 0,
          0},
+        CLI_HEADING_ROW("Steps, memory, AdamW:"),
         {"steps", 0, CLI_INT, &c->steps, "N", "optimizer steps", 1, 1e12},
         {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
@@ -628,7 +631,9 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"beta1", 0, CLI_DOUBLE, &c->beta1, "X", "AdamW", 0, 0.999999},
         {"beta2", 0, CLI_DOUBLE, &c->beta2, "X", "AdamW", 0, 0.99999999},
         {"clip", 0, CLI_DOUBLE, &c->clip, "X", "largest gradient norm; 0 = off", 0, 1e30},
+        CLI_HEADING_ROW("Attention:"),
         CLI_ATTENTION_OPTIONS(in.attention),
+        CLI_HEADING_ROW("Features and windows in training:"),
         {"redraw-every", 0, CLI_INT, &c->redraw_every, "N",
          "steps between draws of the features; 0 = never", 0, 1e12},
         {"freeze-at", 0, CLI_DOUBLE, &c->freeze_at, "F",
@@ -652,6 +657,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          "with --calibrate: draw features with each direction's own variance", 0, 0},
         {"best-of", 0, CLI_INT, &in.best_of, "N",
          "with --calibrate: for each head the best of N draws", 1, 100000},
+        CLI_HEADING_ROW("What is learned from:"),
         {"ce", 0, CLI_DOUBLE, &c->ce_weight, "X", "weight of the cross entropy", 0, 1e9},
         {"kl", 0, CLI_DOUBLE, &c->kl_weight, "X", "weight of KL(teacher || student) of the logits",
          0, 1e9},
@@ -663,6 +669,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"mse-to", 0, CLI_DOUBLE, &c->mse_to, "F", "... and ends", 0, 1},
         {"teacher", 0, CLI_STRING, &in.teacher, "PATH", "teacher (the model itself, with softmax)",
          0, 0},
+        CLI_HEADING_ROW("The run:"),
         {"seed", 0, CLI_U64, &c->seed, "N", "of the data order and the draws", 0, 0},
         {"log-every", 0, CLI_INT, &c->log_every, "N", "steps between lines of metrics.jsonl", 0,
          1e12},
@@ -674,7 +681,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          1e12},
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
-        {"json", 0, CLI_FLAG, &in.json, NULL, "print the result as JSON", 0, 0},
+        {"json", 0, CLI_FLAG, &in.json, NULL,
+         "one JSON object: model, steps, loss, val_ppl (null without --val), seconds", 0, 0},
         {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
          "what the other options begin with: planned, hybrid, pure, faithful or window (planned)",
          0, 0},
