@@ -300,6 +300,8 @@ static srf_status measure_predictions(struct run *r)
                                      .windows = c->windows,
                                      .seq_len = c->seq_len};
     SRF_TRY(srf_validate_positions(r->ctx, &pair, r->places));
+    /* A divergence is not below 0, whatever rounding makes of it. */
+    for (int i = 0; i < SRF_VALIDATE_PLACES; i++) r->places[i].kl = fmax(r->places[i].kl, 0);
     SRF_TRY(SRF_ALLOC(r->draw_ppl, c->n_draws));
     SRF_TRY(srf_validate_draws(r->ctx, &pair, c->n_draws, r->draw_ppl));
     return write_texts(r, pair);

@@ -169,10 +169,13 @@ static int ticks(const struct svg__axis *a, double *v)
     return n;
 }
 
-static void format_number(double v, char *buf, size_t size)
+/* step: to the next value of a linear axis, whose digits must tell them apart; or 0. */
+static void format_number(double v, double step, char *buf, size_t size)
 {
     double a = fabs(v);
-    if (a != 0 && (a < 0.99e-4 || a >= 1e6))
+    if (step > 0 && step < 1 && step > 1e-9 && a > 100 * step && a > 1)
+        snprintf(buf, size, "%.*f", (int)ceil(-log10(step) - 1e-9), v);
+    else if (a != 0 && (a < 0.99e-4 || a >= 1e6))
         snprintf(buf, size, "%.0e", v);
     else
         snprintf(buf, size, a >= 100 ? "%.0f" : "%.3g", v);
@@ -247,7 +250,7 @@ void svg_line_chart(FILE *to, const struct svg_chart *c)
         double py = svg__place(&y, values[i]);
         fprintf(to, "<line class='grid' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
                 py, py);
-        format_number(values[i], label, sizeof label);
+        format_number(values[i], y.log || n < 2 ? 0 : values[1] - values[0], label, sizeof label);
         svg__text_at(to, x.from - 8, py + 4, "end", NULL, label);
     }
     /* On x the data's own values are what a reader looks for, where they are few. */

@@ -419,8 +419,9 @@ static void print_result(const struct cli_training *defaults, const struct input
     if (idle)
         printf("%s: all %lld steps were done before", defaults->name, (long long)steps);
     else
-        printf("%s: %lld steps in %.1f s, loss %.4f", defaults->name,
-               (long long)(steps - p->first_step), seconds, p->loss);
+        printf("%s: %lld step%s in %.1f s, loss %.4f", defaults->name,
+               (long long)(steps - p->first_step), steps - p->first_step == 1 ? "" : "s", seconds,
+               p->loss);
     if (val_ppl > 0) printf(", validation perplexity %.3f", val_ppl);
     printf("; model in %s/model.h5, curves in %s/training.html\n", in->out, in->out);
 }

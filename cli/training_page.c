@@ -189,7 +189,8 @@ static srf_status write_page(FILE *to, const char *name, const char *dir, const 
     svg_style(to);
     fprintf(to, "</head><body>\n<h1>srf %s</h1>\n<p class='quiet'>", name);
     svg_text(to, dir);
-    fprintf(to, ": %.0f steps</p>\n", l->n ? l->step[l->n - 1] : 0);
+    double steps = l->n ? l->step[l->n - 1] : 0;
+    fprintf(to, ": %.0f step%s</p>\n", steps, steps == 1 ? "" : "s");
     if (l->n < 2) fputs("<p>The log has too few lines for a curve.</p>\n", to);
     for (size_t i = 0; i < sizeof pictures / sizeof *pictures; i++)
         put_picture(to, l, &pictures[i], curves, curves + 1);

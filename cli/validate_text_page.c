@@ -64,16 +64,23 @@ void validate_page_draws(const struct validate_report *r, FILE *to)
         most = fmax(most, r->draw_ppl[i]);
     }
     cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
+    /* Rounding is not worth a picture of its own. */
+    double margin = fmax(0.1 * (most - least), 1e-3 * most);
     struct svg_series series[2] = {
         {.name = "SRF, one draw each", .look = 2, .n = n, .x = x, .y = r->draw_ppl},
-        {.name = validate_teacher_name(r), .n = n, .x = x, .y = softmax, .connect = true}};
+        {.name = validate_teacher_name(r),
+         .n = n,
+         .x = x,
+         .y = softmax,
+         .connect = true,
+         .bare = true}};
     struct svg_chart chart = {.title = "perplexity on all of the text",
                               .x_label = "draw of the features; 0 is the model's own",
                               .y_label = "perplexity",
                               .width = 460,
                               .height = 260,
-                              .y_min = least - 0.1 * (most - least),
-                              .y_max = most + 0.1 * (most - least),
+                              .y_min = least - margin,
+                              .y_max = most + margin,
                               .series = series,
                               .n_series = 2};
     fputs("<h2>Does the draw matter?</h2>\n", to);
