@@ -67,7 +67,8 @@ void bench_ops_print(const struct srf_profile *p, int n, double seconds);
 /* What `srf bench` was asked. */
 struct bench_options {
     const char *model, *init, *filter;
-    int64_t batch, micro_batch, seq_len, steps, n, rows, running;
+    int64_t batch, micro_batch, seq_len, steps, n, rows, running, lora;
+    double rest_lr;
     bool json, flat, state_bf16, fit;
     struct srf_sampler_config sampler;
     struct cli_device device;

@@ -75,6 +75,8 @@ static srf_status open_run(const struct bench_options *o, struct srf_ctx *ctx, s
     /* a draw a step is part of a step's cost */
     c->redraw_every = r->ck->attention.kind == SRF_ATTN_SRF ? 1 : 0;
     c->train_features = srf_attention_has_map(&r->ck->attention);
+    c->rest_lr = o->rest_lr;
+    c->lora = o->lora;
     SRF_TRY(random_data(r, 8 * (c->seq_len + 1)));
     SRF_TRY(srf_trainer_create(ctx, r->ck, NULL, c, r->data, NULL, &r->trainer));
     return bench_product_create(ctx, &r->product);

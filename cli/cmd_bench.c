@@ -31,6 +31,7 @@ int cmd_bench(int argc, char **argv)
                               .n = CLI_NONE,
                               .rows = CLI_NONE,
                               .running = CLI_NONE,
+                              .rest_lr = 1,
                               .sampler = {.temperature = 1, .top_p = 1},
                               .device = CLI_DEVICE_DEFAULT,
                               .attention = CLI_ATTENTION_DEFAULT};
@@ -44,6 +45,8 @@ int cmd_bench(int argc, char **argv)
          1 << 24},
         {"steps", 0, CLI_INT, &o.steps, "N", "step, prefill, decode: how many are timed (5)", 1,
          60},
+        {"rest-lr", 0, CLI_DOUBLE, &o.rest_lr, "X", "step: as in training (1)", 0, 1e6},
+        {"lora", 0, CLI_INT, &o.lora, "RANK", "step: as in training (0)", 0, 65536},
         {"tokens", 'n', CLI_INT, &o.n, "N",
          "prefill: tokens a sequence (128); decode: steps of a round (as many as take 0.4 s, up to "
          "128)",

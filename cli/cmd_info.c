@@ -2,6 +2,7 @@
 #include "checkpoints/file.h"
 #include "cli/common.h"
 #include "model/arch.h"
+#include "train/policy.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -87,6 +88,20 @@ static srf_status put_tensors(json_t *facts, const struct srf_source *s)
     return put_str(facts, "types", n ? types + 2 : "");
 }
 
+/* What a run's settings say that it trains. */
+static srf_status put_trained(json_t *facts, const char *settings)
+{
+    struct srf_train_config c;
+    char words[80] = "all";
+    SRF_TRY(srf_train_config_from_json(settings, &c));
+    if (c.lora)
+        snprintf(words, sizeof words, "additions of rank %lld to attention's matrices",
+                 (long long)c.lora);
+    else if (srf_policy_trained(&c) == SRF_TRAINED_ATTENTION)
+        snprintf(words, sizeof words, "attention");
+    return put_str(facts, "trained", words);
+}
+
 /* What only native checkpoints have. */
 static srf_status put_native(json_t *facts, struct srf_h5 *f, const struct srf_model_config *c)
 {
@@ -123,6 +138,9 @@ static srf_status put_native(json_t *facts, struct srf_h5 *f, const struct srf_m
         int64_t step;
         SRF_TRY_GO(srf_h5_get_i64(f, "/trainer", "step", &step));
         SRF_TRY_GO(put_int(facts, "step", step));
+        srf__free(text);
+        SRF_TRY_GO(srf_h5_get_str(f, "/trainer", "settings", &text));
+        SRF_TRY_GO(put_trained(facts, text));
     }
 cleanup:
     srf__free(text);

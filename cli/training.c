@@ -317,6 +317,10 @@ static void print_start(const struct cli_training *d, const struct inputs *in, s
     srf_trainer_describe_memory(r->trainer, memory, sizeof memory);
     fprintf(stderr, "%s: %.1fM parameters, attention %s\n", d->name, (double)m->table.count * 1e-6,
             attention);
+    if (srf_policy_trained(c) != SRF_TRAINED_ALL)
+        fprintf(stderr, "trained: %s, %.2fM numbers\n",
+                c->lora ? "low-rank additions to attention" : "attention",
+                (double)srf_trainer_trained(r->trainer) * 1e-6);
     fprintf(stderr, "%lld steps of %lld x %lld tokens (%lld at once) on %s, %d threads, %s; %s\n",
             (long long)c->steps, (long long)c->batch, (long long)c->seq_len,
             (long long)c->micro_batch, r->ctx->be->name, r->ctx->n_threads,
@@ -587,6 +591,8 @@ static int check_usage(const struct cli_training *defaults, const struct inputs 
                                "features: --redraw-every 0");
     if (in->state_budget && !in->plan_windows)
         return cli_usage_error("--state-budget is for --plan-windows N to spend");
+    if (in->config.lora && was_given(options, set, "rest-lr"))
+        return cli_usage_error("--lora trains nothing but attention: --rest-lr means nothing");
     if (in->teacher && !srf_policy_needs_teacher(&in->config))
         return cli_usage_error("--teacher teaches nothing without --kl or --mse above 0");
     return EXIT_OK;
@@ -648,6 +654,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          1e15},
         {"rest-lr", 0, CLI_DOUBLE, &c->rest_lr, "X",
          "learning rate of all but attention, times --lr; 0: attention alone is trained", 0, 1e6},
+        {"lora", 0, CLI_INT, &c->lora, "RANK",
+         "train low-rank additions to attention's matrices, merged at the end; 0 = off", 0, 65536},
         {"features-lr", 0, CLI_DOUBLE, &c->features_lr, "X",
          "peak learning rate of the features; 0 = not trained (with --train-features: as --lr)", 0,
          10},

@@ -39,6 +39,9 @@ struct srf_arch {
 SRF_ARCH_LIST(X)
 #undef X
 
+/* Where the gradient of a norm's weight (of that row) or bias (the next row) goes, A (c): to a
+ * place that nobody reads where it is not trained, since the op that makes it makes dx, too. */
+void *srf__model_norm_grad(const struct srf_model *m, int64_t weight_row, bool bias);
 /* An element of one of the model's slots: of type T, of type A. */
 void *srf__model_at(const struct srf_model *m, int slot, int64_t offset);
 void *srf__model_acc_at(const struct srf_model *m, int slot, int64_t offset);

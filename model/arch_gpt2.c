@@ -186,6 +186,12 @@ struct acts {
     int res, mean, rstd;  /* input and statistics of ln_f */
 };
 
+/* Else what goes into its matrices need not be kept. */
+static bool mlp_is_trained(const struct srf_model *m)
+{
+    return m->plan.trained == SRF_TRAINED_ALL;
+}
+
 static srf_status plan_block(struct srf_model *m, struct block *k, const struct block *shared)
 {
     const struct srf_model_config *cfg = &m->config;
@@ -195,7 +201,7 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
     /* What is kept: the block's input, what cheap ops cannot give again, all. */
     bool first = !shared, input = first || p->train;
     bool most = first || (p->train && p->recompute != SRF_RECOMPUTE_BLOCK);
-    bool all = first || (p->train && p->recompute == SRF_RECOMPUTE_NONE);
+    bool all = first || (p->train && p->recompute == SRF_RECOMPUTE_NONE && mlp_is_trained(m));
     if (!first) *k = *shared;
     const struct {
         int *slot;
@@ -360,19 +366,19 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
     void *d_qkv = d_fc, *d_att = COLUMN(d_fc, aligned(n * 3 * c));
 
     if (!ctx->plan) SRF_TRY(ctx->be->zero(ctx, d_res, (size_t)(n * c) * size));
-    SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(a->res),
-                    .gamma = srf_model_param(m, LNF_W), .dy = PTR(m->slot_d_hidden),
-                    .mean = PTR(a->mean), .rstd = PTR(a->rstd), .dx = d_res,
-                    .dgamma = srf_model_grad(m, LNF_W), .dbeta = srf_model_grad(m, LNF_B),
-                    .dx_sum = GRAD(cfg->n_layers - 1, PROJ_B)));
+    SRF_TRY(SRF_RUN(
+        ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(a->res), .gamma = srf_model_param(m, LNF_W),
+        .dy = PTR(m->slot_d_hidden), .mean = PTR(a->mean), .rstd = PTR(a->rstd), .dx = d_res,
+        .dgamma = srf__model_norm_grad(m, LNF_W, false),
+        .dbeta = srf__model_norm_grad(m, LNF_W, true), .dx_sum = GRAD(cfg->n_layers - 1, PROJ_B)));
     for (int64_t l = cfg->n_layers - 1; l >= 0; l--) {
         const struct block *k = &a->blocks[l];
         void *qkv = PTR(k->qkv), *att = PTR(k->att), *ln = PTR(k->ln);
         /* What is not kept, the last block has left where it is shared. */
-        bool again = l + 1 < cfg->n_layers, slope = keeps_slope(m);
+        bool again = l + 1 < cfg->n_layers, slope = keeps_slope(m), mlp = mlp_is_trained(m);
 
         if (again && recompute == SRF_RECOMPUTE_BLOCK) SRF_TRY(block_inside(m, batch, l));
-        if (again && recompute == SRF_RECOMPUTE_CHEAP) SRF_TRY(activate(m, n, k));
+        if (again && recompute == SRF_RECOMPUTE_CHEAP && mlp) SRF_TRY(activate(m, n, k));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
                         .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = slope ? NULL : PTR(k->pre),
                         .x_act = slope ? SRF_ACT_NONE : SRF_ACT_GELU_TANH,
@@ -382,11 +388,13 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                         .dy = d_fc, .dx = d_ln));
         SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2),
                         .gamma = PARAM(l, LN2_W), .dy = d_ln, .mean = PTR(k->mean2),
-                        .rstd = PTR(k->rstd2), .dx = d_res, .dgamma = GRAD(l, LN2_W),
-                        .dbeta = GRAD(l, LN2_B), .dx_sum = GRAD(l, O_B), .beta = PARAM(l, LN2_B),
-                        .y = ln));
-        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = ln, .w = PARAM(l, FC_W),
-                        .dy = d_fc, .dw = GRAD(l, FC_W)));
+                        .rstd = PTR(k->rstd2), .dx = d_res,
+                        .dgamma = srf__model_norm_grad(m, row(l, LN2_W), false),
+                        .dbeta = srf__model_norm_grad(m, row(l, LN2_W), true),
+                        .dx_sum = GRAD(l, O_B), .beta = PARAM(l, LN2_B), .y = mlp ? ln : NULL));
+        if (mlp)
+            SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = ln,
+                            .w = PARAM(l, FC_W), .dy = d_fc, .dw = GRAD(l, FC_W)));
 
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                         .dy = d_res, .dx = d_att, .dw = GRAD(l, O_W)));
@@ -399,15 +407,17 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                                      COLUMN(d_qkv, c), COLUMN(d_qkv, 2 * c)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .w = PARAM(l, QKV_W),
                         .dy = d_qkv, .dx = d_ln));
-        SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1),
-                        .gamma = PARAM(l, LN1_W), .dy = d_ln, .mean = PTR(k->mean1),
-                        .rstd = PTR(k->rstd1), .dx = d_res, .dgamma = GRAD(l, LN1_W),
-                        .dbeta = GRAD(l, LN1_B), .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL,
-                        .beta = PARAM(l, LN1_B), .y = ln));
+        SRF_TRY(SRF_RUN(
+            ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1), .gamma = PARAM(l, LN1_W),
+            .dy = d_ln, .mean = PTR(k->mean1), .rstd = PTR(k->rstd1), .dx = d_res,
+            .dgamma = srf__model_norm_grad(m, row(l, LN1_W), false),
+            .dbeta = srf__model_norm_grad(m, row(l, LN1_W), true),
+            .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL, .beta = PARAM(l, LN1_B), .y = ln));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = ln,
                         .w = PARAM(l, QKV_W), .dy = d_qkv, .dw = GRAD(l, QKV_W),
                         .db = GRAD(l, QKV_B)));
     }
+    if (!srf_model_grad(m, WTE)) return SRF_OK;
     return SRF_RUN(ctx, embed_bwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,
                    .n_pos = cfg->n_pos, .tokens = PTR(m->slot_tokens), .dy = d_res,
                    .dwte = srf_model_grad(m, WTE), .dwpe = srf_model_grad(m, WPE));

@@ -51,6 +51,8 @@ void srf_model_free(struct srf_model *m)
 {
     if (!m) return;
     srf_tensor_table_free(&m->table);
+    srf__free(m->trained_at);
+    srf__free(m->uploaded);
     srf__free(m->acts);
     srf__free(m);
 }
@@ -164,6 +166,44 @@ static int64_t choose_logit_rows(const struct srf_model *m, int64_t n)
     return rows < n ? rows : n;
 }
 
+static bool row_is_trained(const struct srf_model *m, const struct srf_tensor *row)
+{
+    if (!m->plan.train) return false;
+    switch (m->plan.trained) {
+    case SRF_TRAINED_ATTENTION:
+        return row->attention;
+    case SRF_TRAINED_PROJECTIONS:
+        return row->attention && row->ndim == 2;
+    case SRF_TRAINED_ALL:
+        break;
+    }
+    return true;
+}
+
+/* trained_at and n_trained */
+static srf_status place_trained(struct srf_model *m)
+{
+    SRF_TRY(SRF_ALLOC(m->trained_at, m->table.n));
+    m->n_trained = 0;
+    for (int64_t i = 0; i < m->table.n; i++) {
+        bool trained = row_is_trained(m, &m->table.rows[i]);
+        m->trained_at[i] = trained ? m->n_trained : -1;
+        if (trained) m->n_trained += srf_model_rows_count(m, i, i + 1);
+    }
+    return SRF_OK;
+}
+
+/* Of the gradients that srf__model_norm_grad has no other place for: a weight's or a bias's. */
+static int64_t unread_count(const struct srf_model *m)
+{
+    return (m->config.c + 63) / 64 * 64;
+}
+
+static bool has_masters(const struct srf_model *m)
+{
+    return m->plan.train && m->ctx->dtype == SRF_BF16 && m->plan.trained != SRF_TRAINED_PROJECTIONS;
+}
+
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                           const struct srf_model_plan *plan)
 {
@@ -180,7 +220,9 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
     int64_t count_w = features_count(m);
     int64_t count_logits = m->logit_rows * srf_padded_vocab(cfg);
     int64_t scratch = plan->train ? cfg->arch->backward_scratch(m) : 0;
-    bool masters = plan->train && type == SRF_BF16;
+    bool w_masters = plan->train_features && plan->train && type == SRF_BF16;
+    SRF_TRY(place_trained(m));
+    int64_t unread = plan->trained == SRF_TRAINED_ALL ? 0 : 2 * unread_count(m);
     const struct {
         const char *cls, *name;
         bool wanted;
@@ -189,10 +231,10 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
         int *slot;
     } slots[] = {
         {"weights", "parameters", true, m->table.total, type, &m->slot_params},
-        {"masters", "parameters", masters, m->table.total, acc, &m->slot_master},
-        {"gradients", "parameters", plan->train, m->table.total, acc, &m->slot_grads},
+        {"masters", "parameters", has_masters(m), m->n_trained, acc, &m->slot_master},
+        {"gradients", "parameters", plan->train, m->n_trained + unread, acc, &m->slot_grads},
         {"features", "w", true, count_w, type, &m->slot_w},
-        {"masters", "features", masters && plan->train_features, count_w, acc, &m->slot_w_master},
+        {"masters", "features", w_masters, count_w, acc, &m->slot_w_master},
         {"features", "bias", true, bias_count(m), acc, &m->slot_bias},
         {"gradients", "features", plan->train_features, count_w, acc, &m->slot_dw},
         {"activations", "hidden", true, n * c, type, &m->slot_hidden},
@@ -228,11 +270,6 @@ void *srf__model_acc_at(const struct srf_model *m, int slot, int64_t offset)
     return (char *)PTR(slot) + (size_t)offset * srf_dtype_bytes(srf_ctx_acc(m->ctx));
 }
 
-static bool has_masters(const struct srf_model *m)
-{
-    return m->plan.train && m->ctx->dtype == SRF_BF16;
-}
-
 void *srf_model_param(const struct srf_model *m, int64_t row)
 {
     return srf__model_at(m, m->slot_params, m->table.rows[row].offset);
@@ -240,17 +277,50 @@ void *srf_model_param(const struct srf_model *m, int64_t row)
 
 void *srf_model_grad(const struct srf_model *m, int64_t row)
 {
-    return srf__model_acc_at(m, m->slot_grads, m->table.rows[row].offset);
+    int64_t at = m->trained_at[row];
+    return at < 0 ? NULL : srf__model_acc_at(m, m->slot_grads, at);
 }
 
-void *srf_model_master(const struct srf_model *m)
+void *srf__model_norm_grad(const struct srf_model *m, int64_t weight_row, bool bias)
 {
-    return has_masters(m) ? PTR(m->slot_master) : NULL;
+    void *grad = srf_model_grad(m, weight_row + bias);
+    if (grad) return grad;
+    return srf__model_acc_at(m, m->slot_grads, m->n_trained + (bias ? unread_count(m) : 0));
+}
+
+void *srf_model_master(const struct srf_model *m, int64_t row)
+{
+    int64_t at = m->trained_at[row];
+    return has_masters(m) && at >= 0 ? srf__model_acc_at(m, m->slot_master, at) : NULL;
+}
+
+bool srf_model_trained_rows(const struct srf_model *m, int64_t *first, int64_t *end)
+{
+    while (*first < m->table.n && m->trained_at[*first] < 0) ++*first;
+    for (*end = *first; *end < m->table.n && m->trained_at[*end] >= 0;) ++*end;
+    return *first < m->table.n;
+}
+
+int64_t srf_model_rows_count(const struct srf_model *m, int64_t first, int64_t end)
+{
+    const struct srf_tensor_table *t = &m->table;
+    return (end < t->n ? t->rows[end].offset : t->total) - t->rows[first].offset;
 }
 
 void *srf_model_features_master(const struct srf_model *m)
 {
-    return has_masters(m) && m->plan.train_features ? PTR(m->slot_w_master) : NULL;
+    bool has = m->plan.train && m->ctx->dtype == SRF_BF16 && m->plan.train_features;
+    return has ? PTR(m->slot_w_master) : NULL;
+}
+
+/* What a download cannot have from the device unrounded. */
+static srf_status keep_uploaded(struct srf_model *m, const float *params)
+{
+    if (!m->plan.train || m->ctx->dtype != SRF_BF16 || m->plan.trained == SRF_TRAINED_ALL)
+        return SRF_OK;
+    if (!m->uploaded) SRF_TRY(SRF_ALLOC(m->uploaded, m->table.total));
+    memcpy(m->uploaded, params, (size_t)m->table.total * sizeof *params);
+    return SRF_OK;
 }
 
 srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck)
@@ -260,9 +330,13 @@ srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck
                 "checkpoint of %lld parameters for a model of %lld", (long long)ck->table.total,
                 (long long)m->table.total);
     enum srf_dtype acc = srf_ctx_acc(ctx);
-    void *master = srf_model_master(m), *w_master = srf_model_features_master(m);
+    void *w_master = srf_model_features_master(m);
     SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_params), ctx->dtype, ck->params, m->table.total));
-    if (master) SRF_TRY(srf_upload_f32(ctx, master, acc, ck->params, m->table.total));
+    for (int64_t row = 0, end; has_masters(m) && srf_model_trained_rows(m, &row, &end); row = end)
+        SRF_TRY(srf_upload_f32(ctx, srf_model_master(m, row), acc,
+                               ck->params + m->table.rows[row].offset,
+                               srf_model_rows_count(m, row, end)));
+    SRF_TRY(keep_uploaded(m, ck->params));
     bool same = ck->features_w && srf_attention_same_features(&ck->attention, &m->attention);
     if (!same) return srf_model_draw(m);
     int64_t count = features_count(m);
@@ -272,15 +346,29 @@ srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck
     return srf_upload_f32(ctx, PTR(m->slot_bias), acc, ck->features_bias, bias_count(m));
 }
 
+/* As they are trained, or as they were uploaded; what has neither is as exact as the device. */
+static srf_status download_params(const struct srf_model *m, float *out)
+{
+    struct srf_ctx *ctx = m->ctx;
+    bool masters = has_masters(m);
+    if (!m->uploaded && !masters)
+        return srf_download_f32(ctx, out, PTR(m->slot_params), ctx->dtype, m->table.total);
+    if (m->uploaded) memcpy(out, m->uploaded, (size_t)m->table.total * sizeof *out);
+    for (int64_t row = 0, end; srf_model_trained_rows(m, &row, &end); row = end)
+        SRF_TRY(srf_download_f32(ctx, out + m->table.rows[row].offset,
+                                 masters ? srf_model_master(m, row) : srf_model_param(m, row),
+                                 masters ? srf_ctx_acc(ctx) : ctx->dtype,
+                                 srf_model_rows_count(m, row, end)));
+    return SRF_OK;
+}
+
 srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *ck)
 {
     struct srf_ctx *ctx = m->ctx;
     enum srf_dtype acc = srf_ctx_acc(ctx);
-    void *master = srf_model_master(m),
-         *w_master = m->w_stale ? NULL : srf_model_features_master(m);
+    void *w_master = m->w_stale ? NULL : srf_model_features_master(m);
     ck->attention = m->attention;
-    SRF_TRY(srf_download_f32(ctx, ck->params, master ? master : PTR(m->slot_params),
-                             master ? acc : ctx->dtype, m->table.total));
+    SRF_TRY(download_params(m, ck->params));
     srf__free(ck->features_w);
     srf__free(ck->features_bias);
     ck->features_w = ck->features_bias = NULL;
@@ -414,7 +502,7 @@ srf_status srf_model_zero_grads(struct srf_model *m)
 {
     struct srf_ctx *ctx = m->ctx;
     size_t size = srf_dtype_bytes(srf_ctx_acc(ctx));
-    SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_grads), (size_t)m->table.total * size));
+    SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_grads), (size_t)m->n_trained * size));
     SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_mse), size));
     if (!m->plan.train_features) return SRF_OK;
     return ctx->be->zero(ctx, PTR(m->slot_dw), (size_t)features_count(m) * size);

@@ -54,9 +54,19 @@ enum srf_recompute {
     SRF_RECOMPUTE_BLOCK  /* whole blocks: only what goes into each is kept */
 };
 
+/* Which parameters are trained: only they have gradients and masters, and backward makes nothing
+ * that serves others alone. */
+enum srf_trained {
+    SRF_TRAINED_ALL,
+    SRF_TRAINED_ATTENTION,  /* of each block's attention: its norm and its projections */
+    SRF_TRAINED_PROJECTIONS /* gradients of attention's matrices, which have no masters: whoever
+                             * asks for them makes these weights himself (train/lora.c) */
+};
+
 struct srf_model_plan {
-    int64_t b, t;        /* largest batch and length */
-    bool train;          /* keep activations, have gradients */
+    int64_t b, t; /* largest batch and length */
+    bool train;   /* keep activations, have gradients */
+    enum srf_trained trained;
     bool train_features; /* gradients of the features too */
     bool keep_attention; /* keep every layer's attention output (a teacher's, for distillation) */
     bool keep_qkv;       /* keep every layer's q, k, v (validation) */
@@ -84,6 +94,13 @@ struct srf_model {
      * training. ERROR after create: forward refuses them. */
     enum srf_positions positions;
     int64_t logit_rows, loss_rows;
+    /* Flat arrays of gradients and masters: where each row of the table is in them, -1: not at all;
+     * their elements, padded as the parameters are. */
+    int64_t *trained_at; /* (table.n) */
+    int64_t n_trained;
+    /* Host (table.total) parameters as they were uploaded, where T is bf16 and some are not
+     * trained: a download gives those back unrounded. Else NULL. */
+    float *uploaded;
     /* master, w_master: A, of what is trained where T is bf16. w_stale: w was drawn anew, w_master
      * does not know it yet. */
     int slot_params, slot_master, slot_grads, slot_w, slot_w_master, slot_bias, slot_dw;
@@ -167,11 +184,17 @@ srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *ba
 const void *srf_model_qkv(const struct srf_model *m, int64_t layer);
 const void *srf_model_attention_out(const struct srf_model *m, int64_t layer);
 
-/* Device pointers of the parameter piece that row describes: T, and its gradient A. */
+/* Device pointers of the parameter piece that row describes: T, and its gradient A, NULL where it
+ * is not trained. */
 void *srf_model_param(const struct srf_model *m, int64_t row);
 void *srf_model_grad(const struct srf_model *m, int64_t row);
-/* The masters of all parameters, A, flat as they are; NULL where T is trained as it is. */
-void *srf_model_master(const struct srf_model *m);
+/* Its master, A; NULL where T is trained as it is, or not at all. */
+void *srf_model_master(const struct srf_model *m, int64_t row);
+/* The next rows, from *first on, that are trained and lie side by side: *first up to *end. False:
+ * there are none. */
+bool srf_model_trained_rows(const struct srf_model *m, int64_t *first, int64_t *end);
+/* Elements of rows first up to end of the table, padding included. */
+int64_t srf_model_rows_count(const struct srf_model *m, int64_t first, int64_t end);
 /* The features of all layers, T, of each (n_sets, its m, columns: d, a trained map's d + 1), their
  * gradient and masters, A. */
 void *srf_model_features(const struct srf_model *m, int64_t *count);

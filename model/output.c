@@ -62,7 +62,8 @@ static srf_status loss_rows(struct srf_model *m, struct srf_loss_args *args, int
     int64_t row = cfg->arch->head_row(cfg), ld = srf_padded_vocab(cfg);
     void *logits = PTR(m->slot_logits);
     void *teacher = args->teacher ? PTR(m->slot_teacher_logits) : NULL;
-    if (args->backward && !args->teacher && !args->logits) return loss_rows_fused(m, args, at, n);
+    bool fused = args->backward && !args->teacher && !args->logits && srf_model_grad(m, row);
+    if (fused) return loss_rows_fused(m, args, at, n);
     SRF_TRY(head(m, at, n, logits));
     if (args->teacher) SRF_TRY(head(args->teacher, at, n, teacher));
     if (args->logits && !ctx->plan) SRF_TRY(take_logits(m, n, args->logits + at * cfg->vocab));

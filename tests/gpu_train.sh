@@ -120,6 +120,19 @@ read -r mean most <<<"$(difference losses_bf16_long "$reference/losses_long" 200
 echo "bf16, 200 losses: mean relative difference $mean, at most $most"
 within "$mean" 0.01 || fail "bf16 losses: $mean > 0.01"
 
+# Parts of the weights: bf16 beside fp32.
+for part in "--rest-lr 0" "--lora 5"; do
+    for dtype in f32 bf16; do
+        # shellcheck disable=SC2086 # words
+        train hybrid --device cuda --dtype $dtype --steps 60 --lr 3e-3 $part --out "part $dtype"
+        losses "part $dtype" >losses_$dtype
+        rm -r "part $dtype"
+    done
+    read -r mean most <<<"$(difference losses_bf16 losses_f32 60)"
+    echo "bf16, 60 losses with $part: mean relative difference to fp32 $mean, at most $most"
+    within "$mean" 0.01 || fail "bf16 losses with $part: $mean > 0.01"
+done
+
 # Perplexity in all forms.
 for kind in "${evals[@]}"; do
     for mode in $(modes_of $kind); do
@@ -134,11 +147,14 @@ for kind in "${evals[@]}"; do
 done
 
 # A run that is killed and resumed ends bit for bit where an undisturbed one does.
-for dtype in f32 bf16; do
+for case in "f32" "bf16" "bf16 --rest-lr 0" "bf16 --lora 5"; do
+    # shellcheck disable=SC2206 # words
+    dtype=($case)
     killed=("$SRF" retrofit --model base.h5 "${base[@]}" --steps 400 --save-every 20 -W 32
-        --redraw-every 3 --freeze-at 0.5 --train-features --mse 1 --device cuda --dtype $dtype)
+        --redraw-every 3 --freeze-at 0.5 --train-features --mse 1 --device cuda
+        --dtype "${dtype[@]}")
     run "${killed[@]}" --out whole
-    [ $status -eq 0 ] || fail "a run of 400 steps in $dtype: $(cat stderr)"
+    [ $status -eq 0 ] || fail "a run of 400 steps in $case: $(cat stderr)"
     "${killed[@]}" --out killed >/dev/null 2>&1 &
     pid=$!
     for ((i = 0; i < 3000; i++)); do
@@ -148,12 +164,12 @@ for dtype in f32 bf16; do
     done
     kill -9 $pid 2>/dev/null
     wait $pid 2>/dev/null
-    [ ! -f killed/model.h5 ] || fail "$dtype: the run to kill was over too soon"
+    [ ! -f killed/model.h5 ] || fail "$case: the run to kill was over too soon"
     run "$SRF" retrofit --resume --data train.h5 --out killed --quiet --device cuda
-    [ $status -eq 0 ] || fail "resume in $dtype: $(cat stderr)"
-    cmp whole/model.h5 killed/model.h5 || fail "$dtype: a resumed run has other weights"
-    cmp whole/last.h5 killed/last.h5 || fail "$dtype: a resumed run has another state"
-    cmp <(losses whole) <(losses killed) || fail "$dtype: a resumed run has other losses"
+    [ $status -eq 0 ] || fail "resume in $case: $(cat stderr)"
+    cmp whole/model.h5 killed/model.h5 || fail "$case: a resumed run has other weights"
+    cmp whole/last.h5 killed/last.h5 || fail "$case: a resumed run has another state"
+    cmp <(losses whole) <(losses killed) || fail "$case: a resumed run has other losses"
     rm -rf whole killed
 done
 

@@ -49,7 +49,8 @@ static void randomize(struct srf_checkpoint *ck, double scale)
 
 static void open_fixture_with(struct fixture *f, enum srf_dtype dtype,
                               struct srf_attention_config a, int64_t b, int64_t t,
-                              bool train_features, enum srf_recompute recompute)
+                              bool train_features, enum srf_recompute recompute,
+                              enum srf_trained trained)
 {
     memset(f, 0, sizeof *f);
     test_ok(srf_ctx_create("cpu", dtype, 2, &f->ctx));
@@ -60,6 +61,7 @@ static void open_fixture_with(struct fixture *f, enum srf_dtype dtype,
     struct srf_model_plan plan = {.b = b,
                                   .t = t,
                                   .train = true,
+                                  .trained = trained,
                                   .train_features = train_features,
                                   .teacher = true,
                                   .logit_rows = 16,
@@ -80,7 +82,7 @@ static void open_fixture_with(struct fixture *f, enum srf_dtype dtype,
 static void open_fixture(struct fixture *f, enum srf_dtype dtype, struct srf_attention_config a,
                          int64_t b, int64_t t, bool train_features)
 {
-    open_fixture_with(f, dtype, a, b, t, train_features, SRF_RECOMPUTE_NONE);
+    open_fixture_with(f, dtype, a, b, t, train_features, SRF_RECOMPUTE_NONE, SRF_TRAINED_ALL);
 }
 
 /* A teacher of other weights with softmax. */
@@ -254,7 +256,7 @@ static char *gradients(enum srf_dtype dtype, struct srf_attention_config a,
     struct fixture f;
     bool srf = a.kind == SRF_ATTN_SRF;
     size_t size = srf_dtype_bytes(dtype);
-    open_fixture_with(&f, dtype, a, 2, 13, srf, recompute);
+    open_fixture_with(&f, dtype, a, 2, 13, srf, recompute, SRF_TRAINED_ALL);
     f.kl = 0.7;
     f.mse = 0.9;
     if (dtype == SRF_F64) add_teacher(&f); /* loss() reads its outputs as doubles */
@@ -303,8 +305,54 @@ static void recomputation(void **state)
     }
 }
 
+/* Training a part of the parameters: that part's gradients are what they are in training all, bit
+ * for bit, and the rest has none. */
+static void parts_of_training(void **state)
+{
+    (void)state;
+    for (int k = 0; k < 12; k++) {
+        enum srf_trained trained = k % 2 ? SRF_TRAINED_ATTENTION : SRF_TRAINED_PROJECTIONS;
+        enum srf_recompute recompute = (enum srf_recompute)(k / 2 % 3);
+        struct srf_attention_config a = attention(SRF_ATTN_SRF, 3);
+        struct fixture all, part;
+        open_fixture_with(&all, SRF_F64, a, 2, 13, true, recompute, SRF_TRAINED_ALL);
+        open_fixture_with(&part, SRF_F64, a, 2, 13, true, recompute, trained);
+        if (k / 6) {
+            add_teacher(&all);
+            add_teacher(&part);
+        }
+        for (int twice = 0; twice < 2; twice++) { /* places nobody reads are written again */
+            test_ok(srf_model_zero_grads(all.model));
+            test_ok(srf_model_zero_grads(part.model));
+            assert_true(loss(&all, true) == loss(&part, true));
+        }
+        int64_t count = 0, n;
+        for (int64_t i = 0; i < all.model->table.n; i++) {
+            const struct srf_tensor *row = &all.model->table.rows[i];
+            bool wanted = strstr(row->name, ".attn.") || strstr(row->name, ".ln_1.");
+            if (trained == SRF_TRAINED_PROJECTIONS)
+                wanted = strstr(row->name, ".attn.") && strstr(row->name, "weight");
+            const double *grad = srf_model_grad(part.model, i);
+            assert_int_equal(grad != NULL, wanted);
+            if (!wanted) continue;
+            assert_memory_equal(grad, srf_model_grad(all.model, i), (size_t)row->count * 8);
+            count += row->count;
+        }
+        assert_true(count > 0 && count <= part.model->n_trained);
+        srf_model_features(all.model, &n);
+        assert_memory_equal(srf_model_features_grad(part.model), srf_model_features_grad(all.model),
+                            (size_t)n * 8);
+        int64_t rows = 0;
+        for (int64_t i = 0, end; srf_model_trained_rows(part.model, &i, &end); i = end)
+            rows += end - i;
+        assert_int_equal(rows, 2 * (trained == SRF_TRAINED_PROJECTIONS ? 2 : 6));
+        close_fixture(&all);
+        close_fixture(&part);
+    }
+}
+
 /* Bytes of training GPT-2 124M on 32 x 1024 tokens in bf16, planned and never allocated. */
-static size_t gpt2_bytes(enum srf_recompute recompute)
+static size_t gpt2_bytes(enum srf_recompute recompute, enum srf_trained trained)
 {
     static const char gpt2[] =
         "{\"model_type\": \"gpt2\", \"n_layer\": 12, \"n_head\": 12, \"n_embd\": 768,"
@@ -320,12 +368,16 @@ static size_t gpt2_bytes(enum srf_recompute recompute)
     test_ok(srf_model_config_from_json(gpt2, &config));
     test_ok(srf_arena_create(ctx, &arena));
     test_ok(srf_model_create(ctx, &config, &a, &m));
-    struct srf_model_plan plan = {
-        .b = 32, .t = 1024, .train = true, .logit_rows = 4736, .recompute = recompute};
+    struct srf_model_plan plan = {.b = 32,
+                                  .t = 1024,
+                                  .train = true,
+                                  .trained = trained,
+                                  .logit_rows = 4736,
+                                  .recompute = recompute};
     test_ok(srf_model_plan(m, arena, &plan));
     static const char *const classes[] = {"weights",  "masters",     "gradients",
                                           "features", "activations", "logits"};
-    size_t bytes = 2 * (size_t)m->table.total * sizeof(float); /* moments */
+    size_t bytes = 2 * (size_t)m->n_trained * sizeof(float); /* moments */
     for (size_t i = 0; i < sizeof classes / sizeof *classes; i++)
         bytes += srf_arena_bytes(arena, classes[i]);
     srf_model_free(m);
@@ -339,9 +391,11 @@ static void memory_of_gpt2(void **state)
     (void)state;
     const double limit[] = {11.5e9, 9.3e9, 4.3e9};
     for (int r = SRF_RECOMPUTE_NONE; r <= SRF_RECOMPUTE_BLOCK; r++) {
-        double bytes = (double)gpt2_bytes((enum srf_recompute)r);
-        print_message("recompute %d: %.1f MB\n", r, bytes * 1e-6);
-        assert_true(bytes < limit[r]);
+        double bytes = (double)gpt2_bytes((enum srf_recompute)r, SRF_TRAINED_ALL);
+        double part = (double)gpt2_bytes((enum srf_recompute)r, SRF_TRAINED_ATTENTION);
+        print_message("recompute %d: %.1f MB, attention alone %.1f\n", r, bytes * 1e-6,
+                      part * 1e-6);
+        assert_true(bytes < limit[r] && part < bytes - 1.1e9); /* 90M gradients, moments */
     }
 }
 
@@ -679,13 +733,21 @@ static void stretched_positions(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(gradients_softmax),      cmocka_unit_test(gradients_srf),
-        cmocka_unit_test(gradients_hybrid),       cmocka_unit_test(gradients_rivals),
-        cmocka_unit_test(gradients_distillation), cmocka_unit_test(recomputation),
-        cmocka_unit_test(memory_of_gpt2),         cmocka_unit_test(micro_batches),
-        cmocka_unit_test(layer_windows),          cmocka_unit_test(forms_agree),
-        cmocka_unit_test(packed_prefill),         cmocka_unit_test(last_only),
-        cmocka_unit_test(stretched_positions),    cmocka_unit_test(layer_features),
+        cmocka_unit_test(gradients_softmax),
+        cmocka_unit_test(gradients_srf),
+        cmocka_unit_test(gradients_hybrid),
+        cmocka_unit_test(gradients_rivals),
+        cmocka_unit_test(gradients_distillation),
+        cmocka_unit_test(recomputation),
+        cmocka_unit_test(parts_of_training),
+        cmocka_unit_test(memory_of_gpt2),
+        cmocka_unit_test(micro_batches),
+        cmocka_unit_test(layer_windows),
+        cmocka_unit_test(forms_agree),
+        cmocka_unit_test(packed_prefill),
+        cmocka_unit_test(last_only),
+        cmocka_unit_test(stretched_positions),
+        cmocka_unit_test(layer_features),
         cmocka_unit_test(layer_features_drawn),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);

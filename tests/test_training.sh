@@ -187,4 +187,20 @@ grep -q "nothing older" stderr || fail "--recipe window: $(cat stderr)"
 refuse 2 "planned, hybrid, pure, faithful, window" "${retrofit[@]}" --out t --recipe best
 refuse 2 "--recipe" "$SRF" train --model model.h5 --data text.txt --out t --recipe pure
 
+# Parts of the weights. What is written is a model like any other; the run's file says what it was.
+refuse 2 "--rest-lr" "${retrofit[@]}" --out t --lora 2 --rest-lr 0.5
+refuse 1 "rank" "${retrofit[@]}" --out t --lora 60000
+"${retrofit[@]}" --out attention --rest-lr 0 >/dev/null || fail "training attention alone: exit $?"
+"${retrofit[@]}" --out lora --lora 2 >/dev/null || fail "low-rank training: exit $?"
+for part in "run all" "attention attention" "lora additions of rank 2 to attention's matrices"; do
+    "$SRF" info "${part%% *}/last.h5" | grep -q "^trained  *${part#* }\$" ||
+        fail "info does not say $part"
+done
+for part in attention lora; do
+    run "$SRF" eval --model $part/last.h5 --data text.txt --quiet --json
+    sed 's/, "seconds.*//' stdout >last
+    run "$SRF" eval --model $part/model.h5 --data text.txt --quiet --json
+    sed 's/, "seconds.*//' stdout | cmp -s - last || fail "$part: last.h5 and model.h5 differ"
+done
+
 finish

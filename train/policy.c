@@ -49,6 +49,7 @@ struct srf_train_config srf_train_defaults(void)
     X(redraw_every, i, 0, 1e12)                                                                    \
     X(freeze_at, f, 0, 1)                                                                          \
     X(rest_lr, f, 0, 1e6)                                                                          \
+    X(lora, i, 0, 65536)                                                                           \
     X(features_lr, f, 0, 10)                                                                       \
     X(ce_weight, f, 0, 1e9)                                                                        \
     X(kl_weight, f, 0, 1e9)                                                                        \
@@ -73,6 +74,8 @@ srf_status srf_train_config_check(const struct srf_train_config *c)
     SRF_FAIL_IF(c->batch % c->micro_batch != 0, SRF_INVALID,
                 "batch %lld is not a multiple of micro-batch %lld", (long long)c->batch,
                 (long long)c->micro_batch);
+    SRF_FAIL_IF(c->lora && c->rest_lr != 1, SRF_INVALID,
+                "lora trains nothing but attention's matrices: a rate of the rest means nothing");
     return SRF_OK;
 }
 
@@ -185,6 +188,12 @@ double srf_policy_kl(const struct srf_train_config *c, int64_t step)
 double srf_policy_mse(const struct srf_train_config *c, int64_t step)
 {
     return within(c, c->mse_from, c->mse_to, step) ? c->mse_weight : 0;
+}
+
+enum srf_trained srf_policy_trained(const struct srf_train_config *c)
+{
+    if (c->lora) return SRF_TRAINED_PROJECTIONS;
+    return c->rest_lr == 0 ? SRF_TRAINED_ATTENTION : SRF_TRAINED_ALL;
 }
 
 bool srf_policy_needs_teacher(const struct srf_train_config *c)

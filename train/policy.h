@@ -1,6 +1,6 @@
 /* What a training run does at each step: learning rate, redraws, distillation. Pure functions. */
 #pragma once
-#include "model/config.h"
+#include "model/model.h"
 
 struct srf_train_config {
     int64_t steps;       /* optimizer steps of the whole run */
@@ -20,6 +20,8 @@ struct srf_train_config {
     double freeze_at;     /* fraction of the run after which the draw stays, 0 to 1 */
     bool train_features;  /* once frozen, W is trained as well */
     double rest_lr;       /* learning rate of all but attention, times lr; 0 = stays as it is */
+    int64_t lora;         /* rank of what is added to attention's matrices, and nothing else of the
+                           * weights trained (train/lora.c); 0 = the weights themselves are */
     double features_lr;   /* peak learning rate of trained features; 0 = that of the weights */
 
     double ce_weight;      /* cross entropy with the data */
@@ -49,4 +51,5 @@ uint64_t srf_policy_draw(const struct srf_train_config *c, int64_t step);
 bool srf_policy_frozen(const struct srf_train_config *c, int64_t step);
 double srf_policy_kl(const struct srf_train_config *c, int64_t step);
 double srf_policy_mse(const struct srf_train_config *c, int64_t step);
+enum srf_trained srf_policy_trained(const struct srf_train_config *c);
 bool srf_policy_needs_teacher(const struct srf_train_config *c);

@@ -18,9 +18,10 @@ static srf_status upload_no_decay(struct srf_trainer *t)
     int64_t n = t->n_params / 64;
     uint8_t *map;
     SRF_TRY(SRF_CALLOC(map, n));
-    for (int64_t i = 0; i < table->n; i++) {
+    for (int64_t i = 0; i < table->n && !t->lora.rank; i++) {
         const struct srf_tensor *row = &table->rows[i];
-        if (!row->decay) memset(map + row->offset / 64, 1, (size_t)(row->count + 63) / 64);
+        int64_t at = t->model->trained_at[i];
+        if (at >= 0 && !row->decay) memset(map + at / 64, 1, (size_t)(row->count + 63) / 64);
     }
     srf_status st =
         t->ctx->be->upload(t->ctx, srf_arena_ptr(t->arena, t->slot_no_decay), map, (size_t)n);
@@ -57,6 +58,7 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     struct srf_model_plan p = {.b = c->micro_batch,
                                .t = c->seq_len,
                                .train = true,
+                               .trained = srf_policy_trained(c),
                                .train_features = c->train_features,
                                .teacher = teacher,
                                .loss_rows = srf__loss_row(c) + c->batch * c->seq_len,
@@ -71,7 +73,8 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
                                     .logit_rows = 1};
         SRF_TRY(srf_model_plan(t->teacher, t->arena, &p));
     }
-    t->n_params = t->model->table.total;
+    SRF_TRY(srf__lora_plan(t));
+    t->n_params = t->lora.rank ? t->lora.n : t->model->n_trained;
     if (c->train_features) srf_model_features(t->model, &t->n_features);
     int64_t n = t->n_params + t->n_features, words = (t->n_params / 64 + 3) / 4;
     SRF_TRY(srf_arena_add(t->arena, "optimizer", "first moments", n, acc, &t->slot_m));
@@ -82,6 +85,7 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     SRF_TRY(plan_update(t));
     SRF_TRY(srf_arena_commit(t->arena));
     SRF_TRY(srf_model_upload(t->model, ck));
+    SRF_TRY(srf__lora_begin(t, ck->params));
     if (teacher) SRF_TRY(srf_model_upload(t->teacher, teacher));
     SRF_TRY(upload_no_decay(t));
     int64_t rows = c->micro_batch * (c->seq_len + 1);
@@ -225,6 +229,7 @@ void srf_trainer_free(struct srf_trainer *t)
 {
     if (!t) return;
     srf__micro_batch_free(t);
+    srf__lora_free(t);
     srf_model_free(t->model);
     srf_model_free(t->teacher);
     srf_arena_free(t->arena);
@@ -271,29 +276,32 @@ static srf_status adamw(struct srf_trainer *t, void *param, void *master, const 
         .v = (char *)srf_arena_ptr(t->arena, t->slot_v) + (size_t)at * size);
 }
 
-/* The rows of the table whose learning rate is that of `row`, from it on: *end is the next. */
+/* *end is cut to where the rows from `row` on have its learning rate. */
 static double same_rate(const struct srf_trainer *t, int64_t row, int64_t *end)
 {
     const struct srf_tensor_table *table = &t->model->table;
     double rest = t->config.rest_lr, lr = table->rows[row].attention ? 1 : rest;
-    for (*end = row + 1; *end < table->n; ++*end)
-        if (lr != (table->rows[*end].attention ? 1 : rest)) break;
+    for (int64_t next = row + 1; next < *end; next++)
+        if (lr != (table->rows[next].attention ? 1 : rest)) *end = next;
     return lr;
 }
 
 static srf_status update_parameters(struct srf_trainer *t)
 {
-    const struct srf_tensor_table *table = &t->model->table;
-    char *master = srf_model_master(t->model);
-    size_t size = srf_dtype_bytes(srf_ctx_acc(t->ctx));
+    const struct srf_model *m = t->model;
+    const struct srf__lora *r = &t->lora;
     void *skips = srf_arena_ptr(t->arena, t->slot_skips);
-    for (int64_t row = 0, end; row < table->n; row = end) {
-        double lr = same_rate(t, row, &end) * srf_policy_lr(&t->config, t->step);
-        int64_t at = table->rows[row].offset;
-        int64_t n = (end < table->n ? table->rows[end].offset : table->total) - at;
-        if (lr == 0 && !t->ctx->plan) continue; /* no weight decay either */
-        SRF_TRY(adamw(t, srf_model_param(t->model, row), master ? master + (size_t)at * size : NULL,
-                      srf_model_grad(t->model, row), at, n, lr, skips));
+    double peak = srf_policy_lr(&t->config, t->step);
+    if (peak == 0 && !t->ctx->plan) return SRF_OK; /* no weight decay either */
+    if (r->rank) {
+        void *master = t->ctx->dtype == SRF_BF16 ? srf_arena_ptr(t->arena, r->slot_master) : NULL;
+        return adamw(t, srf_arena_ptr(t->arena, r->slot_ab), master,
+                     srf_arena_ptr(t->arena, r->slot_grads), 0, r->n, peak, skips);
+    }
+    for (int64_t row = 0, end; srf_model_trained_rows(m, &row, &end); row = end) {
+        double lr = same_rate(t, row, &end) * peak;
+        SRF_TRY(adamw(t, srf_model_param(m, row), srf_model_master(m, row), srf_model_grad(m, row),
+                      m->trained_at[row], srf_model_rows_count(m, row, end), lr, skips));
         skips = NULL;
     }
     return SRF_OK;
@@ -306,11 +314,14 @@ static srf_status update(struct srf_trainer *t)
     const struct srf_model *m = t->model;
     void *sum = srf_arena_ptr(t->arena, t->slot_sumsq);
     if (!ctx->plan) SRF_TRY(ctx->be->zero(ctx, sum, srf_dtype_bytes(srf_ctx_acc(ctx))));
-    SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_params, .x = srf_model_grad(m, 0), .sum = sum));
+    SRF_TRY(srf__lora_gradients(t));
+    int slot = t->lora.rank ? t->lora.slot_grads : m->slot_grads;
+    SRF_TRY(SRF_RUN(ctx, sumsq, .n = t->n_params, .x = srf_arena_ptr(t->arena, slot), .sum = sum));
     if (m->features_trained)
         SRF_TRY(
             SRF_RUN(ctx, sumsq, .n = t->n_features, .x = srf_model_features_grad(m), .sum = sum));
     SRF_TRY(update_parameters(t));
+    SRF_TRY(srf__lora_apply(t));
     if (!m->features_trained) return SRF_OK;
     int64_t n;
     void *w = srf_model_features(m, &n);
@@ -404,6 +415,11 @@ srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hook
 int64_t srf_trainer_steps_done(const struct srf_trainer *t)
 {
     return t->step;
+}
+
+int64_t srf_trainer_trained(const struct srf_trainer *t)
+{
+    return t->n_params + t->n_features;
 }
 
 int64_t srf_trainer_resumed_threads(const struct srf_trainer *t)

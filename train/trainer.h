@@ -61,6 +61,8 @@ srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
 srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path);
 
 int64_t srf_trainer_steps_done(const struct srf_trainer *t);
+/* Numbers that the optimizer trains: of parameters or what stands for them, and of features. */
+int64_t srf_trainer_trained(const struct srf_trainer *t);
 /* CPU threads before a resume (another number gives other roundings); 0 for a new run. */
 int64_t srf_trainer_resumed_threads(const struct srf_trainer *t);
 const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t);

@@ -1,6 +1,9 @@
 /* A training run's checkpoint: the model as in model/checkpoint.h, and
  *     /trainer    attributes layout, settings (JSON), step, first_draw, dtype, threads, data
- *     /optimizer  m, v (flat, in the order of the tensor table; then those of the features)
+ *     /optimizer  m, v (flat, of what is trained, in the order of the tensor table; then those of
+ *                 the features)
+ *     /lora       base, factors (flat): of a run that trains low-rank factors; the model itself has
+ *                 what they come to
  *     /teacher    params (flat), attention settings; w, bias (its features, flat)
  *     /exact      params, w, bias of an f64 run: the model itself is stored in f32
  * Flat arrays have the run's own precision; of a bf16 run the f32 masters are what is stored. */
@@ -12,10 +15,11 @@
 #define LAYOUT 2
 
 /* A checkpoint on the host with the model's present values; caller frees. */
-static srf_status download(const struct srf_trainer *t, const struct srf_model *m,
-                           enum srf_checkpoint_kind kind, struct srf_checkpoint **out)
+static srf_status download(struct srf_trainer *t, enum srf_checkpoint_kind kind,
+                           struct srf_checkpoint **out)
 {
     *out = NULL;
+    const struct srf_model *m = t->model;
     struct srf_checkpoint *ck;
     srf_status st = SRF_OK;
     SRF_TRY(SRF_CALLOC(ck, 1));
@@ -24,6 +28,7 @@ static srf_status download(const struct srf_trainer *t, const struct srf_model *
     SRF_TRY_GO(srf_tensor_table_create(&m->config, &ck->table));
     SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
     SRF_TRY_GO(srf_model_download(m, ck));
+    SRF_TRY_GO(srf__lora_merge(t, ck->params));
     if (t->tokenizer_json) {
         ck->tokenizer_json = srf__strdup(t->tokenizer_json);
         SRF_FAIL_GO_IF(!ck->tokenizer_json, SRF_NOMEM, "out of memory: tokenizer");
@@ -37,7 +42,7 @@ cleanup:
 srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path)
 {
     struct srf_checkpoint *ck;
-    SRF_TRY(download(t, t->model, SRF_CKPT_WEIGHTS, &ck));
+    SRF_TRY(download(t, SRF_CKPT_WEIGHTS, &ck));
     srf_status st = srf_checkpoint_save(ck, path);
     srf_checkpoint_free(ck);
     return st;
@@ -111,6 +116,24 @@ static srf_status put_teacher(struct srf_trainer *t, struct srf_h5 *f)
     return put_features(t, f, t->teacher, "/teacher/w", "/teacher/bias");
 }
 
+/* W0 is what a bf16 run's device has only rounded. */
+static srf_status put_lora(struct srf_trainer *t, struct srf_h5 *f)
+{
+    const struct srf__lora *r = &t->lora;
+    if (r->rank == 0) return SRF_OK;
+    SRF_TRY(srf_h5_put(f, "/lora/base", SRF_F32, 1, &r->n_base, r->base));
+    return put_flat(t, f, "/lora/factors", srf__lora_factors(t), srf_ctx_acc(t->ctx), r->n);
+}
+
+static srf_status get_lora(struct srf_trainer *t, struct srf_h5 *f)
+{
+    const struct srf__lora *r = &t->lora;
+    if (r->rank == 0) return SRF_OK;
+    SRF_TRY(srf_h5_get(f, "/lora/base", SRF_F32, 1, &r->n_base, r->base));
+    SRF_TRY(get_flat(t, f, "/lora/factors", srf__lora_factors(t), srf_ctx_acc(t->ctx), r->n));
+    return srf__lora_resume(t);
+}
+
 static srf_status put_trainer(struct srf_trainer *t, struct srf_h5 *f)
 {
     int64_t n = t->n_params + t->n_features;
@@ -129,10 +152,11 @@ static srf_status put_trainer(struct srf_trainer *t, struct srf_h5 *f)
     SRF_TRY(srf_h5_put_i64(f, "/trainer", "threads", t->ctx->n_threads));
     SRF_TRY(srf_h5_put_str(f, "/trainer", "data", t->data_id));
     if (t->ctx->dtype == SRF_F64) {
-        SRF_TRY(
-            put_flat(t, f, "/exact/params", srf_model_param(t->model, 0), SRF_F64, t->n_params));
+        SRF_TRY(put_flat(t, f, "/exact/params", srf_model_param(t->model, 0), SRF_F64,
+                         t->model->table.total));
         SRF_TRY(put_features(t, f, t->model, "/exact/w", "/exact/bias"));
     }
+    SRF_TRY(put_lora(t, f));
     return t->teacher ? put_teacher(t, f) : SRF_OK;
 }
 
@@ -140,7 +164,7 @@ srf_status srf_trainer_save(struct srf_trainer *t, const char *path)
 {
     struct srf_checkpoint *ck;
     struct srf_h5 *f = NULL;
-    SRF_TRY(download(t, t->model, SRF_CKPT_TRAINING, &ck));
+    SRF_TRY(download(t, SRF_CKPT_TRAINING, &ck));
     srf_status st = SRF_OK;
     SRF_TRY_GO(srf_h5_create(path, &f));
     SRF_TRY_GO(srf_checkpoint_put(ck, f));
@@ -201,10 +225,11 @@ static srf_status get_trainer(struct srf_trainer *t, struct srf_h5 *f)
     SRF_TRY(srf_h5_get_i64(f, "/trainer", "first_draw", &first_draw));
     t->first_draw = (uint64_t)first_draw;
     if (t->ctx->dtype == SRF_F64) {
-        SRF_TRY(
-            get_flat(t, f, "/exact/params", srf_model_param(t->model, 0), SRF_F64, t->n_params));
+        SRF_TRY(get_flat(t, f, "/exact/params", srf_model_param(t->model, 0), SRF_F64,
+                         t->model->table.total));
         SRF_TRY(get_features(t, f, t->model, "/exact/w", "/exact/bias"));
     }
+    SRF_TRY(get_lora(t, f));
     if (t->teacher) SRF_TRY(get_features(t, f, t->teacher, "/teacher/w", "/teacher/bias"));
     SRF_FAIL_IF(t->step < 0 || t->step > t->config.steps, SRF_FORMAT,
                 "/trainer: step %lld of %lld steps", (long long)t->step,

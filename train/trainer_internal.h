@@ -11,6 +11,15 @@ struct srf__micro_batch_key {
     const void *workspace;
 };
 
+/* train/lora.c; rank 0: there is none, and its functions do nothing. Flat arrays hold A (in, rank),
+ * then B (rank, out), of each adapted row in the order of the table. */
+struct srf__lora {
+    int64_t rank, n, n_base; /* n: elements of all factors; n_base: of the adapted rows */
+    int slot_ab, slot_master, slot_grads; /* T; A, where T is bf16; A */
+    int slot_base;                        /* T: the adapted rows as they were before training */
+    float *base;                          /* host: the same, unrounded */
+};
+
 struct srf_trainer {
     struct srf_ctx *ctx;
     struct srf_train_config config;
@@ -18,6 +27,7 @@ struct srf_trainer {
     struct srf_arena *arena;
     struct srf_model *model, *teacher; /* teacher: NULL without distillation */
     char *tokenizer_json;              /* or NULL */
+    struct srf__lora lora;
     int64_t n_params, n_features; /* elements under the optimizer; n_features 0 = not trained */
     /* moments of parameters, then of features; the gradient's sum of squares; adamw's u8 and i32 */
     int slot_m, slot_v, slot_sumsq, slot_no_decay, slot_skips;
@@ -42,6 +52,22 @@ srf_status srf__micro_batch(struct srf_trainer *t, int64_t first);
 /* Reads what the next step begins with, while the device works. */
 void srf__micro_batch_ahead(struct srf_trainer *t);
 void srf__micro_batch_free(struct srf_trainer *t);
+/* Adds its tensors to the arena, once the model has. */
+srf_status srf__lora_plan(struct srf_trainer *t);
+/* The weights of params (the table's), with factors that leave them as they are. */
+srf_status srf__lora_begin(struct srf_trainer *t, const float *params);
+/* The same of base and factors as they are. */
+srf_status srf__lora_resume(struct srf_trainer *t);
+void srf__lora_free(struct srf_trainer *t);
+/* All factors as they are trained: device A (n). */
+void *srf__lora_factors(const struct srf_trainer *t);
+/* Factors' gradients from those of the matrices. */
+srf_status srf__lora_gradients(struct srf_trainer *t);
+/* The matrices of the factors as they are now. */
+srf_status srf__lora_apply(struct srf_trainer *t);
+/* The same, unrounded, into params (the table's) on the host. Between steps: it writes over
+ * gradients. */
+srf_status srf__lora_merge(struct srf_trainer *t, float *params);
 int64_t srf__loss_row(const struct srf_train_config *c);
 /* 1 / predictions of a step */
 double srf__mean_scale(const struct srf_train_config *c);
