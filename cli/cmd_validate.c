@@ -128,6 +128,7 @@ static srf_status open_teacher(const struct inputs *in, struct run *r)
 
 static srf_status open_run(const struct inputs *in, struct run *r)
 {
+    SRF_TRY(cli_check_output_dir(in->out));
     SRF_TRY(cli_open_device(&in->device, &r->ctx));
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));
     const struct srf_model_config *cfg = &r->ck->config;

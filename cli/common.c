@@ -187,6 +187,28 @@ srf_status cli_check_output(const char *path)
     return SRF_OK;
 }
 
+srf_status cli_check_output_dir(const char *path)
+{
+    struct stat info;
+    char *at = srf__strdup(path), *parent;
+    SRF_FAIL_IF(!at, SRF_NOMEM, "out of memory");
+    while (stat(at, &info) != 0 && errno == ENOENT) {
+        srf_status st = srf__path_dir(at, &parent);
+        bool top = st != SRF_OK || strcmp(parent, at) == 0;
+        srf__free(at);
+        SRF_TRY(st);
+        at = parent;
+        if (top) break;
+    }
+    int error = stat(at, &info) != 0      ? errno
+                : !S_ISDIR(info.st_mode)  ? ENOTDIR
+                : access(at, W_OK | X_OK) ? errno
+                                          : 0;
+    srf__free(at);
+    SRF_FAIL_IF(error, SRF_IO, "%s: %s", path, strerror(error));
+    return SRF_OK;
+}
+
 static bool same_file(const struct stat *a, const struct stat *b)
 {
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;

@@ -151,6 +151,8 @@ srf_status cli_load_tokenizer(const char *path, struct srf_bpe **out);
 
 /* Before long work: whether a file can be written at `path`. */
 srf_status cli_check_output(const char *path);
+/* The same of a directory that is made if need be, with those above it. */
+srf_status cli_check_output_dir(const char *path);
 /* SRF_INVALID if writing `out` would replace `in`, or a file of the directory `in`. */
 srf_status cli_check_apart(const char *in, const char *out);
 

@@ -223,6 +223,7 @@ static srf_status open_run(const struct cli_training *defaults, struct inputs *i
         SRF_TRY(open_resumed_device(last, &in->device, &r->ctx));
     } else {
         SRF_TRY(srf_run_check_new(in->out));
+        SRF_TRY(cli_check_output_dir(in->out));
         SRF_TRY(cli_open_device(&in->device, &r->ctx));
         SRF_TRY(open_start(defaults, in, r));
     }

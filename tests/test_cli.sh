@@ -179,6 +179,12 @@ cmp -s model.h5 precious.h5 || fail "the model was replaced"
 
 refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 \
     --window 0 --quiet
+for command in retrofit validate; do
+    refuse 1 "$SRF" $command --model no-such-file --data text.txt --out text.txt/run
+    grep -q 'text.txt/run' stderr || fail "$command looks at its output late: $(cat stderr)"
+done
+refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --val text.txt --eval-tokens 1 --out run \
+    --seq-len 16 --window 2 --steps 1 --quiet
 refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out run --rotation hd --features none
 refuse 1 "$SRF" train --init no-such-file --data text.txt --out run
 refuse 1 "$SRF" train --resume --data text.txt --out no-such-run

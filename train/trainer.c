@@ -102,6 +102,7 @@ static srf_status check_val(const struct srf_train_config *c, const struct srf_t
     SRF_FAIL_IF(srf_tokenset_count(val) < 2, SRF_INVALID,
                 "the validation set has %lld tokens: a prediction needs 2",
                 (long long)srf_tokenset_count(val));
+    SRF_FAIL_IF(c->eval_tokens == 1, SRF_INVALID, "an evaluation of 1 token: a prediction needs 2");
     SRF_FAIL_IF(c->seq_len < 2, SRF_INVALID,
                 "sequences of %lld token: an evaluation needs at least 2", (long long)c->seq_len);
     return SRF_OK;
