@@ -56,13 +56,22 @@ static void on_stream(struct srf_attn *a, void *stream)
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
+/* Sizes up to which a product of three and an element's bytes fits 64 bits. */
+#define MOST (1 << 20)
+
 static srf_status check(const struct srf_attn_options *o)
 {
+    SRF_FAIL_IF(!o->device, SRF_INVALID, "no device: expected auto, cpu or cuda");
     SRF_FAIL_IF(o->n_heads < 1 || o->head_size < 2 || o->m < 1 || o->window < 0, SRF_INVALID,
                 "attention of %lld heads of %lld, %lld features, window %lld: expected >= 1, >= 2, "
                 ">= 1, >= 0",
                 (long long)o->n_heads, (long long)o->head_size, (long long)o->m,
                 (long long)o->window);
+    SRF_FAIL_IF(o->n_heads > MOST || o->head_size > MOST || o->m > MOST || o->window > MOST,
+                SRF_INVALID,
+                "attention of %lld heads of %lld, %lld features, window %lld: expected at most %d",
+                (long long)o->n_heads, (long long)o->head_size, (long long)o->m,
+                (long long)o->window, MOST);
     SRF_FAIL_IF(o->window && !o->causal, SRF_INVALID, "a window needs causal attention");
     SRF_FAIL_IF(!(o->oprf_a <= 0), SRF_INVALID, "oprf_a is %g: expected <= 0", o->oprf_a);
     return SRF_OK;
@@ -184,6 +193,15 @@ static struct srf_attn_shape shape_of(const struct srf_attn *a, int64_t b, int64
                                    .causal = a->options.causal};
 }
 
+/* Whether all that is made of so many tokens, features and states among it, has sizes of 64 bits. */
+static bool counts_fit(const struct srf_attn *a, int64_t b, int64_t t, int64_t ld)
+{
+    const struct srf_attn_options *o = &a->options;
+    double head = (double)(o->m + 1) * (double)o->head_size, row = head * (double)o->n_heads;
+    return b <= INT32_MAX && t <= INT32_MAX &&
+           (double)b * (double)(t + 1) * (row + (double)ld) * 8 < 0x1p62;
+}
+
 static srf_status check_tensors(const struct srf_attn *a, const struct srf_attn_tensors *given,
                                 struct srf_attn_tensors *x)
 {
@@ -196,6 +214,9 @@ static srf_status check_tensors(const struct srf_attn *a, const struct srf_attn_
                 "least %lld",
                 (long long)x->b, (long long)x->t, (long long)x->ld, (long long)x->ld_o,
                 (long long)width);
+    SRF_FAIL_IF(!counts_fit(a, x->b, x->t, x->ld > x->ld_o ? x->ld : x->ld_o), SRF_INVALID,
+                "attention of %lld x %lld tokens, rows of %lld and %lld: too many", (long long)x->b,
+                (long long)x->t, (long long)x->ld, (long long)x->ld_o);
     SRF_FAIL_IF(x->b && x->t && (!x->q || !x->k || !x->v || !x->o), SRF_INVALID,
                 "attention: q, k, v or o is NULL");
     return SRF_OK;
@@ -369,6 +390,8 @@ srf_status srf_attn_reserve(struct srf_attn *a, int64_t b, int64_t t, bool backw
     SRF_FAIL_IF(b < 0 || t < 0, SRF_INVALID, "a workspace for %lld x %lld tokens: expected >= 0",
                 (long long)b, (long long)t);
     int64_t ld = s.h * s.d;
+    SRF_FAIL_IF(!counts_fit(a, b, t, ld), SRF_INVALID,
+                "a workspace for %lld x %lld tokens: too many", (long long)b, (long long)t);
     const struct srf_srf_attn_fwd_args fwd = {.s = s, .ld = ld, .ld_o = ld};
     /* with dw, which may need more: any pointer stands for one */
     const struct srf_srf_attn_bwd_args bwd = {.s = s, .ld = ld, .ld_o = ld, .dw = a->w};

@@ -52,12 +52,12 @@ extern "C" {
 struct srf_attn; /* a handle; opaque */
 
 struct srf_attn_options {
-    const char *device;   /* "cpu", "cuda", or "auto": cuda where there is one */
-    enum srf_dtype dtype; /* T */
-    int threads;          /* CPU: 0 = all cores this process may use */
-    int64_t n_heads, head_size;
-    int64_t m;      /* features of a head */
-    int64_t window; /* W; 0 = features alone; needs causal */
+    const char *device;         /* "cpu", "cuda", or "auto": cuda where there is one */
+    enum srf_dtype dtype;       /* T */
+    int threads;                /* CPU: 0 = all cores this process may use */
+    int64_t n_heads, head_size; /* these four: at most 2^20 */
+    int64_t m;                  /* features of a head */
+    int64_t window;             /* W; 0 = features alone; needs causal */
     bool causal;
     bool share_heads; /* one W for all heads: n_sets = 1, else n_heads */
     enum srf_feature_kind features;

@@ -22,7 +22,7 @@ size_t srf_dtype_bytes(enum srf_dtype dtype)
 const char *srf_dtype_name(enum srf_dtype dtype)
 {
     static const char *const names[] = {"f32", "f64", "bf16", "f16", "i32"};
-    return names[dtype];
+    return (unsigned)dtype < sizeof names / sizeof *names ? names[dtype] : "?";
 }
 
 const char *srf_op_name(enum srf_op_id op)

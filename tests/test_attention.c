@@ -208,11 +208,31 @@ static void refusals(void **state)
     o.device = "cpu";
     o.dtype = SRF_BF16;
     assert_int_equal(srf_attn_create(&o, &a), SRF_UNSUPPORTED);
+    o.dtype = (enum srf_dtype)77;
+    assert_int_equal(srf_attn_create(&o, &a), SRF_UNSUPPORTED);
+    srf_attn_defaults(&o, H, D);
+    o.device = NULL;
+    assert_int_equal(srf_attn_create(&o, &a), SRF_INVALID);
+    /* Sizes whose products would wrap around. */
+    int64_t *const sizes[] = {&o.n_heads, &o.head_size, &o.m, &o.window};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        srf_attn_defaults(&o, H, D);
+        o.device = "cpu";
+        *sizes[i] = (int64_t)1 << 61;
+        assert_int_equal(srf_attn_create(&o, &a), SRF_INVALID);
+    }
     srf_attn_free(NULL);
 
     open_problem(&p, 4);
     struct srf_attn_tensors x = p.x;
     x.ld = WIDTH - 1;
+    assert_int_equal(srf_attn_forward(p.a, NULL, &x, NULL), SRF_INVALID);
+    x = p.x;
+    x.b = (int64_t)1 << 62;
+    assert_int_equal(srf_attn_forward(p.a, NULL, &x, NULL), SRF_INVALID);
+    x = p.x;
+    x.t = INT32_MAX;
+    x.ld = (int64_t)1 << 40;
     assert_int_equal(srf_attn_forward(p.a, NULL, &x, NULL), SRF_INVALID);
     x = p.x;
     x.o = NULL;
@@ -239,6 +259,7 @@ static void refusals(void **state)
         assert_int_equal(srf_attn_prefill(p.a, NULL, &p.x, &bad[i]), SRF_INVALID);
     assert_int_equal(srf_attn_set_features(p.a, NULL, NULL, NULL), SRF_INVALID);
     assert_int_equal(srf_attn_reserve(p.a, -1, 3, false), SRF_INVALID);
+    assert_int_equal(srf_attn_reserve(p.a, (int64_t)1 << 40, (int64_t)1 << 40, true), SRF_INVALID);
     /* Nothing to do is fine, and so is the handle after all that. */
     x = (struct srf_attn_tensors){.b = B, .t = 0};
     test_ok(srf_attn_prefill(p.a, NULL, &x, &good));
