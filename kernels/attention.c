@@ -193,7 +193,7 @@ static struct srf_attn_shape shape_of(const struct srf_attn *a, int64_t b, int64
                                    .causal = a->options.causal};
 }
 
-/* Whether all that is made of so many tokens, features and states among it, has sizes of 64 bits. */
+/* Whether all that is made of so many tokens, features and states too, has sizes of 64 bits. */
 static bool counts_fit(const struct srf_attn *a, int64_t b, int64_t t, int64_t ld)
 {
     const struct srf_attn_options *o = &a->options;
