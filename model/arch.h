@@ -16,6 +16,8 @@ struct srf_arch {
     void (*tensors)(const struct srf_model_config *cfg, struct srf_tensor *rows);
     /* True for tensors that files may hold and that carry no parameters (mask buffers). */
     bool (*ignores)(const char *name);
+    /* A name under which files may hold the output head's tensor (head_row) again; or NULL. */
+    const char *tied_head;
     /* Activations of the model's plan (model->acts, layout private to the architecture). */
     srf_status (*plan)(struct srf_model *m);
     srf_status (*forward)(struct srf_model *m, const struct srf_batch *batch);

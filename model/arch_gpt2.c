@@ -96,8 +96,7 @@ static bool ignores(const char *name)
 {
     size_t n = strlen(name);
     return (n >= 10 && strcmp(name + n - 10, ".attn.bias") == 0) ||
-           (n >= 17 && strcmp(name + n - 17, ".attn.masked_bias") == 0) ||
-           strcmp(name, "lm_head.weight") == 0;
+           (n >= 17 && strcmp(name + n - 17, ".attn.masked_bias") == 0);
 }
 
 /* ---- config ------------------------------------------------------------------------------- */
@@ -442,6 +441,7 @@ const struct srf_arch srf_arch_gpt2 = {
     .n_tensors = n_tensors,
     .tensors = tensors,
     .ignores = ignores,
+    .tied_head = "lm_head.weight",
     .plan = plan,
     .backward_scratch = backward_scratch,
     .forward = forward,

@@ -92,7 +92,8 @@ static srf_status refuse_unknown(const struct srf_source *src, const struct srf_
 {
     for (int64_t i = 0; i < srf_source_count(src); i++) {
         const char *name = srf_source_info(src, i)->name;
-        if (ck->config.arch->ignores(name)) continue;
+        const char *tied = ck->config.arch->tied_head;
+        if (ck->config.arch->ignores(name) || (tied && strcmp(name, tied) == 0)) continue;
         bool known = false;
         for (int64_t k = 0; k < ck->table.n && !known; k++)
             known = srf_source_find(src, ck->table.rows[k].name) == i;
@@ -100,6 +101,34 @@ static srf_status refuse_unknown(const struct srf_source *src, const struct srf_
                     ck->config.arch->name);
     }
     return SRF_OK;
+}
+
+/* An output head that was trained on its own would be silently lost. Up to the rounding of another
+ * type (a bfloat16's is 2^-9) it must be the tensor that it is tied to. */
+static srf_status check_tied_head(struct srf_source *src, const struct srf_checkpoint *ck)
+{
+    const struct srf_arch *arch = ck->config.arch;
+    if (!arch->tied_head || srf_source_find(src, arch->tied_head) < 0) return SRF_OK;
+    const struct srf_tensor *row = &ck->table.rows[arch->head_row(&ck->config)];
+    const float *want = ck->params + row->offset;
+    struct srf_tensor head = *row;
+    double norm = 0, apart = 0;
+    float *found;
+    srf_status st = SRF_OK;
+    snprintf(head.name, sizeof head.name, "%s", arch->tied_head);
+    SRF_TRY(SRF_ALLOC(found, row->count));
+    SRF_TRY_GO(read_tensor(src, &head, found));
+    for (int64_t i = 0; i < row->count; i++) {
+        double d = (double)found[i] - (double)want[i];
+        norm += (double)want[i] * (double)want[i];
+        apart += d * d;
+    }
+    SRF_FAIL_GO_IF(!(apart <= 1e-4 * norm), SRF_UNSUPPORTED,
+                   "tensor '%s' is not '%s' again: an output head of its own is not supported",
+                   arch->tied_head, row->name);
+cleanup:
+    srf__free(found);
+    return st;
 }
 
 /* Dimensions of W in a file, and without the last one of its bias: (layers, sets, m, columns), or
@@ -180,6 +209,7 @@ static srf_status load(const char *path, const char *config_json, struct srf_sou
     SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
     for (int64_t i = 0; i < ck->table.n; i++)
         SRF_TRY_GO(read_tensor(src, &ck->table.rows[i], ck->params + ck->table.rows[i].offset));
+    SRF_TRY_GO(check_tied_head(src, ck));
     if (srf_source_kind(src) == SRF_SOURCE_NATIVE) SRF_TRY_GO(read_native(path, ck));
     *out = ck;
 cleanup:

@@ -153,6 +153,11 @@ def bad_tensors():
     shape, values = GOOD["transformer.h.0.mlp.c_fc.weight"]
     copy("missing-tensor", lambda t: t.pop("transformer.h.0.ln_2.bias"))
     copy("unknown-tensor", lambda t: t.update({"transformer.h.1.ln_1.bias": ((C,), numbers(C))}))
+    head = GOOD["transformer.wte.weight"]
+    copy("good-head", lambda t: t.update({"lm_head.weight": head}))
+    copy("untied-head", lambda t: t.update({"lm_head.weight": (head[0], numbers(VOCAB * C))}))
+    copy("padded-head", lambda t: t.update({"lm_head.weight": ((VOCAB + 4, C),
+                                                               numbers((VOCAB + 4) * C))}))
     copy("twice-with-prefix", lambda t: t.update({"ln_f.bias": ((C,), numbers(C))}))
     copy("nan", lambda t: t.update({"transformer.h.0.mlp.c_fc.weight":
                                     (shape, values[:5] + [float("nan")] + values[6:])}))

@@ -40,7 +40,7 @@ cd files || exit 1
 python3 "$SOURCE/tests/bad_files.py" || die "cannot make the files"
 
 # What the broken ones are copies of is good.
-for good in good good-vocab good-shards good.bin good/model.safetensors; do
+for good in good good-vocab good-shards good-head good.bin good/model.safetensors; do
     run "$SRF" import "$good" good.h5
     [ $status -eq 0 ] || fail "import $good: $(cat stderr)"
     cp good.h5 "imported-$(basename "$good").h5"
@@ -48,6 +48,7 @@ for good in good good-vocab good-shards good.bin good/model.safetensors; do
     [ $status -eq 0 ] || fail "info $good: $(cat stderr)"
 done
 cmp imported-good.h5 imported-good-shards.h5 || fail "shards give another model"
+cmp imported-good.h5 imported-good-head.h5 || fail "a tied head gives another model"
 cmp imported-good.h5 imported-model.safetensors.h5 || fail "the bare file gives another model"
 cmp imported-good.h5 imported-good.bin.h5 || fail "llm.c gives another model"
 mv imported-good-vocab.h5 good.h5
@@ -94,6 +95,8 @@ bad text.safetensors "neither HDF5 nor safetensors nor an llm.c model"
 # Tensors
 bad missing-tensor "'transformer.h.0.ln_2.bias' is missing"
 bad unknown-tensor "'transformer.h.1.ln_1.bias' is not one of a gpt2 model"
+bad untied-head "'lm_head.weight' is not 'transformer.wte.weight' again"
+bad padded-head "'lm_head.weight': expected shape (260, 8), found (264, 8)"
 bad twice-with-prefix "ln_f.bias is there twice"
 bad nan "transformer.h.0.mlp.c_fc.weight: element 5 is"
 bad infinity "transformer.h.0.mlp.c_fc.weight: element 255 is -inf"
