@@ -431,6 +431,26 @@ static void print_result(const struct cli_training *defaults, const struct input
     printf("; model in %s/model.h5, curves in %s/training.html\n", in->out, in->out);
 }
 
+/* After a retrofit: what to look at, and what to make of it. */
+static void print_next(const struct inputs *in, const struct run *r)
+{
+    if (in->json || in->quiet || srf_trainer_model(r->trainer)->attention.kind != SRF_ATTN_SRF)
+        return;
+    const char *teacher = in->teacher ? in->teacher : in->model;
+    fputs("srf: where it differs from softmax: srf validate --model ", stderr);
+    print_word(stderr, in->out);
+    fputs("/model.h5", stderr);
+    if (teacher) {
+        fputs(" --teacher ", stderr);
+        print_word(stderr, teacher);
+    }
+    fputs(" --data ", stderr);
+    print_word(stderr, in->val ? in->val : in->data);
+    fputs(" --out DIR\nsrf: to write with it: srf export ", stderr);
+    print_word(stderr, in->out);
+    fputs("/model.h5 OUT.h5 --format recurrent && srf generate --model OUT.h5\n", stderr);
+}
+
 static int run(const struct cli_training *defaults, struct inputs *in)
 {
     struct run r = {0};
@@ -459,6 +479,7 @@ static int run(const struct cli_training *defaults, struct inputs *in)
         code = cli_fail();
     } else {
         print_result(defaults, in, &report, val_ppl, cli_now() - start);
+        if (defaults->recipe) print_next(in, &r);
     }
     /* The model is what counts: a page that cannot be written fails nothing. */
     bool draw = st == SRF_OK || st == SRF_INTERRUPTED;
