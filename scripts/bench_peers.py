@@ -49,7 +49,12 @@ import time
 
 SAID_FROM = time.monotonic()  # before PyTorch, which may take its time
 
-import torch  # noqa: E402
+try:
+    import torch  # noqa: E402
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"bench_peers.py: needs {missing.name}: pip install {missing.name}")
 
 # The lengths of the table first, then the rest of the picture.
 ATTENTION_LENGTHS = [1024, 4096, 16384, 256, 512, 2048, 8192, 32768]

@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 
-import h5py
-import numpy as np
-import torch
-import transformers
+try:
+    import h5py
+    import numpy as np
+    import torch
+    import transformers
+except ModuleNotFoundError as missing:
+    sys.exit(f"check_gpt2.py: needs {missing.name}: pip install {missing.name}")
 
 BOUND = {"f32": 1e-4, "bf16": 2e-2}
 

@@ -1,5 +1,12 @@
 # What the scripts share: source it. Sets ROOT (the checkout), JOBS, PYTHON; changes to ROOT.
 set -euo pipefail
+# -h, --help of each of them: the comment that it begins with.
+case "${1:-}" in
+-h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 # Threads that wait do not spin: on a busy machine that costs more than it saves.

@@ -5,7 +5,10 @@
 
 import sys
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+try:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ModuleNotFoundError as missing:
+    sys.exit(f"make_tokenizer.py: needs {missing.name}: pip install {missing.name}")
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"

@@ -20,10 +20,6 @@ for group in "$@"; do
     case "$group" in
     fuzz) packages+=(clang libclang-rt-dev libomp-dev) ;;
     tokenizer) packages+=(python3-venv) ;;
-    -h | --help)
-        sed -n '2,6s/^# \{0,1\}//p' "$0"
-        exit 0
-        ;;
     *) die "unknown group '$group': expected fuzz or tokenizer" ;;
     esac
 done

@@ -28,7 +28,12 @@ import subprocess
 import sys
 import time
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"srf_attention.py: needs {missing.name}: pip install {missing.name}")
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 KINDS = {"iid": 0, "orthogonal": 1, "simplex": 2, "simplex+": 3}
