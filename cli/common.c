@@ -117,13 +117,13 @@ bool cli_slow_prefill(const struct srf_attention_config *a, const struct srf_mod
 {
     int64_t d = c->c / c->n_heads;
     for (int64_t l = 0; l < c->n_layers; l++) {
-        int64_t window = srf_attention_window(a, l);
-        if (srf_attn_prefill_fast(d, a->m, window)) continue;
-        if (srf_attn_prefill_fast(d, a->m, 0))
+        int64_t window = srf_attention_window(a, l), m = srf_attention_m(a, l);
+        if (srf_attn_prefill_fast(d, m, window)) continue;
+        if (srf_attn_prefill_fast(d, m, 0))
             snprintf(why, size, "window %lld: multiples of 32 up to 256 are taken by chunks",
                      (long long)window);
         else
-            snprintf(why, size, "heads of %lld with %lld features", (long long)d, (long long)a->m);
+            snprintf(why, size, "heads of %lld with %lld features", (long long)d, (long long)m);
         return true;
     }
     return false;

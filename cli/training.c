@@ -165,27 +165,29 @@ static srf_status plan_windows(const struct inputs *in, struct run *r)
     struct cli_progress progress;
     struct srf_plan_windows_config c = {.seq_len = in->config.seq_len,
                                         .state_budget = in->state_budget,
+                                        .features = true,
+                                        .train_steps = in->config.train_features ? 60 : 0,
                                         .progress = on_preparation,
                                         .user = &progress};
     struct srf_plan_windows_result result;
     int32_t *tokens;
     srf_status st = SRF_OK;
     SRF_TRY_GO(sample_text(in, r, in->plan_windows, &c.windows, &tokens));
-    cli_progress_start(&progress, "windows by layer", in->quiet);
+    cli_progress_start(&progress, "windows and features by layer", in->quiet);
     st = srf_plan_windows(r->ctx, r->ck, tokens, &c, &result);
     cli_progress_end(&progress);
     SRF_TRY_GO(st);
     if (!in->quiet && result.measured)
         fprintf(stderr,
-                "windows by layer, on %lld tokens: KL to softmax, layer by layer, from %.4f to "
-                "%.4f; state %lld bytes a sequence\n",
+                "windows and features by layer, on %lld tokens: KL to softmax, layer by layer, "
+                "from %.4f to %.4f; state %lld bytes a sequence\n",
                 (long long)(c.windows * c.seq_len), result.before, result.after,
                 (long long)result.state_bytes);
     else if (!in->quiet)
         fprintf(
             stderr,
-            "windows by layer: nothing to choose in sequences of %lld tokens; state %lld bytes a "
-            "sequence\n",
+            "windows and features by layer: nothing to choose in sequences of %lld tokens; state "
+            "%lld bytes a sequence\n",
             (long long)c.seq_len, (long long)result.state_bytes);
 cleanup:
     srf__free(tokens);
@@ -670,9 +672,9 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
         {"plan-windows", 0, CLI_INT, &in.plan_windows, "N",
-         "each layer's own window, of the same sum, by its worth on N tokens; 0 = off", 0, 1 << 24},
+         "each layer's own window and features, by their worth on N tokens; 0 = off", 0, 1 << 24},
         {"state-budget", 0, CLI_INT, &in.state_budget, "BYTES",
-         "plan windows for a state of a sequence of so many bytes in fp32; 0: as with --window", 0,
+         "plan them for a state of a sequence of so many bytes in fp32; 0: as without a plan", 0,
          1e15},
         {"rest-lr", 0, CLI_DOUBLE, &c->rest_lr, "X",
          "learning rate of all but attention, times --lr; 0: attention alone is trained", 0, 1e6},

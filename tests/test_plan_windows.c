@@ -65,11 +65,12 @@ static struct srf_checkpoint *make_model(void)
     return ck;
 }
 
-/* KL of ck's predictions from softmax's with a window in one layer alone, calibrated and fitted,
- * summed over the layers. */
-static double measured(struct srf_ctx *ctx, const int32_t *tokens, int64_t window)
+/* KL of ck's predictions from softmax's with a window and m features in one layer alone, calibrated
+ * and fitted, summed over the layers. */
+static double measured(struct srf_ctx *ctx, const int32_t *tokens, int64_t window, int64_t m)
 {
-    struct srf_checkpoint *ck = make_model(), *teacher = make_model();
+    struct srf_checkpoint *ck = make_model();
+    ck->attention.m = m;
     struct srf_calibrate_config c = {
         .windows = B, .seq_len = T, .balance = true, .fit = true, .best_of = 1};
     struct srf_calibrate_result result;
@@ -81,13 +82,12 @@ static double measured(struct srf_ctx *ctx, const int32_t *tokens, int64_t windo
         a.n_windows = L;
         a.window = T;
         for (int j = 0; j < L; j++) a.windows[j] = j == l ? (int32_t)window : T;
-        struct srf_validate_pair pair = {teacher, ck, &a, tokens, B, T};
+        struct srf_validate_pair pair = {ck, ck, &a, tokens, B, T};
         test_ok(srf_validate_positions(ctx, &pair, places));
         for (int i = 0; i < SRF_VALIDATE_PLACES; i++)
             sum += places[i].kl * (double)places[i].n / (B * (T - 1));
     }
     srf_checkpoint_free(ck);
-    srf_checkpoint_free(teacher);
     return sum;
 }
 
@@ -96,7 +96,7 @@ static int64_t sum_of_windows(const struct srf_attention_config *a)
     int64_t sum = 0, largest = 0;
     for (int64_t l = 0; l < L; l++) {
         int64_t w = srf_attention_window(a, l);
-        assert_true(w == W / 2 || w == W || w == 2 * W || w == 3 * W);
+        assert_true(w >= W / 2 && w <= 7 * W / 2 && w % (W / 2) == 0);
         sum += w;
         largest = w > largest ? w : largest;
     }
@@ -133,7 +133,7 @@ static void a_plan(void **state)
     /* Budgets, 2 heads, a ring of 2 W rows of k and v: a byte short of the least; the least; half
      * a window more; all that there is to have, and beyond. */
     int64_t fixed = (int64_t)L * 2 * 4 * (6 * 8 + 2 * 6), token = 2 * 4 * (2 * 2 * 8), last = -1;
-    const int64_t sums[] = {L * W / 2 - 1, L * W / 2, L * W / 2 + W / 2, L * W * 3, L * W * 9};
+    const int64_t sums[] = {L * W / 2 - 1, L * W / 2, L * W / 2 + W / 2, L * W * 7 / 2, L * W * 9};
     for (int i = 0; i < 5; i++) {
         ck->attention = start;
         c.state_budget = fixed + sums[i] * token + (i == 0 ? token - 1 : 0);
@@ -146,25 +146,88 @@ static void a_plan(void **state)
         assert_int_equal(result.state_bytes, fixed + sum * token);
         assert_true(result.state_bytes <= c.state_budget);
         if (i == 1) {
-            double kl = measured(ctx, tokens, W / 2);
+            double kl = measured(ctx, tokens, W / 2, 6);
             assert_true(a->n_windows == 0 && a->window == W / 2);
             assert_true(fabs(result.after / kl - 1) < 1e-9);
         }
         last = sum;
     }
-    assert_int_equal(last, L * W * 3);
+    assert_int_equal(last, L * W * 7 / 2);
     /* In shorter texts three windows leave nothing beyond them: 6 W is 24. */
     ck->attention = start;
     c.seq_len = 24;
     test_ok(srf_plan_windows(ctx, ck, tokens, &c, &result));
-    assert_true(a->window == 2 * W);
+    assert_true(a->window <= 5 * W / 2);
     srf_checkpoint_free(as_it_was);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+/* Features as well: half of them too, as that is a multiple of 16. */
+static void a_plan_of_features(void **state)
+{
+    (void)state;
+    enum { M = 32, HEADS = 2, D = 8 };
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck = make_model();
+    struct srf_plan_windows_config c = {.windows = B, .seq_len = T, .features = true};
+    struct srf_plan_windows_result result;
+    struct srf_attention_config *a = &ck->attention, start;
+    int32_t tokens[B * T];
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 61, 0, 0);
+    for (int i = 0; i < B * T; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
+    test_ok(srf_ctx_create("cpu", SRF_F64, 1, &ctx));
+    a->m = M;
+    start = *a;
+    int64_t least = HEADS * L * srf_attn_state_count(M / 2, D, W / 2) * 4;
+    int64_t most = HEADS * L * srf_attn_state_count(M, D, 7 * W / 2) * 4;
+    const int64_t budgets[] = {0,        least - 1, least, least + 999, (least + most) / 2,
+                               most - 1, most};
+    double before = 0, after = INFINITY;
+    for (int i = 0; i < 7; i++) {
+        *a = start;
+        c.state_budget = budgets[i];
+        srf_status st = srf_plan_windows(ctx, ck, tokens, &c, &result);
+        assert_int_equal(st, i == 1 ? SRF_INVALID : SRF_OK);
+        if (st != SRF_OK) continue;
+        int64_t bytes = 0, most_m = 0;
+        for (int l = 0; l < L; l++) {
+            int64_t m = srf_attention_m(a, l);
+            assert_true(m == M / 2 || m == M);
+            most_m = m > most_m ? m : most_m;
+            bytes += HEADS * srf_attn_state_count(m, D, srf_attention_window(a, l)) * 4;
+        }
+        sum_of_windows(a);
+        assert_int_equal(a->m, most_m);
+        assert_int_equal(result.state_bytes, bytes);
+        assert_true(bytes <= (i ? budgets[i] : HEADS * L * srf_attn_state_count(M, D, W) * 4));
+        assert_true(result.measured == (i < 6));
+        if (i == 0) assert_true(result.after <= result.before && result.before > 0);
+        if (i == 0) before = result.before;
+        if (i == 2) assert_true(bytes == least && !a->n_layer_m && !a->n_windows);
+        if (i == 2)
+            assert_true(fabs(result.after / measured(ctx, tokens, W / 2, M / 2) - 1) < 1e-9);
+        if (i > 1 && i < 6) assert_true(result.before == before && result.after <= after);
+        if (i > 1) after = result.after;
+    }
+    assert_true(a->m == M && a->window == 7 * W / 2 && !a->n_layer_m && !a->n_windows);
+    /* Trained features are nearer. */
+    *a = start;
+    c.state_budget = 0;
+    c.train_steps = 40;
+    test_ok(srf_plan_windows(ctx, ck, tokens, &c, &result));
+    print_message("KL of fitted features %.3g, of trained ones %.3g\n", before, result.before);
+    assert_true(result.before < 0.97 * before && result.after <= result.before);
+    assert_true(!ck->features_w && !ck->features_bias);
+    test_ok(srf_attention_set_layer_m(a, "16,32,32"));
+    assert_int_equal(srf_plan_windows(ctx, ck, tokens, &c, &result), SRF_INVALID);
     srf_checkpoint_free(ck);
     srf_ctx_free(ctx);
 }
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(the_best_choice), cmocka_unit_test(a_plan)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(the_best_choice), cmocka_unit_test(a_plan),
+                                       cmocka_unit_test(a_plan_of_features)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

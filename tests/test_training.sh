@@ -161,15 +161,15 @@ recipe redrawn-untrained --window 8 --redraw-every 1 --features-lr 0
 [ "$(second_loss drawn)" = "$(second_loss redrawn-untrained)" ] || fail "redrawn and trained"
 for how in '--window 4 --plan-windows 512' '--recipe hybrid --window 4 --plan-windows 512'; do
     recipe "${how// /}" $how
-    grep -qE "windows by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
+    grep -qE "features by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
-for how in '' '--recipe planned' '--window 8 --plan-windows 512'; do # 4 x 8 is all of a sequence
+for how in '' '--recipe planned' '--window 32 --plan-windows 512'; do # 32 is all of a sequence
     recipe "short${how// /}" $how
-    grep -q "windows by layer: nothing to choose" stderr || fail "$how: $(cat stderr)"
+    grep -q "features by layer: nothing to choose" stderr || fail "$how: $(cat stderr)"
 done
 for budget in 20000 40000; do
     recipe budget-$budget --window 4 --state-budget $budget
-    used=$(sed -n 's/^windows by layer.*state \([0-9]*\) bytes.*/\1/p' stderr)
+    used=$(sed -n 's/^windows and features by layer.*state \([0-9]*\) bytes.*/\1/p' stderr)
     [ "$used" -le $budget ] || fail "--state-budget $budget: $(cat stderr)"
     "$SRF" info --json recipe-budget-$budget/model.h5 >facts
     grep -q "\"state_bytes_per_sequence\": $used\b" facts || fail "$used bytes? $(cat facts)"
@@ -177,11 +177,14 @@ done
 refuse 1 "at least" "${retrofit[@]}" --out t --state-budget 100
 refuse 2 "--state-budget" "${retrofit[@]}" --out t --state-budget 100 --plan-windows 0
 recipe small-window --recipe planned --window 32
-! grep -q "windows by layer" stderr || fail "a window of 32: $(cat stderr)"
+! grep -q "features by layer" stderr || fail "a window of 32: $(cat stderr)"
 recipe given --recipe planned --layer-windows 4,8
-! grep -q "windows by layer" stderr || fail "windows given: $(cat stderr)"
+! grep -q "features by layer" stderr || fail "windows given: $(cat stderr)"
+run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 \
+    --threads 1 --out given-features --layer-features 8,16
+[ $status -eq 0 ] && ! grep -q "features by layer" stderr || fail "features given: $(cat stderr)"
 recipe no-window --recipe planned --window 0
-! grep -q "windows by layer" stderr || fail "no window: $(cat stderr)"
+! grep -q "features by layer" stderr || fail "no window: $(cat stderr)"
 recipe window --recipe window --window 8
 grep -q "nothing older" stderr || fail "--recipe window: $(cat stderr)"
 refuse 2 "planned, hybrid, pure, faithful, window" "${retrofit[@]}" --out t --recipe best

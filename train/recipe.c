@@ -5,7 +5,7 @@
 static const struct srf_recipe recipes[] = {
     {.name = "planned",
      .about =
-         "a window exact, 64 on average, each layer's own as it needs; trained features beyond",
+         "a window exact, trained features beyond, each layer's own as it needs: hybrid's bytes",
      .m = 64,
      .window = 64,
      .freeze_at = 1,
