@@ -9,6 +9,8 @@
 
 /* What windows are planned on where a budget is all that is said. */
 #define PLAN_TOKENS 16384
+/* Low-rank additions want more than weights (train/RECIPES.md). */
+#define LORA_LR 3e-3
 
 struct inputs {
     const char *model, *init, *tokenizer, *data, *val, *out, *teacher, *recompute, *recipe;
@@ -579,6 +581,7 @@ static void settle_recipe(struct inputs *in, const struct cli_option *options, c
     in->plan_given = was_given(options, set, "plan-windows") || in->state_budget;
     if (in->state_budget && !was_given(options, set, "plan-windows"))
         in->plan_windows = PLAN_TOKENS;
+    if (in->config.lora && !was_given(options, set, "lr")) in->config.lr = LORA_LR;
     in->features_lr_given = was_given(options, set, "features-lr");
     in->features_given = was_given(options, set, "train-features") || in->features_lr_given;
     if (in->features_lr_given && !was_given(options, set, "train-features"))
@@ -679,7 +682,9 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"rest-lr", 0, CLI_DOUBLE, &c->rest_lr, "X",
          "learning rate of all but attention, times --lr; 0: attention alone is trained", 0, 1e6},
         {"lora", 0, CLI_INT, &c->lora, "RANK",
-         "train low-rank additions to attention's matrices, merged at the end; 0 = off", 0, 65536},
+         "train low-rank additions to attention's matrices, merged at the end (--lr 0.003); 0 = "
+         "off",
+         0, 65536},
         {"features-lr", 0, CLI_DOUBLE, &c->features_lr, "X",
          "peak learning rate of the features; 0 = not trained (with --train-features: as --lr)", 0,
          10},

@@ -199,6 +199,7 @@ for part in "run all" "attention attention" "lora additions of rank 2 to attenti
     "$SRF" info "${part%% *}/last.h5" | grep -q "^trained  *${part#* }\$" ||
         fail "info does not say $part"
 done
+grep -q '^{"step": 1,.*"lr": 0.001,' lora/metrics.jsonl || fail "--lora: not its own rate"
 for part in attention lora; do
     run "$SRF" eval --model $part/last.h5 --data text.txt --quiet --json
     sed 's/, "seconds.*//' stdout >last
