@@ -562,6 +562,54 @@ static void layer_features_drawn(void **state)
     close_fixture(&f);
 }
 
+/* Files whose W is not of the layers' numbers of features. */
+static void layer_features_hostile(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *layer_m;
+        int ndim;
+        int64_t shape[4], rows_of_bias;
+        bool nan;
+        const char *words; /* NULL: none */
+    } cases[] = {
+        {"3,7", 2, {20, 6}, 20, false, NULL},
+        {"3,7", 2, {19, 6}, 20, false, "/attention/w"},
+        {"3,7", 2, {20, 5}, 20, false, "/attention/w"},
+        {"3,7", 2, {20, 6}, 19, false, "/attention/bias"},
+        {"3,7", 4, {2, 2, 7, 6}, 28, false, "/attention/w"},
+        {"7,7", 2, {28, 6}, 28, false, "/attention/w"},
+        {"3,7", 2, {20, 6}, 20, true, "/attention/w: element 5 is not finite"},
+        {"3,7,3", 2, {26, 6}, 26, false, "features of 3 layers"},
+        {"65536,65536", 2, {20, 6}, 20, false, "/attention/w"},
+    };
+    char path[96];
+    test_at(path, "hostile.h5");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct srf_checkpoint *ck;
+        struct srf_h5 *f;
+        float values[28 * 6] = {0};
+        if (cases[i].nan) values[5] = NAN;
+        test_ok(srf_checkpoint_init(config_json, 1, &ck));
+        ck->attention = attention(SRF_ATTN_SRF, 3);
+        test_ok(srf_attention_set_layer_m(&ck->attention, cases[i].layer_m));
+        test_ok(srf_h5_create(path, &f));
+        test_ok(srf_checkpoint_put(ck, f));
+        test_ok(srf_h5_put(f, "/attention/w", SRF_F32, cases[i].ndim, cases[i].shape, values));
+        int64_t bias[3] = {cases[i].rows_of_bias};
+        if (cases[i].ndim == 4) memcpy(bias, cases[i].shape, sizeof bias);
+        test_ok(srf_h5_put(f, "/attention/bias", SRF_F32, cases[i].ndim - 1, bias, values));
+        test_ok(srf_h5_commit(f));
+        srf_checkpoint_free(ck);
+        srf_status st = srf_checkpoint_load(path, NULL, &ck);
+        if (!cases[i].words) test_ok(st);
+        if (!cases[i].words) srf_checkpoint_free(ck);
+        if (!cases[i].words) continue;
+        assert_int_not_equal(st, SRF_OK);
+        test_fails(st, st, cases[i].words);
+    }
+}
+
 /* The whole model in its parallel form, by prefill split anywhere, and token by token. */
 static void forms_agree(void **state)
 {
@@ -749,6 +797,7 @@ int main(void)
         cmocka_unit_test(stretched_positions),
         cmocka_unit_test(layer_features),
         cmocka_unit_test(layer_features_drawn),
+        cmocka_unit_test(layer_features_hostile),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }
