@@ -270,7 +270,9 @@ static srf_status open_attr(struct srf_h5 *f, const char *object, const char *na
     *attr = *type = H5I_INVALID_HID;
     SRF_FAIL_IF(!srf__h5_exists(f, object), SRF_FORMAT, "%s: %s is missing", f->path, object);
     htri_t there = H5Aexists_by_name(f->file, object, name, H5P_DEFAULT);
-    SRF_FAIL_IF(there <= 0, SRF_FORMAT, "%s: attribute %s of %s is missing", f->path, name, object);
+    SRF_FAIL_IF(there < 0, SRF_FORMAT, "%s: attribute %s of %s: %s", f->path, name, object,
+                srf__h5_why().text);
+    SRF_FAIL_IF(there == 0, SRF_FORMAT, "%s: attribute %s of %s is missing", f->path, name, object);
     *attr = H5Aopen_by_name(f->file, object, name, H5P_DEFAULT, H5P_DEFAULT);
     SRF_FAIL_GO_IF(*attr < 0, SRF_FORMAT, "%s: attribute %s of %s: %s", f->path, name, object,
                    srf__h5_why().text);
@@ -402,7 +404,7 @@ bool srf_h5_has_attr(struct srf_h5 *f, const char *object, const char *name)
 {
     struct srf__hush h = srf__hush();
     bool found =
-        srf__h5_exists(f, object) && H5Aexists_by_name(f->file, object, name, H5P_DEFAULT) > 0;
+        srf__h5_exists(f, object) && H5Aexists_by_name(f->file, object, name, H5P_DEFAULT) != 0;
     srf__unhush(h, SRF_OK);
     return found;
 }

@@ -28,6 +28,7 @@ srf_status srf_h5_get_str(struct srf_h5 *f, const char *object, const char *name
 srf_status srf_h5_get_i64(struct srf_h5 *f, const char *object, const char *name, int64_t *value);
 srf_status srf_h5_get_f64(struct srf_h5 *f, const char *object, const char *name, double *value);
 bool srf_h5_has(struct srf_h5 *f, const char *path); /* a group or dataset */
+/* Also true where the object is too broken to tell: reading it says why. */
 bool srf_h5_has_attr(struct srf_h5 *f, const char *object, const char *name);
 
 /* Long texts (attributes end at 64 KiB): a scalar dataset, one string. text: srf__free. */
