@@ -50,6 +50,58 @@ __device__ __forceinline__ void clamp_large(uint32_t tile, uint32_t limit, int t
 #pragma unroll
         for (int j = 0; j < 4; j++) store_shared(at + 2048 * i + 4 * j, clamp_bf16(x[i][j], limit));
 }
+/* By address in shared memory: one register, where the compiler keeps others for pointers. */
+__device__ __forceinline__ float load_float(uint32_t addr)
+{
+    return __uint_as_float(load_shared(addr));
+}
+__device__ __forceinline__ float2 load_float2(uint32_t addr)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_float(uint32_t addr, float x)
+{
+    store_shared(addr, __float_as_uint(x));
+}
+/* -dO.o of this thread's two rows; o is what it has of them. */
+__device__ __forceinline__ void row_deltas(float delta[2], const uint4 (&o)[2][2], uint32_t do_tile,
+                                           int row, int pair)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        delta[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint32_t with[4] = {o[i][j].x, o[i][j].y, o[i][j].z, o[i][j].w};
+            uint32_t y[4];
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+                         : "r"(do_tile + tile_at<64>(row + 8 * i, pair + 4 * j))
+                         : "memory");
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float2 f = unpack_bf16(y[e]), h = unpack_bf16(with[e]);
+                delta[i] -= f.x * h.x + f.y * h.y;
+            }
+        }
+        delta[i] = quad_sum(delta[i]);
+    }
+}
+/* This thread's pieces pair, pair + 4 of o's rows `row`, row + 8 from a chunk's row 0; 0 if out. */
+__device__ __forceinline__ void load_o(uint4 (&o)[2][2], const bf16 *from, int64_t ld, int row,
+                                       int pair, bool in0, bool in1)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            o[i][j] = make_uint4(0, 0, 0, 0);
+            if (i ? in1 : in0)
+                o[i][j] = __ldcs((const uint4 *)(from + (row + 8 * i) * ld + 8 * pair + 32 * j));
+        }
+}
 #endif
 
 /* S, z, M before each chunk; tickets become 0. */

@@ -15,194 +15,7 @@
  *
  * Floor: q, k, v, o, do and S read, dq, dk, dv written: 18 b t h d bytes.
  */
-#include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
-
-/* Meetings: of all, of the owners of queries or of keys, of those who arrive and those who wait. */
-enum { ALL_A = 1, ALL_B, PSI_FREE, KF_FREE, OWN };
-
-/* Where a block is, kept in shared memory: there are no registers for it in the products' way. */
-struct unit {
-    int64_t in, out, token, chunk; /* of the head: in q, k, v, in o, among tokens, among chunks */
-    int64_t segment, order;        /* among all segments; among all units, segment by segment */
-    int seq, col, is_first, is_last, c_first, c_last;
-};
-
-struct grad_smem {
-    static constexpr int v = TILE, s = 2 * TILE, k = 3 * TILE, d_o = 5 * TILE; /* K, dO twice */
-    static constexpr int w = 7 * TILE, psi = w + TILE, kf = psi + TILE, r = kf + TILE;
-    static constexpr int dp = r + TILE, out = dp + TILE;
-    static constexpr int marks = out + TILE; /* of two chunks, of a piece */
-    static constexpr int bias = marks + 3 * MARKS * 4, half = bias + 64 * 4;
-    static constexpr int u = half + CHUNK * 4;   /* of two pieces */
-    static constexpr int delta = u + 2 * 64 * 4; /* of two pieces: (2, 64) bf16, its parts; fp32 */
-    static constexpr int bar = delta + 2 * 2 * 64 * 4; /* Q; V, S; K, dO, marks twice */
-    static constexpr int unit = bar + 4 * 8, bytes = unit + sizeof(struct unit);
-};
-
-#if HAVE_WGMMA
-__device__ __forceinline__ int64_t shared_i64(uint32_t addr)
-{
-    int64_t x;
-    asm volatile("ld.shared.b64 %0, [%1];" : "=l"(x) : "r"(addr));
-    return x;
-}
-/* By address in shared memory: one register, where the compiler keeps others for pointers. */
-__device__ __forceinline__ float load_float(uint32_t addr)
-{
-    return __uint_as_float(load_shared(addr));
-}
-__device__ __forceinline__ float2 load_float2(uint32_t addr)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_float(uint32_t addr, float x)
-{
-    store_shared(addr, __float_as_uint(x));
-}
-#define UNIT_I64(field) shared_i64(base + at::unit + (int)offsetof(struct unit, field))
-#define UNIT_INT(field) (int)load_shared(base + at::unit + (int)offsetof(struct unit, field))
-/* What a step back over the chunk multiplies sums of feature f by. */
-__device__ __forceinline__ float mark_back(uint32_t marks, int f)
-{
-    return exp2_fast(load_float(marks + (MARK_BEFORE + f) * 4) -
-                     load_float(marks + (MARK_AFTER + f) * 4));
-}
-/* -dO.o of this thread's two rows; o is what it has of them. */
-__device__ __forceinline__ void row_deltas(float delta[2], const uint4 (&o)[2][2], uint32_t do_tile,
-                                           int row, int pair)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        delta[i] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const uint32_t with[4] = {o[i][j].x, o[i][j].y, o[i][j].z, o[i][j].w};
-            uint32_t y[4];
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
-                         : "r"(do_tile + tile_at<64>(row + 8 * i, pair + 4 * j))
-                         : "memory");
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float2 f = unpack_bf16(y[e]), h = unpack_bf16(with[e]);
-                delta[i] -= f.x * h.x + f.y * h.y;
-            }
-        }
-        delta[i] = quad_sum(delta[i]);
-    }
-}
-/* This thread's pieces pair, pair + 4 of o's rows `row`, row + 8 from a chunk's row 0; 0 if out. */
-__device__ __forceinline__ void load_o(uint4 (&o)[2][2], const bf16 *from, int64_t ld, int row,
-                                       int pair, bool in0, bool in1)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            o[i][j] = make_uint4(0, 0, 0, 0);
-            if (i ? in1 : in0)
-                o[i][j] = __ldcs((const uint4 *)(from + (row + 8 * i) * ld + 8 * pair + 32 * j));
-        }
-}
-/* o and the forward's numbers of a chunk towards this multiprocessor. */
-__device__ __forceinline__ void prefetch_rows(const struct bwd_params &p, int64_t out,
-                                              int64_t token, int64_t t0, int tid)
-{
-    const void *at = tid < CHUNK ? (const void *)(p.o + out + (t0 + tid) * p.ld_o)
-                                 : (const void *)(p.stat + token + t0 + tid - CHUNK);
-    if (tid <= CHUNK || tid == CHUNK + 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-/* delta as two bf16 parts, for all queries' owners. */
-__device__ __forceinline__ void put_deltas(uint32_t parts, const float delta[2], int row)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const bf16 high = __float2bfloat16_rn(delta[i]);
-        const bf16 low = __float2bfloat16_rn(delta[i] - __bfloat162float(high));
-        const uint32_t to = parts + 2 * row + 16 * i;
-        asm volatile("st.shared.b16 [%0], %1;\n"
-                     "st.shared.b16 [%0 + 128], %2;" ::"r"(to),
-                     "h"(__bfloat16_as_ushort(high)), "h"(__bfloat16_as_ushort(low))
-                     : "memory");
-    }
-}
-/* r += psi^T dO, on its own: warpgroup_wait, then wgmma_hold(r). */
-__device__ __forceinline__ void add_queries(float (&r)[8][4], uint32_t psi_tile, uint32_t do_tile)
-{
-    warpgroup_fence();
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++)
-        wgmma_64_tiles<true, true>(&r[0][0], wgmma_tile(psi_tile + 2048 * kk),
-                                   wgmma_tile(do_tile + 2048 * kk), true);
-    warpgroup_commit();
-}
-/* u += psi^T delta. */
-__device__ __forceinline__ void add_deltas(float u[2], uint32_t psi_tile, uint32_t parts, int warp,
-                                           int lane)
-{
-    const int g = lane >> 2, pair = lane & 3;
-    const uint32_t part = parts + (g & 1) * 128 + pair * 4;
-    float add[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int kk = 0; kk < 4; kk++) {
-        /* Columns 0 and 1 of this product are the two parts of delta, others 0. */
-        const int token = 16 * kk + (lane & 7) + ((lane >> 4) << 3);
-        uint32_t y[4], d0 = load_shared(part + kk * 32), d1 = load_shared(part + kk * 32 + 16);
-        ldmatrix_x4_trans(y, psi_tile + tile_at<64>(token, 2 * warp + ((lane >> 3) & 1)));
-        mma_bf16(add, y, g < 2 ? d0 : 0, g < 2 ? d1 : 0);
-    }
-    /* Lanes of pair 0 have both columns. */
-    u[0] += __shfl_sync(0xffffffffu, add[0] + add[1], lane & ~3);
-    u[1] += __shfl_sync(0xffffffffu, add[2] + add[3], lane & ~3);
-}
-/* R, u of features f0, f0 + 8, from or to memory that other blocks write or read. */
-__device__ __forceinline__ void load_r(float (&r)[8][4], float u[2], const float *from, int f0,
-                                       int pair)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int f = f0 + 8 * i;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float2 x = __ldcg((const float2 *)(from + f * 64 + 8 * j + 2 * pair));
-            r[j][2 * i] = x.x;
-            r[j][2 * i + 1] = x.y;
-        }
-        u[i] = __ldcg(from + 64 * 64 + f);
-    }
-}
-__device__ __forceinline__ void store_r(float *to, const float (&r)[8][4], const float u[2], int f0,
-                                        int pair)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int f = f0 + 8 * i;
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            __stcg((float2 *)(to + f * 64 + 8 * j + 2 * pair),
-                   make_float2(r[j][2 * i], r[j][2 * i + 1]));
-        if (pair == 0) __stcg(to + 64 * 64 + f, u[i]);
-    }
-}
-/* One warpgroup: what it has written is there for whoever sees the flag. */
-__device__ __forceinline__ void raise_flag(unsigned *flag, int t)
-{
-    __threadfence();
-    meet(OWN, 128);
-    if (t == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
-}
-__device__ __forceinline__ void await_flag(const unsigned *flag, int t)
-{
-    if (t == 0) {
-        unsigned up;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(up) : "l"(flag) : "memory");
-        while (!up);
-    }
-    meet(OWN, 128);
-}
-#endif
+#include "kernels/cuda/srf_attn_pure_wgmma_grads.h"
 
 template <bool DW>
 static __global__
@@ -300,7 +113,6 @@ static __global__
         meet(OWN, 128);
         while (c >= UNIT_INT(c_first)) {
             opaque(tid);
-            opaque(base);
             const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
             const int f0 = 16 * warp + g, row = f0, lo = hi - size;
             const int back = UNIT_INT(c_last) - c, s = back & 1;
@@ -321,37 +133,37 @@ static __global__
             float a[8][4];
             uint32_t x[4][4];
             barrier_wait(base + at::bar, s);
-            own_rows(x, base, p.limit, warp, lane);
-            warpgroup_fence();
-            wgmma_scores(&a[0][0], x, base + at::w);
-            warpgroup_commit();
+            begin_scores(a, base, base + at::w);
             {
-                const uint32_t to = base + at::r + tile_at<64>(f0, 0) + 4 * pair;
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        store_shared(tile_on<64>(to, j) + i * 16 * 64,
-                                     pack_bf16(r[j][2 * i], r[j][2 * i + 1]));
-                }
+                uint32_t y[4][4];
+                pack_rows(y, r);
+                put_rows(base + at::r, y, warp, lane);
             }
             warpgroup_wait<0>();
             wgmma_hold(&a[0][0]);
-            float most = -INFINITY;
+            float most;
+            for (bool clamped = false;; clamped = true) {
+                most = -INFINITY;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float2 shift = load_float2(marks + (MARK_PSI + 8 * j + 2 * pair) * 4);
+                for (int j = 0; j < 8; j++) {
+                    float2 shift = load_float2(marks + (MARK_PSI + 8 * j + 2 * pair) * 4);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    a[j][i] = fmaf(a[j][i], to_log2, i & 1 ? shift.y : shift.x) - lse[i >> 1];
-                    most = fmaxf(most, a[j][i]);
-                    a[j][i] = exp2_psi(a[j][i]);
+                    for (int i = 0; i < 4; i++) {
+                        a[j][i] = fmaf(a[j][i], to_log2, i & 1 ? shift.y : shift.x) - lse[i >> 1];
+                        most = max_nan(most, a[j][i]);
+                        a[j][i] = exp2_psi(a[j][i]);
+                    }
                 }
+                /* Only where some exponent is huge may the forward have clamped what it is of. */
+                const bool fine =
+                    fabsf(most) < SRF__X_LIMIT || (lse[0] == INFINITY && lse[1] == INFINITY);
+                if (!UNLIKELY(__any_sync(0xffffffffu, !fine)) || clamped) break;
+                token_products<64>(a, base, base + at::w, p.limit, warp, 0, forget(lane));
             }
             pack_rows(x, a);
             if (busy) meet(PSI_FREE, 256);
             busy = false;
-            store_da(psi_tile, x, warp, lane);
+            put_rows(psi_tile, x, warp, lane);
             async_fence();
             const bool cut = meet_or(ALL_A, 256, most > -SRF__MIN_DEN_LOG2 && size > 1);
             if (cut) {
@@ -363,7 +175,6 @@ static __global__
             float dphi[8][4];
             {
                 opaque(tid);
-                opaque(base);
                 opaque(c);
                 const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
                 const int row = 16 * warp + g, s = (UNIT_INT(c_last) - c) & 1;
@@ -371,7 +182,7 @@ static __global__
                 const uint32_t deltas = base + at::delta + (done & 1) * 512;
                 barrier_wait(base + at::bar + 8, s);
                 warpgroup_fence();
-                wgmma_tile_scores(&a[0][0], do_tile, base + at::v);
+                tile_scores(&a[0][0], do_tile, base + at::v);
                 warpgroup_commit();
                 const float delta[2] = {load_float(deltas + 256 + row * 4),
                                         load_float(deltas + 288 + row * 4)};
@@ -384,17 +195,16 @@ static __global__
                 pack_rows(x, a);
                 keep_side<true>(x, lower_mask(g, pair), forget(warp));
                 warpgroup_fence();
-                wgmma_tile_scores(&dphi[0][0], do_tile, base + at::s);
+                tile_scores(&dphi[0][0], do_tile, base + at::s);
                 warpgroup_commit();
-                wgmma_mix(&dphi[0][0], x, base + at::kf, true);
+                mix_rows(&dphi[0][0], x, base + at::kf, true);
                 warpgroup_commit();
-                store_da(base + at::dp, x, warp, lane);
+                put_rows(base + at::dp, x, warp, lane);
                 warpgroup_wait<1>();
                 async_fence();
             }
             meet(ALL_B, 256);
             opaque(tid);
-            opaque(base);
             opaque(c);
             opaque(hi);
             opaque(size);
@@ -424,7 +234,7 @@ static __global__
                     }
                 }
                 if (DW) {
-                    store_da(base + at::out, x, warp, lane);
+                    put_rows(base + at::out, x, warp, lane);
                     meet(OWN, 128);
                     add_dw<64>(p.dw + UNIT_I64(order) * (2 * 64 * 64), base + at::out, base,
                                p.limit, warp, lane, done == 0);
@@ -433,14 +243,14 @@ static __global__
                     if (tid == 0 && lo == 0 && c > UNIT_INT(c_first)) fill_q(c - 1);
                 }
                 warpgroup_fence();
-                wgmma_mix(&a[0][0], x, base + at::w, false);
+                mix_rows(&a[0][0], x, base + at::w, false);
                 warpgroup_commit();
                 add_queries(r, psi_tile, do_tile);
                 warpgroup_wait<1>();
                 wgmma_hold(&a[0][0]);
                 scale_rows(a, p.scale, p.scale);
-                store_rows<64>(p.dq + UNIT_I64(in) + t0 * p.ld, p.ld, a, forget(base) + at::out,
-                               forget(warp), lo, end, forget(lane));
+                store_chunk(p.dq + UNIT_I64(in) + t0 * p.ld, p.ld, a, base + at::out, forget(warp),
+                            lo, end, forget(lane));
                 const float back0 = mark_back(marks, f0), back1 = mark_back(marks, f0 + 8);
                 warpgroup_wait<0>();
                 wgmma_hold(&r[0][0]);
@@ -470,7 +280,6 @@ static __global__
         bool asked = false; /* for the next chunk's K, dO */
         while (c >= UNIT_INT(c_first)) {
             opaque(tid);
-            opaque(base);
             const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
             const int f0 = 16 * warp + g, row = f0, lo = hi - size;
             const int back = UNIT_INT(c_last) - c, s = back & 1;
@@ -508,7 +317,8 @@ static __global__
                     }
                 }
                 if (hi < CHUNK) {
-                    key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, end, tid);
+                    diagonal_norms(k_tile, half, key_scales_of(p.scale, p.limit), 0, end, warp,
+                                   lane);
                     meet(OWN + 1, 128);
                     key_features<64>(&keys, &st, base + at::w, k_tile, half, bias, to_log2, f0,
                                      warp, lane);
@@ -517,7 +327,8 @@ static __global__
                     meet(OWN + 1, 128);
                 }
                 if (lo > 0) {
-                    key_norms<64, 1>(k_tile, half, p.scale, p.limit, 0, min(lo, n), tid);
+                    diagonal_norms(k_tile, half, key_scales_of(p.scale, p.limit), 0, min(lo, n),
+                                   warp, lane);
                     meet(OWN + 1, 128);
                     key_features<64>(&keys, &st, base + at::w, k_tile, half, bias, to_log2, f0,
                                      warp, lane);
@@ -548,22 +359,15 @@ static __global__
             uint4 o[2][2];
             load_o(o, p.o + UNIT_I64(out) + t0 * p.ld_o, p.ld_o, row, pair, row >= lo && row < end,
                    row + 8 >= lo && row + 8 < end);
-            float a[8][4], dv[8][4], norm[2] = {0, 0};
+            float a[8][4], dv[8][4], norm[2];
             uint32_t x[4][4], kf[4][4];
-            own_rows(x, k_tile, p.limit, warp, lane);
+            own_keys(x, norm, k_tile, key_scales_of(p.scale, p.limit), warp, lane);
             warpgroup_fence();
-            wgmma_scores(&a[0][0], x, base + at::w);
+            row_scores(&a[0][0], x, base + at::w);
             warpgroup_commit();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) norm[i & 1] += sum_squares(x[kk][i]);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                norm[i] = quad_sum(norm[i]) * (0.5f * SRF__LOG2E * p.scale * p.scale);
-                if (norm[i] > SRF__HALF_LIMIT) norm[i] = SRF__HALF_LIMIT;
+            for (int i = 0; i < 2; i++)
                 if (row + 8 * i < lo || row + 8 * i >= end) norm[i] = INFINITY;
-            }
             {
                 float delta[2];
                 row_deltas(delta, o, do_tile, row, pair);
@@ -586,7 +390,7 @@ static __global__
                         pack_bf16(exp2_fast(fmaf(a[j][2 * i], to_log2, -norm[i]) + shift.x),
                                   exp2_fast(fmaf(a[j][2 * i + 1], to_log2, -norm[i]) + shift.y));
             }
-            store_da(kf_tile, kf, warp, lane);
+            put_rows(kf_tile, kf, warp, lane);
             async_fence();
             if (c > UNIT_INT(c_first))
                 prefetch_rows(p, UNIT_I64(out), UNIT_I64(token), t0 - CHUNK, tid);
@@ -602,7 +406,6 @@ static __global__
             }
             /* What follows from these is made again rather than kept. */
             opaque(tid);
-            opaque(base);
             opaque(c);
             opaque(hi);
             opaque(size);
@@ -618,9 +421,9 @@ static __global__
                 const uint32_t marks = base + at::marks + (cold ? 2 : s) * (MARKS * 4);
 
                 warpgroup_fence();
-                wgmma_scores(&a[0][0], kf, psi_tile);
+                row_scores(&a[0][0], kf, psi_tile);
                 warpgroup_commit();
-                wgmma_mix(&dv[0][0], kf, base + at::r, false);
+                mix_rows(&dv[0][0], kf, base + at::r, false);
                 warpgroup_commit();
                 barrier_wait(base + at::bar + 8, s);
                 warpgroup_wait<1>();
@@ -629,16 +432,16 @@ static __global__
                 keep_side<false>(x, upper_mask(g, pair), forget(warp));
                 float dkf[8][4];
                 warpgroup_fence();
-                wgmma_tile_scores(&dkf[0][0], base + at::v, base + at::r);
+                tile_scores(&dkf[0][0], base + at::v, base + at::r);
                 warpgroup_commit();
-                wgmma_mix(&dv[0][0], x, do_tile, true);
+                mix_rows(&dv[0][0], x, do_tile, true);
                 warpgroup_commit();
                 warpgroup_wait<1>();
                 meet(ALL_B, 256);
 #pragma unroll
                 for (int kk = 0; kk < 4; kk++)
-                    wgmma_64_tiles<true, true>(&dkf[0][0], wgmma_tile(base + at::dp + 2048 * kk),
-                                               wgmma_tile(psi_tile + 2048 * kk), true);
+                    wgmma_64_tiles<true, true>(&dkf[0][0], tile_by(base + at::dp, 128 * kk),
+                                               tile_by(psi_tile, 128 * kk), true);
                 warpgroup_commit();
                 if (tid == 0 && lo == 0 && c > UNIT_INT(c_first)) fill_vs(c - 1);
                 {
@@ -655,7 +458,6 @@ static __global__
                 wgmma_hold(&dkf[0][0]);
                 wgmma_hold(&dv[0][0]);
                 meet_arrive(PSI_FREE, 256);
-                float sum[2] = {0, 0};
                 own_rows(kf, kf_tile, warp, lane);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -667,31 +469,31 @@ static __global__
                         float2 by = unpack_bf16(*to);
                         *to = pack_bf16(by.x * (dkf[j][2 * i] + uj.x),
                                         by.y * (dkf[j][2 * i + 1] + uj.y));
-                        /* The sum of the rounded values: w_i - y of one feature may be small. */
-                        float2 rounded = unpack_bf16(*to);
-                        sum[i] += rounded.x + rounded.y;
                     }
                 }
                 warpgroup_fence();
-                wgmma_mix(&a[0][0], kf, base + at::w, false);
+                mix_rows(&a[0][0], kf, base + at::w, false);
                 warpgroup_commit();
-                sum[0] = quad_sum(sum[0]) * p.scale;
-                sum[1] = quad_sum(sum[1]) * p.scale;
+                /* The sum of the rounded values: w_i - y of one feature may be small. */
+                float ones[4];
+                add_ones(ones, kf, false, lane);
+                const float sum[2] = {p.scale * __shfl_sync(0xffffffffu, ones[0], lane & ~3),
+                                      p.scale * __shfl_sync(0xffffffffu, ones[2], lane & ~3)};
                 meet(KF_FREE, 256);
                 if (DW) {
                     warpgroup_wait<0>();
                     wgmma_hold(&a[0][0]);
-                    store_da(kf_tile, kf, warp, lane);
+                    put_rows(kf_tile, kf, warp, lane);
                     meet(OWN + 1, 128);
                     add_dw<64>(p.dw + (UNIT_I64(order) * 2 + 1) * (64 * 64), kf_tile, k_tile,
                                p.limit, warp, lane, done == 0);
                     meet(OWN + 1, 128);
                 }
-                store_rows<64>(p.dv + UNIT_I64(in) + t0 * p.ld, p.ld, dv, forget(kf_tile),
-                               forget(warp), lo, end, forget(lane));
+                store_chunk(p.dv + UNIT_I64(in) + t0 * p.ld, p.ld, dv, forget(kf_tile),
+                            forget(warp), lo, end, forget(lane));
                 warpgroup_wait<0>();
                 wgmma_hold(&a[0][0]);
-                own_rows(x, k_tile, p.limit, warp, lane);
+                own_rows(x, k_tile, warp, lane);
 #pragma unroll
                 for (int kk = 0; kk < 4; kk++)
 #pragma unroll
@@ -701,8 +503,8 @@ static __global__
                         to[0] = p.scale * (to[0] - sum[i & 1] * y.x);
                         to[1] = p.scale * (to[1] - sum[i & 1] * y.y);
                     }
-                store_rows<64>(p.dk + UNIT_I64(in) + t0 * p.ld, p.ld, a, forget(kf_tile),
-                               forget(warp), lo, end, forget(lane));
+                store_chunk(p.dk + UNIT_I64(in) + t0 * p.ld, p.ld, a, forget(kf_tile), forget(warp),
+                            lo, end, forget(lane));
             }
             done++;
             hi = lo;
