@@ -23,15 +23,17 @@
  *     4. dk, dv    as dq with keys for queries; R stands for d_o, u for delta
  *     5. dW, if asked: each head's and segment's sum of da^T [x; y], then all in a fixed order
  * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, and so are 3 and 4, without slots,
- * each tensor read once. The sums of keys in segments, if d = 64, are those that pure SRF attention
- * makes (srf__states_before); the forward hands them to the backward (`carry`).
+ * each tensor read once. On Hopper, if d = 64, these walks are made of warpgroup products
+ * (srf_attn_hybrid_wgmma*.cu); the sums of keys in segments are then those that pure SRF attention
+ * makes (srf__states_before), and the forward hands them to the backward (`carry`).
  * Components of q, k are clamped so that those of x, y stay within 1e17 and |x|^2 in range.
  *
- * Floor (H100, 3.35 TB/s): forward q, k, v, o once; B = 32, H = 12, T = 1024, d = 64: 201 MB,
- * 60 us (measured 132); backward 8 of these tensors, 120 us (419). Two kernels instead of one walk
- * move another 350 MB forward. kernels/lab/srf_attn_hybrid_cuda.md has the steps.
+ * Floor: forward q, k, v, o once, backward 8 of these tensors; B = 32, H = 12, T = 1024, d = 64:
+ * 201 and 403 MB. Two kernels instead of one walk move another 350 MB forward.
+ * kernels/lab/srf_attn_hybrid_cuda.md has the steps and times.
  */
 #include "kernels/cuda/srf_attn_hybrid_walk.h"
+#include "kernels/cuda/srf_attn_hybrid_wgmma.h"
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
@@ -228,8 +230,7 @@ __global__ void __launch_bounds__(2 * C) fwd_kernel(const __grid_constant__ stru
 
 /* ---- forward in one walk: window 64, m <= 64, d <= 64 ---------------------------------------- */
 
-/* GIVEN: the states before segments are in p.entry. */
-template <int D, bool GIVEN>
+template <int D>
 __global__ void __launch_bounds__(128, 3) fused_fwd_kernel(const __grid_constant__ struct hybrid p)
 {
     extern __shared__ __align__(16) char smem[];
@@ -238,13 +239,8 @@ __global__ void __launch_bounds__(128, 3) fused_fwd_kernel(const __grid_constant
     struct walker w = walker_of<D>(&p);
     struct state_sums<D> state;
     float bias[2];
-    start_walk<D, GIVEN>(sm, &state, bias, &p, &w);
+    start_walk<D>(sm, &state, bias, &p, &w);
     cp_async_commit();
-    if (GIVEN) {
-        chain_wait();
-        if (w.seg > 0)
-            enter<D>(&state, p.entry + (w.bh * p.n_seg + w.seg) * SRF__STATES_COUNT, w.feature);
-    }
 
     for (int block = w.begin; block < w.end; block++) {
         int now = block & 1, before = now ^ 1;
@@ -294,8 +290,9 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     int64_t walks = n_bh * div_up(s->m, CTA_FEATURES), n_seg = 3 * cuda_of(ctx)->n_sm / walks;
     n_seg = n_seg > MAX_SEGMENTS ? MAX_SEGMENTS : n_seg;
     n_seg = n_seg > n_slots / 4 ? n_slots / 4 : n_seg;
+    p->wgmma = s->window == 64 && srf__states_take(ctx, s);
     /* By warpgroup products the sums cost less than half of the walk. */
-    p->given = !dw && s->window == 64 && srf__states_take(ctx, s) && n_seg > 1 && n_slots > 0;
+    p->given = p->wgmma && !dw && n_seg > 1;
     n_seg = n_seg < (p->given ? 2 : 3) ? 1 : n_seg;
     p->t = (int)s->t;
     p->heads = (int)s->h;
@@ -305,60 +302,52 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     p->n_slots = (int)n_slots;
     p->seg_slots = (int)(n_slots ? div_up(n_slots, n_seg) : 1);
     p->n_seg = (int)(n_slots ? div_up(n_slots, p->seg_slots) : 1);
+    /* More blocks than segments fill the card. */
+    p->seg_pieces = p->wgmma && p->seg_slots >= 4 ? 2 : 1;
+    p->piece_slots = (int)div_up(p->seg_slots, p->seg_pieces);
     p->w_step = s->n_sets > 1 ? s->m * s->d : 0;
     p->bias_step = s->n_sets > 1 ? s->m : 0;
     p->scale = (float)pow((double)s->d, -0.25);
     p->half_scale = (float)(0.5 * 1.4426950408889634 / sqrt((double)s->d));
     p->limit = (float)(SRF__X_LIMIT * pow((double)s->d, 0.25));
     p->log2_m = (float)log2((double)s->m);
-    /* Walks that keep states and sums in registers; dW reads them. */
-    const bool fused = s->window == 64 && s->m <= 64 && s->d <= 64 && !dw;
-    size_t rows = (size_t)(n_bh * n_slots * s->m), seg_rows = (size_t)(n_bh * p->n_seg * s->m);
+    p->fused = s->window == 64 && s->m <= 64 && s->d <= 64 && !(dw && n_slots > 0);
+    size_t rows = (size_t)(n_bh * n_slots * s->m);
+    size_t seg_rows = (size_t)(n_bh * p->n_seg * p->seg_pieces * s->m);
     if (p->given) p->entry = (float *)bump_bytes(&bump, entry_bytes(p, n_bh));
     if (p->given && !backward) return bump.used;
-    if (!fused) {
+    if (!p->fused) {
         p->s = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
         p->z = (float *)bump_bytes(&bump, rows * sizeof(float));
     }
-    if (!fused || backward) p->top = (float *)bump_bytes(&bump, rows * sizeof(float));
+    if (!p->fused || backward) p->top = (float *)bump_bytes(&bump, rows * sizeof(float));
     if (p->n_seg > 1) {
         p->sum_s = (float *)bump_bytes(&bump, seg_rows * s->d * sizeof(float));
         p->sum_z = (float *)bump_bytes(&bump, seg_rows * sizeof(float));
         p->sum_top = (float *)bump_bytes(&bump, seg_rows * sizeof(float));
     }
     if (!backward) return bump.used;
-    if (!fused) {
+    if (!p->fused) {
         p->r = (bf16 *)bump_bytes(&bump, rows * s->d * sizeof(bf16));
         p->u = (float *)bump_bytes(&bump, rows * sizeof(float));
+    }
+    if (p->fused && p->wgmma) {
+        size_t segments = (size_t)(n_bh * p->n_seg);
+        p->after = (float *)bump_bytes(&bump, segments * s->m * 65 * sizeof(float));
+        p->parked = (float *)bump_bytes(&bump, segments * 64 * 64 * sizeof(float));
     }
     p->delta = (float *)bump_bytes(&bump, (size_t)(n_bh * s->t) * sizeof(float));
     if (dw && n_slots) p->dw_part = (float *)bump_bytes(&bump, 2 * seg_rows * s->d * sizeof(float));
     return bump.used;
 }
 
-srf_status srf__hybrid_chain(struct srf_ctx *ctx, void (*kernel)(struct hybrid), int64_t grid,
-                             size_t bytes, const struct hybrid *p)
-{
-    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
-    struct chain_shape shape = {dim3((unsigned)grid), 128, bytes, 1};
-    chain_launch(ctx, shape, kernel, *p);
-    return srf__cuda_launched("srf_attn");
-}
-
 template <int D, int C>
 static srf_status fwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
 {
     if constexpr (D <= 64 && C == 64) {
-        if (p->window == 64 && p->m <= 64) {
-            if constexpr (D == 64)
-                if (p->given)
-                    return srf__hybrid_chain(ctx, fused_fwd_kernel<D, true>, n_bh * p->n_seg,
-                                             sizeof(struct fused_smem<D>), p);
+        if (p->fused) {
             SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
-            LAUNCH((fused_fwd_kernel<D, false>), n_bh * p->n_seg, 128, sizeof(struct fused_smem<D>),
-                   *p);
+            LAUNCH((fused_fwd_kernel<D>), n_bh * p->n_seg, 128, sizeof(struct fused_smem<D>), *p);
             return srf__cuda_launched("srf_attn_fwd");
         }
     }
@@ -421,5 +410,6 @@ srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_ar
     if (p.given)
         SRF_TRY(srf__states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg,
                                    p.seg_slots, p.entry));
+    if (p.wgmma) return srf__hybrid_wgmma_fwd(ctx, a, &p);
     FOR_HEAD_SIZE(a->s.d, a->s.window, fwd, ctx, &p, a->s.b * a->s.h)
 }

@@ -1,5 +1,6 @@
 /* The window hybrid's backward. Forms, names and floors are explained in srf_attn_hybrid.cu. */
 #include "kernels/cuda/srf_attn_hybrid_walk.h"
+#include "kernels/cuda/srf_attn_hybrid_wgmma.h"
 
 /* ---- backward -----------------------------------------------------------------------------------
  * One kernel for rows of queries (dq) and rows of keys (dk, dv). */
@@ -262,8 +263,7 @@ template <int D> struct fused_dq_smem {
     struct fused_smem<D> fwd;
 };
 
-/* GIVEN: the states before segments are in p.entry. */
-template <int D, bool GIVEN>
+template <int D>
 __global__ void __launch_bounds__(128, 3) fused_dq_kernel(const __grid_constant__ struct hybrid p)
 {
     extern __shared__ __align__(16) char smem[];
@@ -275,14 +275,9 @@ __global__ void __launch_bounds__(128, 3) fused_dq_kernel(const __grid_constant_
 
     struct state_sums<D> state;
     float bias[2];
-    start_walk<D, GIVEN>(sm, &state, bias, &p, &w);
+    start_walk<D>(sm, &state, bias, &p, &w);
     load_rows<D, 64, 128>(d_o, p.d_o + w.out + w.begin * 64 * p.ld_o, p.ld_o, p.t - w.begin * 64);
     cp_async_commit();
-    if (GIVEN) {
-        chain_wait();
-        if (w.seg > 0)
-            enter<D>(&state, p.entry + (w.bh * p.n_seg + w.seg) * SRF__STATES_COUNT, w.feature);
-    }
 
     for (int block = w.begin; block < w.end; block++) {
         int now = block & 1, before = now ^ 1, row0 = block * 64 + warp * 16;
@@ -554,23 +549,17 @@ static __global__ void dw_sum_kernel(float *dw, const float *part, int64_t n, in
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
-/* States before segments, if given, are the forward's (carried) or made by kernels that have begun
- * a chain. */
 template <int D>
-static srf_status fused_bwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh, bool carried)
+static srf_status fused_bwd(struct srf_ctx *ctx, const struct hybrid *p,
+                            const struct srf_srf_attn_bwd_args *a)
 {
-    constexpr int dq_bytes = sizeof(struct fused_dq_smem<D>);
-    const int64_t grid = n_bh * p->n_seg;
-    if (D == 64 && p->given) {
-        void (*kernel)(struct hybrid) = fused_dq_kernel<D, D == 64>;
-        if (carried)
-            LAUNCH(kernel, grid, 128, dq_bytes, *p);
-        else
-            SRF_TRY(srf__hybrid_chain(ctx, kernel, grid, dq_bytes, p));
-    } else {
-        SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
-        LAUNCH((fused_dq_kernel<D, false>), grid, 128, dq_bytes, *p);
+    const int64_t n_bh = a->s.b * a->s.h, grid = n_bh * p->n_seg;
+    if (p->wgmma) {
+        SRF_TRY(srf__hybrid_wgmma_dq(ctx, a, p));
+        return srf__hybrid_wgmma_keys(ctx, a, p);
     }
+    SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
+    LAUNCH((fused_dq_kernel<D>), grid, 128, sizeof(struct fused_dq_smem<D>), *p);
     SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, true));
     LAUNCH((fused_keys_kernel<D>), grid, 128, sizeof(struct fused_keys_smem<D>), *p);
     return srf__cuda_launched("srf_attn_bwd");
@@ -583,8 +572,7 @@ static srf_status bwd(struct srf_ctx *ctx, const struct hybrid *p,
     int64_t n_bh = a->s.b * a->s.h, grid = n_bh * p->n_chunks;
     size_t smem = sizeof(struct bwd_smem<D, C>);
     if constexpr (D <= 64 && C == 64)
-        if (p->window == 64 && p->m <= 64 && !p->dw_part) /* dW reads the states */
-            return fused_bwd<D>(ctx, p, n_bh, a->carry != NULL);
+        if (p->fused) return fused_bwd<D>(ctx, p, a);
     SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, false));
     LAUNCH((bwd_kernel<D, C, false>), grid, 2 * C, smem, *p);
     SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, true));

@@ -1,40 +1,12 @@
-/* What the kernels of the window hybrid share, first part: arguments, tiles of bf16 in shared
- * memory and a warp's products with them. Forms and names are explained in srf_attn_hybrid.cu.
+/* What the kernels of the window hybrid share, second part: tiles of bf16 in shared memory and a
+ * warp's products with them. Forms and names are explained in srf_attn_hybrid.cu.
  */
 #pragma once
-#include "kernels/cuda/srf_attn.h"
+#include "kernels/cuda/srf_attn_hybrid.h"
 
-#define LAZY          6 /* a row's stabiliser may be this much below its maximum */
-#define WARP_FEATURES 16
-#define CTA_FEATURES  64
-#define WALK_THREADS  128
-#define WALK_STAGES   3
-#define COLUMNS       32 /* of a tile taken at once in backward: registers */
-#define MAX_SEGMENTS  32
-
-struct hybrid {
-    const bf16 *q, *k, *v, *w; /* (b, t, h, d) by ld; (n_sets, m, d) */
-    const float *bias;         /* (n_sets, m) */
-    bf16 *o;                   /* (b, t, h, d) by ld_o */
-    const bf16 *d_o;
-    bf16 *dq, *dk, *dv;
-    float *stat, *delta; /* (b h, t) */
-    int64_t ld, ld_o;
-    int64_t w_step, bias_step; /* from one head's feature set to the next: 0 if shared */
-    int t, heads, m, window;
-    int n_chunks;         /* of query or key rows in a sequence */
-    int n_slots;          /* blocks that are read through the state */
-    int n_seg, seg_slots; /* segments of a walk, slots in each */
-    bf16 *s, *r;          /* (b h, n_slots, m, d): S, R */
-    float *top, *z, *u;   /* (b h, n_slots, m): M, z, u */
-    float *sum_s, *sum_z; /* (b h, n_seg, m, d), (b h, n_seg, m): a segment's own S or R, z or u */
-    float *sum_top;       /* (b h, n_seg, m) */
-    bool given;           /* by srf__states_before: */
-    float *entry;         /* (b h, n_seg, SRF__STATES_COUNT) before segments */
-    float *dw_part;       /* (2, b h, n_seg, m, d) */
-    float scale, half_scale; /* d^(-1/4), log2(e) d^(-1/2) / 2 */
-    float limit, log2_m;     /* components of q, k; log2(m) */
-};
+#define WALK_THREADS 128
+#define WALK_STAGES  3
+#define COLUMNS      32 /* of a tile taken at once in backward: registers */
 
 #ifdef __CUDACC__
 /* ---- tiles in shared memory: rows of D + 8 elements, so that eight rows' pieces of 16 bytes lie
@@ -247,32 +219,4 @@ __device__ __forceinline__ void scale_rows(float (&c)[N][4], float upper, float 
     }
 }
 
-/* c (16, D) as bf16 into rows to + row ld; rows from n on are not there. Neighbours exchange halves
- * so that a quad writes whole sectors. */
-template <int D>
-__device__ __forceinline__ void store_rows(bf16 *to, int64_t ld, int n, const float (&c)[D / 8][4])
-{
-    int lane = threadIdx.x & 31, g = lane >> 2, p = lane & 3, odd = p & 1;
-    int col = odd ? 8 + 2 * (p - 1) : 2 * p;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int row = g + 8 * half;
-        bf16 *at = to + row * ld + col;
-#pragma unroll
-        for (int i = 0; i < D / 8; i += 2) {
-            uint32_t left = pack_bf16(c[i][2 * half], c[i][2 * half + 1]);
-            uint32_t right = pack_bf16(c[i + 1][2 * half], c[i + 1][2 * half + 1]);
-            uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-            uint2 out = odd ? make_uint2(got, right) : make_uint2(left, got);
-            if (row < n) *(uint2 *)(at + i * 8) = out;
-        }
-    }
-}
-
-/* 2^e for a weight that is below 2 but for rounding, where exponents are huge. NaN stays. */
-__device__ __forceinline__ float far_weight(float e)
-{
-    asm("min.NaN.f32 %0, %0, 0f3F800000;" : "+f"(e));
-    return exp2_fast(e);
-}
 #endif

@@ -2,15 +2,8 @@
  * of a head, the rows of a CTA, and launches. Forms and names are explained in srf_attn_hybrid.cu.
  */
 #pragma once
-#include "kernels/cuda/chain.h"
 #include "kernels/cuda/srf_attn_hybrid_tiles.h"
 
-/* Shapes, leading dimensions and addresses (all of them or-ed) that the kernels take. */
-bool srf__hybrid_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int64_t ld,
-                       int64_t ld_o, uintptr_t pointers);
-/* Sets sizes and pointers into the workspace at base; NULL only counts. Returns its bytes. */
-size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool backward,
-                         bool dw, void *base, struct hybrid *p);
 /* srf_attn_hybrid_walk.cu, for one head size d. The sums of keys or queries in each segment, where
  * there are several; every slot's state, S of keys or R of queries. */
 srf_status srf__hybrid_totals(struct srf_ctx *ctx, const struct hybrid *p, int64_t d, int64_t n_bh,
@@ -19,10 +12,6 @@ srf_status srf__hybrid_walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t
                             bool queries);
 
 #ifdef __CUDACC__
-/* A walk of 128 threads a block in the chain that srf__states_before has begun. */
-srf_status srf__hybrid_chain(struct srf_ctx *ctx, void (*kernel)(struct hybrid), int64_t grid,
-                             size_t bytes, const struct hybrid *p);
-
 #define LAUNCH(kernel, grid, threads, smem, ...)                                                   \
     do {                                                                                           \
         CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,         \
@@ -305,51 +294,8 @@ __device__ __forceinline__ void load_fused(struct fused_smem<D> *sm, const struc
     if (queries) load_rows<D, 64, 128>(sm->q, p->q + at, p->ld, n);
 }
 
-/* What a CTA walks through. */
-struct walker {
-    int64_t bh, set, in, out; /* head; element offsets of the head's token 0 by ld, ld_o */
-    int seg, begin, end;      /* blocks [begin, end) */
-    int n_blocks, feature;    /* the warp's first feature */
-};
-template <int D> __device__ __forceinline__ struct walker walker_of(const struct hybrid *p)
-{
-    struct walker w;
-    unsigned head = blockIdx.x / (unsigned)p->n_seg;
-    int64_t seq = head / (unsigned)p->heads;
-    w.bh = head;
-    w.set = head % (unsigned)p->heads;
-    w.in = seq * p->t * p->ld + w.set * D;
-    w.out = seq * p->t * p->ld_o + w.set * D;
-    w.seg = (int)(blockIdx.x - head * (unsigned)p->n_seg);
-    w.n_blocks = (p->t + 63) / 64;
-    /* The segments before hold the blocks before lo: what block lo + 1 reads. */
-    int lo = w.seg * p->seg_slots;
-    w.begin = w.seg ? lo + 1 : 0;
-    w.end = w.seg + 1 < p->n_seg ? lo + p->seg_slots + 1 : w.n_blocks;
-    w.feature = (threadIdx.x >> 5) * WARP_FEATURES;
-    return w;
-}
-
-/* A segment's state, as srf__states_before makes it. */
+/* The first loads, not committed yet, and the state before the segment. */
 template <int D>
-__device__ __forceinline__ void enter(struct state_sums<D> *state, const float *from, int feature)
-{
-    const int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const int f = feature + g + 8 * j;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            const float2 x = *(const float2 *)(from + f * D + n * 8 + quad * 2);
-            state->s[n][2 * j] = x.x;
-            state->s[n][2 * j + 1] = x.y;
-        }
-        state->z[2 * j] = quad == 0 ? from[64 * D + f] : 0.0f;
-        state->top[j] = from[64 * (D + 2) + f];
-    }
-}
-/* The first loads, not committed yet, and, unless it is given, the state before the segment. */
-template <int D, bool GIVEN = false>
 __device__ __forceinline__ void start_walk(struct fused_smem<D> *sm, struct state_sums<D> *state,
                                            float bias[2], const struct hybrid *p,
                                            const struct walker *w)
@@ -364,7 +310,7 @@ __device__ __forceinline__ void start_walk(struct fused_smem<D> *sm, struct stat
     if (w->feature >= p->m) return;
     for (int j = 0; j < 2; j++)
         bias[j] = SRF__LOG2E * p->bias[w->set * p->bias_step + w->feature + g + 8 * j];
-    if (!GIVEN) add_segments<D, false>(state, p, w->bh, w->seg, w->feature);
+    add_segments<D, false>(state, p, w->bh, w->seg, w->feature);
 }
 
 /* Waits for a block's loads (the first time for two blocks'). */
