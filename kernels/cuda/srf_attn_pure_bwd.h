@@ -30,6 +30,12 @@ struct bwd_params {
     int n_unit, unit_chunks, n_tickets; /* units of a segment */
 };
 
+/* For heads of d: dq, delta, M and where chunks are cut; with them known, dk, dv. */
+srf_status srf__pure_bwd_queries(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads,
+                                 int64_t d);
+srf_status srf__pure_bwd_keys(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads,
+                              int64_t d);
+
 #ifdef __CUDACC__
 /* Where a block is: sequence, head, feature set, first elements of its inputs and outputs. */
 struct place {
@@ -154,4 +160,17 @@ template <int D, int NF> constexpr int bwd_blocks_per_sm()
 {
     return NF == 1 && D <= 64 ? 3 : NF == 1 && D <= 96 ? 2 : 1;
 }
+#define FOR_HEAD_SIZE(d, op, ...)                                                                  \
+    switch (d) {                                                                                   \
+    case 32:                                                                                       \
+        return op<32>(__VA_ARGS__);                                                                \
+    case 64:                                                                                       \
+        return op<64>(__VA_ARGS__);                                                                \
+    case 80:                                                                                       \
+        return op<80>(__VA_ARGS__);                                                                \
+    case 96:                                                                                       \
+        return op<96>(__VA_ARGS__);                                                                \
+    default:                                                                                       \
+        return op<128>(__VA_ARGS__);                                                               \
+    }
 #endif
