@@ -17,8 +17,9 @@ distance uniform in its logarithm from LOW to HIGH:
     recall   a key and its value; some keys are in use at a time (--live), each for about 8 events.
              A value's id names its key too: one look at the right earlier token answers, and all
              that a model needs is to hold one of 16 values for each key in use
-    copy     a run of 16 tokens at random, said again once; to go on with one, a model must find
-             where the same token stood before and what followed it
+    copy     a run of 8 tokens, said again once. A token's id names its run and its place there,
+             and which of 16 it is was drawn at random: to go on with a run, a model must look
+             where that run's next place stood last
 
 `srf eval --recall` gives perplexity, and the part known, by distance. What a window holds is easy;
 all else must have passed through the state.
@@ -32,7 +33,7 @@ import math
 import pathlib
 import random
 
-FILLER, VALUES, RUN, ASKS = 16, 16, 16, 8
+FILLER, VALUES, RUN, ASKS = 16, 16, 8, 8
 
 
 def events(rng, task, args):
@@ -41,12 +42,13 @@ def events(rng, task, args):
     next_key = 0
     while True:
         if task == "copy":
-            yield [FILLER + rng.randrange(args.live * VALUES) for _ in range(RUN)], 1
+            at = FILLER + next_key * RUN * VALUES
+            yield [at + i * VALUES + rng.randrange(VALUES) for i in range(RUN)], 1
         else:
             value = FILLER + keys + next_key * VALUES + rng.randrange(VALUES)
             repeats = int(rng.expovariate(1 / ASKS)) + 1
             yield [FILLER + next_key, value], repeats
-            next_key = (next_key + 1) % keys
+        next_key = (next_key + 1) % keys
 
 
 def stream(seed, count, args):
@@ -99,7 +101,7 @@ def main():
     if not (1 < args.distance[0] <= args.distance[1]) or args.live < 1 or args.width % 64:
         parser.error("expected 1 < LOW <= HIGH, --live of at least 1, --width a multiple of 64")
     answers = FILLER + (2 * args.live if args.task == "recall" else 0)
-    values = VALUES * args.live * (2 if args.task == "recall" else 1)
+    values = VALUES * 2 * args.live * (RUN if args.task == "copy" else 1)
     vocabulary = answers + values
     if vocabulary > 1 << 16:
         parser.error("--live: the vocabulary would not fit 16 bits")
