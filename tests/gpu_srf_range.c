@@ -5,6 +5,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <math.h>
 
 struct range_case {
     enum srf_dtype dtype;
@@ -78,6 +79,71 @@ static void test_range(void **state)
     attn_case_free(&c);
 }
 
+/* Whatever the scores, what comes later changes nothing: tokens from `cut` on are others, and outputs
+ * before it are what they were, to the rounding of weights. */
+static void test_later(void **state)
+{
+    const struct range_case *k = *state;
+    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+    double tol = k->dtype == SRF_BF16 ? 2e-2 : 1e-4;
+    k->kind->fill(&c);
+    attn_case_fwd(&c);
+    double *before = twin_values(&c.s, c.o);
+    const int64_t cuts[] = {k->shape.t - 3, k->shape.t / 2 + 1, 40};
+    for (int i = 0; i < 3; i++) {
+        double worst = 0;
+        int64_t at = -1;
+        for (int64_t t = cuts[i]; t < k->shape.t; t++)
+            for (int part = 0; part < 3; part++)
+                for (int64_t j = 0; j < k->shape.d; j++) {
+                    int64_t e = attn_case_at(&c, part, 0, t, 0, j);
+                    attn_case_set(&c, e, (part == 2 ? -3 : -0.7) * c.qkv.ref[e]);
+                }
+        attn_case_fwd(&c);
+        double *after = twin_values(&c.s, c.o);
+        for (int64_t t = 0; t < cuts[i]; t++)
+            for (int64_t j = 0; j < k->shape.d; j++) {
+                double e = fabs(after[t * c.ld_o + j] - before[t * c.ld_o + j]);
+                if (!(e <= worst)) worst = e, at = t;
+            }
+        srf__free(after);
+        if (!(worst <= tol)) {
+            print_error("tokens from %lld on changed the output of token %lld by %.3g\n",
+                        (long long)cuts[i], (long long)at, worst);
+            c.s.failures++;
+        }
+    }
+    srf__free(before);
+    attn_case_free(&c);
+}
+
+/* A NaN in q, k or v of a token is in the output of that token, in all forms: no maximum, clamp or
+ * weight of 0 makes a number of it. */
+static void test_nan(void **state)
+{
+    const struct range_case *k = *state;
+    const int64_t t = k->shape.t, tokens[] = {0, 37, 64, t - 1}, lens[3] = {70, 1, t - 71};
+    for (int i = 0; i < 12; i++) {
+        struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+        int64_t token = tokens[i / 3], element = attn_case_at(&c, i % 3, 0, token, 0, 5);
+        attn_case_set(&c, element, NAN);
+        for (int form = 0; form < 2; form++) {
+            if (form == 0)
+                attn_case_fwd(&c);
+            else
+                attn_case_recurrent(&c, lens, 3);
+            double *o = twin_values(&c.s, c.o);
+            if (!isnan(o[token * c.ld_o + 5])) {
+                print_error("%s: a NaN in %c of token %lld gives %g\n", form ? "pieces" : "whole",
+                            "qkv"[i % 3], (long long)token, o[token * c.ld_o + 5]);
+                c.s.failures++;
+            }
+            srf__free(o);
+        }
+        attn_case_free(&c);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const struct srf_attn_shape shapes[] = {
@@ -106,6 +172,25 @@ int main(int argc, char **argv)
                             "srf_attn %s t=%d d=%d m=%d window=%d%s: %s", srf_dtype_name(k.dtype),
                             (int)k.shape.t, (int)k.shape.d, (int)k.shape.m, (int)k.shape.window,
                             k.shape.causal ? "" : " not causal", k.kind->name);
+                }
+    static const int64_t later[] = {0, 32, 64, 96, 128, 192};
+    for (int type = 0; type < gpu_n_dtypes(); type++)
+        for (int i = 0; i < 5; i++)
+            for (int kind = 0; kind < ATTN_N_KINDS; kind++)
+                for (int w = 0; w < 6; w++) {
+                    struct range_case k = {
+                        .dtype = gpu_dtype(type), .shape = shapes[i], .kind = &attn_kinds[kind]};
+                    k.shape.causal = true;
+                    k.shape.window = later[w];
+                    if (i > 0 && i < 4 && w > 2) continue;
+                    gpu_add(&suite, test_later, &k, sizeof k, GPU_LIGHT,
+                            "srf_attn %s t=%d d=%d m=%d window=%d: %s, later tokens",
+                            srf_dtype_name(k.dtype), (int)k.shape.t, (int)k.shape.d, (int)k.shape.m,
+                            (int)k.shape.window, k.kind->name);
+                    if (kind > 0) continue;
+                    gpu_add(&suite, test_nan, &k, sizeof k, GPU_LIGHT,
+                            "srf_attn %s t=%d d=%d m=%d window=%d: NaN", srf_dtype_name(k.dtype),
+                            (int)k.shape.t, (int)k.shape.d, (int)k.shape.m, (int)k.shape.window);
                 }
     return gpu_run(&suite, argc > 1 ? argv[1] : NULL);
 }

@@ -1,6 +1,7 @@
 /* Training: policies, learning, resume, non-finite steps. */
 #include "tests/scratch.h"
 #include "infer/evaluate.h"
+#include "model/arch.h"
 #include "train/trainer_internal.h"
 
 #include <math.h>
@@ -518,6 +519,27 @@ static void non_finite_steps(void **state)
     close_setup(&s);
 }
 
+/* A NaN anywhere in what makes q, k or v is a failed evaluation, in no kind of attention a
+ * perplexity. */
+static void non_finite_evaluation(void **state)
+{
+    (void)state;
+    for (int k = 0; k < 9; k++) {
+        struct setup s;
+        struct srf_trainer *t;
+        double ppl;
+        open_setup(&s, k / 3 == 2 ? 4 : 0, k / 3 > 0);
+        test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+        struct srf_model *m = srf_trainer_model(t);
+        float *w = srf_model_param(m, m->config.arch->qkv_row(&m->config, 1));
+        w[k % 3 * 16 + 2] = NAN;
+        assert_int_equal(srf_trainer_evaluate(t, NULL, &ppl), SRF_NONFINITE);
+        if (!strstr(srf_error_message(), "not finite")) fail_msg("%s", srf_error_message());
+        srf_trainer_free(t);
+        close_setup(&s);
+    }
+}
+
 /* What is not logged is not waited for, and changes nothing. */
 static void quiet_steps(void **state)
 {
@@ -811,6 +833,7 @@ int main(void)
         cmocka_unit_test(resume_of_another_run),
         cmocka_unit_test(teacher_of_another_shape),
         cmocka_unit_test(non_finite_steps),
+        cmocka_unit_test(non_finite_evaluation),
         cmocka_unit_test(quiet_steps),
         cmocka_unit_test(run_and_interrupt),
         cmocka_unit_test(evaluations_of_a_killed_run),
