@@ -625,6 +625,15 @@ static int check_usage(const struct cli_training *defaults, const struct inputs 
     return EXIT_OK;
 }
 
+static void drop_option(struct cli_option *options, const char *name)
+{
+    struct cli_option *o = options;
+    while (strcmp(o->name, name) != 0) o++;
+    do {
+        *o = o[1];
+    } while ((++o)->name);
+}
+
 int cli_training(int argc, char **argv, const struct cli_training *defaults)
 {
     struct inputs in = {.device = CLI_DEVICE_DEFAULT,
@@ -648,6 +657,9 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"out", 'o', CLI_STRING, &in.out, "DIR", "directory of the run", 0, 0},
         {"resume", 0, CLI_FLAG, &in.resume, NULL, "go on from DIR/last.h5, settings included", 0,
          0},
+        {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
+         "what the other options begin with: planned, hybrid, pure, faithful or window (planned)",
+         0, 0},
         CLI_HEADING_ROW("Steps, memory, AdamW:"),
         {"steps", 0, CLI_INT, &c->steps, "N", "optimizer steps", 1, 1e12},
         {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step", 1, 1e6},
@@ -721,12 +733,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL,
          "one JSON object: model, steps, loss, val_ppl (null without --val), seconds", 0, 0},
-        {"recipe", 0, CLI_STRING, &in.recipe, "NAME",
-         "what the other options begin with: planned, hybrid, pure, faithful or window (planned)",
-         0, 0},
         {0}};
-    enum { RECIPE = sizeof options / sizeof *options - 2 };
-    if (!defaults->recipe) options[RECIPE] = (struct cli_option){0}; /* train has none */
+    if (!defaults->recipe) drop_option(options, "recipe");
     _Static_assert(sizeof options / sizeof *options <= MAX_OPTIONS, "raise MAX_OPTIONS");
     char help[MAX_OPTIONS][HELP_SIZE];
     bool set[MAX_OPTIONS] = {false};
