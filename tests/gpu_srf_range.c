@@ -79,7 +79,7 @@ static void test_range(void **state)
     attn_case_free(&c);
 }
 
-/* Whatever the scores, what comes later changes nothing: tokens from `cut` on are others, and outputs
+/* Whatever the scores, what comes later changes nothing: tokens from `cut` on are others, outputs
  * before it are what they were, to the rounding of weights. */
 static void test_later(void **state)
 {
