@@ -105,8 +105,10 @@ for form in stream json; do
         --ignore-eos --prompt 'the king' -n 900000 "${options[@]}" >stdout 2>stderr &
     pid=$!
     for ((i = 0; i < 3000; i++)); do # a busy machine starts slowly
-        # Generation has begun when SIGINT is caught: the second bit of the mask.
-        ! grep -q 'SigCgt:.*[2367abef]$' /proc/$pid/status || break
+        # Generation has begun when SIGINT is caught: the second bit of the mask. But not the
+        # shell's own copy, which catches it for a moment, and then leaves it ignored for srf.
+        [ ! /proc/$pid/exe -ef "$SRF" ] ||
+            ! grep -q 'SigCgt:.*[2367abef]$' /proc/$pid/status || break
         kill -0 $pid || die "Ctrl-C ($form): it has ended before: $(cat stderr)"
         sleep 0.02
     done
