@@ -39,12 +39,13 @@ srf_status bench_plan(struct srf_ctx *ctx, const struct op_call *c, struct srf_c
 /* n, in, out, then what else */
 /* SLOPE: GELU's derivative is kept, as in a training step, not what it is taken of; and backward
  * adds up dx's columns. */
-enum { TRANSPOSED = 1, GELU = 2, RESIDUAL = 4, BIAS = 8, SLOPE = 16 };
+enum { TRANSPOSED = 1, GELU = 2, RESIDUAL = 4, BIAS = 8, SLOPE = 16, MOMENTS = 32 };
 
 static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct op_call *c)
 {
     int64_t n = p[0], in = p[1], out = p[2], what = p[3];
-    void *x, *w, *bias, *pre, *y;
+    void *x, *w, *bias, *pre, *y, *moments;
+    SRF_TRY(bench_accs(b, srf_moments_count(b->ctx, n, out), 0, &moments));
     SRF_TRY(bench_reals(b, n * in, 1, &x));
     SRF_TRY(bench_reals(b, in * out, 0.02, &w));
     SRF_TRY(bench_reals(b, out, 0.02, &bias));
@@ -63,7 +64,37 @@ static srf_status linear_fwd(struct bench_buffers *b, const int64_t *p, struct o
                                      .act = what & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
                                      .pre = what & GELU && !(what & SLOPE) ? pre : NULL,
                                      .slope = what & SLOPE ? pre : NULL,
-                                     .y = y};
+                                     .y = y,
+                                     .moments = what & MOMENTS ? moments : NULL};
+    return SRF_OK;
+}
+
+/* With moments that say nothing: eps makes up for it. */
+static srf_status norm_linear(struct bench_buffers *b, const int64_t *p, struct op_call *c)
+{
+    int64_t n = p[0], in = p[1], out = p[2], count = srf_moments_count(b->ctx, n, in);
+    void *x, *gamma, *beta, *moments, *w, *bias, *y;
+    SRF_TRY(bench_reals(b, n * in, 1, &x));
+    SRF_TRY(bench_reals(b, in, 1, &gamma));
+    SRF_TRY(bench_reals(b, in, 1, &beta));
+    SRF_TRY(bench_accs(b, count, 0, &moments));
+    SRF_TRY(bench_reals(b, in * out, 0.02, &w));
+    SRF_TRY(bench_reals(b, out, 0.02, &bias));
+    SRF_TRY(bench_reals(b, n * out, 0, &y));
+    c->op = SRF_OP_norm_linear_fwd;
+    c->args.norm_linear_fwd =
+        (struct srf_norm_linear_fwd_args){.n = n,
+                                          .in = in,
+                                          .out = out,
+                                          .eps = 1,
+                                          .x = x,
+                                          .gamma = gamma,
+                                          .beta = beta,
+                                          .moments = count ? moments : NULL,
+                                          .w = w,
+                                          .b = bias,
+                                          .act = p[3] & GELU ? SRF_ACT_GELU_TANH : SRF_ACT_NONE,
+                                          .y = y};
     return SRF_OK;
 }
 
@@ -551,6 +582,10 @@ static const struct bench_case dense[] = {
     {"linear_fwd out, residual", linear_fwd, {ROWS, WIDTH, WIDTH, BIAS | RESIDUAL}},
     {"linear_fwd fc, gelu", linear_fwd, {ROWS, WIDTH, FF, BIAS | GELU | SLOPE}},
     {"linear_fwd proj, residual", linear_fwd, {ROWS, FF, WIDTH, BIAS | RESIDUAL}},
+    {"linear_fwd out, moments", linear_fwd, {ROWS, WIDTH, WIDTH, BIAS | RESIDUAL | MOMENTS}},
+    {"linear_fwd proj, moments", linear_fwd, {ROWS, FF, WIDTH, BIAS | RESIDUAL | MOMENTS}},
+    {"norm_linear_fwd qkv", norm_linear, {ROWS, WIDTH, QKV, 0}},
+    {"norm_linear_fwd fc, gelu", norm_linear, {ROWS, WIDTH, FF, GELU}},
     {"linear_fwd head", linear_fwd, {HEAD_ROWS, WIDTH, PADDED, TRANSPOSED}},
     {"linear_fwd fc, 1 row", linear_fwd, {1, WIDTH, FF, BIAS | GELU}},
     {"linear_fwd head, 1 row", linear_fwd, {1, WIDTH, PADDED, TRANSPOSED}},

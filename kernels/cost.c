@@ -75,6 +75,17 @@ struct srf_cost srf_linear_fwd_cost(const struct srf_ctx *ctx, const struct srf_
     return (struct srf_cost){t_bytes(ctx, count), flops};
 }
 
+/* The norm's output need not be moved. */
+struct srf_cost srf_norm_linear_fwd_cost(const struct srf_ctx *ctx,
+                                         const struct srf_norm_linear_fwd_args *a)
+{
+    double n = (double)a->n, in = (double)a->in, out = (double)a->out;
+    double count = n * in + 2 * in + in * out + n * out, flops = 2 * n * in * out + 8 * n * in;
+    if (a->b) count += out, flops += n * out;
+    if (a->act != SRF_ACT_NONE) flops += 9 * n * out;
+    return (struct srf_cost){t_bytes(ctx, count), flops};
+}
+
 struct srf_cost srf_linear_bwd_cost(const struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
     double n = (double)a->n, in = (double)a->in, out = (double)a->out;

@@ -88,6 +88,11 @@ size_t srf_attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_sha
     return ctx->be->attn_carry_bytes ? ctx->be->attn_carry_bytes(ctx, s) : 0;
 }
 
+int64_t srf_moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c)
+{
+    return ctx->be->moments_count ? ctx->be->moments_count(ctx, n, c) : 0;
+}
+
 /* After a launch. With SRF_SYNC_CHECK the device is waited for, so that a fault names its op. */
 static srf_status launched(struct srf_ctx *ctx, const char *op, srf_status st)
 {

@@ -110,10 +110,25 @@ struct srf_linear_fwd_args {
     const void *residual; /* T (n, out), may be y itself: y = residual + x W + b, act must be NONE;
                            * or NULL */
     enum srf_act act;     /* GELU_TANH: 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) */
-    void *pre;   /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
-    void *slope; /* out T (n, out): act'(u), for the same; only with act, may be NULL */
-    void *y;     /* out T (n, out) */
+    void *pre;     /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
+    void *slope;   /* out T (n, out): act'(u), for the same; only with act, may be NULL */
+    void *y;       /* out T (n, out) */
+    void *moments; /* out A (srf_moments_count(n, out)): of y's rows; without act; may be NULL */
 };
+/* y = act(layernorm(x) W + b): what layernorm_fwd and linear_fwd do one after the other, to
+ * rounding. */
+struct srf_norm_linear_fwd_args {
+    int64_t n, in, out;
+    double eps;
+    const void *x, *gamma, *beta; /* T (n, in), (in), (in) */
+    const void *moments;          /* of the linear_fwd whose y is x, or NULL */
+    const void *w, *b;            /* T (in, out), (out); b may be NULL */
+    enum srf_act act;
+    void *y; /* out T (n, out) */
+};
+/* What linear_fwd may hand to norm_linear_fwd beside its y (n, c): values of A. 0 where the backend
+ * has no use for it: norm_linear_fwd then is the two ops indeed. */
+int64_t srf_moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c);
 struct srf_linear_bwd_args {
     int64_t n, in, out;
     const void *x, *w, *dy; /* T (n, in), as in forward, (n, out) */
@@ -426,6 +441,8 @@ struct srf_backend {
     void (*graph_free)(struct srf_ctx *ctx, void *graph); /* NULL is fine */
     /* As srf_attn_carry_bytes; NULL: always 0. */
     size_t (*attn_carry_bytes)(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+    /* As srf_moments_count; NULL: always 0. */
+    int64_t (*moments_count)(const struct srf_ctx *ctx, int64_t n, int64_t c);
 #define X(name)                                                                                    \
     srf_status (*name)(struct srf_ctx * ctx, const struct srf_##name##_args *args);                \
     size_t (*name##_workspace)(const struct srf_ctx *ctx, const struct srf_##name##_args *args);

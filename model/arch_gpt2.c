@@ -175,9 +175,10 @@ static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
 
 /* Arena slots of one block. While training every block has its own of what backward is to find;
  * the others are shared by all blocks. So is ln, what either norm gives: layernorm_bwd writes it
- * once more, beside what it does anyway, for the weights' gradient of the layer behind. */
+ * once more, beside what it does anyway, for the weights' gradient of the layer behind. moments:
+ * of the residual stream, for the norm ahead, where no backward wants what a norm gives. */
 struct block {
-    int ln, res1, mean1, rstd1, qkv, att, stat, carry, res2, mean2, rstd2, pre, fc;
+    int ln, moments, res1, mean1, rstd1, qkv, att, stat, carry, res2, mean2, rstd2, pre, fc;
 };
 
 struct acts {
@@ -210,6 +211,7 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
         const char *name;
     } rows[] = {
         {&k->ln, first, n * c, type, "layer norm"},
+        {&k->moments, first, p->train ? 0 : srf_moments_count(m->ctx, n, c), acc, "moments"},
         {&k->res1, input, n * c, type, "residual 1"},
         {&k->mean1, most, n, acc, "ln_1 mean"},
         {&k->rstd1, most, n, acc, "ln_1 rstd"},
@@ -276,6 +278,31 @@ static srf_status layernorm(struct srf_model *m, int64_t n, const void *x, int64
                    .y = y, .mean = mean, .rstd = rstd);
 }
 
+/* Whether norms of n rows go into the products behind them. */
+static bool folds_norm(const struct srf_model *m, int64_t n)
+{
+    return !m->plan.train && srf_moments_count(m->ctx, n, m->config.c) > 0;
+}
+
+/* y = act(norm(x) W + b), if need be by way of ln. W, gamma: rows of the tensor table, with b and
+ * beta behind them. x_moments: of the product that made x, or NULL. */
+static srf_status norm_linear(struct srf_model *m, int64_t n, const void *x, const void *x_moments,
+                              int64_t row_norm, void *ln, void *mean, void *rstd, int64_t row_w,
+                              struct srf_linear_fwd_args layer)
+{
+    layer.n = n, layer.in = m->config.c;
+    layer.w = srf_model_param(m, row_w), layer.b = srf_model_param(m, row_w + 1);
+    if (folds_norm(m, n))
+        return SRF_RUN(m->ctx, norm_linear_fwd, .n = n, .in = layer.in, .out = layer.out,
+                       .eps = m->config.ln_eps, .x = x, .moments = x_moments,
+                       .gamma = srf_model_param(m, row_norm),
+                       .beta = srf_model_param(m, row_norm + 1), .w = layer.w, .b = layer.b,
+                       .act = layer.act, .y = layer.y);
+    SRF_TRY(layernorm(m, n, x, row_norm, ln, mean, rstd));
+    layer.x = ln;
+    return srf_run_linear_fwd(m->ctx, &layer);
+}
+
 /* Whether `pre` keeps the slope of the MLP's activation, which is all that backward wants of it
  * where the activation itself is kept. */
 static bool keeps_slope(const struct srf_model *m)
@@ -306,9 +333,9 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     void *qkv = PTR(k->qkv), *att = PTR(k->att), *res1 = PTR(k->res1), *res2 = PTR(k->res2);
     void *ln = PTR(k->ln);
 
-    SRF_TRY(layernorm(m, n, res1, row(l, LN1_W), ln, PTR(k->mean1), PTR(k->rstd1)));
-    SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = 3 * c, .x = ln, .w = PARAM(l, QKV_W),
-                    .b = PARAM(l, QKV_B), .y = qkv));
+    SRF_TRY(norm_linear(m, n, res1, l > 0 ? PTR(k->moments) : NULL, row(l, LN1_W), ln,
+                        PTR(k->mean1), PTR(k->rstd1), row(l, QKV_W),
+                        (struct srf_linear_fwd_args){.out = 3 * c, .y = qkv}));
     SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
                              PTR(k->stat), PTR(k->carry)));
     if (rows_behind(m, batch, l) < n) {
@@ -319,12 +346,15 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
         att = ln, res1 = qkv;
     }
     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
-                    .b = PARAM(l, O_B), .residual = res1, .y = res2));
-    SRF_TRY(layernorm(m, n, res2, row(l, LN2_W), ln, PTR(k->mean2), PTR(k->rstd2)));
-    return SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = ff, .x = ln, .w = PARAM(l, FC_W),
-                   .b = PARAM(l, FC_B), .act = SRF_ACT_GELU_TANH,
-                   .pre = m->plan.train && !keeps_slope(m) ? PTR(k->pre) : NULL,
-                   .slope = m->plan.train && keeps_slope(m) ? PTR(k->pre) : NULL, .y = PTR(k->fc));
+                    .b = PARAM(l, O_B), .residual = res1, .y = res2,
+                    .moments = folds_norm(m, n) ? PTR(k->moments) : NULL));
+    return norm_linear(
+        m, n, res2, PTR(k->moments), row(l, LN2_W), ln, PTR(k->mean2), PTR(k->rstd2), row(l, FC_W),
+        (struct srf_linear_fwd_args){.out = ff,
+                                     .act = SRF_ACT_GELU_TANH,
+                                     .pre = m->plan.train && !keeps_slope(m) ? PTR(k->pre) : NULL,
+                                     .slope = m->plan.train && keeps_slope(m) ? PTR(k->pre) : NULL,
+                                     .y = PTR(k->fc)});
 }
 
 static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
@@ -343,9 +373,11 @@ static srf_status forward(struct srf_model *m, const struct srf_batch *batch)
         const struct block *k = &a->blocks[l];
         SRF_TRY(block_inside(m, batch, l));
         n = rows_behind(m, batch, l);
+        bool last = l + 1 == cfg->n_layers; /* the norm behind it has no product */
         SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = cfg->d_ff, .out = c, .x = PTR(k->fc),
                         .w = PARAM(l, PROJ_W), .b = PARAM(l, PROJ_B), .residual = PTR(k->res2),
-                        .y = PTR(l + 1 < cfg->n_layers ? a->blocks[l + 1].res1 : a->res)));
+                        .y = PTR(last ? a->res : a->blocks[l + 1].res1),
+                        .moments = !last && folds_norm(m, n) ? PTR(k->moments) : NULL));
     }
     return layernorm(m, n, PTR(a->res), LNF_W, PTR(m->slot_hidden), PTR(a->mean), PTR(a->rstd));
 }

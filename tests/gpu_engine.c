@@ -16,6 +16,7 @@ struct engine_case {
     int64_t second_m;                    /* and its features; 0: m */
     bool state_bf16;
     struct srf_sampler_config sampler;
+    int64_t rows; /* of a prefill launch; 0: 64 */
 };
 
 struct engine_on {
@@ -42,7 +43,7 @@ static struct engine_on engine_new(const struct engine_case *c, bool state_bf16,
     snprintf(windows, sizeof windows, "%d,%d", (int)c->m, (int)(c->second_m ? c->second_m : c->m));
     test_ok(srf_attention_set_layer_m(&on.ck->attention, windows));
     struct srf_engine_config config = {.slots = c->slots,
-                                       .prefill_rows = 64,
+                                       .prefill_rows = c->rows ? c->rows : 64,
                                        .state_bf16 = state_bf16,
                                        .sampler = c->sampler,
                                        .stop = stop};
@@ -339,6 +340,51 @@ static void test_state_bf16(void **state)
     engine_done(&narrow);
 }
 
+static double off_by(const float *got, const float *want, int64_t n)
+{
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double e = (double)got[i] - (double)want[i];
+        error += e * e, norm += (double)want[i] * (double)want[i];
+    }
+    return sqrt(error / norm);
+}
+
+/* So many rows in one launch that norms go into the products behind them: no further from fp32 than
+ * small pieces are; and a step from the states that they leave. */
+static void test_many_rows(void **state)
+{
+    enum { LONG = 200 };
+    const struct engine_case *c = *state;
+    struct engine_case all = *c, exact = *c;
+    all.rows = c->slots * LONG;
+    exact.dtype = SRF_F32;
+    struct engine_on whole = engine_new(&all, c->state_bf16, -1);
+    struct engine_on pieces = engine_new(c, c->state_bf16, -1), f32 = engine_new(&exact, false, -1);
+    int64_t n = c->slots, count = n * V;
+    float *want = srf__alloc((size_t)count, 4), *got = srf__alloc((size_t)count, 4);
+    float *other = srf__alloc((size_t)count, 4);
+    int32_t *tokens = srf__alloc((size_t)(n * LONG), 4);
+    struct srf_rng r = srf_rng_at(test_seed(), SRF_RNG_TEST, 44, 0, 0);
+    for (int64_t i = 0; i < n * LONG; i++) tokens[i] = (int32_t)srf_rng_below(&r, V);
+    for (int turn = 0; turn < 2; turn++) {
+        int64_t t = turn ? 1 : LONG;
+        test_ok(srf_engine_feed(f32.e, tokens, t, want));
+        test_ok(srf_engine_feed(whole.e, tokens, t, got));
+        test_ok(srf_engine_feed(pieces.e, tokens, t, other));
+        double error = off_by(got, want, count), tol = 1.25 * off_by(other, want, count) + 1e-5;
+        print_message("    logits error %.2e of %.2e\n", error, tol);
+        assert_true(error <= tol && tol < 0.1);
+    }
+    srf__free(want);
+    srf__free(got);
+    srf__free(other);
+    srf__free(tokens);
+    engine_done(&whole);
+    engine_done(&pieces);
+    engine_done(&f32);
+}
+
 static void add(struct gpu_suite *suite, const struct engine_case *c, const char *what,
                 void (*body)(void **state), double work)
 {
@@ -376,6 +422,9 @@ int main(int argc, char **argv)
                 add(&suite, &c, "company", test_company, shape ? 1e7 : GPU_LIGHT);
                 add(&suite, &c, "states", test_states, 1e7);
                 add(&suite, &c, "files", test_files, 1e7);
+                c.slots = 48;
+                add(&suite, &c, "many rows", test_many_rows, 1e9);
+                c.slots = SLOTS;
                 if (c.dtype == SRF_F32) add(&suite, &c, "packing", test_packing, 1e7);
                 if (bf16) add(&suite, &c, "against fp32", test_state_bf16, 1e7);
             }

@@ -1,7 +1,9 @@
-/* linear_fwd, linear_bwd, act_fwd on the GPU: bias, residual, activation, both layouts of W, odd
- * sizes. */
+/* linear_fwd, linear_bwd, act_fwd, norm_linear_fwd on the GPU: bias, residual, activation, both
+ * layouts of W, odd sizes, rows that a norm finds hard. */
 #include "tests/ref/dense.h"
 #include "tests/ref/gpu.h"
+
+#include <string.h>
 
 static const int64_t shapes[][3] = {
     {1, 1, 1},       {1, 7, 5},       {3, 1, 2},       {5, 17, 13},    {33, 64, 65},
@@ -155,6 +157,100 @@ static void test_gelu(void **state)
     twins_free(&s);
 }
 
+struct norm_case {
+    enum srf_dtype dtype;
+    int64_t n, in, out;
+    bool bias, act, chained; /* x comes of a layer, with moments */
+    enum { PLAIN, FAR_MEAN, ONE_CHANNEL, ONE_NAN } rows;
+    bool light;
+};
+
+/* Of x or, where that comes of a layer, of the layer's residual. */
+static struct twin norm_rows(struct twins *s, const struct norm_case *k)
+{
+    struct twin x = twin_normal(s, k->n * k->in, 1);
+    for (int64_t i = 0; i < k->n * k->in; i++) {
+        if (k->rows == FAR_MEAN) x.ref[i] += i / k->in % 2 ? 100 : -60;
+        if (k->rows == ONE_CHANNEL && i % k->in == k->in / 3) x.ref[i] = 3000 + 100 * x.ref[i];
+    }
+    if (k->rows == ONE_NAN) x.ref[k->n / 2 * k->in + 3] = NAN;
+    twin_send(s, x);
+    return x;
+}
+
+static void test_norm(void **state)
+{
+    const struct norm_case *k = *state;
+    enum { BEHIND = 72 };
+    struct twins s = twins_new_on(gpu_device(), k->dtype);
+    int64_t n = k->n, in = k->in, out = k->out;
+    struct twin x = norm_rows(&s, k), w = twin_normal(&s, in * out, 1);
+    struct twin gamma = twin_normal(&s, in, 1), beta = twin_normal(&s, in, 1);
+    struct twin b = twin_normal(&s, out, 1), y = twin_fill(&s, n * out, NAN);
+    struct twin moments = twin_acc_fill(&s, srf_moments_count(s.ctx, n, in), NAN);
+    if (k->chained) {
+        struct twin u = twin_normal(&s, n * BEHIND, 1), v = twin_normal(&s, BEHIND * in, 0.1);
+        struct twin c = twin_normal(&s, in, 1), sum = twin_fill(&s, n * in, NAN);
+#define ARGS(side)                                                                                 \
+    .n = n, .in = BEHIND, .out = in, .x = u.side, .w = v.side, .b = k->bias ? c.side : NULL,       \
+    .residual = x.side, .y = sum.side
+        twin_run(&s, linear_fwd, ARGS(dev), .moments = moments.dev);
+        ref_linear_fwd(&(struct srf_linear_fwd_args){ARGS(ref)});
+#undef ARGS
+        if (k->rows != ONE_NAN) twin_close(&s, "x", sum, twin_tol(&s, BEHIND), 1);
+        x = sum;
+        double *rounded = twin_values(&s, x);
+        memcpy(x.ref, rounded, (size_t)(n * in) * sizeof *rounded);
+        srf__free(rounded);
+    }
+#define ARGS(side)                                                                                 \
+    .n = n, .in = in, .out = out, .eps = 1e-5, .x = x.side, .gamma = gamma.side,                   \
+    .beta = beta.side, .w = w.side, .b = k->bias ? b.side : NULL,                                  \
+    .act = k->act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .y = y.side
+    twin_run(&s, norm_linear_fwd, ARGS(dev), .moments = k->chained ? moments.dev : NULL);
+    ref_norm_linear_fwd(&(struct srf_norm_linear_fwd_args){ARGS(ref)});
+#undef ARGS
+    if (k->rows == ONE_NAN) { /* that row alone */
+        double *got = twin_values(&s, y);
+        int64_t other = 0;
+        for (int64_t i = 0; i < n * out; i++) other += isnan(got[i]) != (i / out == n / 2);
+        if (other) fail_msg("%d elements are NaN that should not be, or are not", (int)other);
+        srf__free(got);
+    } else {
+        /* in fp32 a mean of 100 takes its share of the digits */
+        double far = k->rows == FAR_MEAN && k->dtype == SRF_F32 ? 100 : 1;
+        twin_close(&s, "y", y, twin_tol(&s, in), far * sqrt((double)in));
+    }
+    twins_free(&s);
+}
+
+static void add_norms(struct gpu_suite *suite, enum srf_dtype dtype)
+{
+    /* From 8192 rows on in one product; the last row of tiles is not full. */
+    static const int64_t sizes[][3] = {{33, 40, 24},     {8192, 64, 192},  {8196, 200, 392},
+                                       {8447, 768, 200}, {8196, 400, 72},  {8705, 8, 768},
+                                       {33000, 64, 584}, {8296, 1600, 64}, {8196, 66, 60}};
+    static const char *const rows[] = {"", " far mean", " one channel", " NaN"};
+    for (int i = 0; i < (int)(sizeof sizes / sizeof *sizes); i++)
+        for (int turn = 0; turn < 8; turn++) {
+            struct norm_case k = {.dtype = dtype,
+                                  .n = sizes[i][0],
+                                  .in = sizes[i][1],
+                                  .out = sizes[i][2],
+                                  .bias = turn != 3,
+                                  .act = (turn >> 2 ^ turn) & 1,
+                                  .chained = turn >= 4,
+                                  .rows = turn & 3,
+                                  .light = i < 2 && turn % 5 == 0};
+            if (i > 3 && k.rows == ONE_NAN) continue;
+            double work = k.light ? GPU_LIGHT : (double)k.n * (double)k.in * (double)k.out;
+            gpu_add(suite, test_norm, &k, sizeof k, work,
+                    "norm_linear_fwd %s n=%d in=%d out=%d%s%s%s%s", srf_dtype_name(dtype), (int)k.n,
+                    (int)k.in, (int)k.out, k.bias ? " bias" : "", k.act ? " gelu" : "",
+                    k.chained ? " moments" : "", rows[k.rows]);
+        }
+}
+
 static void add(struct gpu_suite *suite, const struct linear_case *k, bool bwd)
 {
     double work = k->light ? GPU_LIGHT : (double)k->n * (double)k->in * (double)k->out;
@@ -182,6 +278,7 @@ int main(int argc, char **argv)
         struct linear_case gelu = {.dtype = gpu_dtype(type)};
         gpu_add(&suite, test_gelu, &gelu, sizeof gelu, GPU_LIGHT, "gelu %s",
                 srf_dtype_name(gelu.dtype));
+        add_norms(&suite, gpu_dtype(type));
         static const int64_t exact[][2] = {{384, 1152}, {384, 384},  {384, 1536},
                                            {1536, 384}, {384, 2048}, {3333, 129}};
         /* Every kernel of exact rows, for slow checkers too; large tiles: theirs but for size. */

@@ -123,6 +123,34 @@ static void test_fwd(void **state)
     twin_each(fwd);
 }
 
+/* Behind a norm: more rows than the backends take at once. */
+static void norm(enum srf_dtype dtype, int threads)
+{
+    const int64_t sizes[][3] = {{0, 3, 2}, {1, 7, 5}, {33, 40, 24}, {4100, 16, 8}};
+    for (int k = 0; k < 8; k++) {
+        const int64_t n = sizes[k / 2][0], in = sizes[k / 2][1], out = sizes[k / 2][2];
+        struct twins s = twins_new(dtype, threads);
+        struct twin x = twin_normal(&s, n * in, 1), w = twin_normal(&s, in * out, 1);
+        struct twin gamma = twin_normal(&s, in, 1), beta = twin_normal(&s, in, 1);
+        struct twin b = twin_normal(&s, out, 1), y = twin_fill(&s, n * out, NAN);
+#define ARGS(side)                                                                                 \
+    .n = n, .in = in, .out = out, .eps = 1e-5, .x = x.side, .gamma = gamma.side,                   \
+    .beta = beta.side, .w = w.side, .b = k & 1 ? b.side : NULL,                                    \
+    .act = k & 1 ? SRF_ACT_NONE : SRF_ACT_GELU_TANH, .y = y.side
+        twin_run(&s, norm_linear_fwd, ARGS(dev));
+        ref_norm_linear_fwd(&(struct srf_norm_linear_fwd_args){ARGS(ref)});
+#undef ARGS
+        twin_close(&s, "y", y, twin_tol(&s, in), sqrt((double)in));
+        twins_free(&s);
+    }
+}
+
+static void test_norm(void **state)
+{
+    (void)state;
+    twin_each(norm);
+}
+
 /* The activation alone. */
 static void act(enum srf_dtype dtype, int threads)
 {
@@ -285,6 +313,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reference_gradient),
         cmocka_unit_test(test_fwd),
+        cmocka_unit_test(test_norm),
         cmocka_unit_test(test_act),
         cmocka_unit_test(test_bwd),
         cmocka_unit_test(test_gelu_grid),

@@ -140,6 +140,7 @@ static void test_costs_follow_dtype(void **state)
     COMPARE(layernorm_fwd, .n = 3, .c = 5);
     COMPARE(layernorm_bwd, .n = 3, .c = 5);
     COMPARE(linear_fwd, .n = 3, .in = 5, .out = 7, .b = &p, .act = SRF_ACT_GELU_TANH, .pre = &p);
+    COMPARE(norm_linear_fwd, .n = 3, .in = 5, .out = 7, .b = &p, .act = SRF_ACT_GELU_TANH);
     COMPARE(linear_bwd, .n = 3, .in = 5, .out = 7, .dx = &p, .dw = &p, .db = &p);
     COMPARE(xent, .n = 3, .v = 5, .teacher = &p, .kl = &p);
     COMPARE(head_loss, .n = 3, .c = 4, .v = 5, .ld = 8);

@@ -27,6 +27,8 @@ extern "C" {
 
 /* srf_attn.cu */
 size_t srf__attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
+/* norm_linear.cu */
+int64_t srf__moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c);
 
 /* A CUDA call that must succeed; inside functions that return srf_status. */
 #define CUDA_TRY(call)                                                                             \

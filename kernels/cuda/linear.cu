@@ -474,12 +474,22 @@ static srf_status forward_slope(struct srf_ctx *ctx, const struct srf_linear_fwd
     return *done ? srf__product(ctx, &p) : SRF_OK;
 }
 
-extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+/* Bias, residual and moments in the product's end; *done: it was launched. */
+static srf_status forward_sum(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a, bool *done)
 {
-    if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
-    SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
+    struct wgmma_product p = {};
+    p.end = PRODUCT_ADD;
+    p.m = a->n, p.n = a->out, p.k = a->in;
+    p.a = a->x, p.b = a->w, p.y = a->y;
+    p.bias = a->b, p.slope = (void *)(uintptr_t)a->residual;
+    p.moments = (float *)a->moments;
+    *done = !a->w_transposed && a->residual && srf__product_takes(ctx, &p);
+    return *done ? srf__product(ctx, &p) : SRF_OK;
+}
+
+static srf_status forward(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+{
     bool act = a->act != SRF_ACT_NONE, done = false;
-    SRF_FAIL_IF(a->residual && act, SRF_INVALID, "linear_fwd: a residual goes with no activation");
     if (act && a->slope) {
         SRF_TRY(forward_slope(ctx, a, &done));
         return done ? SRF_OK : forward_pieces(ctx, a);
@@ -491,6 +501,19 @@ extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_line
     if (!(act && ctx->dtype == SRF_F32) && takes_epilogue(ctx, a->b, act ? a->pre : NULL, a->out))
         SRF_TRY(forward_fused(ctx, a, &done));
     return done ? SRF_OK : forward_pieces(ctx, a);
+}
+
+extern "C" srf_status cuda_linear_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
+{
+    if (a->n == 0 || a->in == 0 || a->out == 0) return SRF_OK;
+    SRF_TRY(check_shape("linear_fwd", a->n, a->in, a->out));
+    SRF_FAIL_IF((a->residual || a->moments) && a->act != SRF_ACT_NONE, SRF_INVALID,
+                "linear_fwd: residual and moments go with no activation");
+    bool moments = a->moments && srf__moments_count(ctx, a->n, a->out) > 0, done = false;
+    if (moments) SRF_TRY(forward_sum(ctx, a, &done));
+    if (done) return SRF_OK;
+    SRF_TRY(forward(ctx, a));
+    return moments ? srf__moments(ctx, a->n, a->out, a->y, a->moments) : SRF_OK;
 }
 
 extern "C" size_t cuda_linear_fwd_workspace(const struct srf_ctx *,

@@ -11,6 +11,9 @@ bool srf__linear_few_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *
 /* linear_fwd in fp32, each row with the bits that it gets alone (linear_exact.cu). */
 srf_status srf__linear_exact_fwd(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a);
 
+/* moments of x (n, c), bf16: norm_linear.cu. */
+srf_status srf__moments(struct srf_ctx *ctx, int64_t n, int64_t c, const void *x, void *moments);
+
 #ifdef __CUDACC__
 /* What the kernels of our own get. */
 template <typename T> struct linear_rows {

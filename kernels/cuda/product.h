@@ -7,26 +7,36 @@
 #define PRODUCT_COLS 192
 
 enum product_end {
-    PRODUCT_EXP,  /* y = exp(A B - shift of the row), columns from v on 0; and row sums */
-    PRODUCT_GELU, /* y = gelu(u), slope = gelu'(u), u = A B + bias */
-    PRODUCT_SLOPE /* y = (A B) slope; and column sums */
+    PRODUCT_EXP,      /* y = exp(A B - shift of the row), columns from v on 0; and row sums */
+    PRODUCT_GELU,     /* y = gelu(u), slope = gelu'(u), u = A B + bias */
+    PRODUCT_SLOPE,    /* y = (A B) slope; and column sums */
+    PRODUCT_ADD,      /* y = A B + bias + residual; and moments of its rows */
+    PRODUCT_NORM,     /* y = rstd (A B - mean s) + t: rows' mean and rstd, columns' s and t */
+    PRODUCT_NORM_GELU /* y = gelu(2 h), h that */
 };
 
 struct wgmma_product {
     enum product_end end;
     int64_t m, n, k;
     const void *a; /* bf16 (m, k) */
-    const void *b; /* bf16 (n, k); of GELU (k, n) */
+    const void *b; /* bf16 (n, k) of EXP and SLOPE, else (k, n) */
     void *y;       /* out bf16 (m, n) */
     int64_t v;
     const float *shift; /* (m), in log2 units */
     const void *bias;   /* bf16 (n), or NULL */
-    void *slope;        /* bf16 (m, n): out of GELU, in of SLOPE */
+    void *slope;        /* bf16 (m, n): out of GELU, in of SLOPE; the residual of ADD */
     /* out: EXP, (n / PRODUCT_COLS rounded up, m), a tile's sums along its rows; SLOPE, (m /
      * PRODUCT_ROWS rounded up, n), along its columns, or NULL */
     float *sums;
+    /* ADD: out (m, n / PRODUCT_COLS rounded up, 2), mean and sum of squares about it of each
+     * PRODUCT_COLS columns; or NULL */
+    float *moments;
+    const float *rows;    /* NORM: (m, 2), rstd and -mean rstd */
+    const float *columns; /* NORM: (n / 2, 4), s of two columns, t of both */
 };
 
+/* Whether the card and the build have the kernel. */
+bool srf__product_here(const struct srf_ctx *ctx, enum product_end end);
 /* Whether the card and the build have the kernel, and the product's shape and addresses suit it. */
 bool srf__product_takes(const struct srf_ctx *ctx, const struct wgmma_product *p);
 srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p);

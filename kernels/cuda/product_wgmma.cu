@@ -1,5 +1,5 @@
-/* Products on Hopper's warpgroup products (sm_90a), bf16, with what the training step hangs on to
- * three of them done at a tile's end, beside the next tile's products: product.h has the list.
+/* Products on Hopper's warpgroup products (sm_90a), bf16, with what training and prefill hang on to
+ * some of them done at a tile's end, beside the next tile's products: product.h has the list.
  *
  * A block stays, and takes tiles (128, 192) of y in turns: one warpgroup asks for operands, two
  * others have a tile each, so that one finishes its tile while the other's products run. Two blocks
@@ -11,7 +11,8 @@
  *     turn[g]    warpgroup g may start on its next tile: the other has seen all its stages full.
  *                Without it a warpgroup could wait for a stage's phase while the one before has not
  *                ended, and take the end of the last but one, of the same parity, for it.
- *     came[g]    the slope that warpgroup g multiplies with: product_wgmma_ends.h
+ *     came[g]    the slope that warpgroup g multiplies with, or the residual that it adds:
+ *                product_wgmma_ends.h
  *
  * Floor: tensor cores, 2 m n k flops at 990 Tflop/s; and the bytes of A, B, y, slope, once. */
 #include "kernels/cuda/product_wgmma_ends.h"
@@ -79,20 +80,19 @@ template <bool B_COLS>
 __device__ __forceinline__ void multiply_tile(float c[2][COLS / 2], int depth, struct stage s,
                                               uint32_t smem, uint32_t full, uint32_t empty)
 {
+    uint32_t a0 = tile_low(smem);
+    uint32_t b0 = B_COLS ? tile_cols_low(smem + A_BYTES, DEPTH * 128) : tile_low(smem + A_BYTES);
     int before = 0;
     for (int i = 0; i < depth; i++) {
-        uint32_t a = smem + s.at * STAGE_BYTES, b = a + A_BYTES;
+        uint32_t at = s.at * (STAGE_BYTES / 16), a = a0 + at, b = b0 + at;
         barrier_wait(full + 8 * s.at, s.parity);
         warpgroup_fence();
 #pragma unroll
-        for (int kk = 0; kk < DEPTH / 16; kk++) {
-            uint64_t tile =
-                B_COLS ? wgmma_tile_cols(b + 2048 * kk, DEPTH * 128) : wgmma_tile(b + 32 * kk);
+        for (int kk = 0; kk < DEPTH / 16; kk++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                wgmma_192<B_COLS>(c[half], wgmma_tile(a + half * (A_BYTES / 2) + 32 * kk), tile,
-                                  i > 0 || kk > 0);
-        }
+                wgmma_192<B_COLS>(c[half], tile_of(a + half * (A_BYTES / 2 / 16) + 2 * kk),
+                                  tile_of(b + (B_COLS ? 128 : 2) * kk), i > 0 || kk > 0);
         warpgroup_commit();
         warpgroup_wait<1>();
         if (i > 0) release(empty, before);
@@ -112,7 +112,9 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
     char *base = raw + (-smem_addr(raw) & 1023u);
     uint32_t smem = smem_addr(base), full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
     uint32_t turn = empty + 8 * STAGES, came = turn + 16; /* BUFFERS for each warpgroup */
-    constexpr bool B_COLS = END == PRODUCT_GELU;
+    constexpr bool B_COLS = END != PRODUCT_EXP && END != PRODUCT_SLOPE;
+    constexpr bool NORM = END == PRODUCT_NORM || END == PRODUCT_NORM_GELU;
+    constexpr bool BIAS = END == PRODUCT_GELU || END == PRODUCT_ADD;
     int group = threadIdx.x / GROUP, thread = threadIdx.x % GROUP;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -120,7 +122,7 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
             barrier_init(empty + 8 * i, BLOCKS * GROUP_WARPS);
         }
         for (int i = 0; i < 2; i++) barrier_init(turn + 8 * i, GROUP_WARPS);
-        for (int i = 0; i < 2 * BUFFERS; i++) barrier_init(came + 8 * i, 1);
+        for (int i = 0; i < 2 * HALF_BUFFERS; i++) barrier_init(came + 8 * i, 1);
         barrier_init_done();
     }
     cluster_sync();
@@ -136,17 +138,23 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
         f.pieces = smem + PIECES_AT + group * BUFFERS * PIECE_BYTES;
         f.sums = (float *)(base + EXTRA_AT + group * EXTRA_BYTES);
         f.bias = smem + EXTRA_AT + group * EXTRA_BYTES;
-        f.came = came + 8 * group * BUFFERS;
+        f.came = came + 8 * group * HALF_BUFFERS;
         f.id = 1 + group;
         int item = blockIdx.x / BLOCKS + group * clusters;
         for (int i = group; item < w.pairs * w.columns; i += 2, item += 2 * clusters) {
             struct place p = place_of(&w, item, rank);
             float c[2][COLS / 2];
+            struct row_norms rows = {};
             if (END == PRODUCT_SLOPE && thread == 0) { /* while the tile's products run */
                 bulk_store_wait<0>();
                 for (int j = 0; j < BUFFERS; j++) ask_slope(&f, p, j);
             }
-            if (END == PRODUCT_GELU) {
+            if (END == PRODUCT_ADD && thread == 0) {
+                bulk_store_wait<0>();
+                for (int j = 0; j < HALF_BUFFERS; j++) ask_residual(&f, p, j);
+            }
+            if (NORM) rows = take_norms(&w, p);
+            if (BIAS) {
                 group_sync(f.id, GROUP); /* the last tile's bias has been read */
                 take_bias(&f, p);
             }
@@ -162,6 +170,8 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
             if (END == PRODUCT_EXP) put_exp(&f, c, p);
             if (END == PRODUCT_GELU) put_gelu(&f, c, p);
             if (END == PRODUCT_SLOPE) put_times_slope(&f, c, p);
+            if (END == PRODUCT_ADD) put_sum(&f, c, p);
+            if (NORM) put_normed<END>(&f, c, p, &rows);
         }
         if (thread == 0) bulk_store_wait<0>();
     }
@@ -198,38 +208,61 @@ typedef void kernel(const struct work, const struct operands);
 
 static kernel *kernel_of(enum product_end end)
 {
-    if (end == PRODUCT_EXP) return product_kernel<PRODUCT_EXP>;
-    return end == PRODUCT_GELU ? product_kernel<PRODUCT_GELU> : product_kernel<PRODUCT_SLOPE>;
+    switch (end) {
+    case PRODUCT_EXP:
+        return product_kernel<PRODUCT_EXP>;
+    case PRODUCT_GELU:
+        return product_kernel<PRODUCT_GELU>;
+    case PRODUCT_SLOPE:
+        return product_kernel<PRODUCT_SLOPE>;
+    case PRODUCT_ADD:
+        return product_kernel<PRODUCT_ADD>;
+    case PRODUCT_NORM:
+        return product_kernel<PRODUCT_NORM>;
+    case PRODUCT_NORM_GELU:
+        return product_kernel<PRODUCT_NORM_GELU>;
+    }
+    return NULL;
+}
+
+bool srf__product_here(const struct srf_ctx *ctx, enum product_end end)
+{
+    struct cudaFuncAttributes f;
+    return ctx->dtype == SRF_BF16 && cuda_of(ctx)->cc == 90 &&
+           (int64_t)cuda_of(ctx)->smem_max >= SMEM &&
+           cudaFuncGetAttributes(&f, (const void *)kernel_of(end)) == cudaSuccess &&
+           f.maxThreadsPerBlock == THREADS;
 }
 
 bool srf__product_takes(const struct srf_ctx *ctx, const struct wgmma_product *p)
 {
-    struct cudaFuncAttributes f;
     int64_t most = INT32_MAX / 2;
-    return ctx->dtype == SRF_BF16 && cuda_of(ctx)->cc == 90 && p->n % 8 == 0 && p->k % 8 == 0 &&
-           p->m > 0 && p->n > 0 && p->k > 0 && p->m < most && p->n < most && p->k < most &&
-           is_aligned(p->a, 16) && is_aligned(p->b, 16) && is_aligned(p->y, 16) &&
-           is_aligned(p->slope, 16) && is_aligned(p->bias, 4) &&
-           (int64_t)cuda_of(ctx)->smem_max >= SMEM &&
-           cudaFuncGetAttributes(&f, (const void *)kernel_of(p->end)) == cudaSuccess &&
-           f.maxThreadsPerBlock == THREADS;
+    return p->n % 8 == 0 && p->k % 8 == 0 && p->m > 0 && p->n > 0 && p->k > 0 && p->m < most &&
+           p->n < most && p->k < most && is_aligned(p->a, 16) && is_aligned(p->b, 16) &&
+           is_aligned(p->y, 16) && is_aligned(p->slope, 16) && is_aligned(p->bias, 4) &&
+           is_aligned(p->moments, 8) && is_aligned(p->rows, 8) && is_aligned(p->columns, 16) &&
+           srf__product_here(ctx, p->end);
 }
 
 srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p)
 {
     struct operands m;
+    bool b_rows = p->end == PRODUCT_EXP || p->end == PRODUCT_SLOPE;
+    int box = p->end == PRODUCT_ADD ? ROWS / 2 : ROWS; /* rows that leave at once */
     SRF_TRY(make_map(&m.a, p->a, p->m, p->k, ROWS));
-    if (p->end == PRODUCT_GELU)
-        SRF_TRY(make_map(&m.b, p->b, p->k, p->n, DEPTH / BLOCKS));
-    else
+    if (b_rows)
         SRF_TRY(make_map(&m.b, p->b, p->n, p->k, COLS / BLOCKS));
-    SRF_TRY(make_map(&m.y, p->y, p->m, p->n, ROWS));
-    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, ROWS));
+    else
+        SRF_TRY(make_map(&m.b, p->b, p->k, p->n, DEPTH / BLOCKS));
+    SRF_TRY(make_map(&m.y, p->y, p->m, p->n, box));
+    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, box));
     struct work w = {};
     w.m = (int)p->m, w.n = (int)p->n, w.k = (int)p->k, w.v = (int)p->v;
     w.pairs = (int)div_up(p->m, BLOCKS * ROWS), w.columns = (int)div_up(p->n, COLS);
     w.rows_first = p->n > p->m; /* the larger operand is read once */
     w.shift = p->shift, w.bias = (const bf16 *)p->bias, w.sums = p->sums;
+    w.moments = (float2 *)p->moments;
+    w.row_norms = (const float2 *)p->rows, w.column_norms = (const float4 *)p->columns;
     int64_t items = (int64_t)w.pairs * w.columns, clusters = cuda_of(ctx)->n_sm / BLOCKS;
     clusters = clusters < items ? clusters : items;
     kernel *f = kernel_of(p->end);

@@ -7,11 +7,23 @@
 #include "kernels/cuda/wgmma.h"
 
 #if HAVE_WGMMA
-/* B where k runs along a tile's rows: `step` bytes between tiles of 64 columns each. */
-__device__ __forceinline__ uint64_t wgmma_tile_cols(uint32_t addr, int step)
+/* Where an operand lies, as wgmma.h's wgmma_tile says it, by halves: the upper one is a constant,
+ * to the lower one 1 may be added for each 16 bytes further on, as the last address is below 2^18.
+ * cols: k runs along the tile's rows, `step` bytes between tiles of 64 columns each. */
+#define TILE_HIGH 0x40000040u
+__device__ __forceinline__ uint32_t tile_low(uint32_t addr)
 {
-    return (uint64_t)(addr >> 4 & 0x3fff) | (uint64_t)(step >> 4) << 16 | (uint64_t)64 << 32 |
-           (uint64_t)1 << 62;
+    return (addr >> 4 & 0x3fff) | 64u << 16; /* above it is the block's number in its cluster */
+}
+__device__ __forceinline__ uint32_t tile_cols_low(uint32_t addr, int step)
+{
+    return (addr >> 4 & 0x3fff) | (uint32_t)(step >> 4) << 16;
+}
+__device__ __forceinline__ uint64_t tile_of(uint32_t low)
+{
+    uint64_t tile;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(tile) : "r"(low), "r"(TILE_HIGH));
+    return tile;
 }
 /* c (64, 192) = A B (!add) or c += A B, of 16 columns of A; B_COLS: k runs along B's tile rows. */
 template <bool B_COLS>

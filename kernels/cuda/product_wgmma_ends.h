@@ -9,23 +9,25 @@
 #include "kernels/cuda/product_wgmma.h"
 #include "kernels/cuda/tile.h"
 
-#define ROWS        PRODUCT_ROWS /* of a tile */
-#define COLS        PRODUCT_COLS
-#define DEPTH       64 /* of a stage */
-#define STAGES      4
-#define PIECE_COLS  64 /* of a piece of a tile, that leaves at once */
-#define PIECES      (COLS / PIECE_COLS)
-#define BUFFERS     2 /* of a warpgroup, for pieces */
-#define THREADS     384
-#define GROUP       128 /* threads */
-#define GROUP_WARPS 4
-#define BLOCKS      2 /* of a cluster */
+#define ROWS         PRODUCT_ROWS /* of a tile */
+#define COLS         PRODUCT_COLS
+#define DEPTH        64 /* of a stage */
+#define STAGES       4
+#define PIECE_COLS   64 /* of a piece of a tile, that leaves at once */
+#define PIECES       (COLS / PIECE_COLS)
+#define BUFFERS      2             /* of a warpgroup, for pieces */
+#define HALF_BUFFERS (2 * BUFFERS) /* the same, for halves of pieces: 64 rows */
+#define THREADS      384
+#define GROUP        128 /* threads */
+#define GROUP_WARPS  4
+#define BLOCKS       2 /* of a cluster */
 
 #define A_BYTES     (ROWS * DEPTH * (int)sizeof(bf16))
 #define B_BYTES     (COLS * DEPTH * (int)sizeof(bf16))
 #define STAGE_BYTES (A_BYTES + B_BYTES)
 #define PIECE_BYTES (ROWS * PIECE_COLS * (int)sizeof(bf16))
-#define BARRIERS    (2 * STAGES + 2 + 2 * BUFFERS)
+#define HALF_BYTES  (PIECE_BYTES / 2)
+#define BARRIERS    (2 * STAGES + 2 + 2 * HALF_BUFFERS)
 #define PIECES_AT   (STAGES * STAGE_BYTES)
 #define EXTRA_AT    (PIECES_AT + 2 * BUFFERS * PIECE_BYTES)
 #define EXTRA_BYTES ((GROUP_WARPS - 1) * PIECE_COLS * (int)sizeof(float)) /* of a warpgroup */
@@ -43,6 +45,9 @@ struct work {
     const float *shift;
     const bf16 *bias;
     float *sums;
+    float2 *moments;
+    const float2 *row_norms;    /* wgmma_product's `rows` */
+    const float4 *column_norms; /* and `columns` */
 };
 
 #if HAVE_WGMMA
@@ -63,8 +68,8 @@ struct finish {
     const struct operands *m;
     uint32_t pieces; /* BUFFERS in shared memory */
     float *sums;     /* SLOPE: (GROUP_WARPS - 1, PIECE_COLS), in shared memory */
-    uint32_t bias;   /* GELU: bf16 (COLS), in the same place */
-    uint32_t came;   /* SLOPE: a barrier for each buffer */
+    uint32_t bias;   /* GELU, ADD: bf16 (COLS), in the same place */
+    uint32_t came;   /* SLOPE, ADD: a barrier for each buffer */
     int id;          /* of the warpgroup's barrier */
     int next;        /* buffer that is filled next */
     int parity;      /* bit i: of came[i]'s phase that is waited for next */
@@ -82,6 +87,20 @@ __device__ __forceinline__ uint32_t word_at(uint32_t piece, int nt, int j)
     int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
     uint32_t base = piece + tile_at<PIECE_COLS>(16 * warp + (lane >> 2), 0) + (lane & 3) * 4;
     return (base ^ (nt * 16)) + ((j >> 1) * 64 + (j & 1) * 8) * (PIECE_COLS * 2);
+}
+/* Address that a thread gives for four 8 x 8 tiles at once (mma.h): 16 rows of its warp, columns
+ * 8 nt .. 8 nt + 15, nt even; from row 0 or 64 of the piece on. Its words then are those of columns
+ * nt in rows 0 and 1 (j of row_at), nt + 1 in rows 0 and 1. */
+__device__ __forceinline__ uint32_t tiles_at(uint32_t piece)
+{
+    int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
+    return piece + tile_at<PIECE_COLS>(16 * warp + (lane & 15), lane >> 4);
+}
+__device__ __forceinline__ void stmatrix_x4(uint32_t addr, const uint32_t r[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 /* Its products there. */
 __device__ __forceinline__ float2 products_at(const float c[2][COLS / 2], int piece, int nt, int j)
@@ -264,6 +283,154 @@ __device__ __forceinline__ void put_times_slope(struct finish *f, float c[2][COL
             ask_slope(f, p, i - 1 + BUFFERS);
         }
         if (f->w->sums) put_sums(f, p, i);
+    }
+}
+
+/* ---- plus a residual ------------------------------------------------------------------------- */
+
+/* A thread's columns of a row, about the first of them: it is one of them, so what cancels below is
+ * at most as many times what is left. */
+struct row_sums {
+    float first, sum, sq;
+};
+__device__ __forceinline__ void row_add(struct row_sums *r, float2 x, bool begin)
+{
+    if (begin) r->first = x.x;
+    float d = x.x - r->first, e = x.y - r->first;
+    r->sum += d + e;
+    r->sq = fmaf(d, d, fmaf(e, e, r->sq));
+}
+
+/* The tile's mean and squares about it in two of a thread's rows, j and j + 1. */
+__device__ __forceinline__ void put_moments(const struct finish *f, struct place p, int j,
+                                            const struct row_sums r[2])
+{
+    int lane = threadIdx.x & 31, parts = (f->w->n + COLS - 1) / COLS;
+    float own = (float)(min(COLS, f->w->n - p.col) / 4); /* columns; widths are multiples of 8 */
+    float share = 1.0f / own;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        float by = r[k].sum * share, mean = quad_sum(r[k].first + by) * 0.25f;
+        float d = r[k].first + by - mean;
+        float sq = quad_sum(fmaf(-by, r[k].sum, r[k].sq) + own * d * d);
+        int row = p.row + row_at(j + k);
+        if ((lane & 3) == 0 && row < f->w->m)
+            f->w->moments[(int64_t)row * parts + p.col / COLS] = make_float2(mean, sq);
+    }
+}
+
+/* Half a piece of the residual, 64 rows, to the buffer that it shares with y; by one thread. The
+ * upper halves come first: their products' registers are free for the lower ones. */
+__device__ __forceinline__ void ask_residual(const struct finish *f, struct place p, int h)
+{
+    uint32_t bar = f->came + 8 * (h % HALF_BUFFERS);
+    barrier_expect(bar, HALF_BYTES);
+    bulk_load(f->pieces + h % HALF_BUFFERS * HALF_BYTES, &f->m->slope,
+              p.col + h % PIECES * PIECE_COLS, p.row + h / PIECES * (ROWS / 2), bar);
+}
+
+__device__ __forceinline__ void put_sum(struct finish *f, const float c[2][COLS / 2],
+                                        struct place p)
+{
+    int thread = threadIdx.x % GROUP, lane = thread & 31;
+    struct row_sums sums[2] = {};
+    group_sync(f->id, GROUP); /* the bias has come */
+#pragma unroll
+    for (int h = 0; h < 2 * PIECES; h++) {
+        int buffer = h % HALF_BUFFERS, i = h % PIECES, half = h / PIECES;
+        uint32_t piece = f->pieces + buffer * HALF_BYTES, tiles = tiles_at(piece);
+        uint32_t bias_at = f->bias + i * PIECE_COLS * 2 + (lane & 3) * 4;
+        asm volatile("" : "+r"(tiles), "+r"(bias_at)); /* no room to keep addresses made of them */
+        barrier_wait(f->came + 8 * buffer, f->parity >> buffer & 1);
+        f->parity ^= 1 << buffer;
+#pragma unroll
+        for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
+            uint32_t r[4], y[4], b[2];
+            ldmatrix_x4(r, tiles ^ nt * 16);
+#pragma unroll
+            for (int q = 0; q < 2; q++) b[q] = load_shared(bias_at + 16 * (nt + q));
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                float2 u = products_at(c, i, nt + q / 2, 2 * half + q % 2);
+                float2 bias = unpack_bf16(b[q / 2]), more = unpack_bf16(r[q]);
+                y[q] = pack_bf16(u.x + bias.x + more.x, u.y + bias.y + more.y);
+            }
+            stmatrix_x4(tiles ^ nt * 16, y);
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (p.col + i * PIECE_COLS + 8 * (nt + q / 2) < f->w->n)
+                    row_add(&sums[q % 2], unpack_bf16(y[q]), i == 0 && nt + q / 2 == 0);
+        }
+        bulk_fence();
+        group_sync(f->id, GROUP);
+        if (thread == 0)
+            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2), piece);
+        if (thread == 0 && h > 0 && h - 1 + HALF_BUFFERS < 2 * PIECES) {
+            bulk_store_wait<1>(); /* the one before has been read */
+            ask_residual(f, p, h - 1 + HALF_BUFFERS);
+        }
+        if (i < PIECES - 1) continue;
+        if (f->w->moments) put_moments(f, p, 2 * half, sums);
+        for (int k = 0; k < 2; k++) sums[k].sum = sums[k].sq = 0.0f;
+    }
+}
+
+/* ---- of rows that a norm should have made ---------------------------------------------------- */
+
+/* Of a thread's four rows: rstd and -mean rstd. */
+struct row_norms {
+    float2 of[4];
+};
+__device__ __forceinline__ struct row_norms take_norms(const struct work *w, struct place p)
+{
+    struct row_norms r;
+#pragma unroll
+    for (int j = 0; j < 4; j++) r.of[j] = __ldg(w->row_norms + min(p.row + row_at(j), w->m - 1));
+    return r;
+}
+
+/* gelu(2 h): rows and columns of NORM_GELU are given by halves. */
+__device__ __forceinline__ float gelu_twice(float h)
+{
+    float z = h * fmaf(4.0f * GELU_SCALE * GELU_CUBIC, h * h, GELU_SCALE);
+    return fmaf(h, tanh_fast(z), h);
+}
+
+template <int END>
+__device__ __forceinline__ void put_normed(struct finish *f, const float c[2][COLS / 2],
+                                           struct place p, const struct row_norms *r)
+{
+    int thread = threadIdx.x % GROUP, lane = thread & 31;
+    const float4 *columns = f->w->column_norms + p.col / 2 + (lane & 3);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        uint32_t piece = f->pieces + f->next * PIECE_BYTES, tiles = tiles_at(piece);
+        if (thread == 0) bulk_store_wait<BUFFERS - 1>();
+        group_sync(f->id, GROUP);
+        f->next ^= 1;
+#pragma unroll
+        for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
+            float4 v[2];
+#pragma unroll
+            for (int q = 0; q < 2; q++) v[q] = __ldg(columns + (i * PIECE_COLS + 8 * (nt + q)) / 2);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                uint32_t y[4];
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    int j = 2 * half + q % 2;
+                    float2 u = products_at(c, i, nt + q / 2, j);
+                    u.x = fmaf(r->of[j].x, u.x, fmaf(r->of[j].y, v[q / 2].x, v[q / 2].z));
+                    u.y = fmaf(r->of[j].x, u.y, fmaf(r->of[j].y, v[q / 2].y, v[q / 2].w));
+                    if (END == PRODUCT_NORM_GELU) u.x = gelu_twice(u.x), u.y = gelu_twice(u.y);
+                    y[q] = pack_bf16(u.x, u.y);
+                }
+                stmatrix_x4((tiles ^ nt * 16) + half * HALF_BYTES, y);
+            }
+        }
+        bulk_fence();
+        group_sync(f->id, GROUP);
+        if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
     }
 }
 #endif

@@ -136,9 +136,22 @@ static void cuda_graph_free(struct srf_ctx *ctx, void *graph)
 
 /* X(name) has two members of the table to fill, in their order. */
 static const struct srf_backend table = {
-    "cuda",           cuda_alloc,     cuda_free,         cuda_upload,     cuda_download,
-    cuda_copy,        cuda_zero,      cuda_sync,         cuda_memory,     cuda_close,
-    cuda_graph_begin, cuda_graph_end, cuda_graph_launch, cuda_graph_free, srf__attn_carry_bytes,
+    "cuda",
+    cuda_alloc,
+    cuda_free,
+    cuda_upload,
+    cuda_download,
+    cuda_copy,
+    cuda_zero,
+    cuda_sync,
+    cuda_memory,
+    cuda_close,
+    cuda_graph_begin,
+    cuda_graph_end,
+    cuda_graph_launch,
+    cuda_graph_free,
+    srf__attn_carry_bytes,
+    srf__moments_count,
 #define X(name) cuda_##name, cuda_##name##_workspace,
 #include "kernels/ops.def"
 #undef X

@@ -10,6 +10,7 @@ void ref_embed_bwd(const struct srf_embed_bwd_args *a);
 void ref_layernorm_fwd(const struct srf_layernorm_fwd_args *a);
 void ref_layernorm_bwd(const struct srf_layernorm_bwd_args *a);
 void ref_linear_fwd(const struct srf_linear_fwd_args *a);
+void ref_norm_linear_fwd(const struct srf_norm_linear_fwd_args *a);
 void ref_linear_bwd(const struct srf_linear_bwd_args *a);
 void ref_xent(const struct srf_xent_args *a);
 void ref_head_loss(const struct srf_head_loss_args *a);
