@@ -52,6 +52,8 @@ template <int window_, int slots_, int ahead_ = 2> struct window_form {
     static constexpr int back = odd ? window / (CHUNK / 2) : 2 * of_block - 1;
     static constexpr int tiles = slots + back + 1 + ahead;
     static constexpr int states = slots + odd; /* the last one: of second states */
+    /* The product with W goes beside that of the exact weights with V; else it would spill. */
+    static constexpr bool together = back == 1;
     static constexpr int norms = back + 2 > 8 ? 16 : 8;
     static constexpr int k = 0, v = k + tiles * TILE;
     static constexpr int w = v + tiles * TILE, q = w + n_queries * TILE;   /* of queries */
@@ -77,24 +79,33 @@ static __device__ __forceinline__ char *ring_piece(const struct prefill &p, int6
     return ring + ((part * 2 * p.window + row) * D + 8 * piece) * (p.state_bf16 ? 2 : 4);
 }
 
-/* The last tokens' k, v as they are into the ring; thread tid of n. */
+/* The last tokens' k, v as they are into the ring; thread tid of n, a multiple of 16. */
 static __device__ __forceinline__ void write_ring(const struct prefill &p, const struct work &w,
                                                   int tid, int n)
 {
     const int ring = 2 * p.window;
     const int from = max(w.pos, w.stop - ring);
-    for (int i = tid; i < (w.stop - from) * 16; i += n) {
-        const int piece = i % 8, part = i / 8 % 2, at = from + i / 16;
-        const bf16 *rows = part ? p.v : p.k;
-        const uint4 x = *(const uint4 *)(rows + (w.first + at) * p.ld + w.head * D + 8 * piece);
-        char *to = ring_piece(p, w.slot, part, at % ring, piece);
-        if (p.state_bf16) {
-            *(uint4 *)to = x;
-        } else {
-            float2 a = unpack_bf16(x.x), b = unpack_bf16(x.y), c = unpack_bf16(x.z),
-                   d = unpack_bf16(x.w);
-            ((float4 *)to)[0] = make_float4(a.x, a.y, b.x, b.y);
-            ((float4 *)to)[1] = make_float4(c.x, c.y, d.x, d.y);
+    constexpr int at_once = 4; /* loads on their way before the first store */
+    const int piece = tid % 8, part = tid / 8 % 2;
+    const bf16 *rows = (part ? p.v : p.k) + w.first * p.ld + w.head * D + 8 * piece;
+    for (int row = from + tid / 16; row < w.stop; row += at_once * n / 16) {
+        uint4 x[at_once];
+#pragma unroll
+        for (int i = 0; i < at_once; i++)
+            x[i] = *(const uint4 *)(rows + min(row + i * n / 16, w.stop - 1) * p.ld);
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            const int at = row + i * n / 16;
+            if (at >= w.stop) break;
+            char *to = ring_piece(p, w.slot, part, at % ring, piece);
+            if (p.state_bf16) {
+                *(uint4 *)to = x[i];
+            } else {
+                float2 a = unpack_bf16(x[i].x), b = unpack_bf16(x[i].y), c = unpack_bf16(x[i].z),
+                       d = unpack_bf16(x[i].w);
+                ((float4 *)to)[0] = make_float4(a.x, a.y, b.x, b.y);
+                ((float4 *)to)[1] = make_float4(c.x, c.y, d.x, d.y);
+            }
         }
     }
 }
@@ -128,6 +139,34 @@ static __device__ __forceinline__ void load_older(const struct prefill &p, uint3
                      : "memory");
     }
     barrier_arrive(smem_addr(barrier));
+}
+
+/* The state with the keys of chunk number i of a block's way, but for the half that is not to be
+ * taken. */
+template <class form>
+static __device__ __forceinline__ void
+take_chunk(struct pure_state<D> *st, const struct key_features *f, typename form::small_parts *sm,
+           uint32_t base, int i, float to_log2, bool not_first, bool not_second)
+{
+    const int pair = threadIdx.x & 3, lane = threadIdx.x & 31;
+    struct pure_keys keys;
+    float a[32];
+    uint32_t kf[4][4];
+    products(a, f->w, base + form::k + i % form::tiles * TILE);
+    key_exponents(a, sm->half[i & (form::norms - 1)], to_log2);
+#pragma unroll
+    for (int e = 0; e < (form::odd ? 32 : 0); e++)
+        if (e < 16 ? not_first : not_second) a[e] = -INFINITY;
+    key_tops(&keys, st, a, f->bias, 0, pair);
+    key_weights(kf, &keys, a, f->bias);
+    scale_sums(st, keys.step);
+    scale_tops(st, &keys);
+    warpgroup_fence();
+    mix(&st->s[0][0], kf, base + form::v + i % form::tiles * TILE, true);
+    warpgroup_commit();
+    add_tops(st, kf, lane);
+    warpgroup_wait<0>();
+    wgmma_hold(&st->s[0][0]);
 }
 
 /* The warpgroup of keys, and of sums. */
@@ -181,10 +220,15 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
         const int end = now.end;
         int turn;
         const struct work w = turn_of(p, own, items, segs, &turn);
+        /* Short sequences: the state before is empty, and stays so. */
+        const bool empty = !totals && w.stop < 2 * W;
         struct key_features f;
         struct pure_state<D> st;
         read_features(&f, p, w, f0, pair);
-        begin_turn<TOPS | SUMS, totals>(&st, p, w, turn, 1, f0, tid, 1);
+        if (empty)
+            pure_state_start(&st, false, 1, NULL, f0, pair);
+        else
+            begin_turn<TOPS | SUMS, totals>(&st, p, w, turn, 1, f0, tid, 1);
         for (bool same = true; same; i++) {
             /* -1: for its keys only */
             const int c = now.before > 0 ? -1 : now.c, left = now.stop - now.c * CHUNK;
@@ -234,16 +278,21 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                 if (!totals) barrier_arrive(smem_addr(&sm->full[slot]));
                 if (any) give_keys(i + 1);
             };
-            if (W >= CHUNK) give(NULL);
-            for (; j >= to; j--) {
-                const bool keys_there = W >= CHUNK || j == 0 || c > 0;
+            if (W >= CHUNK) {
+                give(NULL);
+                for (; j >= to; j--)
+                    take_chunk<form>(&st, &f, sm, base, i - j, to_log2, in_chunk && j == form::back,
+                                     !in_chunk && j == to);
+            }
+            for (; W < CHUNK && j >= to; j--) {
+                const bool keys_there = j == 0 || c > 0;
                 uint32_t kf[4][4];
                 if (keys_there) {
                     struct pure_keys keys;
                     float a[32];
                     products(a, f.w, k_of(i - j));
                     key_exponents(a, sm->half[(i - j) & (form::norms - 1)], to_log2);
-                    if (W < CHUNK && UNLIKELY(j == 0 || left < W || c <= pos / CHUNK)) {
+                    if (UNLIKELY(j == 0 || left < W || c <= pos / CHUNK)) {
                         /* What the caller's state has; what comes later sees one by one. */
                         const int hi = j == 0 || left < W ? W : CHUNK;
                         const int lo = j == 0 || c > pos / CHUNK ? 0 : pos % CHUNK < W ? W : CHUNK;
@@ -253,17 +302,12 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                             if (token < lo || token >= hi) a[e] = -INFINITY;
                         }
                     }
-                    if (form::odd && (in_chunk ? j == form::back : j == form::of_block)) {
-#pragma unroll
-                        for (int e = 0; e < 32; e++)
-                            if (e < 16 ? in_chunk : !in_chunk) a[e] = -INFINITY;
-                    }
                     key_tops(&keys, &st, a, f.bias, 0, pair);
                     key_weights(kf, &keys, a, f.bias);
                     scale_sums(&st, keys.step);
                     scale_tops(&st, &keys);
                 }
-                if (W < CHUNK && j == 1) give(kf);
+                if (j == 1) give(kf);
                 if (!keys_there) continue;
                 warpgroup_fence();
                 mix(&st.s[0][0], kf, v_of(i - j), true);
@@ -281,7 +325,7 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
                 seconds++;
             }
         }
-        end_turn<TOPS | SUMS, totals>(&st, p, w, end == w.end, f0, tid, 1);
+        if (!empty) end_turn<TOPS | SUMS, totals>(&st, p, w, end == w.end, f0, tid, 1);
         /* Else another segment, or the next features, may still have to read it. */
         if (!totals && end == w.end && w.last && !p.sums && p.first + p.count == p.m)
             write_ring(p, w, tid, GROUP);
@@ -340,11 +384,11 @@ struct tile_mask {
 };
 /* n tiles of keys, seen one by one: of the first call, the chunk's own, causally, and the one
  * before; of the last tile only rows from 16 `from` on, by the first half of the queries. some:
- * not all of the last tile is seen. */
-template <bool first, int n, int from, bool some = false>
-static __device__ __forceinline__ void exact_tiles(struct row_sums *r, const uint32_t x[4][4],
-                                                   const uint32_t k[2], const uint32_t v[2],
-                                                   float exact, struct tile_mask masked = {})
+ * not all of the last tile is seen. last: far = x W^T as well, meanwhile. */
+template <bool first, int n, int from, bool some = false, bool last = false>
+static __device__ __forceinline__ void
+exact_tiles(struct row_sums *r, const uint32_t x[4][4], const uint32_t k[2], const uint32_t v[2],
+            float exact, struct tile_mask masked = {}, float *far = NULL, uint32_t w_tile = 0)
 {
     const int lane = threadIdx.x & 31, row = (threadIdx.x & (GROUP - 1)) / 32 * 16 + (lane >> 2);
     const int before = row - 2 * (lane & 3);
@@ -379,6 +423,7 @@ static __device__ __forceinline__ void exact_tiles(struct row_sums *r, const uin
         for (int kk = t < n - 1 ? 0 : from; kk < 4; kk++)
             wgmma_64<true>(&r->num[0][0], weight[t][kk], tile_on_by(v[t], 128 * kk),
                            !first || t > 0 || kk > 0);
+    if (last) scores(far, x, w_tile);
     warpgroup_commit();
 #pragma unroll
     for (int t = 0; t < n; t++)
@@ -387,6 +432,7 @@ static __device__ __forceinline__ void exact_tiles(struct row_sums *r, const uin
             mma_bf16(r->den, weight[t][kk], ones, ones);
     warpgroup_wait<0>();
     wgmma_hold(&r->num[0][0]);
+    if (last) wgmma_hold(far);
 }
 
 /* One of two warpgroups of queries, for every other chunk. */
@@ -470,7 +516,7 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
         };
         of_tiles(0);
         if (UNLIKELY(c == 0 && p.first == 0)) {
-            exact_tiles<true, 1, 0>(&r, x, k, v, exact);
+            exact_tiles<true, 1, 0, false, form::together>(&r, x, k, v, exact, {}, a, w_tile);
         } else if (!UNLIKELY(p.first > 0)) {
             const int phase = c % (form::odd ? form::back : form::of_block);
             /* Window 96: how many chunks the first half's block begins before this one; the block
@@ -479,7 +525,7 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
             const int before = min(c, phase + (!form::odd ? form::of_block
                                                : even     ? form::of_block + 1
                                                           : 0));
-            exact_tiles<true, 2, from>(&r, x, k, v, exact);
+            exact_tiles<true, 2, from, false, form::together>(&r, x, k, v, exact, {}, a, w_tile);
 #pragma unroll 1
             for (int t = 2; t <= form::back; t++) {
                 if (t > before) break;
@@ -490,7 +536,7 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
                 exact_tiles<false, 1, 0, form::odd>(&r, x, k, v, exact, masked);
             }
         }
-        products(a, x, w_tile);
+        if (!form::together || UNLIKELY(p.first > 0)) products(a, x, w_tile);
         float half[2] = {0, 0};
         uint32_t weight[4][4];
 #pragma unroll
