@@ -382,7 +382,8 @@ template <int P> static __device__ __forceinline__ float thread_max(const row_of
         int pairs = r.v / 2;
         each<P / 2>((const __nv_bfloat162 *)r.logits, threadIdx.x, THREADS, pairs,
                     [&](__nv_bfloat162 x, int) { max = __hmax2_nan(max, x); });
-        if (r.v % 2 && threadIdx.x == 0)
+        /* of the thread to which `each` gives it: find_best looks for it there */
+        if (r.v % 2 && (int)threadIdx.x == (r.v - 1) / P % THREADS)
             max = __hmax2_nan(max, __halves2bfloat162(r.logits[r.v - 1], none));
     }
     return larger(__low2float(max), __high2float(max));

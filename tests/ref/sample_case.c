@@ -27,6 +27,8 @@ static double value(const struct sample_case *c, double x, int64_t row, int64_t 
         return 1e4 * x;
     case SAMPLE_HOLES:
         return (j + row) % 2 ? 2 * x : -INFINITY;
+    case SAMPLE_EDGE:
+        return j == (row % 2 ? 0 : c->v - 1) ? 9 : x;
     case SAMPLE_BAD:
         if (row % 5 == 3) return -INFINITY;
         if (j != (row * 7919 + 13) % c->v) return x;

@@ -14,6 +14,7 @@ struct sample_case {
         SAMPLE_TIES,   /* a few values, many times each, zeros of both signs */
         SAMPLE_WIDE,   /* far from each other, far from 0 */
         SAMPLE_HOLES,  /* half of them -inf */
+        SAMPLE_EDGE,   /* the largest is the first or the last of the row */
         SAMPLE_BAD     /* NaN, +inf or only -inf in some rows */
     } logits;
 };
