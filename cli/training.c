@@ -9,6 +9,8 @@
 
 /* What windows are planned on where a budget is all that is said. */
 #define PLAN_TOKENS 16384
+/* Most windows that its text is long. */
+#define PLAN_LENGTH 8
 /* Low-rank additions want more than weights (train/RECIPES.md). */
 #define LORA_LR 3e-3
 
@@ -111,11 +113,11 @@ static srf_status open_start(const struct cli_training *defaults, struct inputs 
     return srf_trainer_check_teacher(r->ck, r->teacher);
 }
 
-/* About n tokens of the training text, in windows spread over it; caller srf__free()s. */
-static srf_status sample_text(const struct inputs *in, struct run *r, int64_t n, int64_t *windows,
-                              int32_t **tokens)
+/* About n tokens of the training text, in windows of len spread over it; caller srf__free()s. */
+static srf_status sample_text(const struct inputs *in, struct run *r, int64_t n, int64_t len,
+                              int64_t *windows, int32_t **tokens)
 {
-    int64_t total = srf_tokenset_count(r->data), len = in->config.seq_len, count = n / len;
+    int64_t total = srf_tokenset_count(r->data), count = n / len;
     *tokens = NULL;
     if (count < 1) count = 1;
     if (count > total / len) count = total / len;
@@ -146,7 +148,7 @@ static srf_status calibrate(const struct inputs *in, struct run *r)
     struct srf_calibrate_result result;
     int32_t *tokens;
     srf_status st = SRF_OK;
-    SRF_TRY_GO(sample_text(in, r, in->calibrate, &c.windows, &tokens));
+    SRF_TRY_GO(sample_text(in, r, in->calibrate, c.seq_len, &c.windows, &tokens));
     cli_progress_start(&progress, "calibrate", in->quiet);
     st = srf_calibrate(r->ctx, r->ck, tokens, &c, &result);
     cli_progress_end(&progress);
@@ -174,7 +176,11 @@ static srf_status plan_windows(const struct inputs *in, struct run *r)
     struct srf_plan_windows_result result;
     int32_t *tokens;
     srf_status st = SRF_OK;
-    SRF_TRY_GO(sample_text(in, r, in->plan_windows, &c.windows, &tokens));
+    /* Much longer than the windows: a plan's short training tells too little of features that have
+     * all that to remember. */
+    int64_t most = PLAN_LENGTH * r->ck->attention.window;
+    if (most > 0 && c.seq_len > most) c.seq_len = most;
+    SRF_TRY_GO(sample_text(in, r, in->plan_windows, c.seq_len, &c.windows, &tokens));
     cli_progress_start(&progress, "windows and features by layer", in->quiet);
     st = srf_plan_windows(r->ctx, r->ck, tokens, &c, &result);
     cli_progress_end(&progress);
