@@ -397,21 +397,23 @@ static void add(struct gpu_suite *suite, const struct engine_case *c, const char
 
 int main(int argc, char **argv)
 {
+    static const struct engine_case shapes[] = {
+        {.d = 64, .m = 64},
+        {.d = 32, .m = 20},
+        {.d = 64, .m = 64, .window = 16, .second = 16},
+        {.d = 32, .m = 20, .window = 16, .second = 4, .second_m = 8},
+        {.d = 64, .m = 64, .window = 64, .second = 32, .second_m = 16},
+    };
+    enum { N_SHAPES = sizeof shapes / sizeof *shapes };
     static const struct srf_sampler_config samplers[] = {{0, 0, 1}, {0.9, 20, 0.95}, {1, 0, 1}};
     static struct gpu_suite suite;
     for (int type = 0; type < gpu_n_dtypes(); type++)
-        for (int shape = 0; shape < 4; shape++)
+        for (int shape = 0; shape < N_SHAPES; shape++)
             for (int bf16 = 0; bf16 < (gpu_dtype(type) == SRF_BF16 ? 2 : 1); bf16++) {
-                struct engine_case c = {.dtype = gpu_dtype(type),
-                                        .d = shape % 2 ? 32 : 64,
-                                        .m = shape % 2 ? 20 : 64,
-                                        .window = shape / 2 ? 16 : 0,
-                                        .second_m = shape == 3 ? 8 : 0,
-                                        .second = shape == 3  ? 4
-                                                  : shape / 2 ? 16
-                                                              : 0,
-                                        .slots = SLOTS,
-                                        .state_bf16 = bf16};
+                struct engine_case c = shapes[shape];
+                c.dtype = gpu_dtype(type);
+                c.slots = SLOTS;
+                c.state_bf16 = bf16;
                 for (int s = 0; s < 3; s++) {
                     c.sampler = samplers[s];
                     c.slots = s == 2 ? 1 : SLOTS;
