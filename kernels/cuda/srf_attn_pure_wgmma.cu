@@ -118,7 +118,8 @@ struct walk_smem {
     /* z as a sum of two: rows of 64 bf16, a piece apart from what banks repeat by; a zero piece. */
     static constexpr int z = top + 64 * 4, z_row = 64 * 2 + 16;
     static constexpr int far = z + 2 * z_row + 16; /* (4) warps' M rise far */
-    static constexpr int bar = far + 16, bytes = bar + 2 * 8;
+    static constexpr int level = far + 16;         /* of exponents of queries in the next chunk */
+    static constexpr int bar = level + 16, bytes = bar + 2 * 8;
 };
 
 #if HAVE_WGMMA
@@ -147,21 +148,48 @@ static __device__ __forceinline__ float log2_fast(float x)
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-/* a = exponents of this warp's queries, products with features before; r, their maxima. */
-static __device__ __forceinline__ void query_tops(float r[2], float (&a)[8][4], const float *top,
-                                                  float to_log2, int pair)
+static __device__ __forceinline__ void query_shifts(float2 shift[8], const float *top, int pair)
 {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float2 shift = *(const float2 *)(top + 8 * j + 2 * pair);
+    for (int j = 0; j < 8; j++) shift[j] = *(const float2 *)(top + 8 * j + 2 * pair);
+}
+/* a = exponents of this warp's queries, products with features before; r, their maxima. */
+static __device__ __forceinline__ void query_tops(float r[2], float (&a)[8][4],
+                                                  const float2 shift[8], float to_log2)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            a[j][e] = fmaf(a[j][e], to_log2, e & 1 ? shift.y : shift.x);
+            a[j][e] = fmaf(a[j][e], to_log2, e & 1 ? shift[j].y : shift[j].x);
             r[e >> 1] = j == 0 && e % 2 == 0 ? a[j][e] : max_nan(r[e >> 1], a[j][e]);
         }
-    }
     r[0] = quad_max_nan(r[0]);
     r[1] = quad_max_nan(r[1]);
+}
+/* What queries' exponents are taken relative to: M of some feature a chunk before, and some more,
+ * since weights had better be small than large beside huge values. */
+static __device__ __forceinline__ float level_of(float top)
+{
+    return fabsf(top) < 1024 ? top + 24 : 0;
+}
+/* The largest weights of this warp's queries are neither small nor large: they need not be 1, and
+ * to find their exponents first would take as many instructions as the weights. No NaN. */
+static __device__ __forceinline__ bool on_level(const uint32_t x[4][4])
+{
+    const uint32_t least = (127 - 40) << 7, most = (127 + 4) << 7; /* bf16, positive */
+    uint32_t high[2], seen = 0x11111111;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        high[i] = x[0][i];
+#pragma unroll
+        for (int j = 1; j < 8; j++) high[i] = larger_of_halves(high[i], x[j >> 1][(j & 1) * 2 + i]);
+        high[i] = max(high[i] & 0xffff, high[i] >> 16);
+        uint32_t good = __ballot_sync(0xffffffffu, high[i] >= least);
+        good |= good >> 1;
+        seen &= good | good >> 2;
+    }
+    return seen == 0x11111111 && !__any_sync(0xffffffffu, max(high[0], high[1]) > most);
 }
 /* What warp `warp` keeps of the weights that its 16 tokens give a chunk's keys: those not behind
  * them. */
@@ -222,18 +250,20 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
     }
     if (tid < 4) store_shared(base + at::z + 2 * at::z_row + 4 * tid, 0);
     const float bias[2] = {bias_of(p, set, f0), bias_of(p, set, f0 + 8)};
-    /* Of chunk c: this thread's first 16 bytes of o (in order of stores), its tokens' stat. */
-    const int64_t token = (int64_t)first * CHUNK;
-    bf16 *out = p.o + ((int64_t)seq * p.t + token + 16 * warp + (lane >> 3)) * p.ld_o + head * 64 +
-                (lane & 7) * 8;
-    float *stat = p.stat + head_i * p.t + token + row;
+    /* Of chunk c: this thread's first 16 bytes of o (in order of stores). */
+    bf16 *out = p.o + ((int64_t)seq * p.t + first * CHUNK + 16 * warp + (lane >> 3)) * p.ld_o +
+                head * 64 + (lane & 7) * 8;
     chain_wait();
     struct pure_state<64> st;
     pure_state_start(&st, seg > 0, 1, p.states + (head_i * p.n_seg + seg) * pure_state_count(64, 1),
                      f0, pair);
+    float less[2] = {st.top[0] - bias[0], st.top[1] - bias[1]}; /* M - bias */
+    float level = 0, *next_level = (float *)(smem + at::level);
+    if (tid == 0) *next_level = level_of(st.top[0]);
     cp_async_wait<0>();
     async_fence();
     __syncthreads();
+    level = *next_level;
 
     int c = first, lo = 0, size = CHUNK;
     while (c < c_end) {
@@ -242,25 +272,30 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         const uint32_t q_tile = base + at::q + s * TILE;
         const bool whole = size == CHUNK;
         barrier_wait(base + at::bar + 8 * s, (c - first) >> 1 & 1);
+        float a[8][4], aq[8][4], late[2][4];
+        uint32_t x[4][4];
+        struct chunk_keys keys;
+        pack_rows(x, st.s);
         if (diagonal_norms(k_tile, half, p.by, lo, hi, warp, lane)) async_fence();
         if (ENTRIES && tid == 0) bulk_sent(); /* S, before it is written again */
         __syncthreads();
-
-        float a[8][4], aq[8][4], late[4];
-        uint32_t x[4][4];
-        struct chunk_keys keys;
         begin_scores(a, base + at::w, k_tile);
         begin_scores(aq, q_tile, base + at::w);
+        put_rows(base + at::s, x, warp, lane);
+        float2 sub[8];
+        key_halves(sub, half, pair);
         warpgroup_wait<1>();
         wgmma_hold(&a[0][0]);
-        float own_first[2] = {a[0][0], a[0][2]};
-        if (UNLIKELY(!whole)) take_piece(own_first, a, half, lo, pair);
-        key_exponents(a, half, p.by.to_log2, pair);
-        key_tops(&keys, st.top, a, bias);
-        const bool fits = keys_fit(&keys, st.top, own_first, half, p.by.to_log2, bias, lo, lane);
         const float z_was[2] = {st.z[0], st.z[1]}, top_was[2] = {st.top[0], st.top[1]};
-        bool far = false;
-        if (UNLIKELY(keys_rise(&keys))) {
+        bool fits = true, far = false;
+        keys.top[0] = st.top[0], keys.top[1] = st.top[1];
+        keys.step[0] = keys.step[1] = 1;
+        if (UNLIKELY(!standing_weights(x, a, sub, less, p.by.to_log2) || !whole)) {
+            float own_first[2] = {a[0][0], a[0][2]};
+            if (!whole) take_piece(own_first, a, half, lo, pair);
+            key_exponents(a, sub, p.by.to_log2);
+            key_tops(&keys, st.top, a, bias, HEADROOM);
+            fits = keys_fit(&keys, st.top, own_first, half, p.by.to_log2, bias, lo, lane);
             if (ENTRIES && whole) {
                 const float none[2] = {1, 1};
                 far = __any_sync(0xffffffffu, key_tops_far(st.top, keys.top));
@@ -269,23 +304,29 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
                               pair);
             }
             /* Where another warp's features do not fit, M of these stays above what it must be. */
-            if (__all_sync(0xffffffffu, fits)) scale_state(&st, &keys);
+            if (__all_sync(0xffffffffu, fits)) {
+                scale_state(&st, &keys);
+                less[0] = keys.less[0], less[1] = keys.less[1];
+                pack_rows(x, st.s);
+                put_rows(base + at::s, x, warp, lane);
+            }
+            chunk_weights(x, &keys, a);
         }
-        chunk_weights(x, &keys, a);
         put_rows(base + at::kf, x, warp, lane);
         add_ones(late, x, false, lane);
-        pack_rows(x, st.s);
-        put_rows(base + at::s, x, warp, lane);
         if (pair == 0) {
-            bf16 *z = (bf16 *)(smem + at::z) + f0;
+            uint16_t *z = (uint16_t *)(smem + at::z) + f0;
+            const uint32_t most = pack_bf16(st.z[0], st.z[1]);
+            const float2 z_most = unpack_bf16(most);
+            const uint32_t rest = pack_bf16(st.z[0] - z_most.x, st.z[1] - z_most.y);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const bf16 most = __float2bfloat16_rn(st.z[i]);
-                top[f0 + 8 * i] = bias[i] + st.top[i];
-                z[8 * i] = most;
-                z[at::z_row / 2 + 8 * i] = __float2bfloat16_rn(st.z[i] - __bfloat162float(most));
+                top[f0 + 8 * i] = bias[i] + (st.top[i] - level);
+                z[8 * i] = (uint16_t)(most >> 16 * i);
+                z[at::z_row / 2 + 8 * i] = (uint16_t)(rest >> 16 * i);
             }
         }
+        if (tid == 0) *next_level = level_of(st.top[0]);
         if (ENTRIES && lane == 0) ((int *)(smem + at::far))[warp] = far;
         async_fence();
         warpgroup_wait<0>();
@@ -314,36 +355,46 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             continue;
         }
 
+        float2 shift[8];
+        uint32_t z[8];
+        query_shifts(shift, top, pair);
+        const float following = *next_level;
+        /* Columns 0 and 1 of a product are the two parts of z, others 0. */
+        ldmatrix_x4(z, z_lane);
+        ldmatrix_x4(z + 4, z_lane + ((lane & 7) < 2 ? 64 : 0));
         begin_sums(st.s, base + at::kf, v_tile);
-        st.z[0] += late[0];
-        st.z[1] += late[2];
-        /* Query features; o and den of this warp's tokens. */
-        float r[2];
-        for (bool clamped = false;; clamped = true) {
-            query_tops(r, aq, top, p.by.to_log2, pair);
-            const bool fine = fabsf(r[0]) < SRF__X_LIMIT && fabsf(r[1]) < SRF__X_LIMIT;
-            if (!UNLIKELY(__any_sync(0xffffffffu, !fine)) || clamped) break;
-            token_products<64>(aq, forget(q_tile), forget(base) + at::w, p.by.limit, warp, 0,
-                               forget(lane));
-        }
+        st.z[0] += late[0][0] + late[1][0];
+        st.z[1] += late[0][2] + late[1][2];
+        /* Query features, r_t being the level; o and den of this warp's tokens. */
+        float r[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 x[j >> 1][(j & 1) * 2 + i] =
-                    pack_bf16(exp2_fast(aq[j][2 * i] - r[i]), exp2_fast(aq[j][2 * i + 1] - r[i]));
-        float o[8][4], den[4];
+                    pack_bf16(exp2_fast(fmaf(aq[j][2 * i], p.by.to_log2, shift[j].x)),
+                              exp2_fast(fmaf(aq[j][2 * i + 1], p.by.to_log2, shift[j].y)));
+        if (UNLIKELY(!on_level(x))) {
+            query_tops(r, aq, shift, p.by.to_log2);
+            const bool fine = fabsf(r[0]) < SRF__X_LIMIT && fabsf(r[1]) < SRF__X_LIMIT;
+            if (__any_sync(0xffffffffu, !fine)) {
+                token_products<64>(aq, forget(q_tile), forget(base) + at::w, p.by.limit, warp, 0,
+                                   forget(lane));
+                query_tops(r, aq, shift, p.by.to_log2);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    x[j >> 1][(j & 1) * 2 + i] = pack_bf16(exp2_fast(aq[j][2 * i] - r[i]),
+                                                           exp2_fast(aq[j][2 * i + 1] - r[i]));
+        }
+        float o[8][4], den[2][4];
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++)
+            mma_add(den[kk & 1], x[kk], z[2 * kk], z[2 * kk + 1], kk > 1);
         begin_mix(a, x, base + at::kf, false);
         begin_mix(o, x, base + at::s, false);
-        {
-            /* Columns 0 and 1 of this product are the two parts of z, others 0. */
-            const uint32_t step = (lane & 7) < 2 ? 64 : 0;
-            uint32_t z[8];
-            ldmatrix_x4(z, z_lane);
-            ldmatrix_x4(z + 4, z_lane + step);
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma_add(den, x[kk], z[2 * kk], z[2 * kk + 1], kk > 0);
-        }
         warpgroup_wait<1>();
         wgmma_hold(&st.s[0][0]);
         wgmma_hold(&a[0][0]);
@@ -355,13 +406,15 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             causal<2>(x, a, diagonal);
         else
             causal<3>(x, a, diagonal);
-        begin_mix(o, x, v_tile, true);
         add_ones(den, x, true, lane);
-        const float den_row[2] = {__shfl_sync(0xffffffffu, den[0] + den[1], lane & ~3),
-                                  __shfl_sync(0xffffffffu, den[2] + den[3], lane & ~3)};
+        begin_mix(o, x, v_tile, true);
+        const float den_row[2] = {
+            __shfl_sync(0xffffffffu, den[0][0] + den[0][1] + (den[1][0] + den[1][1]), lane & ~3),
+            __shfl_sync(0xffffffffu, den[0][2] + den[0][3] + (den[1][2] + den[1][3]), lane & ~3)};
         if (p.stat && pair == 0) {
-            if (row >= lo && row < hi) stat[0] = r[0] + log2_fast(den_row[0]);
-            if (row + 8 >= lo && row + 8 < hi) stat[8] = r[1] + log2_fast(den_row[1]);
+            float *stat = p.stat + head_i * p.t + c * CHUNK + row;
+            if (row >= lo && row < hi) stat[0] = r[0] + level + log2_fast(den_row[0]);
+            if (row + 8 >= lo && row + 8 < hi) stat[8] = r[1] + level + log2_fast(den_row[1]);
         }
         const float by[2] = {reciprocal(den_row[0]), reciprocal(den_row[1])};
         warpgroup_wait<0>();
@@ -391,6 +444,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
                 *(uint4 *)to = y;
             }
         }
+        level = following;
         lo += size;
         size = lo & -lo;
         if (lo >= n) {
@@ -398,7 +452,6 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             lo = 0;
             size = CHUNK;
             out += CHUNK * p.ld_o;
-            stat += CHUNK;
         }
     }
     if (ENTRIES && tid == 0) bulk_done();

@@ -6,7 +6,9 @@
  * The forward differs in when a chunk is taken in pieces: its keys alone say so, before anything is
  * given out. A feature's M after the chunk is then more than SPREAD above both its M before and its
  * exponent of the first key. (Else z of the state or of that key is at least 2^-(SPREAD + 1) in
- * every feature, and so are all denominators.)
+ * every feature, and so are all denominators.) Nor are maxima looked for where old ones do: M is
+ * put HEADROOM above the exponents that it must not be below, and stays while weights are at most
+ * 1; r_t is one number for all tokens of a chunk, while the largest weights of each are in a range.
  *
  * The kernels of an op are a chain (chain.h) whose first is launched as any: once one of them runs,
  * all before that first one are complete, and inputs may be read before chain_wait.
@@ -127,6 +129,12 @@ __device__ __forceinline__ void keep_side(uint32_t a[4][4], uint32_t diagonal, i
             a[kk][i] &= ahead == 0 ? diagonal : (LOWER ? ahead < 0 : ahead > 0) ? 0xffffffffu : 0;
         }
 }
+__device__ __forceinline__ uint32_t larger_of_halves(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
 /* Some M of this thread's features rises so far with the chunk that S would be lost by it. */
 __device__ __forceinline__ bool key_tops_far(const float top[2], const float with[2])
 {
@@ -165,7 +173,8 @@ __device__ __forceinline__ void put_entry(bf16 *entry, const struct pure_state<6
 /* ---- chunks whose keys decide alone into what pieces they are cut ---------------------------- */
 
 #define UNLIKELY(x) __builtin_expect((x) != 0, 0)
-#define SPREAD      60 /* log2: what a feature's weights in a chunk may differ by */
+#define SPREAD      60    /* log2: what a feature's weights in a chunk may differ by */
+#define HEADROOM    10.0f /* log2: how far above all exponents M is put */
 
 /* What wgmma_tile says of a tile's address with `pieces` of 16 bytes more. The lower half of one
  * tile's descriptors is one number and a constant, so that they cost an addition each. */
@@ -238,6 +247,13 @@ __device__ __forceinline__ void add_ones(float c[4], const uint32_t a[4][4], boo
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) mma_add(c, a[kk], ones, ones, add || kk > 0);
 }
+/* The same to two parts of a sum. Such a product waits for the one before it. */
+__device__ __forceinline__ void add_ones(float c[2][4], const uint32_t a[4][4], bool add, int lane)
+{
+    const uint32_t ones = lane < 4 ? 0x3f803f80u : 0;
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) mma_add(c[kk & 1], a[kk], ones, ones, add || kk > 1);
+}
 
 /* half of a warp's 16 keys, |k|^2 being the diagonal of K K^T (A's registers are B's for the same
  * rows): log2(e) |y|^2 / 2, infinite (weight 0) for rows outside [lo, hi). True: keys were clamped
@@ -303,19 +319,31 @@ __device__ __forceinline__ void take_piece(float first[2], float (&a)[8][4], con
             if (half[row] == INFINITY) a[j][e] = 0;
         }
 }
+/* half of this thread's keys. */
+__device__ __forceinline__ void key_halves(float2 sub[8], const float *half, int pair)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) sub[j] = *(const float2 *)(half + 8 * j + 2 * pair);
+}
 /* Exponents but for the bias; a = W K^T before. */
+__device__ __forceinline__ void key_exponents(float (&a)[8][4], const float2 sub[8], float to_log2)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[j][e] = fmaf(a[j][e], to_log2, e & 1 ? -sub[j].y : -sub[j].x);
+}
 __device__ __forceinline__ void key_exponents(float (&a)[8][4], const float *half, float to_log2,
                                               int pair)
 {
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float2 sub = *(const float2 *)(half + 8 * j + 2 * pair);
-#pragma unroll
-        for (int e = 0; e < 4; e++) a[j][e] = fmaf(a[j][e], to_log2, e & 1 ? -sub.y : -sub.x);
-    }
+    float2 sub[8];
+    key_halves(sub, half, pair);
+    key_exponents(a, sub, to_log2);
 }
+/* headroom: how far above the exponents M is put, if it has to rise. */
 __device__ __forceinline__ void key_tops(struct chunk_keys *keys, const float top[2],
-                                         const float (&a)[8][4], const float bias[2])
+                                         const float (&a)[8][4], const float bias[2],
+                                         float headroom = 0)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -323,7 +351,7 @@ __device__ __forceinline__ void key_tops(struct chunk_keys *keys, const float to
 #pragma unroll
         for (int j = 1; j < 8; j++) most = fmaxf(most, fmaxf(a[j][2 * i], a[j][2 * i + 1]));
         most = quad_max(most);
-        keys->top[i] = fmaxf(top[i], ceilf(most + bias[i]));
+        keys->top[i] = most + bias[i] > top[i] ? ceilf(most + bias[i]) + headroom : top[i];
         keys->step[i] = exp2_fast(top[i] - keys->top[i]);
         /* Of exponents of 1e9 rounding may take more than there is. */
         keys->less[i] = fmaxf(keys->top[i] - bias[i], most);
@@ -344,7 +372,28 @@ __device__ __forceinline__ bool keys_fit(const struct chunk_keys *keys, const fl
     }
     return fits;
 }
-/* Weights, as an A operand: rows are features. */
+/* Weights, as an A operand (rows are features), a = W K^T: false where one is above 1 or no number,
+ * in some thread of the warp. M as it stands, less = M - bias, nearly always does, and to find the
+ * largest exponents first would take as many instructions as the weights. */
+__device__ __forceinline__ bool standing_weights(uint32_t kf[4][4], const float (&a)[8][4],
+                                                 const float2 sub[8], const float less[2],
+                                                 float to_log2)
+{
+    uint32_t high = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float x = fmaf(a[j][2 * i], to_log2, -sub[j].x) - less[i];
+            const float y = fmaf(a[j][2 * i + 1], to_log2, -sub[j].y) - less[i];
+            const uint32_t w = pack_bf16(exp2_fast(x), exp2_fast(y));
+            kf[j >> 1][2 * (j & 1) + i] = w;
+            high = larger_of_halves(high, w);
+        }
+    const uint32_t one = 0x3f80; /* positive bf16 are ordered as their bits, NaN above all */
+    return !__any_sync(0xffffffffu, (high & 0xffff) > one || high >> 16 > one);
+}
+/* The same after key_exponents, key_tops. */
 __device__ __forceinline__ void chunk_weights(uint32_t kf[4][4], const struct chunk_keys *keys,
                                               const float (&a)[8][4])
 {

@@ -22,12 +22,6 @@ __device__ __forceinline__ void init_barriers(uint32_t bar, int n)
     for (int i = 0; i < n; i++) barrier_init(bar + 8 * i, 1);
     barrier_init_done();
 }
-__device__ __forceinline__ uint32_t larger_of_halves(uint32_t x, uint32_t y)
-{
-    uint32_t r;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
-    return r;
-}
 /* Values of a tile that are too large are clamped in place. */
 __device__ __forceinline__ void clamp_large(uint32_t tile, uint32_t limit, int tid)
 {
