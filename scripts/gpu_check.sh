@@ -151,9 +151,17 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" OMP_WAIT_POLICY=passive
 # The checkers' long kernels come after the programs: all share the GPU by turns.
 say "Programs"
 job gpu_train 300 bash tests/gpu_train.sh "$srf" "$ROOT" $reference
-while read -r program; do job "$program" 400 "$bin/$program"; done < <(
-    printf '%s\n' "${programs[@]}" | sort -r # SRF attention, which takes longest, sorts last
-)
+while read -r program; do
+    # Minutes of references, one case after the other: several processes, each its share of cases.
+    case "$program" in
+    gpu_srf_recurrent) parts=6 ;;
+    gpu_srf_attn | gpu_srf_range | gpu_softmax_attn) parts=3 ;;
+    *) parts=1 ;;
+    esac
+    for ((i = 0; i < parts; i++)); do
+        job "$program$([ $parts = 1 ] || echo ".$i")" 400 env SRF_GPU_PART=$i/$parts "$bin/$program"
+    done
+done < <(printf '%s\n' "${programs[@]}" | sort -r) # SRF attention's, the longest, first
 report
 
 # Programs on one GPU take turns of milliseconds, and the more there are the longer one of many small

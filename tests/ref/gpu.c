@@ -61,17 +61,33 @@ static bool is_small(const struct gpu_suite *suite, size_t i)
     return i % (suite->n / SMALL_CASES | 1) == 0;
 }
 
+/* SRF_GPU_PART=I/N: false if it is no such thing. */
+static bool part_of(size_t *i, size_t *n)
+{
+    const char *part = getenv("SRF_GPU_PART");
+    int end = 0;
+    *i = 0, *n = 1;
+    if (!part) return true;
+    return sscanf(part, "%zu/%zu%n", i, n, &end) == 2 && !part[end] && *i < *n;
+}
+
 int gpu_run(struct gpu_suite *suite, const char *pattern)
 {
     struct srf_ctx *ctx;
+    size_t part, parts;
+    if (!part_of(&part, &parts)) {
+        fprintf(stderr, "SRF_GPU_PART: expected I/N, I from 0 to N - 1\n");
+        return 1;
+    }
     if (srf_ctx_create(gpu_device(), SRF_F32, 0, &ctx) != SRF_OK) {
         fprintf(stderr, "no GPU to test: %s\n", srf_error_message());
         return 1;
     }
     srf_ctx_free(ctx);
-    size_t n = 0, all = suite->n;
+    size_t n = 0, all = suite->n, seen = 0;
     bool taken[GPU_MAX_CASES];
-    for (size_t i = 0; i < all; i++) taken[i] = !gpu_small() || is_small(suite, i);
+    for (size_t i = 0; i < all; i++)
+        taken[i] = (!gpu_small() || is_small(suite, i)) && seen++ % parts == part;
     for (size_t i = 0; i < all; i++) {
         if (taken[i]) {
             suite->tests[n++] = suite->tests[i];

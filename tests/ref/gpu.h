@@ -3,7 +3,8 @@
  *
  * Environment: SRF_GPU_SMALL=1 takes light cases only (for slow checkers of memory and races):
  * those added as GPU_LIGHT where a suite has any, else some of little work; SRF_TEST_DEVICE=cpu
- * runs the F32 cases on the CPU, to test the tests where there is no GPU. */
+ * runs the F32 cases on the CPU, to test the tests where there is no GPU; SRF_GPU_PART=I/N takes
+ * every N-th case from case I on, so that N processes share a program. */
 #pragma once
 #include "tests/ref/twin.h"
 
