@@ -113,37 +113,54 @@ job() {
         wait "$pid" || status=$?
         echo "$(($(date +%s%N) - began))" >"$logs/$name.ns"
         echo $status >"$logs/$name.status"
+        result "$name"
     ) &
 }
 
-# Nothing goes on running when this is stopped.
-trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT
-trap 'exit 130' INT TERM
+# result NAME: what became of a job that has ended; one write, since several may end at once.
+result() {
+    local name="$1" status words text
+    status="$(cat "$logs/$name.status")"
+    words="$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test(s)\).*/\2 \1/p' \
+        "$logs/$name.log" | tr 'A-Z\n' 'a-z ')"
+    words="$words$(grep -ahE 'ERROR SUMMARY|RACECHECK SUMMARY|^[0-9]+ failures$' \
+        "$logs/$name.log" | sed 's/^=* *//' | tail -1 || true)"
+    text="$(printf '%-4s %-28s %6.1f s  %s' "$([ "$status" = 0 ] && echo ok || echo FAIL)" "$name" \
+        "$(awk '{print $1 / 1e9}' "$logs/$name.ns")" \
+        "$([ "$status" != 124 ] && [ "$status" != 137 ] || echo "out of time; ")$words")"
+    [ "$status" = 0 ] ||
+        text="$text$(grep -aE '^\[  FAILED  \]|^FAILED|relative error|off by|other bits|rror:' \
+            "$logs/$name.log" | head -20 | sed 's/^/         /; 1s/^/\n/' || true)"
+    printf '%s\n' "$text"
+}
 
-# report: one line a job, in the order they were started in.
-report() {
-    local name status words
-    wait
+# count: into passed and failed, with what has not ended among the failed.
+count() {
+    local name
     for name in "${names[@]}"; do
-        status="$(cat "$logs/$name.status" 2>/dev/null || echo none)"
-        words="$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test(s)\).*/\2 \1/p' \
-            "$logs/$name.log" | tr 'A-Z\n' 'a-z ')"
-        words="$words$(grep -ahE 'ERROR SUMMARY|RACECHECK SUMMARY|^[0-9]+ failures$' \
-            "$logs/$name.log" | sed 's/^=* *//' | tail -1 || true)"
-        if [ "$status" = 0 ]; then
+        if [ "$(cat "$logs/$name.status" 2>/dev/null)" = 0 ]; then
             passed=$((passed + 1))
         else
             failed=$((failed + 1))
         fi
-        printf '%-4s %-28s %6.1f s  %s\n' "$([ "$status" = 0 ] && echo ok || echo FAIL)" "$name" \
-            "$(awk '{print $1 / 1e9}' "$logs/$name.ns" 2>/dev/null || echo 0)" \
-            "$([ "$status" != 124 ] && [ "$status" != 137 ] || echo "out of time; ")$words"
-        [ "$status" = 0 ] ||
-            grep -aE '^\[  FAILED  \]|^FAILED|relative error|off by|other bits|rror:' \
-                "$logs/$name.log" | head -20 | sed 's/^/         /' || true
     done
     names=()
 }
+
+# Nothing goes on running when this is stopped, and what was seen is said.
+stopped() {
+    local name
+    trap '' INT TERM
+    kill $(jobs -rp) 2>/dev/null || true
+    for name in "${names[@]}"; do
+        [ -e "$logs/$name.status" ] || echo "FAIL $name: stopped before its end"
+    done
+    count
+    echo "$passed passed, $failed failed: stopped after $((SECONDS - start)) s"
+    exit 130
+}
+trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT
+trap stopped INT TERM
 
 # References in double take most of the programs' time: threads that wait leave the cores to
 # others.
@@ -162,7 +179,8 @@ while read -r program; do
         job "$program$([ $parts = 1 ] || echo ".$i")" 400 env SRF_GPU_PART=$i/$parts "$bin/$program"
     done
 done < <(printf '%s\n' "${programs[@]}" | sort -r) # SRF attention's, the longest, first
-report
+wait
+count
 
 # Programs on one GPU take turns of milliseconds, and the more there are the longer one of many small
 # launches waits: a few at once. All kernels are looked into: with --kernel-name for ours alone
@@ -180,7 +198,8 @@ else
     note "no compute-sanitizer here: memory errors and races are not looked for"
     failed=$((failed + 1))
 fi
-report
+wait
+count
 
 say "All in $((SECONDS - start)) s"
 echo "$passed passed, $failed failed"
