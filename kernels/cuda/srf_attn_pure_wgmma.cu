@@ -123,13 +123,6 @@ struct walk_smem {
 };
 
 #if HAVE_WGMMA
-/* Maximum that keeps a NaN. */
-static __device__ __forceinline__ float max_nan(float x, float y)
-{
-    float r;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
-    return r;
-}
 static __device__ __forceinline__ float quad_max_nan(float x)
 {
     x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));

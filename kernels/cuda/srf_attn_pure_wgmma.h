@@ -255,32 +255,36 @@ __device__ __forceinline__ void add_ones(float c[2][4], const uint32_t a[4][4], 
     for (int kk = 0; kk < 4; kk++) mma_add(c[kk & 1], a[kk], ones, ones, add || kk > 1);
 }
 
-/* half of a warp's 16 keys, |k|^2 being the diagonal of K K^T (A's registers are B's for the same
- * rows): log2(e) |y|^2 / 2, infinite (weight 0) for rows outside [lo, hi). True: keys were clamped
- * in place. */
-__device__ __forceinline__ bool diagonal_norms(uint32_t k_tile, float *half,
-                                               const struct key_scales &by, int lo, int hi,
-                                               int warp, int lane)
+/* Maximum that keeps a NaN. */
+__device__ __forceinline__ float max_nan(float x, float y)
 {
-    const int g = lane >> 2, row = 16 * warp + g;
-    const uint32_t rows = k_tile + warp * 2048;
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+/* x = a warp's 16 keys as the A operand (its registers are B's for the same rows), and |k|^2, the
+ * diagonal of K K^T: of rows lane / 4 and 8 more, right where lane % 4 is lane / 8. True: keys were
+ * clamped in place. */
+__device__ __forceinline__ bool own_squares(uint32_t (&x)[4][4], float square[2], uint32_t rows,
+                                            const struct key_scales &by, int lane)
+{
+    const int g = lane >> 2;
     const bool mine = (lane & 3) == g >> 1;
-    float sum[2];
     bool clamped = false;
     for (;; clamped = true) {
         float low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int kk = 0; kk < 4; kk++) {
-            uint32_t x[4];
-            load_a<64>(x, rows, kk, lane);
-            mma_half(low, x, x[0]);
-            mma_half(high, x, x[1]);
-            mma_half(low, x + 2, x[2]);
-            mma_half(high, x + 2, x[3]);
+            load_a<64>(x[kk], rows, kk, lane);
+            mma_half(low, x[kk], x[kk][0]);
+            mma_half(high, x[kk], x[kk][1]);
+            mma_half(low, x[kk] + 2, x[kk][2]);
+            mma_half(high, x[kk] + 2, x[kk][3]);
         }
-        sum[0] = g & 1 ? low[1] : low[0];
-        sum[1] = g & 1 ? high[3] : high[2];
-        const bool wide = mine && fmaxf(sum[0], sum[1]) > by.most;
+        square[0] = g & 1 ? low[1] : low[0];
+        square[1] = g & 1 ? high[3] : high[2];
+        const bool wide = mine && fmaxf(square[0], square[1]) > by.most;
         if (!UNLIKELY(__any_sync(0xffffffffu, wide && !clamped))) break;
         __syncwarp();
 #pragma unroll 1
@@ -290,6 +294,19 @@ __device__ __forceinline__ bool diagonal_norms(uint32_t k_tile, float *half,
         }
         __syncwarp();
     }
+    return clamped;
+}
+/* half of a warp's 16 keys: log2(e) |y|^2 / 2, infinite (weight 0) for rows outside [lo, hi). True:
+ * keys were clamped in place. */
+__device__ __forceinline__ bool diagonal_norms(uint32_t k_tile, float *half,
+                                               const struct key_scales &by, int lo, int hi,
+                                               int warp, int lane)
+{
+    const int g = lane >> 2, row = 16 * warp + g;
+    const bool mine = (lane & 3) == g >> 1;
+    uint32_t x[4][4];
+    float sum[2];
+    const bool clamped = own_squares(x, sum, k_tile + warp * 2048, by, lane);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         sum[i] *= by.to_half;

@@ -80,46 +80,15 @@ __device__ __forceinline__ void mix_rows(float c[32], const uint32_t a[4][4], ui
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) wgmma_64<true>(c, a[kk], tile_by(tile, 128 * kk), add || kk > 0);
 }
-/* Maximum that keeps a NaN. */
-__device__ __forceinline__ float max_nan(float x, float y)
-{
-    float r;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
-    return r;
-}
 /* This warp's keys as the A operand, and log2(e) |y|^2 / 2 of this thread's two, as diagonal_norms
  * makes it: M of the forward is not below what follows from it. Clamped in place. */
 __device__ __forceinline__ void own_keys(uint32_t (&x)[4][4], float norm[2], uint32_t k_tile,
                                          const struct key_scales &by, int warp, int lane)
 {
-    const int g = lane >> 2;
-    const uint32_t rows = k_tile + warp * 2048;
-    const bool mine = (lane & 3) == g >> 1;
-    for (bool clamped = false;; clamped = true) {
-        float low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) {
-            load_a<64>(x[kk], rows, kk, lane);
-            mma_half(low, x[kk], x[kk][0]);
-            mma_half(high, x[kk], x[kk][1]);
-            mma_half(low, x[kk] + 2, x[kk][2]);
-            mma_half(high, x[kk] + 2, x[kk][3]);
-        }
-        norm[0] = g & 1 ? low[1] : low[0];
-        norm[1] = g & 1 ? high[3] : high[2];
-        const bool wide = mine && fmaxf(norm[0], norm[1]) > by.most;
-        if (!UNLIKELY(__any_sync(0xffffffffu, wide && !clamped))) break;
-        __syncwarp();
-#pragma unroll 1
-        for (int i = 0; i < 16; i++) {
-            const uint32_t addr = rows + 4 * (32 * i + lane);
-            store_shared(addr, clamp_bf16(load_shared(addr), by.limit));
-        }
-        __syncwarp();
-    }
+    own_squares(x, norm, k_tile + warp * 2048, by, lane);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        norm[i] = __shfl_sync(0xffffffffu, norm[i], (lane & 28) | g >> 1) * by.to_half;
+        norm[i] = __shfl_sync(0xffffffffu, norm[i], (lane & 28) | lane >> 3) * by.to_half;
         if (norm[i] > SRF__HALF_LIMIT) norm[i] = SRF__HALF_LIMIT; /* NaN stays */
     }
 }
