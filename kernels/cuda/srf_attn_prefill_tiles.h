@@ -1,6 +1,5 @@
-/* What warpgroups of the prefill kernels do with tiles: products, features of keys and what is given
- * out of them, rows of queries. See srf_attn_prefill.cu.
- */
+/* What warpgroups of the prefill kernels do with tiles: products, features of keys and what is
+ * given out of them, rows of queries. See srf_attn_prefill.cu. */
 #pragma once
 #include "kernels/cuda/srf_attn_prefill_parts.h"
 
