@@ -1,5 +1,6 @@
 # What the shell tests share: source it with the test's own arguments (SRF PROGRAM, SOURCE FOLDER).
 # Changes to a fresh folder that goes away at the end; the test passes if it ends with `finish`.
+# No `| grep -q`: grep ends at the first match, and a command that is still writing then fails the pipe.
 set -uo pipefail
 SRF="$1" SOURCE="$2"
 WORK="$(mktemp -d "${TMPDIR:-/tmp}/srf-test.XXXXXX")"

@@ -112,5 +112,5 @@ refuse 2 'belongs to --prompt' --input short.jsonl --output x.out --state-out s.
 refuse 2 'belong to --input' --prompt x --prefix y
 refuse 1 'No such file' --input short.jsonl --output x.out --prefix @nowhere.txt
 [ ! -e x.out ] && [ ! -e s.h5 ] || fail "a refused run leaves files"
-ls | grep -q '\.tmp\.' && fail "temporary files are left"
+ls | grep '\.tmp\.' >/dev/null && fail "temporary files are left"
 finish

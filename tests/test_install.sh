@@ -4,7 +4,7 @@
 source "$(dirname "$0")/shell.sh"
 build="$(dirname "$SRF")"
 if ! command -v cmake cc c++ pkg-config nm >/dev/null || [ ! -f "$build/CMakeCache.txt" ] ||
-    nm -D "$build/libsrf.so" | grep -q __asan_; then
+    nm -D "$build/libsrf.so" | grep __asan_ >/dev/null; then
     echo "no tools, or a sanitizer's library, which only the sanitizer's programs can load"
     finished=1
     exit 77
@@ -36,7 +36,7 @@ works() {
 }
 
 works shared cc -std=c11 $flags example.c $(pkg-config --cflags --libs srf) -lm
-readelf -d shared | grep -q 'NEEDED.*libsrf' || fail "pkg-config --libs: not the shared library"
+readelf -d shared | grep 'NEEDED.*libsrf' >/dev/null || fail "pkg-config --libs: not the shared library"
 mkdir static
 mv "$library"/libsrf.so static
 works alone cc -std=c11 $flags example.c $(pkg-config --static --cflags --libs srf)

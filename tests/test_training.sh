@@ -196,7 +196,7 @@ refuse 1 "rank" "${retrofit[@]}" --out t --lora 60000
 "${retrofit[@]}" --out attention --rest-lr 0 >/dev/null || fail "training attention alone: exit $?"
 "${retrofit[@]}" --out lora --lora 2 >/dev/null || fail "low-rank training: exit $?"
 for part in "run all" "attention attention" "lora additions of rank 2 to attention's matrices"; do
-    "$SRF" info "${part%% *}/last.h5" | grep -q "^trained  *${part#* }\$" ||
+    "$SRF" info "${part%% *}/last.h5" | grep "^trained  *${part#* }\$" >/dev/null ||
         fail "info does not say $part"
 done
 grep -q '^{"step": 1,.*"lr": 0.001,' lora/metrics.jsonl || fail "--lora: not its own rate"

@@ -53,7 +53,7 @@ has taught/validate.json '"teacher":"model.h5"' '"window":8'
 has taught/validate.html 'the teacher' 'What they write'
 own=$(grep -o '"ppl":[0-9.]*' taught/validate.json | head -1 | cut -c7-16)
 has taught/validate.json "\"by_draw\":{\"first\":"
-grep -o '"by_draw":{[^}]*}' taught/validate.json | grep -qF "\"ppl\":[${own%?}" ||
+grep -o '"by_draw":{[^}]*}' taught/validate.json | grep -F "\"ppl\":[${own%?}" >/dev/null ||
     fail "draw 0 is not the model's own: $own, $(grep -o '"by_draw":{[^}]*}' taught/validate.json)"
 
 # Other settings, a number of features of its own, and names that HTML must escape.
