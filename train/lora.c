@@ -39,7 +39,7 @@ static bool next(const struct srf_trainer *t, struct adapted *x, bool first)
     return true;
 }
 
-static bool has_masters(const struct srf_trainer *t)
+bool srf__lora_has_masters(const struct srf_trainer *t)
 {
     return t->ctx->dtype == SRF_BF16;
 }
@@ -59,7 +59,7 @@ static void *acc_at(const struct srf_trainer *t, int slot, int64_t offset)
 /* The factors as they are trained, A. */
 static void *factor(const struct srf_trainer *t, int64_t offset)
 {
-    return acc_at(t, has_masters(t) ? t->lora.slot_master : t->lora.slot_ab, offset);
+    return acc_at(t, srf__lora_has_masters(t) ? t->lora.slot_master : t->lora.slot_ab, offset);
 }
 
 void *srf__lora_factors(const struct srf_trainer *t)
@@ -82,7 +82,7 @@ srf_status srf__lora_plan(struct srf_trainer *t)
         r->n_base = x.base + srf_model_rows_count(t->model, x.row, x.row + 1);
     }
     SRF_TRY(srf_arena_add(t->arena, "LoRA", "factors", r->n, type, &r->slot_ab));
-    if (has_masters(t))
+    if (srf__lora_has_masters(t))
         SRF_TRY(srf_arena_add(t->arena, "LoRA", "masters", r->n, acc, &r->slot_master));
     SRF_TRY(srf_arena_add(t->arena, "LoRA", "gradients", r->n, acc, &r->slot_grads));
     return srf_arena_add(t->arena, "LoRA", "weights before", r->n_base, type, &r->slot_base);
@@ -99,7 +99,7 @@ srf_status srf__lora_resume(struct srf_trainer *t)
     const struct srf__lora *r = &t->lora;
     float *factors;
     SRF_TRY(srf_upload_f32(t->ctx, at(t, r->slot_base, 0), t->ctx->dtype, r->base, r->n_base));
-    if (!has_masters(t)) return srf__lora_apply(t);
+    if (!srf__lora_has_masters(t)) return srf__lora_apply(t);
     SRF_TRY(SRF_ALLOC(factors, r->n));
     srf_status st = srf_download_f32(t->ctx, factors, factor(t, 0), srf_ctx_acc(t->ctx), r->n);
     if (st == SRF_OK)
@@ -129,23 +129,13 @@ srf_status srf__lora_begin(struct srf_trainer *t, const float *params)
     return st == SRF_OK ? srf__lora_resume(t) : st;
 }
 
-/* Ops of A, whatever T is: what lies where is asked for before. */
-static srf_status bwd_in_acc(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
+/* Ops are of this type from here on; what they were of. For ops of A, whatever T is: what lies
+ * where is asked for before. */
+static enum srf_dtype switch_type(struct srf_ctx *ctx, enum srf_dtype type)
 {
-    enum srf_dtype type = ctx->dtype;
-    ctx->dtype = srf_ctx_acc(ctx);
-    srf_status st = srf_run_linear_bwd(ctx, a);
+    enum srf_dtype before = ctx->dtype;
     ctx->dtype = type;
-    return st;
-}
-
-static srf_status fwd_in_acc(struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
-{
-    enum srf_dtype type = ctx->dtype;
-    ctx->dtype = srf_ctx_acc(ctx);
-    srf_status st = srf_run_linear_fwd(ctx, a);
-    ctx->dtype = type;
-    return st;
+    return before;
 }
 
 /* dA = dW B^T, dB += A^T dW */
@@ -159,7 +149,10 @@ static srf_status factor_gradients(struct srf_trainer *t, const struct adapted *
                                           .dy = srf_model_grad(t->model, x->row),
                                           .dx = acc_at(t, t->lora.slot_grads, x->a),
                                           .dw = acc_at(t, t->lora.slot_grads, x->b)};
-    return bwd_in_acc(t->ctx, &a);
+    enum srf_dtype type = switch_type(t->ctx, srf_ctx_acc(t->ctx));
+    srf_status st = srf_run_linear_bwd(t->ctx, &a);
+    switch_type(t->ctx, type);
+    return st;
 }
 
 srf_status srf__lora_gradients(struct srf_trainer *t)
@@ -201,7 +194,10 @@ static srf_status merge_row(struct srf_trainer *t, const struct adapted *x, floa
                                           .residual = w,
                                           .y = w};
     SRF_TRY(srf_upload_f32(t->ctx, w, acc, t->lora.base + x->base, count));
-    SRF_TRY(fwd_in_acc(t->ctx, &a));
+    enum srf_dtype type = switch_type(t->ctx, acc);
+    srf_status st = srf_run_linear_fwd(t->ctx, &a);
+    switch_type(t->ctx, type);
+    SRF_TRY(st);
     return srf_download_f32(t->ctx, out, w, acc, count);
 }
 

@@ -295,7 +295,7 @@ static srf_status update_parameters(struct srf_trainer *t)
     double peak = srf_policy_lr(&t->config, t->step);
     if (peak == 0 && !t->ctx->plan) return SRF_OK; /* no weight decay either */
     if (r->rank) {
-        void *master = t->ctx->dtype == SRF_BF16 ? srf_arena_ptr(t->arena, r->slot_master) : NULL;
+        void *master = srf__lora_has_masters(t) ? srf__lora_factors(t) : NULL;
         return adamw(t, srf_arena_ptr(t->arena, r->slot_ab), master,
                      srf_arena_ptr(t->arena, r->slot_grads), 0, r->n, peak, skips);
     }

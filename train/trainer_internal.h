@@ -59,6 +59,8 @@ srf_status srf__lora_begin(struct srf_trainer *t, const float *params);
 /* The same of base and factors as they are. */
 srf_status srf__lora_resume(struct srf_trainer *t);
 void srf__lora_free(struct srf_trainer *t);
+/* Factors of their own precision beside those that ops take. */
+bool srf__lora_has_masters(const struct srf_trainer *t);
 /* All factors as they are trained: device A (n). */
 void *srf__lora_factors(const struct srf_trainer *t);
 /* Factors' gradients from those of the matrices. */
