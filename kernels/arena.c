@@ -62,6 +62,15 @@ srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name,
     return SRF_OK;
 }
 
+srf_status srf_arena_add_rows(struct srf_arena *a, const struct srf_arena_row *rows, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].slot)
+            SRF_TRY(srf_arena_add(a, rows[i].cls, rows[i].name, rows[i].count, rows[i].type,
+                                  rows[i].slot));
+    return SRF_OK;
+}
+
 void srf_arena_workspace(struct srf_arena *a, size_t bytes)
 {
     if (bytes > a->workspace) a->workspace = bytes;

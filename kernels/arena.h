@@ -16,6 +16,14 @@ void srf_arena_free(struct srf_arena *a); /* NULL is fine */
  * only. */
 srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name, int64_t count,
                          enum srf_dtype type, int *slot);
+/* A table of n of them, added in order. A row without a slot (NULL) is left out. */
+struct srf_arena_row {
+    const char *cls, *name;
+    int64_t count;
+    enum srf_dtype type;
+    int *slot;
+};
+srf_status srf_arena_add_rows(struct srf_arena *a, const struct srf_arena_row *rows, size_t n);
 /* The ops on these slots need a workspace of `bytes`: commit makes the context's large enough for
  * the most demanding. */
 void srf_arena_workspace(struct srf_arena *a, size_t bytes);

@@ -203,33 +203,25 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
     bool most = first || (p->train && p->recompute != SRF_RECOMPUTE_BLOCK);
     bool all = first || (p->train && p->recompute == SRF_RECOMPUTE_NONE && mlp_is_trained(m));
     if (!first) *k = *shared;
-    const struct {
-        int *slot;
-        bool own;
-        int64_t count;
-        enum srf_dtype type;
-        const char *name;
-    } rows[] = {
-        {&k->ln, first, n * c, type, "layer norm"},
-        {&k->moments, first, p->train ? 0 : srf_moments_count(m->ctx, n, c), acc, "moments"},
-        {&k->res1, input, n * c, type, "residual 1"},
-        {&k->mean1, most, n, acc, "ln_1 mean"},
-        {&k->rstd1, most, n, acc, "ln_1 rstd"},
-        {&k->qkv, most || p->keep_qkv, n * 3 * c, type, "qkv"},
-        {&k->att, most || p->keep_attention, n * c, type, "attention"},
-        {&k->stat, most, n * cfg->n_heads, acc, "attention rows"},
-        {&k->carry, most, srf_model_carry_count(m), SRF_I32, "attention states"},
-        {&k->res2, most, n * c, type, "residual 2"},
-        {&k->mean2, most, n, acc, "ln_2 mean"},
-        {&k->rstd2, most, n, acc, "ln_2 rstd"},
-        {&k->pre, most && p->train, n * cfg->d_ff, type, "mlp before gelu"},
-        {&k->fc, all, n * cfg->d_ff, type, "mlp"},
+    const struct srf_arena_row rows[] = {
+        {"activations", "layer norm", n * c, type, first ? &k->ln : NULL},
+        {"activations", "moments", p->train ? 0 : srf_moments_count(m->ctx, n, c), acc,
+         first ? &k->moments : NULL},
+        {"activations", "residual 1", n * c, type, input ? &k->res1 : NULL},
+        {"activations", "ln_1 mean", n, acc, most ? &k->mean1 : NULL},
+        {"activations", "ln_1 rstd", n, acc, most ? &k->rstd1 : NULL},
+        {"activations", "qkv", n * 3 * c, type, most || p->keep_qkv ? &k->qkv : NULL},
+        {"activations", "attention", n * c, type, most || p->keep_attention ? &k->att : NULL},
+        {"activations", "attention rows", n * cfg->n_heads, acc, most ? &k->stat : NULL},
+        {"activations", "attention states", srf_model_carry_count(m), SRF_I32,
+         most ? &k->carry : NULL},
+        {"activations", "residual 2", n * c, type, most ? &k->res2 : NULL},
+        {"activations", "ln_2 mean", n, acc, most ? &k->mean2 : NULL},
+        {"activations", "ln_2 rstd", n, acc, most ? &k->rstd2 : NULL},
+        {"activations", "mlp before gelu", n * cfg->d_ff, type, most && p->train ? &k->pre : NULL},
+        {"activations", "mlp", n * cfg->d_ff, type, all ? &k->fc : NULL},
     };
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        if (rows[i].own)
-            SRF_TRY(srf_arena_add(m->arena, "activations", rows[i].name, rows[i].count,
-                                  rows[i].type, rows[i].slot));
-    return SRF_OK;
+    return srf_arena_add_rows(m->arena, rows, sizeof rows / sizeof *rows);
 }
 
 static srf_status plan(struct srf_model *m)
@@ -244,9 +236,12 @@ static srf_status plan(struct srf_model *m)
     a->blocks = (struct block *)(a + 1);
     for (int64_t l = 0; l < cfg->n_layers; l++)
         SRF_TRY(plan_block(m, &a->blocks[l], l ? &a->blocks[0] : NULL));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "residual f", n * c, type, &a->res));
-    SRF_TRY(srf_arena_add(m->arena, "activations", "ln_f mean", n, acc, &a->mean));
-    return srf_arena_add(m->arena, "activations", "ln_f rstd", n, acc, &a->rstd);
+    const struct srf_arena_row rows[] = {
+        {"activations", "residual f", n * c, type, &a->res},
+        {"activations", "ln_f mean", n, acc, &a->mean},
+        {"activations", "ln_f rstd", n, acc, &a->rstd},
+    };
+    return srf_arena_add_rows(m->arena, rows, sizeof rows / sizeof *rows);
 }
 
 /* Elements of a piece of backward's scratch: the next one starts aligned. */

@@ -168,6 +168,9 @@ static void print_layers(const int32_t *own, int64_t n, char buf[LAYERS_TEXT])
         at += snprintf(buf + at, (size_t)(LAYERS_TEXT - at), "%s%d", i ? "," : "", own[i]);
 }
 
+/* Of features that stand for nothing: their weight is 0 beside any exact one. */
+#define FAR_NONE_BIAS (-1e4f)
+
 srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_layers,
                               int64_t n_sets, int64_t d, const double *oprf_a, float *w,
                               float *bias)
@@ -194,7 +197,8 @@ srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_la
             continue;
         }
         for (int64_t k = 0; k < m * d; k++) w[first * d + k] = (float)own[k];
-        for (int64_t k = 0; k < m; k++) bias[first + k] = (float)own_bias[k];
+        for (int64_t k = 0; k < m; k++)
+            bias[first + k] = a->far_none ? FAR_NONE_BIAS : (float)own_bias[k];
     }
     srf__free(all);
     SRF_FAIL_IF(failed >= 0, SRF_INVALID, "features of layer %lld, set %lld cannot be drawn",

@@ -74,7 +74,8 @@ srf_status srf_attention_set_windows(struct srf_attention_config *a, const char 
 /* The same of their features: layer_m, n_layer_m and m. */
 srf_status srf_attention_set_layer_m(struct srf_attention_config *a, const char *text);
 /* W of all layers by the key, on the host: of each layer (n_sets, m, d) and biases (n_sets, m), one
- * layer after another. oprf_a: (n_layers, n_sets), in place of a's own; or NULL. */
+ * layer after another. oprf_a: (n_layers, n_sets), in place of a's own; or NULL. With far_none the
+ * biases are such that features weigh nothing. */
 srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_layers,
                               int64_t n_sets, int64_t d, const double *oprf_a, float *w,
                               float *bias);

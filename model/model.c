@@ -1,30 +1,8 @@
-#include "model/arch.h"
+/* A model on a device: planned, and run on a batch. Parameters are in parameters.c, attention in
+ * attend.c, the output head in output.c. */
+#include "model/model_internal.h"
 
-#include <math.h>
 #include <string.h>
-
-#define PTR(slot) srf_arena_ptr(m->arena, (slot))
-
-static int64_t head_size(const struct srf_model *m)
-{
-    return m->config.c / m->config.n_heads;
-}
-
-/* Rows of W before a layer; in all layers, and the elements there. */
-static int64_t rows_before(const struct srf_model *m, int64_t layer)
-{
-    return m->n_sets * srf_attention_m_before(&m->attention, layer);
-}
-
-static int64_t bias_count(const struct srf_model *m)
-{
-    return rows_before(m, m->config.n_layers);
-}
-
-static int64_t features_count(const struct srf_model *m)
-{
-    return bias_count(m) * srf_attention_columns(&m->attention, head_size(m));
-}
 
 srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *config,
                             const struct srf_attention_config *attention, struct srf_model **out)
@@ -56,7 +34,6 @@ void srf_model_free(struct srf_model *m)
     srf__free(m->acts);
     srf__free(m);
 }
-
 /* ---- plan ---------------------------------------------------------------------------------- */
 
 int64_t srf_batch_sequence_rows(const struct srf_batch *batch, int64_t i)
@@ -166,44 +143,6 @@ static int64_t choose_logit_rows(const struct srf_model *m, int64_t n)
     return rows < n ? rows : n;
 }
 
-static bool row_is_trained(const struct srf_model *m, const struct srf_tensor *row)
-{
-    if (!m->plan.train) return false;
-    switch (m->plan.trained) {
-    case SRF_TRAINED_ATTENTION:
-        return row->attention;
-    case SRF_TRAINED_PROJECTIONS:
-        return row->attention && row->ndim == 2;
-    case SRF_TRAINED_ALL:
-        break;
-    }
-    return true;
-}
-
-/* trained_at and n_trained */
-static srf_status place_trained(struct srf_model *m)
-{
-    SRF_TRY(SRF_ALLOC(m->trained_at, m->table.n));
-    m->n_trained = 0;
-    for (int64_t i = 0; i < m->table.n; i++) {
-        bool trained = row_is_trained(m, &m->table.rows[i]);
-        m->trained_at[i] = trained ? m->n_trained : -1;
-        if (trained) m->n_trained += srf_model_rows_count(m, i, i + 1);
-    }
-    return SRF_OK;
-}
-
-/* Of the gradients that srf__model_norm_grad has no other place for: a weight's or a bias's. */
-static int64_t unread_count(const struct srf_model *m)
-{
-    return (m->config.c + 63) / 64 * 64;
-}
-
-static bool has_masters(const struct srf_model *m)
-{
-    return m->plan.train && m->ctx->dtype == SRF_BF16 && m->plan.trained != SRF_TRAINED_PROJECTIONS;
-}
-
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                           const struct srf_model_plan *plan)
 {
@@ -217,479 +156,39 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
     int64_t n = plan->b * plan->t, c = cfg->c;
     m->logit_rows = choose_logit_rows(m, n);
     m->loss_rows = plan->loss_rows > n ? plan->loss_rows : n;
-    int64_t count_w = features_count(m);
+    int64_t count_w = srf__model_features_count(m);
     int64_t count_logits = m->logit_rows * srf_padded_vocab(cfg);
     int64_t scratch = plan->train ? cfg->arch->backward_scratch(m) : 0;
     bool w_masters = plan->train_features && plan->train && type == SRF_BF16;
-    SRF_TRY(place_trained(m));
-    int64_t unread = plan->trained == SRF_TRAINED_ALL ? 0 : 2 * unread_count(m);
-    const struct {
-        const char *cls, *name;
-        bool wanted;
-        int64_t count;
-        enum srf_dtype type;
-        int *slot;
-    } slots[] = {
-        {"weights", "parameters", true, m->table.total, type, &m->slot_params},
-        {"masters", "parameters", has_masters(m), m->n_trained, acc, &m->slot_master},
-        {"gradients", "parameters", plan->train, m->n_trained + unread, acc, &m->slot_grads},
-        {"features", "w", true, count_w, type, &m->slot_w},
-        {"masters", "features", w_masters, count_w, acc, &m->slot_w_master},
-        {"features", "bias", true, bias_count(m), acc, &m->slot_bias},
-        {"gradients", "features", plan->train_features, count_w, acc, &m->slot_dw},
-        {"activations", "hidden", true, n * c, type, &m->slot_hidden},
-        {"activations", "d hidden", plan->train, n * c, type, &m->slot_d_hidden},
-        {"activations", "tokens", true, n, SRF_I32, &m->slot_tokens},
-        {"activations", "positions", true, n, SRF_I32, &m->slot_pos},
-        {"activations", "sequences", true, 3 * n + 1, SRF_I32, &m->slot_seq},
-        {"activations", "targets", true, n, SRF_I32, &m->slot_targets},
-        {"logits", "logits", true, count_logits > scratch ? count_logits : scratch, type,
+    SRF_TRY(srf__model_place_trained(m));
+    int64_t unread = plan->trained == SRF_TRAINED_ALL ? 0 : 2 * srf__model_unread_count(m);
+    const struct srf_arena_row slots[] = {
+        {"weights", "parameters", m->table.total, type, &m->slot_params},
+        {"masters", "parameters", m->n_trained, acc,
+         srf__model_has_masters(m) ? &m->slot_master : NULL},
+        {"gradients", "parameters", m->n_trained + unread, acc,
+         plan->train ? &m->slot_grads : NULL},
+        {"features", "w", count_w, type, &m->slot_w},
+        {"masters", "features", count_w, acc, w_masters ? &m->slot_w_master : NULL},
+        {"features", "bias", srf__model_bias_count(m), acc, &m->slot_bias},
+        {"gradients", "features", count_w, acc, plan->train_features ? &m->slot_dw : NULL},
+        {"activations", "hidden", n * c, type, &m->slot_hidden},
+        {"activations", "d hidden", n * c, type, plan->train ? &m->slot_d_hidden : NULL},
+        {"activations", "tokens", n, SRF_I32, &m->slot_tokens},
+        {"activations", "positions", n, SRF_I32, &m->slot_pos},
+        {"activations", "sequences", 3 * n + 1, SRF_I32, &m->slot_seq},
+        {"activations", "targets", n, SRF_I32, &m->slot_targets},
+        {"logits", "logits", count_logits > scratch ? count_logits : scratch, type,
          &m->slot_logits},
-        {"logits", "teacher logits", plan->teacher, count_logits, type, &m->slot_teacher_logits},
-        {"activations", "nll", true, m->loss_rows, acc, &m->slot_nll},
-        {"activations", "kl", plan->teacher, m->loss_rows, acc, &m->slot_kl},
-        {"activations", "mse", true, 1, acc, &m->slot_mse},
+        {"logits", "teacher logits", count_logits, type,
+         plan->teacher ? &m->slot_teacher_logits : NULL},
+        {"activations", "nll", m->loss_rows, acc, &m->slot_nll},
+        {"activations", "kl", m->loss_rows, acc, plan->teacher ? &m->slot_kl : NULL},
+        {"activations", "mse", 1, acc, &m->slot_mse},
     };
-    for (size_t i = 0; i < sizeof slots / sizeof *slots; i++)
-        if (slots[i].wanted)
-            SRF_TRY(srf_arena_add(arena, slots[i].cls, slots[i].name, slots[i].count, slots[i].type,
-                                  slots[i].slot));
+    SRF_TRY(srf_arena_add_rows(arena, slots, sizeof slots / sizeof *slots));
     SRF_TRY(cfg->arch->plan(m));
     return dry_run(m);
-}
-
-/* ---- parameters ---------------------------------------------------------------------------- */
-
-void *srf__model_at(const struct srf_model *m, int slot, int64_t offset)
-{
-    return (char *)PTR(slot) + (size_t)offset * srf_dtype_bytes(m->ctx->dtype);
-}
-
-void *srf__model_acc_at(const struct srf_model *m, int slot, int64_t offset)
-{
-    return (char *)PTR(slot) + (size_t)offset * srf_dtype_bytes(srf_ctx_acc(m->ctx));
-}
-
-void *srf_model_param(const struct srf_model *m, int64_t row)
-{
-    return srf__model_at(m, m->slot_params, m->table.rows[row].offset);
-}
-
-void *srf_model_grad(const struct srf_model *m, int64_t row)
-{
-    int64_t at = m->trained_at[row];
-    return at < 0 ? NULL : srf__model_acc_at(m, m->slot_grads, at);
-}
-
-void *srf__model_norm_grad(const struct srf_model *m, int64_t weight_row, bool bias)
-{
-    void *grad = srf_model_grad(m, weight_row + bias);
-    if (grad) return grad;
-    return srf__model_acc_at(m, m->slot_grads, m->n_trained + (bias ? unread_count(m) : 0));
-}
-
-void *srf_model_master(const struct srf_model *m, int64_t row)
-{
-    int64_t at = m->trained_at[row];
-    return has_masters(m) && at >= 0 ? srf__model_acc_at(m, m->slot_master, at) : NULL;
-}
-
-bool srf_model_trained_rows(const struct srf_model *m, int64_t *first, int64_t *end)
-{
-    while (*first < m->table.n && m->trained_at[*first] < 0) ++*first;
-    for (*end = *first; *end < m->table.n && m->trained_at[*end] >= 0;) ++*end;
-    return *first < m->table.n;
-}
-
-int64_t srf_model_rows_count(const struct srf_model *m, int64_t first, int64_t end)
-{
-    const struct srf_tensor_table *t = &m->table;
-    return (end < t->n ? t->rows[end].offset : t->total) - t->rows[first].offset;
-}
-
-void *srf_model_features_master(const struct srf_model *m)
-{
-    bool has = m->plan.train && m->ctx->dtype == SRF_BF16 && m->plan.train_features;
-    return has ? PTR(m->slot_w_master) : NULL;
-}
-
-/* What a download cannot have from the device unrounded. */
-static srf_status keep_uploaded(struct srf_model *m, const float *params)
-{
-    if (!m->plan.train || m->ctx->dtype != SRF_BF16 || m->plan.trained == SRF_TRAINED_ALL)
-        return SRF_OK;
-    if (!m->uploaded) SRF_TRY(SRF_ALLOC(m->uploaded, m->table.total));
-    memcpy(m->uploaded, params, (size_t)m->table.total * sizeof *params);
-    return SRF_OK;
-}
-
-srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck)
-{
-    struct srf_ctx *ctx = m->ctx;
-    SRF_FAIL_IF(ck->table.total != m->table.total, SRF_MISMATCH,
-                "checkpoint of %lld parameters for a model of %lld", (long long)ck->table.total,
-                (long long)m->table.total);
-    enum srf_dtype acc = srf_ctx_acc(ctx);
-    void *w_master = srf_model_features_master(m);
-    SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_params), ctx->dtype, ck->params, m->table.total));
-    for (int64_t row = 0, end; has_masters(m) && srf_model_trained_rows(m, &row, &end); row = end)
-        SRF_TRY(srf_upload_f32(ctx, srf_model_master(m, row), acc,
-                               ck->params + m->table.rows[row].offset,
-                               srf_model_rows_count(m, row, end)));
-    SRF_TRY(keep_uploaded(m, ck->params));
-    bool same = ck->features_w && srf_attention_same_features(&ck->attention, &m->attention);
-    if (!same) return srf_model_draw(m);
-    int64_t count = features_count(m);
-    SRF_TRY(srf_upload_f32(ctx, PTR(m->slot_w), ctx->dtype, ck->features_w, count));
-    if (w_master) SRF_TRY(srf_upload_f32(ctx, w_master, acc, ck->features_w, count));
-    m->w_stale = false;
-    return srf_upload_f32(ctx, PTR(m->slot_bias), acc, ck->features_bias, bias_count(m));
-}
-
-/* As they are trained, or as they were uploaded; what has neither is as exact as the device. */
-static srf_status download_params(const struct srf_model *m, float *out)
-{
-    struct srf_ctx *ctx = m->ctx;
-    bool masters = has_masters(m);
-    if (!m->uploaded && !masters)
-        return srf_download_f32(ctx, out, PTR(m->slot_params), ctx->dtype, m->table.total);
-    if (m->uploaded) memcpy(out, m->uploaded, (size_t)m->table.total * sizeof *out);
-    for (int64_t row = 0, end; srf_model_trained_rows(m, &row, &end); row = end)
-        SRF_TRY(srf_download_f32(ctx, out + m->table.rows[row].offset,
-                                 masters ? srf_model_master(m, row) : srf_model_param(m, row),
-                                 masters ? srf_ctx_acc(ctx) : ctx->dtype,
-                                 srf_model_rows_count(m, row, end)));
-    return SRF_OK;
-}
-
-srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *ck)
-{
-    struct srf_ctx *ctx = m->ctx;
-    enum srf_dtype acc = srf_ctx_acc(ctx);
-    void *w_master = m->w_stale ? NULL : srf_model_features_master(m);
-    ck->attention = m->attention;
-    SRF_TRY(download_params(m, ck->params));
-    srf__free(ck->features_w);
-    srf__free(ck->features_bias);
-    ck->features_w = ck->features_bias = NULL;
-    if (!srf_attention_has_features(&m->attention)) return SRF_OK;
-    int64_t count = features_count(m);
-    SRF_TRY(SRF_ALLOC(ck->features_w, count));
-    SRF_TRY(SRF_ALLOC(ck->features_bias, bias_count(m)));
-    SRF_TRY(srf_download_f32(ctx, ck->features_w, w_master ? w_master : PTR(m->slot_w),
-                             w_master ? acc : ctx->dtype, count));
-    return srf_download_f32(ctx, ck->features_bias, PTR(m->slot_bias), acc, bias_count(m));
-}
-
-/* Without a far part: features as they are, of a weight that is 0 beside any exact one. */
-static srf_status silence_features(struct srf_model *m)
-{
-    int64_t n = bias_count(m);
-    float *bias;
-    SRF_TRY(SRF_ALLOC(bias, n));
-    for (int64_t i = 0; i < n; i++) bias[i] = -1e4f;
-    srf_status st = srf_upload_f32(m->ctx, PTR(m->slot_bias), srf_ctx_acc(m->ctx), bias, n);
-    srf__free(bias);
-    return st;
-}
-
-/* Where a trained map begins. Hedgehog: rows of the identity, queries' and keys' alike, as its
- * authors do; T2R: normal rows of unit length on average, no bias. */
-static srf_status begin_map(struct srf_model *m)
-{
-    const struct srf_attention_config *a = &m->attention;
-    int64_t d = head_size(m), n = features_count(m), rows = bias_count(m);
-    float *w, *bias = NULL;
-    SRF_TRY(SRF_CALLOC(w, n));
-    srf_status st = SRF_OK;
-    SRF_TRY_GO(SRF_CALLOC(bias, rows));
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t set = i / a->m, row = i % a->m;
-        float *own = w + i * (d + 1);
-        if (a->kind == SRF_ATTN_HEDGEHOG) {
-            own[row % (a->m / 2) % d] = 1;
-            continue;
-        }
-        struct srf_rng rng = srf_rng_at(a->seed, SRF_RNG_INIT, (uint64_t)set, (uint32_t)row, 0);
-        for (int64_t j = 0; j < d; j++) own[j] = (float)(srf_rng_normal(&rng) / sqrt((double)d));
-    }
-    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_w), m->ctx->dtype, w, n));
-    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_bias), srf_ctx_acc(m->ctx), bias, rows));
-cleanup:
-    srf__free(w);
-    srf__free(bias);
-    return st;
-}
-
-/* Where layers have numbers of features of their own: the op knows one number for all. */
-static srf_status draw_on_host(struct srf_model *m)
-{
-    float *w, *bias = NULL;
-    SRF_TRY(SRF_ALLOC(w, features_count(m)));
-    srf_status st = SRF_OK;
-    SRF_TRY_GO(SRF_ALLOC(bias, bias_count(m)));
-    SRF_TRY_GO(srf_attention_draw(&m->attention, m->config.n_layers, m->n_sets, head_size(m), NULL,
-                                  w, bias));
-    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_w), m->ctx->dtype, w, features_count(m)));
-    SRF_TRY_GO(srf_upload_f32(m->ctx, PTR(m->slot_bias), srf_ctx_acc(m->ctx), bias, bias_count(m)));
-cleanup:
-    srf__free(w);
-    srf__free(bias);
-    return st;
-}
-
-static srf_status draw_on_device(struct srf_model *m)
-{
-    const struct srf_attention_config *a = &m->attention;
-    int64_t n = m->config.n_layers * m->n_sets;
-    double *oprf = NULL;
-    if (a->oprf_a != 0) {
-        SRF_TRY(SRF_ALLOC(oprf, n));
-        for (int64_t i = 0; i < n; i++) oprf[i] = a->oprf_a;
-    }
-    srf_status st =
-        SRF_RUN(m->ctx, features_draw, .kind = a->features, .rotation = a->rotation,
-                .normalize_rows = a->normalize_rows, .seed = a->seed, .draw = a->draw,
-                .n_layers = m->config.n_layers, .n_sets = m->n_sets, .m = a->m, .d = head_size(m),
-                .oprf_a = oprf, .w = PTR(m->slot_w), .bias = PTR(m->slot_bias));
-    srf__free(oprf);
-    return st;
-}
-
-srf_status srf_model_draw(struct srf_model *m)
-{
-    const struct srf_attention_config *a = &m->attention;
-    m->w_stale = true;
-    if (srf_attention_has_map(a)) return m->ctx->plan ? SRF_OK : begin_map(m);
-    if (!a->n_layer_m)
-        SRF_TRY(draw_on_device(m));
-    else if (!m->ctx->plan)
-        SRF_TRY(draw_on_host(m));
-    return a->far_none && !m->ctx->plan ? silence_features(m) : SRF_OK;
-}
-
-srf_status srf_model_train_features(struct srf_model *m, bool on)
-{
-    void *master = srf_model_features_master(m);
-    SRF_FAIL_IF(on && !m->plan.train_features, SRF_INVALID,
-                "trained features were not planned for");
-    m->features_trained = on;
-    if (!on || !master || !m->w_stale) return SRF_OK;
-    /* Once after a draw: the masters begin as what was drawn. */
-    int64_t count;
-    const void *w = srf_model_features(m, &count);
-    float *host;
-    SRF_TRY(SRF_ALLOC(host, count));
-    srf_status st = srf_download_f32(m->ctx, host, w, m->ctx->dtype, count);
-    if (st == SRF_OK) st = srf_upload_f32(m->ctx, master, srf_ctx_acc(m->ctx), host, count);
-    srf__free(host);
-    if (st == SRF_OK) m->w_stale = false;
-    return st;
-}
-
-void *srf_model_features(const struct srf_model *m, int64_t *count)
-{
-    *count = features_count(m);
-    return PTR(m->slot_w);
-}
-
-void *srf_model_features_grad(const struct srf_model *m)
-{
-    return PTR(m->slot_dw);
-}
-
-srf_status srf_model_zero_grads(struct srf_model *m)
-{
-    struct srf_ctx *ctx = m->ctx;
-    size_t size = srf_dtype_bytes(srf_ctx_acc(ctx));
-    SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_grads), (size_t)m->n_trained * size));
-    SRF_TRY(ctx->be->zero(ctx, PTR(m->slot_mse), size));
-    if (!m->plan.train_features) return SRF_OK;
-    return ctx->be->zero(ctx, PTR(m->slot_dw), (size_t)features_count(m) * size);
-}
-
-/* ---- attention: the swap ------------------------------------------------------------------- */
-
-static struct srf_attn_shape attn_shape(const struct srf_model *m, int64_t layer,
-                                        const struct srf_batch *batch)
-{
-    return (struct srf_attn_shape){.b = batch->b,
-                                   .t = batch->t,
-                                   .h = m->config.n_heads,
-                                   .d = head_size(m),
-                                   .m = srf_attention_m(&m->attention, layer),
-                                   .n_sets = m->n_sets,
-                                   .window = srf_attention_window(&m->attention, layer),
-                                   .causal = true};
-}
-
-int64_t srf_model_carry_count(const struct srf_model *m)
-{
-    const struct srf_batch most = {.b = m->plan.b, .t = m->plan.t};
-    size_t bytes = 0;
-    for (int64_t l = 0; l < m->config.n_layers && m->plan.train; l++) {
-        const struct srf_attn_shape s = attn_shape(m, l, &most);
-        const size_t own = srf_attn_carry_bytes(m->ctx, &s);
-        bytes = own > bytes ? own : bytes;
-    }
-    return (int64_t)(bytes + 3) / 4;
-}
-
-/* Whether a batch of this shape has room for it: a smaller one may want more, being cut finer. */
-static bool carries(const struct srf_model *m, const struct srf_attn_shape *s)
-{
-    const size_t bytes = srf_attn_carry_bytes(m->ctx, s);
-    return bytes > 0 && bytes <= 4 * (size_t)srf_model_carry_count(m);
-}
-
-/* Where layer l's features are in W. */
-static int64_t features_place(const struct srf_model *m, int64_t layer)
-{
-    return rows_before(m, layer) * srf_attention_columns(&m->attention, head_size(m));
-}
-
-static const void *features(const struct srf_model *m, int64_t layer)
-{
-    return srf__model_at(m, m->slot_w, features_place(m, layer));
-}
-
-static const void *features_bias(const struct srf_model *m, int64_t layer)
-{
-    return srf__model_acc_at(m, m->slot_bias, rows_before(m, layer));
-}
-
-int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer)
-{
-    const struct srf_attention_config *a = &m->attention;
-    return m->config.n_heads * srf_attn_state_count(srf_attention_m(a, layer), head_size(m),
-                                                    srf_attention_window(a, layer));
-}
-
-int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16)
-{
-    int64_t size = (int64_t)srf_dtype_bytes(srf_ctx_acc(m->ctx));
-    if (!bf16) return srf_model_layer_state_count(m, layer) * size;
-    const struct srf_attention_config *a = &m->attention;
-    return m->config.n_heads * srf_attn_state_bf16_bytes(srf_attention_m(a, layer), head_size(m),
-                                                         srf_attention_window(a, layer));
-}
-
-int64_t srf_model_state_place(const struct srf_model *m, int64_t layer, int64_t slot,
-                              int64_t n_slots, bool bf16)
-{
-    int64_t at = slot * srf_model_layer_state_bytes(m, layer, bf16);
-    for (int64_t l = 0; l < layer; l++) at += n_slots * srf_model_layer_state_bytes(m, l, bf16);
-    return at;
-}
-
-/* Layer l's piece of a batch's recurrent state. */
-static void *layer_state(const struct srf_model *m, int64_t layer, const struct srf_batch *batch)
-{
-    if (!batch->state) return NULL;
-    int64_t slots = batch->n_slots ? batch->n_slots : batch->b;
-    return (char *)batch->state + srf_model_state_place(m, layer, 0, slots, batch->state_bf16);
-}
-
-/* Of softmax attention; whatever SRF attention's window is, softmax itself has none. */
-static int64_t softmax_window(const struct srf_attention_config *a)
-{
-    return a->kind == SRF_ATTN_WINDOW ? a->window : 0;
-}
-
-static int64_t softmax_sinks(const struct srf_attention_config *a)
-{
-    return a->kind == SRF_ATTN_WINDOW ? a->sinks : 0;
-}
-
-static enum srf_map_kind map_kind(const struct srf_attention_config *a)
-{
-    return a->kind == SRF_ATTN_T2R ? SRF_MAP_T2R : SRF_MAP_HEDGEHOG;
-}
-
-srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
-                            const void *q, const void *k, const void *v, int64_t ld, void *o,
-                            int64_t ld_o, void *stat, void *carry)
-{
-    struct srf_attn_shape s = attn_shape(m, layer, batch);
-    const void *w = features(m, layer), *bias = features_bias(m, layer);
-    const struct srf_attention_config *a = &m->attention;
-    SRF_FAIL_IF(a->kind != SRF_ATTN_SRF && batch->mode != SRF_MODE_PARALLEL, SRF_UNSUPPORTED,
-                "%s attention has no recurrent form: retrofit the model with srf first",
-                srf_attention_kind_name(a->kind));
-    if (srf_attention_has_map(a))
-        return SRF_RUN(m->ctx, map_attn_fwd, .s = s, .map = map_kind(a), .q = q, .k = k, .v = v,
-                       .ld = ld, .w = w, .o = o, .ld_o = ld_o, .stat = stat);
-    if (a->kind != SRF_ATTN_SRF)
-        return SRF_RUN(m->ctx, softmax_attn_fwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
-                       .causal = true, .window = softmax_window(a), .sinks = softmax_sinks(a),
-                       .q = q, .k = k, .v = v, .ld = ld, .o = o, .ld_o = ld_o, .lse = stat);
-    void *state = layer_state(m, layer, batch);
-    const int32_t *pos = PTR(m->slot_seq), *slots = pos + batch->b, *offsets = slots + batch->b;
-    switch (batch->mode) {
-    case SRF_MODE_PREFILL:
-        return SRF_RUN(m->ctx, srf_attn_prefill, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = pos,
-                       .slots = batch->slots ? slots : NULL,
-                       .offsets = batch->lens ? offsets : NULL, .rows = srf_batch_rows(batch),
-                       .state_bf16 = batch->state_bf16);
-    case SRF_MODE_STEP:
-        return SRF_RUN(m->ctx, srf_attn_step, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                       .bias = bias, .o = o, .ld_o = ld_o, .state = state, .pos = PTR(m->slot_pos),
-                       .state_bf16 = batch->state_bf16);
-    case SRF_MODE_PARALLEL:
-        break;
-    }
-    return SRF_RUN(m->ctx, srf_attn_fwd, .s = s, .q = q, .k = k, .v = v, .ld = ld, .w = w,
-                   .bias = bias, .o = o, .ld_o = ld_o, .stat = stat,
-                   .carry = carries(m, &s) ? carry : NULL);
-}
-
-srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
-                                const void *q, const void *k, const void *v, int64_t ld,
-                                const void *o, const void *d_o, int64_t ld_o, const void *stat,
-                                const void *carry, void *dq, void *dk, void *dv)
-{
-    struct srf_attn_shape s = attn_shape(m, layer, batch);
-    const struct srf_attention_config *a = &m->attention;
-    if (!srf_attention_has_features(a))
-        return SRF_RUN(m->ctx, softmax_attn_bwd, .b = s.b, .t = s.t, .h = s.h, .d = s.d,
-                       .causal = true, .window = softmax_window(a), .sinks = softmax_sinks(a),
-                       .q = q, .k = k, .v = v, .ld = ld, .o = o, .d_o = d_o, .ld_o = ld_o,
-                       .lse = stat, .dq = dq, .dk = dk, .dv = dv);
-    void *dw =
-        m->features_trained ? srf__model_acc_at(m, m->slot_dw, features_place(m, layer)) : NULL;
-    if (srf_attention_has_map(a))
-        return SRF_RUN(m->ctx, map_attn_bwd, .s = s, .map = map_kind(a), .q = q, .k = k, .v = v,
-                       .ld = ld, .w = features(m, layer), .o = o, .d_o = d_o, .ld_o = ld_o,
-                       .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw);
-    return SRF_RUN(m->ctx, srf_attn_bwd, .s = s, .q = q, .k = k, .v = v, .ld = ld,
-                   .w = features(m, layer), .bias = features_bias(m, layer), .o = o, .d_o = d_o,
-                   .ld_o = ld_o, .stat = stat, .dq = dq, .dk = dk, .dv = dv, .dw = dw,
-                   .carry = carries(m, &s) ? carry : NULL);
-}
-
-int64_t srf_model_state_count(const struct srf_model *m)
-{
-    int64_t n = 0;
-    for (int64_t l = 0; l < m->config.n_layers; l++) n += srf_model_layer_state_count(m, l);
-    return n;
-}
-
-int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16)
-{
-    int64_t n = 0;
-    for (int64_t l = 0; l < m->config.n_layers; l++) n += srf_model_layer_state_bytes(m, l, bf16);
-    return n;
-}
-
-const void *srf_model_qkv(const struct srf_model *m, int64_t layer)
-{
-    return m->config.arch->qkv(m, layer);
-}
-
-const void *srf_model_attention_out(const struct srf_model *m, int64_t layer)
-{
-    return m->config.arch->attention_out(m, layer);
 }
 
 /* ---- running ------------------------------------------------------------------------------- */
@@ -751,9 +250,11 @@ static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *
         row += rows;
         seq[2 * b + i + 1] = (int32_t)row;
     }
-    srf_status st = ctx->be->upload(ctx, PTR(m->slot_pos), pos, (size_t)n * sizeof *pos);
+    srf_status st =
+        ctx->be->upload(ctx, srf_arena_ptr(m->arena, m->slot_pos), pos, (size_t)n * sizeof *pos);
     if (st == SRF_OK && batch->mode == SRF_MODE_PREFILL)
-        st = ctx->be->upload(ctx, PTR(m->slot_seq), seq, (size_t)(3 * b + 1) * sizeof *seq);
+        st = ctx->be->upload(ctx, srf_arena_ptr(m->arena, m->slot_seq), seq,
+                             (size_t)(3 * b + 1) * sizeof *seq);
     srf__free(pos);
     return st;
 }
@@ -764,8 +265,9 @@ srf_status srf_model_load(struct srf_model *m, const struct srf_batch *batch,
     const struct srf_backend *be = m->ctx->be;
     size_t size = (size_t)srf_batch_rows(batch) * sizeof *batch->tokens;
     SRF_TRY(check_batch(m, batch));
-    SRF_TRY(be->upload(m->ctx, PTR(m->slot_tokens), batch->tokens, size));
-    return targets ? be->upload(m->ctx, PTR(m->slot_targets), targets, size) : SRF_OK;
+    SRF_TRY(be->upload(m->ctx, srf_arena_ptr(m->arena, m->slot_tokens), batch->tokens, size));
+    return targets ? be->upload(m->ctx, srf_arena_ptr(m->arena, m->slot_targets), targets, size)
+                   : SRF_OK;
 }
 
 srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
@@ -774,7 +276,7 @@ srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
     SRF_TRY(check_batch(m, batch));
     SRF_TRY(plan_shape(m, batch));
     if (batch->on_device) return m->config.arch->forward(m, batch);
-    SRF_TRY(ctx->be->upload(ctx, PTR(m->slot_tokens), batch->tokens,
+    SRF_TRY(ctx->be->upload(ctx, srf_arena_ptr(m->arena, m->slot_tokens), batch->tokens,
                             (size_t)srf_batch_rows(batch) * sizeof *batch->tokens));
     if (batch->mode != SRF_MODE_PARALLEL) SRF_TRY(upload_sequences(m, batch));
     return m->config.arch->forward(m, batch);

@@ -184,6 +184,14 @@ static void test_without_far(void **state)
         assert_true(near_error > 1e-3);
         assert_true(far ? far_error > 1e-6 : far_error < 1e-12);
     }
+    /* The same from features that a file stores, as an export has them. */
+    ck->attention.far_none = true;
+    model_logits(ctx, ck, &ck->attention, tokens, first);
+    test_ok(SRF_ALLOC(ck->features_w, srf_checkpoint_features_count(ck)));
+    test_ok(SRF_ALLOC(ck->features_bias, srf_checkpoint_bias_count(ck)));
+    test_ok(srf_attention_draw(&ck->attention, L, H, D, NULL, ck->features_w, ck->features_bias));
+    model_logits(ctx, ck, &ck->attention, tokens, second);
+    assert_true(test_error(second, first, B * T * V) < 1e-12);
     ck->attention.window = 0;
     ck->attention.far_none = true;
     assert_int_equal(srf_attention_check(&ck->attention, D), SRF_INVALID);

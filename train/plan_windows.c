@@ -190,11 +190,8 @@ static srf_status make_trial(struct run *r, const struct srf_checkpoint *ck, con
         return srf_calibrate(r->ctx, t, tokens, &c, &result);
     SRF_TRY(SRF_ALLOC(t->features_w, srf_checkpoint_features_count(t)));
     SRF_TRY(SRF_ALLOC(t->features_bias, srf_checkpoint_bias_count(t)));
-    SRF_TRY(srf_attention_draw(&t->attention, t->config.n_layers, n_sets(r), head_size(r), NULL,
-                               t->features_w, t->features_bias));
-    for (int64_t i = 0; t->attention.far_none && i < srf_checkpoint_bias_count(t); i++)
-        t->features_bias[i] = -1e4f; /* as nothing beside any exact weight */
-    return SRF_OK;
+    return srf_attention_draw(&t->attention, t->config.n_layers, n_sets(r), head_size(r), NULL,
+                              t->features_w, t->features_bias);
 }
 
 /* The features of a layer with the i-th number of them, on the host. */
@@ -355,26 +352,19 @@ static srf_status open_run(struct run *r, const struct srf_checkpoint *ck, const
     int64_t sum = n_sets(r) * r->trial.attention.m, count = sum * head_size(r);
     int64_t trained = r->train_windows * len;
     enum srf_dtype type = r->ctx->dtype, acc = srf_ctx_acc(r->ctx);
-    const struct {
-        const char *name;
-        int64_t count;
-        enum srf_dtype type;
-        int *slot;
-    } slots[] = {
-        {"w", count, type, &r->slot_w},
-        {"w's masters", count, acc, &r->slot_master},
-        {"w's gradient", count, acc, &r->slot_dw},
-        {"w's moments", 2 * count, acc, &r->slot_moments},
-        {"bias", sum, acc, &r->slot_bias},
-        {"outputs", n * width, type, &r->slot_o},
-        {"their gradient", trained * width, type, &r->slot_d_o},
-        {"gradients of q, k, v", 3 * trained * width, type, &r->slot_d_qkv},
-        {"statistics", trained * ck->config.n_heads, acc, &r->slot_stat},
-        {"error", 1, acc, &r->slot_sum},
+    const struct srf_arena_row slots[] = {
+        {"plan", "w", count, type, &r->slot_w},
+        {"plan", "w's masters", count, acc, &r->slot_master},
+        {"plan", "w's gradient", count, acc, &r->slot_dw},
+        {"plan", "w's moments", 2 * count, acc, &r->slot_moments},
+        {"plan", "bias", sum, acc, &r->slot_bias},
+        {"plan", "outputs", n * width, type, &r->slot_o},
+        {"plan", "their gradient", trained * width, type, &r->slot_d_o},
+        {"plan", "gradients of q, k, v", 3 * trained * width, type, &r->slot_d_qkv},
+        {"plan", "statistics", trained * ck->config.n_heads, acc, &r->slot_stat},
+        {"plan", "error", 1, acc, &r->slot_sum},
     };
-    for (size_t i = 0; i < sizeof slots / sizeof *slots; i++)
-        SRF_TRY(srf_arena_add(r->arena, "plan", slots[i].name, slots[i].count, slots[i].type,
-                              slots[i].slot));
+    SRF_TRY(srf_arena_add_rows(r->arena, slots, sizeof slots / sizeof *slots));
     SRF_TRY(plan_ops(r));
     SRF_TRY(srf_arena_commit(r->arena));
     SRF_TRY(srf_model_upload(r->exact, &r->trial));

@@ -79,32 +79,22 @@ static char *bias_at(const struct run *r, int64_t first)
 
 /* ---- the ops, as planned and as run ---------------------------------------------------------- */
 
-/* Nothing beyond the window: n features of a weight that is 0 beside any exact one. */
-static srf_status silence(struct run *r, int64_t n)
-{
-    float *bias;
-    SRF_TRY(SRF_ALLOC(bias, n));
-    for (int64_t i = 0; i < n; i++) bias[i] = -1e4f;
-    srf_status st = srf_upload_f32(r->ctx, bias_at(r, 0), srf_ctx_acc(r->ctx), bias, n);
-    srf__free(bias);
-    return st;
-}
-
 static srf_status upload_features(struct run *r, const float *w, const float *bias, int64_t rows)
 {
     SRF_TRY(srf_upload_f32(r->ctx, slot_at(r, r->slot_w, 0), r->ctx->dtype, w, rows * r->d));
     return srf_upload_f32(r->ctx, bias_at(r, 0), srf_ctx_acc(r->ctx), bias, rows);
 }
 
-/* Each layer's own number of features, which the op does not know. */
-static srf_status draw_own(struct run *r, const struct srf_attention_config *a, const double *oprf)
+/* What the op does not know: numbers of features by layer, and features that weigh nothing. */
+static srf_status draw_on_host(struct run *r, const struct srf_attention_config *a,
+                               const double *oprf, int64_t rows)
 {
-    int64_t layers = r->model->config.n_layers, rows = rows_before(r, OWN, layers);
     float *w, *bias = NULL;
     if (r->ctx->plan) return SRF_OK;
     SRF_TRY(SRF_ALLOC(w, rows * r->d));
     srf_status st = SRF_ALLOC(bias, rows);
-    if (st == SRF_OK) st = srf_attention_draw(a, layers, r->n_sets, r->d, oprf, w, bias);
+    if (st == SRF_OK)
+        st = srf_attention_draw(a, r->model->config.n_layers, r->n_sets, r->d, oprf, w, bias);
     if (st == SRF_OK) st = upload_features(r, w, bias, rows);
     srf__free(w);
     srf__free(bias);
@@ -128,13 +118,14 @@ static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
     SRF_TRY(SRF_ALLOC(oprf, n));
     for (int64_t i = 0; i < n; i++) oprf[i] = r->config->oprf_a ? r->config->oprf_a[i] : a.oprf_a;
     srf_status st =
-        m == OWN ? draw_own(r, &a, oprf)
-                 : SRF_RUN(r->ctx, features_draw, .kind = a.features, .rotation = a.rotation,
-                           .normalize_rows = a.normalize_rows, .seed = a.seed, .draw = a.draw,
-                           .n_layers = layers, .n_sets = r->n_sets, .m = m, .d = r->d,
-                           .oprf_a = oprf, .w = slot_at(r, r->slot_w, 0), .bias = bias_at(r, 0));
+        m == OWN || a.far_none
+            ? draw_on_host(r, &a, oprf, rows)
+            : SRF_RUN(r->ctx, features_draw, .kind = a.features, .rotation = a.rotation,
+                      .normalize_rows = a.normalize_rows, .seed = a.seed, .draw = a.draw,
+                      .n_layers = layers, .n_sets = r->n_sets, .m = m, .d = r->d, .oprf_a = oprf,
+                      .w = slot_at(r, r->slot_w, 0), .bias = bias_at(r, 0));
     srf__free(oprf);
-    return st == SRF_OK && a.far_none && !r->ctx->plan ? silence(r, rows) : st;
+    return st;
 }
 
 static srf_status softmax_outputs(struct run *r, const void *qkv)
@@ -217,22 +208,15 @@ static srf_status open_run(struct run *r, const struct srf_checkpoint *ck, const
     SRF_TRY(srf_model_plan(r->model, r->arena, &plan));
     int64_t n = c->windows * c->seq_len, rows = ck->config.n_layers * r->n_sets * c->m[c->n_m - 1];
     enum srf_dtype type = ctx->dtype, acc = srf_ctx_acc(ctx);
-    const struct {
-        const char *name;
-        int64_t count;
-        enum srf_dtype type;
-        int *slot;
-    } slots[] = {
-        {"w to try", rows * r->d, type, &r->slot_w},
-        {"bias to try", rows, acc, &r->slot_bias},
-        {"softmax outputs", n * r->c, type, &r->slot_exact},
-        {"srf outputs", n * r->c, type, &r->slot_o},
-        {"recurrent state", r->n_heads * r->state_count, acc, &r->slot_state},
-        {"position", 1, SRF_I32, &r->slot_pos},
+    const struct srf_arena_row slots[] = {
+        {"validation", "w to try", rows * r->d, type, &r->slot_w},
+        {"validation", "bias to try", rows, acc, &r->slot_bias},
+        {"validation", "softmax outputs", n * r->c, type, &r->slot_exact},
+        {"validation", "srf outputs", n * r->c, type, &r->slot_o},
+        {"validation", "recurrent state", r->n_heads * r->state_count, acc, &r->slot_state},
+        {"validation", "position", 1, SRF_I32, &r->slot_pos},
     };
-    for (size_t i = 0; i < sizeof slots / sizeof *slots; i++)
-        SRF_TRY(srf_arena_add(r->arena, "validation", slots[i].name, slots[i].count, slots[i].type,
-                              slots[i].slot));
+    SRF_TRY(srf_arena_add_rows(r->arena, slots, sizeof slots / sizeof *slots));
     SRF_TRY(plan_ops(r));
     SRF_TRY(srf_arena_commit(r->arena));
     SRF_TRY(srf_model_upload(r->model, ck));
