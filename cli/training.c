@@ -258,7 +258,8 @@ int training_run(const struct cli_training *defaults, struct training_inputs *in
     }
     if (!in->quiet) training_print_start(defaults, in, &r);
     training_print_warnings(&r);
-    struct training_report report = {.config = srf_trainer_config(r.trainer),
+    struct training_report report = {.trainer = r.trainer,
+                                     .config = srf_trainer_config(r.trainer),
                                      .first_step = srf_trainer_steps_done(r.trainer)};
     cli_progress_start(&report.progress, defaults->name, in->quiet);
     cli_catch_signals("\nsrf: finishing the step, then saving; again: stops at once\n");

@@ -10,9 +10,9 @@
 #include <string.h>
 
 /* A curve has no more points than this: a run of any length makes a small page. */
-enum { MAX_POINTS = 2000, N_COLUMNS = 5 };
+enum { MAX_POINTS = 2000, N_COLUMNS = 6 };
 
-enum column { LOSS, KL, GRAD_NORM, RATE, VAL_LOSS };
+enum column { LOSS, KL, GRAD_NORM, RATE, VAL_LOSS, TEACHER_LOSS };
 
 struct log {
     double *step, *column[N_COLUMNS]; /* (n); NaN where a line does not say */
@@ -43,7 +43,8 @@ static double value_of(const json_t *row, const char *key)
 
 static srf_status add_row(struct log *l, const json_t *row)
 {
-    static const char *const keys[N_COLUMNS] = {"loss", "kl", "grad_norm", "lr", "val_ppl"};
+    static const char *const keys[N_COLUMNS] = {"loss", "kl",      "grad_norm",
+                                                "lr",   "val_ppl", "teacher_val_ppl"};
     if (!isfinite(value_of(row, "step"))) return SRF_OK;
     if (l->n == l->cap) {
         int64_t cap = 2 * l->cap + 256;
@@ -53,7 +54,7 @@ static srf_status add_row(struct log *l, const json_t *row)
     }
     l->step[l->n] = value_of(row, "step");
     for (int i = 0; i < N_COLUMNS; i++) l->column[i][l->n] = value_of(row, keys[i]);
-    l->column[VAL_LOSS][l->n] = log(l->column[VAL_LOSS][l->n]);
+    for (int i = VAL_LOSS; i <= TEACHER_LOSS; i++) l->column[i][l->n] = log(l->column[i][l->n]);
     l->n++;
     return SRF_OK;
 }
@@ -131,6 +132,14 @@ static const struct picture pictures[] = {
      "The schedule: a linear warm-up, then down to the last rate.", false, false},
 };
 
+/* The teacher's loss on the validation text, which no step changes; NAN: not in the log. */
+static double teacher_loss(const struct log *l)
+{
+    double loss = NAN;
+    for (int64_t i = 0; i < l->n && !isfinite(loss); i++) loss = l->column[TEACHER_LOSS][i];
+    return loss;
+}
+
 static void put_picture(FILE *to, const struct log *l, const struct picture *p, struct curve *c,
                         struct curve *val)
 {
@@ -139,14 +148,19 @@ static void put_picture(FILE *to, const struct log *l, const struct picture *p, 
     if (c->n < 2) return;
     char mean[64];
     snprintf(mean, sizeof mean, "mean of %lld lines", (long long)c->width);
-    struct svg_series series[3] = {
+    double teacher = teacher_loss(l), ends[] = {c->x[0], c->x[c->n - 1]},
+           level[] = {teacher, teacher};
+    struct svg_series series[4] = {
         {.name = "each line of the log", .look = 2, .n = c->n, .x = c->x, .y = c->y},
         {.name = mean, .look = 2, .n = c->n, .x = c->x, .y = c->mean},
-        {.name = "validation", .look = 1, .n = val->n, .x = val->x, .y = val->y}};
+        {.name = "validation", .look = 1, .n = val->n, .x = val->x, .y = val->y},
+        {.name = "teacher, validation", .look = 3, .n = 2, .x = ends, .y = level}};
     int n = p->smooth && c->width > 1 ? 2 : 1;
     for (int i = 0; i < n; i++) series[i].bare = series[i].connect = true;
     series[0].faint = n > 1;
+    series[2].connect = series[3].connect = series[3].bare = true;
     if (p->column == LOSS && val->n) series[n++] = series[2];
+    if (p->column == LOSS && isfinite(teacher)) series[n++] = series[3];
     struct svg_chart chart = {.title = p->title,
                               .x_label = "optimizer step",
                               .y_label = p->y_label,
@@ -175,6 +189,8 @@ static void put_picture(FILE *to, const struct log *l, const struct picture *p, 
     if (p->column == LOSS && val->n)
         fprintf(to, " On the validation text: %.4g, a perplexity of %.4g.", val->y[val->n - 1],
                 exp(val->y[val->n - 1]));
+    if (p->column == LOSS && isfinite(teacher))
+        fprintf(to, " The teacher there: %.4g, a perplexity of %.4g.", teacher, exp(teacher));
     fputs("</p>\n", to);
 }
 

@@ -4,9 +4,17 @@
 #include <math.h>
 #include <string.h>
 
+/* ", validation perplexity 38.4 (teacher 38.1: +0.8 %)" */
+static void print_ppl(FILE *to, double ppl, double teacher)
+{
+    fprintf(to, ", validation perplexity %.3f", ppl);
+    if (teacher > 0) fprintf(to, " (teacher %.3f: %+.1f %%)", teacher, 100 * (ppl / teacher - 1));
+}
+
 void training_on_step(void *user, const struct srf_train_metrics *m, double val_ppl)
 {
     struct training_report *p = user;
+    p->stepped = true;
     if (m->known) {
         if (isfinite(m->loss)) p->loss = p->loss > 0 ? 0.9 * p->loss + 0.1 * m->loss : m->loss;
         p->grad_norm = m->grad_norm;
@@ -28,14 +36,16 @@ void training_on_step(void *user, const struct srf_train_metrics *m, double val_
     }
     if (val_ppl > 0 && !p->progress.quiet) {
         cli_progress_end(&p->progress);
-        fprintf(stderr, "step %lld: loss %.4f, validation perplexity %.3f\n", (long long)m->step,
-                p->loss, val_ppl);
+        fprintf(stderr, "step %lld: loss %.4f", (long long)m->step, p->loss);
+        print_ppl(stderr, val_ppl, srf_trainer_teacher_ppl(p->trainer));
+        fputc('\n', stderr);
     }
 }
 
 void training_on_evaluating(void *user, int64_t done, int64_t total)
 {
     struct training_report *p = user;
+    if (!p->stepped) p->progress.start = cli_now(); /* the teacher's: no part of the steps' time */
     if (total == 0) cli_progress_start(&p->evaluation, "evaluate", p->progress.quiet);
     cli_progress_update(&p->evaluation, (double)done, (double)total, "");
 }
@@ -138,6 +148,7 @@ void training_print_result(const struct cli_training *defaults, const struct tra
 {
     int64_t steps = p->config->steps;
     bool idle = p->first_step == steps;
+    double teacher = srf_trainer_teacher_ppl(p->trainer);
     if (in->json) {
         char path[4200];
         int n = snprintf(path, sizeof path, "%s/model.h5", in->out);
@@ -147,6 +158,8 @@ void training_print_result(const struct cli_training *defaults, const struct tra
         cli_json_number(stdout, p->loss > 0 ? p->loss : NAN);
         printf(", \"val_ppl\": ");
         cli_json_number(stdout, val_ppl > 0 ? val_ppl : NAN);
+        printf(", \"teacher_val_ppl\": ");
+        cli_json_number(stdout, teacher > 0 ? teacher : NAN);
         printf(", \"seconds\": %.3f}\n", seconds);
         return;
     }
@@ -156,7 +169,7 @@ void training_print_result(const struct cli_training *defaults, const struct tra
         printf("%s: %lld step%s in %.1f s, loss %.4f", defaults->name,
                (long long)(steps - p->first_step), steps - p->first_step == 1 ? "" : "s", seconds,
                p->loss);
-    if (val_ppl > 0) printf(", validation perplexity %.3f", val_ppl);
+    if (val_ppl > 0) print_ppl(stdout, val_ppl, teacher);
     printf("; model in %s/model.h5, curves in %s/training.html\n", in->out, in->out);
 }
 

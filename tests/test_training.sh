@@ -50,13 +50,27 @@ sed 's/king/queen/' text.txt >other.txt
 refuse 1 "training data" "${resume[@]}" --data other.txt
 refuse 1 "dtype" "${resume[@]}" --dtype f64
 
+# What came of it stands beside the teacher's: at each evaluation, at the end, on the page.
+run "${retrofit[@]/--quiet/--eval-every=10}" --val text.txt --out beside
+run "$SRF" eval --model model.h5 --data text.txt --seq-len 32 --max-tokens 65536 --json --quiet
+softmax=$(sed -n 's/.*"ppl": \([0-9.]*\).*/\1/p' stdout)
+run "${retrofit[@]/--quiet/--eval-every=10}" --val text.txt --out beside-json --json
+[ "$(grep -c '^step .*perplexity [0-9.]* (teacher [0-9.]*: [-+][0-9.]* %)$' stderr)" = 2 ] ||
+    fail "no teacher beside an evaluation: $(cat stderr)"
+teacher=$(sed -n 's/.*"teacher_val_ppl": \([0-9.]*\).*/\1/p' stdout)
+awk "BEGIN { d = $teacher / $softmax - 1; exit !(d < 1e-6 && d > -1e-6) }" ||
+    fail "the teacher has $teacher, and by itself $softmax"
+[ "$(grep -c teacher_val_ppl beside/metrics.jsonl)" = 2 ] || fail "metrics.jsonl: no teacher"
+grep -q 'teacher, validation' beside/training.html || fail "training.html: no teacher"
+
 # Nothing left to do: success, and no loss is made up.
 run "${resume[@]}" --quiet
 [ $status -eq 0 ] || fail "resume of a finished run: exit $status: $(cat stderr)"
 grep -q 'all 20 steps were done' stdout || fail "resume of a finished run says: $(cat stdout)"
 grep -q loss stdout && fail "resume of a finished run says: $(cat stdout)"
 run "${resume[@]}" --quiet --val text.txt
-grep -q 'validation perplexity [1-9]' stdout || fail "no validation perplexity: $(cat stdout)"
+grep -q 'validation perplexity [1-9][0-9.]* (teacher [1-9]' stdout ||
+    fail "no validation perplexity: $(cat stdout)"
 run "${resume[@]}" --quiet --json
 grep -q '"loss": null' stdout || fail "resume of a finished run, --json: $(cat stdout)"
 run "$SRF" retrofit --resume --data text.txt --out run --threads 2 --quiet

@@ -138,6 +138,7 @@ static srf_status evaluate(struct srf_trainer *t, FILE *f, const struct srf_run_
     SRF_TRY(srf_trainer_evaluate(t, hooks, ppl));
     if (fseek(f, -2, SEEK_END) != 0) return SRF_OK; /* an empty log: of someone who deleted it */
     put_number(f, "val_ppl", *ppl);
+    if (t->teacher_ppl > 0) put_number(f, "teacher_val_ppl", t->teacher_ppl);
     fprintf(f, "}\n");
     SRF_FAIL_IF(fflush(f) != 0, SRF_IO, "metrics.jsonl: cannot write: %s", strerror(errno));
     return SRF_OK;
@@ -175,7 +176,9 @@ static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log,
                         const struct srf_run_hooks *hooks, bool evaluated, double *val_ppl)
 {
     const struct srf_train_config *c = &t->config;
-    if (!t->resumed) return srf_trainer_save(t, p->last);
+    if (!t->resumed) SRF_TRY(srf_trainer_save(t, p->last));
+    if (t->val && t->teacher) SRF_TRY(srf_trainer_evaluate_teacher(t, hooks));
+    if (!t->resumed) return SRF_OK;
     bool done = t->step == c->steps;
     if (done) SRF_TRY(srf_trainer_save_model(t, p->model));
     if (!t->val || t->step == 0 || !srf__due(t->step, c->eval_every, c->steps)) return SRF_OK;

@@ -8,6 +8,9 @@
 
 /* Steps in a row without an update after which a run is beyond saving. */
 #define MAX_SKIPPED 10
+/* Rows of logits that a teacher's own evaluation holds at once: enough for the matrix product, few
+ * beside what training holds. */
+#define TEACHER_ROWS 256
 
 /* ---- memory: one plan ---------------------------------------------------------------------- */
 
@@ -66,11 +69,11 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     SRF_TRY(srf_model_plan(t->model, t->arena, &p));
     if (teacher) {
         SRF_TRY(srf_model_create(ctx, &teacher->config, &teacher->attention, &t->teacher));
-        /* its logits are made in the student's loss */
+        /* In training its logits are made in the student's loss. */
         p = (struct srf_model_plan){.b = c->micro_batch,
                                     .t = c->seq_len,
                                     .keep_attention = c->mse_weight > 0,
-                                    .logit_rows = 1};
+                                    .logit_rows = t->val ? TEACHER_ROWS : 1};
         SRF_TRY(srf_model_plan(t->teacher, t->arena, &p));
     }
     SRF_TRY(srf__lora_plan(t));
@@ -395,8 +398,8 @@ srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out
     return read ? read_metrics(t, out) : SRF_OK;
 }
 
-srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hooks *hooks,
-                                double *ppl)
+static srf_status evaluate(struct srf_trainer *t, struct srf_model *m,
+                           const struct srf_run_hooks *hooks, double *ppl)
 {
     SRF_FAIL_IF(!t->val, SRF_INVALID, "there is no validation set");
     struct srf_eval_config c = {.seq_len = t->config.seq_len,
@@ -408,9 +411,26 @@ srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hook
         c.user = hooks->user;
         c.progress(c.user, 0, 0);
     }
-    SRF_TRY(srf_evaluate(t->model, t->val, &c, &r));
+    SRF_TRY(srf_evaluate(m, t->val, &c, &r));
     *ppl = r.ppl;
     return SRF_OK;
+}
+
+srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hooks *hooks,
+                                double *ppl)
+{
+    return evaluate(t, t->model, hooks, ppl);
+}
+
+srf_status srf_trainer_evaluate_teacher(struct srf_trainer *t, const struct srf_run_hooks *hooks)
+{
+    SRF_FAIL_IF(!t->teacher, SRF_INVALID, "there is no teacher");
+    return evaluate(t, t->teacher, hooks, &t->teacher_ppl);
+}
+
+double srf_trainer_teacher_ppl(const struct srf_trainer *t)
+{
+    return t->teacher_ppl;
 }
 
 int64_t srf_trainer_steps_done(const struct srf_trainer *t)

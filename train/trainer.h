@@ -55,6 +55,10 @@ struct srf_run_hooks; /* below */
  * `evaluating` is called, or NULL. */
 srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hooks *hooks,
                                 double *ppl);
+/* The same of the teacher, which does not change: once a run. SRF_INVALID without one. */
+srf_status srf_trainer_evaluate_teacher(struct srf_trainer *t, const struct srf_run_hooks *hooks);
+/* What came of it; 0 before. */
+double srf_trainer_teacher_ppl(const struct srf_trainer *t);
 /* All that a resume needs. */
 srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
 /* The model alone, attention and features included. */
@@ -86,7 +90,8 @@ struct srf_run_hooks {
 /* SRF_INVALID if directory dir holds the checkpoints of an earlier run, SRF_IO if it is a file. */
 srf_status srf_run_check_new(const char *dir);
 /* Run to the end in directory dir (made if need be; one with an earlier run is for a resumed
- * trainer only). Saved before the first step, then as the settings say. *val_ppl: the last
- * evaluation, 0 without a validation set. */
+ * trainer only). Saved before the first step, then as the settings say. With a validation set a
+ * teacher is evaluated before the first step. *val_ppl: the last evaluation of the model, 0 without
+ * a validation set. */
 srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
                            const struct srf_run_hooks *hooks, double *val_ppl);

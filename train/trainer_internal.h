@@ -26,6 +26,7 @@ struct srf_trainer {
     struct srf_tokenset *data, *val; /* not owned; val may be NULL */
     struct srf_arena *arena;
     struct srf_model *model, *teacher; /* teacher: NULL without distillation */
+    double teacher_ppl;                /* on val; 0: not known */
     char *tokenizer_json;              /* or NULL */
     struct srf__lora lora;
     int64_t n_params, n_features; /* elements under the optimizer; n_features 0 = not trained */
