@@ -311,6 +311,17 @@ static void test_files(void **state)
     engine_done(&wide);
 }
 
+/* |got - want| / |want| */
+static double off_by(const float *got, const float *want, int64_t n)
+{
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double e = (double)got[i] - (double)want[i];
+        error += e * e, norm += (double)want[i] * (double)want[i];
+    }
+    return sqrt(error / norm);
+}
+
 /* Logits of states in bf16 beside those of states in fp32, after the same tokens. */
 static void test_state_bf16(void **state)
 {
@@ -325,29 +336,15 @@ static void test_state_bf16(void **state)
     for (int64_t t = 0; t < NEW; t++) {
         test_ok(srf_engine_feed(wide.e, tokens + t * n, 1, want));
         test_ok(srf_engine_feed(narrow.e, tokens + t * n, 1, got));
-        double error = 0, norm = 0;
-        for (int64_t i = 0; i < count; i++) {
-            double e = (double)got[i] - (double)want[i];
-            error += e * e, norm += (double)want[i] * (double)want[i];
-        }
-        if (!(sqrt(error / norm) <= 3e-2)) print_error("step %d: %g\n", (int)t, sqrt(error / norm));
-        assert_true(sqrt(error / norm) <= 3e-2);
+        double error = off_by(got, want, count);
+        if (!(error <= 3e-2)) print_error("step %d: %g\n", (int)t, error);
+        assert_true(error <= 3e-2);
     }
     srf__free(want);
     srf__free(got);
     srf__free(tokens);
     engine_done(&wide);
     engine_done(&narrow);
-}
-
-static double off_by(const float *got, const float *want, int64_t n)
-{
-    double error = 0, norm = 0;
-    for (int64_t i = 0; i < n; i++) {
-        double e = (double)got[i] - (double)want[i];
-        error += e * e, norm += (double)want[i] * (double)want[i];
-    }
-    return sqrt(error / norm);
 }
 
 /* So many rows in one launch that norms go into the products behind them: no further from fp32 than

@@ -18,20 +18,14 @@ static void random_targets(int32_t *targets, int64_t n, int64_t v)
 
 /* --- reference against central differences ---------------------------------------------------- */
 
-struct env {
-    struct srf_xent_args args;
-    double *kl;
-};
-
 static double loss(void *p)
 {
-    struct env *e = p;
-    struct srf_xent_args a = e->args;
+    struct srf_xent_args a = *(struct srf_xent_args *)p;
+    const double *nll = a.nll, *kl = a.kl;
     a.dlogits = NULL;
     ref_xent(&a);
     double sum = 0;
-    for (int64_t i = 0; i < a.n; i++)
-        sum += a.scale * (a.ce_weight * ((double *)a.nll)[i] + a.kl_weight * e->kl[i]);
+    for (int64_t i = 0; i < a.n; i++) sum += a.scale * (a.ce_weight * nll[i] + a.kl_weight * kl[i]);
     return sum;
 }
 
@@ -43,20 +37,19 @@ static void test_reference_gradient(void **state)
     const int32_t targets[N] = {2, -1, 5, 0};
     test_normal(logits, N * V, 1.5, 1);
     test_normal(teacher, N * V, 1.5, 2);
-    struct env e = {.args = {.n = N,
-                             .v = V,
-                             .logits = logits,
-                             .targets = targets,
-                             .teacher = teacher,
-                             .scale = 0.3,
-                             .ce_weight = 0.7,
-                             .kl_weight = 1.9,
-                             .nll = nll,
-                             .kl = kl,
-                             .dlogits = d},
-                    .kl = kl};
-    ref_xent(&e.args);
-    test_gradient("ref dlogits", loss, &e, logits, d, N * V, 1e-8);
+    struct srf_xent_args a = {.n = N,
+                              .v = V,
+                              .logits = logits,
+                              .targets = targets,
+                              .teacher = teacher,
+                              .scale = 0.3,
+                              .ce_weight = 0.7,
+                              .kl_weight = 1.9,
+                              .nll = nll,
+                              .kl = kl,
+                              .dlogits = d};
+    ref_xent(&a);
+    test_gradient("ref dlogits", loss, &a, logits, d, N * V, 1e-8);
 }
 
 /* --- backend against reference ---------------------------------------------------------------- */

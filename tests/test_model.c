@@ -1,5 +1,5 @@
-/* The whole model in training: gradients in double against central differences, recomputation, parts
- * that are trained, micro-batches, memory. */
+/* The whole model in training: gradients in double against central differences, recomputation,
+ * training a part, micro-batches, memory. */
 #include "tests/model_case.h"
 
 #include <math.h>
