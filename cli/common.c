@@ -80,6 +80,28 @@ static const char *useless_setting(const struct cli_attention *a, enum srf_atten
     return NULL;
 }
 
+/* Only SRF attention has windows and features of each layer: where a model has them, the one for all
+ * layers must be said. */
+static srf_status one_for_all_layers(struct srf_attention_config *a)
+{
+    const char *kind = srf_attention_kind_name(a->kind);
+    if (a->kind == SRF_ATTN_SOFTMAX || a->kind == SRF_ATTN_SRF) return SRF_OK;
+    if (!srf_attention_has_features(a)) a->n_layer_m = 0;
+    SRF_FAIL_IF(a->n_windows && a->n_layer_m, SRF_INVALID,
+                "--attention %s: the model has windows and features by layer, %s attention one of "
+                "each for all: add --window N --m N",
+                kind, kind);
+    SRF_FAIL_IF(a->n_windows, SRF_INVALID,
+                "--attention %s: the model has windows by layer, %s attention one for all: add "
+                "--window N",
+                kind, kind);
+    SRF_FAIL_IF(a->n_layer_m, SRF_INVALID,
+                "--attention %s: the model has features by layer, %s attention one number for all: "
+                "add --m N",
+                kind, kind);
+    return SRF_OK;
+}
+
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
                              struct srf_attention_config *attention)
 {
@@ -109,6 +131,7 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
     }
     if (a->seed != UINT64_MAX) attention->seed = a->seed;
     if (a->draw != UINT64_MAX) attention->draw = a->draw;
+    SRF_TRY(one_for_all_layers(attention));
     return srf_attention_check(attention, head_size);
 }
 

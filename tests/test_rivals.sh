@@ -54,6 +54,19 @@ refuse 1 "at least 1 token" "${model[@]}" --attention window --window 0
 refuse 1 "m = 7 is odd" "${model[@]}" --attention hedgehog --m 7
 refuse 1 "never draws them anew" "${model[@]}" --attention t2r --redraw-every 1
 refuse 1 "window, hedgehog, t2r" "${model[@]}" --attention linear
+
+# Of a model with windows and features by layer: what must be said, and that it is enough then.
+run "$SRF" retrofit --model model.h5 --data text.txt "${small[@]}" --steps 1 --out layers \
+    --layer-windows 4,8 --layer-features 8,6
+[ $status -eq 0 ] || die "windows by layer: $(cat stderr)"
+layers=("$SRF" eval --model layers/model.h5 --data text.txt --seq-len 32 --threads 1)
+refuse 1 "add --window N$" "${layers[@]}" --attention window
+refuse 1 "add --window N --m N$" "${layers[@]}" --attention hedgehog
+refuse 1 "add --m N$" "${layers[@]}" --attention t2r --window 8
+for kind in softmax "window --window 8" "hedgehog --window 8 --m 8" "t2r --window 0 --m 8"; do
+    run "${layers[@]}" --attention $kind
+    [ $status -eq 0 ] || fail "--attention $kind: $(cat stderr)"
+done
 [ ! -e none ] || fail "a refused run left a folder"
 
 finish
