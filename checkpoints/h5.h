@@ -2,8 +2,9 @@
  *
  * Files from strangers: metadata must have checksums (superblock 2 or 3), only hard links are
  * followed, only contiguous or compact datasets that lie inside the file are read, and types and
- * sizes are checked before anything is allocated. The
- * library's own error printing is off during every call and as it was after it.
+ * sizes are checked before anything is allocated. Datasets written here have an attribute
+ * `checksum`; where one has it, its bytes must be those. The library's own error printing is off
+ * during every call and as it was after it.
  */
 #pragma once
 #include "kernels/ops.h"

@@ -291,6 +291,47 @@ static void strangers(void **state)
     test_fails(srf_h5_open("no/such", &f), SRF_IO, "No such file");
 }
 
+/* Any bit of data that is not as it was written is found. */
+static void checksums(void **state)
+{
+    (void)state;
+    static const char text[] = "the text of a tokenizer, say";
+    char path[128], *got;
+    struct srf_h5 *f;
+    for (int64_t n = 1; n <= 12; n++) {
+        float x[12];
+        test_ok(srf_h5_create(test_at(path, "sum.h5"), &f));
+        test_ok(srf_h5_put(f, "/x", SRF_F32, 1, &n, floats));
+        test_ok(srf_h5_put_text(f, "/text", text));
+        test_ok(srf_h5_commit(f));
+        size_t size, data = 0, at = 0, bytes = (size_t)n * sizeof *floats;
+        unsigned char *file = test_slurp(path, &size);
+        while (memcmp(file + data, floats, bytes) != 0) assert_true(++data + bytes <= size);
+        while (memcmp(file + at, text, strlen(text)) != 0) assert_true(++at < size);
+        for (size_t bit = 0; bit < 8 * bytes; bit++) {
+            file[data + bit / 8] ^= (unsigned char)(1 << bit % 8);
+            test_spit(path, file, size);
+            test_ok(srf_h5_open(path, &f));
+            test_fails(srf_h5_get(f, "/x", SRF_F32, 1, &n, x), SRF_FORMAT,
+                       "/x is not what was written, by its checksum");
+            test_ok(srf_h5_get_text(f, "/text", &got));
+            srf__free(got);
+            srf_h5_close(f);
+            file[data + bit / 8] ^= (unsigned char)(1 << bit % 8);
+        }
+        file[at] = 'T';
+        test_spit(path, file, size);
+        test_ok(srf_h5_open(path, &f));
+        test_ok(srf_h5_get(f, "/x", SRF_F32, 1, &n, x));
+        assert_memory_equal(x, floats, bytes);
+        test_fails(srf_h5_get_text(f, "/text", &got), SRF_FORMAT, "by its checksum");
+        assert_null(got);
+        srf_h5_close(f);
+        free(file);
+        unlink(path);
+    }
+}
+
 /* A dataset whose header, checksum and all, puts it elsewhere. */
 static void addresses(void **state)
 {
@@ -391,7 +432,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(round_trip), cmocka_unit_test(error_printing), cmocka_unit_test(strangers),
-        cmocka_unit_test(addresses),  cmocka_unit_test(full_disk),
+        cmocka_unit_test(checksums),  cmocka_unit_test(addresses),      cmocka_unit_test(full_disk),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }
