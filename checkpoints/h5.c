@@ -191,8 +191,6 @@ void srf_h5_close(struct srf_h5 *f)
 
 /* ---- paths ---------------------------------------------------------------------------------- */
 
-/* Whether every step of the path is a hard link to something: soft and external links could lead
- * out of the file. */
 bool srf__h5_exists(struct srf_h5 *f, const char *path)
 {
     char part[512];
@@ -211,7 +209,6 @@ bool srf__h5_exists(struct srf_h5 *f, const char *path)
     return true;
 }
 
-/* Makes the groups on the way to path, and path itself if `whole`. */
 srf_status srf__h5_make_groups(struct srf_h5 *f, const char *path, bool whole)
 {
     char part[512];
@@ -307,7 +304,6 @@ static srf_status get_attr(struct srf_h5 *f, const char *object, const char *nam
     return st;
 }
 
-/* A fixed-length string type of `size` bytes. */
 hid_t srf__h5_string_type(size_t size)
 {
     hid_t type = H5Tcopy(H5T_C_S1);
@@ -374,12 +370,6 @@ srf_status srf_h5_put_i64(struct srf_h5 *f, const char *object, const char *name
     return srf__unhush(h, put_attr(f, object, name, H5T_NATIVE_INT64, &value));
 }
 
-srf_status srf_h5_put_f64(struct srf_h5 *f, const char *object, const char *name, double value)
-{
-    struct srf__hush h = srf__hush();
-    return srf__unhush(h, put_attr(f, object, name, H5T_NATIVE_DOUBLE, &value));
-}
-
 srf_status srf_h5_get_str(struct srf_h5 *f, const char *object, const char *name, char **text)
 {
     struct srf__hush h = srf__hush();
@@ -391,13 +381,6 @@ srf_status srf_h5_get_i64(struct srf_h5 *f, const char *object, const char *name
     struct srf__hush h = srf__hush();
     return srf__unhush(
         h, get_attr(f, object, name, 1u << H5T_INTEGER, "a whole number", H5T_NATIVE_INT64, value));
-}
-
-srf_status srf_h5_get_f64(struct srf_h5 *f, const char *object, const char *name, double *value)
-{
-    struct srf__hush h = srf__hush();
-    return srf__unhush(h, get_attr(f, object, name, 1u << H5T_INTEGER | 1u << H5T_FLOAT, "a number",
-                                   H5T_NATIVE_DOUBLE, value));
 }
 
 bool srf_h5_has_attr(struct srf_h5 *f, const char *object, const char *name)

@@ -23,11 +23,9 @@ void srf_h5_close(struct srf_h5 *f); /* NULL is fine */
 /* Attributes, each written once. `object`: "/" or a group (made as needed) or a dataset. */
 srf_status srf_h5_put_str(struct srf_h5 *f, const char *object, const char *name, const char *text);
 srf_status srf_h5_put_i64(struct srf_h5 *f, const char *object, const char *name, int64_t value);
-srf_status srf_h5_put_f64(struct srf_h5 *f, const char *object, const char *name, double value);
 /* SRF_FORMAT where it is missing or of another type. text: srf__free. */
 srf_status srf_h5_get_str(struct srf_h5 *f, const char *object, const char *name, char **text);
 srf_status srf_h5_get_i64(struct srf_h5 *f, const char *object, const char *name, int64_t *value);
-srf_status srf_h5_get_f64(struct srf_h5 *f, const char *object, const char *name, double *value);
 bool srf_h5_has(struct srf_h5 *f, const char *path); /* a group or dataset */
 /* Also true where the object is too broken to tell: reading it says why. */
 bool srf_h5_has_attr(struct srf_h5 *f, const char *object, const char *name);

@@ -173,7 +173,7 @@ static srf_status add_native(void *user, const char *path)
     return srf__source_add(s, &t);
 }
 
-srf_status srf__native_read(struct srf_source *s, const char *path)
+static srf_status native_read(struct srf_source *s, const char *path)
 {
     srf_status st = SRF_OK;
     char *format = NULL;
@@ -220,7 +220,7 @@ static srf_status open_by_contents(struct srf_source *s, const char *path)
                 (long long)size);
     if (memcmp(head, h5_magic, sizeof h5_magic) == 0) {
         s->kind = SRF_SOURCE_NATIVE;
-        return srf__native_read(s, path);
+        return native_read(s, path);
     }
     int32_t magic;
     memcpy(&magic, head, sizeof magic);

@@ -44,7 +44,6 @@ srf_status srf__hf_read(struct srf_source *s, const char *dir);
 /* config.json and tokenizer of a directory, where they are there. */
 srf_status srf__hf_read_extras(struct srf_source *s, const char *dir);
 srf_status srf__llmc_read(struct srf_source *s, const char *path);
-srf_status srf__native_read(struct srf_source *s, const char *path);
 
 /* JSON text to a value: duplicate keys are refused; what: for the message. json_decref. */
 srf_status srf__json_parse(const char *what, const char *text, size_t n, json_t **out);

@@ -42,5 +42,3 @@ struct bench_row {
  * take turns with others where the device's memory is what ops read from in a step. */
 srf_status bench_run_case(struct srf_ctx *ctx, const struct bench_case *which, double seconds,
                           struct bench_row *out);
-/* Share of the time that max(bytes / copy bandwidth, flops / large product's rate) is. */
-double bench_of_floor(const struct bench_row *r, const struct bench_machine *m);

@@ -60,7 +60,8 @@ srf_status bench_run_case(struct srf_ctx *ctx, const struct bench_case *which, d
     return st;
 }
 
-double bench_of_floor(const struct bench_row *r, const struct bench_machine *m)
+/* Share of the time that max(bytes / copy bandwidth, flops / large product's rate) is. */
+static double of_floor(const struct bench_row *r, const struct bench_machine *m)
 {
     return fmax(r->cost.bytes / m->copy_bytes, r->cost.flops / m->sgemm_flops) / r->time.median;
 }
@@ -72,7 +73,7 @@ static void print_row(const char *name, const struct bench_row *r, const struct 
     if (r->tokens) snprintf(per_token, sizeof per_token, "%8.0f", t / (double)r->tokens * 1e9);
     printf("%-30s %10.1f %9.1f %9.1f %8.1f %8.1f %6.1f%% %8s\n", name, t * 1e6, r->time.best * 1e6,
            r->time.worst * 1e6, r->cost.flops / t * 1e-9, r->cost.bytes / t * 1e-9,
-           100 * bench_of_floor(r, m), per_token);
+           100 * of_floor(r, m), per_token);
     fflush(stdout);
 }
 
@@ -82,7 +83,7 @@ static json_t *row_json(const char *name, const struct bench_row *r, const struc
     json_t *o = json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f}", "case", name, "us", t * 1e6,
                           "us_best", r->time.best * 1e6, "us_worst", r->time.worst * 1e6, "gflops",
                           r->cost.flops / t * 1e-9, "gb_s", r->cost.bytes / t * 1e-9, "of_floor",
-                          bench_of_floor(r, m));
+                          of_floor(r, m));
     if (r->tokens) json_object_set_new(o, "ns_per_token", json_real(t / (double)r->tokens * 1e9));
     return o;
 }

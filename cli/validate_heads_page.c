@@ -1,5 +1,5 @@
 /* Of the report: the heads, how hard each is and how far its output is off. */
-#include "cli/validate_parts.h"
+#include "cli/validate_internal.h"
 
 #include <math.h>
 

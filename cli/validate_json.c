@@ -1,6 +1,6 @@
 /* srf validate's result for programs: every number that the page shows. */
 #include "cli/cli.h"
-#include "cli/validate_parts.h"
+#include "cli/validate_internal.h"
 
 #include <jansson.h>
 #include <math.h>

@@ -1,5 +1,5 @@
 /* Of the report: the kernel beside its closed forms. */
-#include "cli/validate_parts.h"
+#include "cli/validate_internal.h"
 
 #include <math.h>
 

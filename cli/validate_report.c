@@ -1,5 +1,5 @@
 #include "cli/cli.h"
-#include "cli/validate_parts.h"
+#include "cli/validate_internal.h"
 
 #include <math.h>
 #include <stdlib.h>

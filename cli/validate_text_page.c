@@ -1,7 +1,7 @@
 /* Of the report: predictions by position and by draw, and the text that comes of them; and that the
  * forms agree. */
 #include "cli/cli.h"
-#include "cli/validate_parts.h"
+#include "cli/validate_internal.h"
 
 #include <math.h>
 

@@ -38,7 +38,7 @@ static void pcre_free(void *p, void *user)
     srf__free(p);
 }
 
-/* --- GPT-2's alphabet --- */
+/* --- GPT-2's alphabet: every byte has a printable code point of its own, below 512 ----------- */
 
 static int code_of_byte(unsigned char byte)
 {
@@ -49,7 +49,8 @@ static int code_of_byte(unsigned char byte)
     return 256 + 67; /* 173, the soft hyphen */
 }
 
-int srf__bpe_symbol_of_byte(unsigned char byte, char utf8[2])
+/* It in UTF-8; the length, 1 or 2. */
+static int symbol_of_byte(unsigned char byte, char utf8[2])
 {
     int c = code_of_byte(byte);
     if (c < 128) {
@@ -190,7 +191,7 @@ static srf_status add_vocab(struct srf_bpe *bpe, const struct srf__bpe_parts *pa
     }
     for (int b = 0; b < 256; b++) {
         char symbol[2];
-        int n = srf__bpe_symbol_of_byte((unsigned char)b, symbol);
+        int n = symbol_of_byte((unsigned char)b, symbol);
         bpe->byte_id[b] = find_key(bpe, symbol, (size_t)n);
         SRF_FAIL_IF(bpe->byte_id[b] < 0 && parts->has_unk, SRF_UNSUPPORTED,
                     "model.unk_token: expected null (or a vocabulary with all 256 bytes), "

@@ -74,10 +74,6 @@ struct srf__bpe_parts {
 };
 srf_status srf__bpe_build(const struct srf__bpe_parts *parts, struct srf_bpe **out);
 
-/* GPT-2's alphabet: every byte has a printable code point of its own (< 512), in UTF-8. Returns the
- * length, 1 or 2. */
-int srf__bpe_symbol_of_byte(unsigned char byte, char utf8[2]);
-
 static inline uint64_t srf__bpe_pair_hash(uint64_t pair)
 {
     return (pair * 0x9e3779b97f4a7c15u) >> 32;

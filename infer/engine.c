@@ -1,7 +1,7 @@
 /* Decoding: what the slots are up to lies in one piece of the device's memory, the book. It goes
  * there before some steps and comes back after them; the steps themselves (bookkeeping, the model,
  * sampling) need no host. Where the backend records graphs of ops, a step is one launch. */
-#include "infer/engine_parts.h"
+#include "infer/engine_internal.h"
 
 #include <stdint.h>
 #include <string.h>

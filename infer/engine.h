@@ -40,7 +40,9 @@ srf_status srf_engine_create(struct srf_ctx *ctx, const struct srf_checkpoint *c
 void srf_engine_free(struct srf_engine *e); /* NULL is fine */
 
 /* n prompts into n different slots. SRF_INVALID, and nothing has changed, for a slot that is
- * running, or a prompt that with its new tokens goes past positions that end. */
+ * running, or a prompt that with its new tokens goes past positions that end; SRF_MISMATCH, the
+ * same, for a token that the vocabulary does not have. SRF_NONFINITE: the logits of a first token
+ * were. */
 srf_status srf_engine_admit(struct srf_engine *e, int64_t n,
                             const struct srf_engine_prompt *prompts);
 /* Up to `steps` more tokens of every running sequence: host (steps, slots), -1 where there is none.

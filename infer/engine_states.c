@@ -1,6 +1,6 @@
 /* The states of an engine's slots as values: cleared, read, set, forked. In each layer those of all
  * slots lie together. */
-#include "infer/engine_parts.h"
+#include "infer/engine_internal.h"
 #include "kernels/numeric.h"
 
 /* Bytes of a slot's state in a layer, which lie together: on the device, and on the host. */

@@ -6,7 +6,7 @@
 
 struct srf_eval_config {
     int64_t seq_len;    /* tokens of a window; seq_len - 1 predictions each */
-    int64_t batch;      /* windows at once; b * t as planned for the model */
+    int64_t batch;      /* windows at once: batch * seq_len tokens at most what was planned */
     int64_t max_tokens; /* 0 = the whole set */
     bool recurrent;     /* one token at a time from a recurrent state, instead of in parallel */
     /* Called for every batch of windows in order, if not NULL: tokens (n_windows, len), nll
@@ -24,6 +24,7 @@ struct srf_eval_result {
     double seconds;
 };
 
-/* A last, shorter window counts too if it predicts at least one token. */
+/* A last, shorter window counts too if it predicts at least one token. SRF_INVALID where nothing is
+ * predicted, SRF_NONFINITE where a loss is not finite. */
 srf_status srf_evaluate(struct srf_model *m, struct srf_tokenset *data,
                         const struct srf_eval_config *config, struct srf_eval_result *out);

@@ -1,9 +1,9 @@
 /* States of sequences in files, to go on from later or elsewhere: an HDF5 file of kind "states"
- * with the hash of the model, its attention settings and what is done past the learned positions;
- * (and dtype, what the device had them in); then /states/<i>, A (n_layers, h, state_count) each, or
- * (1, 1, all of it) where layers have windows of their own, with its position, pending and made.
- * Values are never rounded for the file. Written
- * under a temporary name, synced, renamed.
+ * with the hash of the model, its attention settings, what is done past the learned positions and
+ * the dtype that the device had the states in; then /states/<i>, A (n_layers, h, state_count) each,
+ * or (1, 1, all of it) where layers have windows or features of their own, with its position,
+ * pending and made. Values are never rounded for the file. Written under a temporary name, synced,
+ * renamed.
  *
  *     srf_states_save      slots of an engine -> file
  *     srf_states_open      checks that the model is the same

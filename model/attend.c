@@ -55,7 +55,7 @@ static const void *features_bias(const struct srf_model *m, int64_t layer)
     return srf__model_acc_at(m, m->slot_bias, srf__model_rows_before(m, layer));
 }
 
-int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer)
+static int64_t layer_state_count(const struct srf_model *m, int64_t layer)
 {
     const struct srf_attention_config *a = &m->attention;
     return m->config.n_heads * srf_attn_state_count(srf_attention_m(a, layer),
@@ -66,7 +66,7 @@ int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer)
 int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16)
 {
     int64_t size = (int64_t)srf_dtype_bytes(srf_ctx_acc(m->ctx));
-    if (!bf16) return srf_model_layer_state_count(m, layer) * size;
+    if (!bf16) return layer_state_count(m, layer) * size;
     const struct srf_attention_config *a = &m->attention;
     return m->config.n_heads * srf_attn_state_bf16_bytes(srf_attention_m(a, layer),
                                                          srf__model_head_size(m),
@@ -172,7 +172,7 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
 int64_t srf_model_state_count(const struct srf_model *m)
 {
     int64_t n = 0;
-    for (int64_t l = 0; l < m->config.n_layers; l++) n += srf_model_layer_state_count(m, l);
+    for (int64_t l = 0; l < m->config.n_layers; l++) n += layer_state_count(m, l);
     return n;
 }
 

@@ -70,7 +70,7 @@ static void shape_text(int ndim, const int64_t *shape, char *buf, size_t size)
 static srf_status read_tensor(struct srf_source *src, const struct srf_tensor *row, float *out)
 {
     int64_t i = srf_source_find(src, row->name);
-    SRF_FAIL_IF(i < 0, SRF_FORMAT, "tensor '%s' is missing", row->name);
+    SRF_FAIL_IF(i < 0, SRF_FORMAT, "tensor %s is missing", row->name);
     const struct srf_tensor_info *info = srf_source_info(src, i);
     bool same = info->ndim == row->ndim;
     for (int k = 0; same && k < row->ndim; k++) same = info->shape[k] == row->shape[k];
@@ -78,7 +78,7 @@ static srf_status read_tensor(struct srf_source *src, const struct srf_tensor *r
         char want[64], found[96];
         shape_text(row->ndim, row->shape, want, sizeof want);
         shape_text(info->ndim, info->shape, found, sizeof found);
-        SRF_FAIL(SRF_FORMAT, "tensor '%s': expected shape %s, found %s", row->name, want, found);
+        SRF_FAIL(SRF_FORMAT, "tensor %s: expected shape %s, found %s", row->name, want, found);
     }
     return srf_source_read_f32(src, i, out);
 }
@@ -93,7 +93,7 @@ static srf_status refuse_unknown(const struct srf_source *src, const struct srf_
         bool known = false;
         for (int64_t k = 0; k < ck->table.n && !known; k++)
             known = srf_source_find(src, ck->table.rows[k].name) == i;
-        SRF_FAIL_IF(!known, SRF_FORMAT, "tensor '%s' is not one of a %s model", name,
+        SRF_FAIL_IF(!known, SRF_FORMAT, "tensor %s is not one of a %s model", name,
                     ck->config.arch->name);
     }
     return SRF_OK;
@@ -120,7 +120,7 @@ static srf_status check_tied_head(struct srf_source *src, const struct srf_check
         apart += d * d;
     }
     SRF_FAIL_GO_IF(!(apart <= 1e-4 * norm), SRF_UNSUPPORTED,
-                   "tensor '%s' is not '%s' again: an output head of its own is not supported",
+                   "tensor %s is not %s again: an output head of its own is not supported",
                    arch->tied_head, row->name);
 cleanup:
     srf__free(found);
@@ -201,7 +201,7 @@ static srf_status load(const char *path, const char *config_json, struct srf_sou
     SRF_TRY_GO(refuse_unknown(src, ck));
     for (int64_t i = 0; i < ck->table.n; i++)
         SRF_FAIL_GO_IF(srf_source_find(src, ck->table.rows[i].name) < 0, SRF_FORMAT,
-                       "tensor '%s' is missing", ck->table.rows[i].name);
+                       "tensor %s is missing", ck->table.rows[i].name);
     SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
     for (int64_t i = 0; i < ck->table.n; i++)
         SRF_TRY_GO(read_tensor(src, &ck->table.rows[i], ck->params + ck->table.rows[i].offset));

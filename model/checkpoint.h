@@ -14,8 +14,8 @@ struct srf_checkpoint {
     float *params;        /* (table.total) */
     char *tokenizer_json; /* or NULL */
     /* The features in force, where they are stored (frozen or trained draws): else NULL, and the
-     * draw is made from the key. Of the shape that `attention` says: (n_layers, n_sets, m, d) and
-     * (n_layers, n_sets, m); n_sets = per_head ? n_heads : 1. */
+     * draw is made from the key. Of each layer (n_sets, its m, srf_attention_columns) and (n_sets,
+     * its m), one layer after another; n_sets = per_head ? n_heads : 1. */
     float *features_w, *features_bias;
 };
 

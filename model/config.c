@@ -383,6 +383,9 @@ srf_status srf_model_config_from_json(const char *text, struct srf_model_config 
         SRF_ARCH_LIST(X)
 #undef X
     };
+#define X(name, symbol) " " name
+    static const char supported[] = SRF_ARCH_LIST(X);
+#undef X
     *out = (struct srf_model_config){0};
     json_t *root;
     SRF_TRY(load_object(text, "config", &root));
@@ -392,7 +395,7 @@ srf_status srf_model_config_from_json(const char *text, struct srf_model_config 
     for (size_t i = 0; i < sizeof archs / sizeof *archs; i++)
         if (strcmp(archs[i]->name, type) == 0) out->arch = archs[i];
     SRF_FAIL_GO_IF(!out->arch, SRF_UNSUPPORTED,
-                   "config: model_type '%s' is not supported (supported: gpt2)", type);
+                   "config: model_type '%s' is not supported (supported:%s)", type, supported);
     SRF_TRY_GO(out->arch->read_config(root, out));
 cleanup:
     json_decref(root);

@@ -119,7 +119,8 @@ struct srf_model {
     bool features_trained; /* backward adds to the features' gradient; srf_model_train_features */
 };
 
-/* Takes config and attention from ck (which may go away after upload). */
+/* Copies config and attention. SRF_INVALID for attention that cannot run with heads of that size,
+ * SRF_MISMATCH if its windows or features are of another number of layers. */
 srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *config,
                             const struct srf_attention_config *attention, struct srf_model **out);
 void srf_model_free(struct srf_model *m); /* NULL is fine; not the arena */
@@ -128,7 +129,8 @@ void srf_model_free(struct srf_model *m); /* NULL is fine; not the arena */
  * run of forward (and backward). */
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                           const struct srf_model_plan *plan);
-/* Host -> device: parameters and, if ck has them, features; else they are drawn from the key. */
+/* Host -> device: parameters and, if ck holds those of the model's attention, features; else they
+ * are drawn from the key. ck may go away afterwards. SRF_MISMATCH for another model's. */
 srf_status srf_model_upload(struct srf_model *m, const struct srf_checkpoint *ck);
 /* Device -> host: parameters and the features in force (allocated into ck if need be). */
 srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *ck);
@@ -145,7 +147,7 @@ srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch)
 
 /* Loss over the rows of the last forward, logits never held for more than logit_rows rows. */
 struct srf_loss_args {
-    int64_t n;                   /* b * t */
+    int64_t n;                   /* rows of the last forward's hidden states */
     const int32_t *targets;      /* host (n), -1 = ignore; NULL: those of srf_model_load */
     double scale;                /* of the gradient: 1 / predictions of the optimizer step */
     double ce_weight, kl_weight; /* gradient weights */
@@ -217,8 +219,7 @@ srf_status srf_model_attend_bwd(struct srf_model *m, int64_t layer, const struct
 /* Values of recurrent state that one sequence needs in all layers; bytes of it on the device. */
 int64_t srf_model_state_count(const struct srf_model *m);
 int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16);
-/* The same of one layer. */
-int64_t srf_model_layer_state_count(const struct srf_model *m, int64_t layer);
+/* Bytes of one layer of it. */
 int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16);
 /* Bytes from the start of a batch's state to what sequence `slot` has in a layer. */
 int64_t srf_model_state_place(const struct srf_model *m, int64_t layer, int64_t slot,

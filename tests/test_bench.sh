@@ -21,10 +21,10 @@ has "$dir/op" bench machine name sgemm_gflops copy_gb_s us us_worst gflops gb_s 
 grep -q "\"threads\": 3\b" "$dir/op" || fail "OMP_NUM_THREADS is not heard: $(cat "$dir/op")"
 [ "$(wc -l <"$dir/op")" = 1 ] || fail "more than one line of JSON"
 "$srf" bench --filter step >"$dir/step-ops" || fail "bench (op by default)"
-# A step costs the same at every position. 2: on a busy machine; a cost that grows with the position
-# would give thousands.
+# A step costs the same at every position. 10: on a busy machine; a cost that grows with the
+# position would give thousands.
 sed -n 's/.*recurrent step at position 100000 over 10: //p' "$dir/step-ops" |
-    awk '$1 > 0 && $1 <= 2 { good = 1 } END { exit !good }' || fail "ratio: $(cat "$dir/step-ops")"
+    awk '$1 > 0 && $1 <= 10 { good = 1 } END { exit !good }' || fail "ratio: $(cat "$dir/step-ops")"
 
 "$srf" bench op --flat --filter srf --json >"$dir/flat" || fail "bench op --flat"
 has "$dir/flat" series points seq_len fwd_ms fwd_bwd_ms most_over_least

@@ -34,7 +34,7 @@ struct srf_train_config {
     int64_t eval_tokens;                       /* most tokens of an evaluation; 0 = all */
 };
 
-/* Defaults for training from scratch and for a retrofit. */
+/* Defaults for training from scratch and for a retrofit; seq_len is left at 0. */
 struct srf_train_config srf_train_defaults(void);
 /* SRF_INVALID naming the setting. */
 srf_status srf_train_config_check(const struct srf_train_config *c);

@@ -71,6 +71,7 @@ srf_status srf__lora_apply(struct srf_trainer *t);
 /* The same, unrounded, into params (the table's) on the host. Between steps: it writes over
  * gradients. */
 srf_status srf__lora_merge(struct srf_trainer *t, float *params);
+/* The first of the device's rows that keep a step's losses (srf_model_keep_losses). */
 int64_t srf__loss_row(const struct srf_train_config *c);
 /* 1 / predictions of a step */
 double srf__mean_scale(const struct srf_train_config *c);

@@ -39,7 +39,7 @@ srf_status srf_kernel_error_chance(const double *each, int64_t n_draws, int64_t 
 /* ---- attention on real text ----------------------------------------------------------------- */
 
 struct srf_validate_config {
-    struct srf_attention_config attention; /* the SRF side: kind and m are not read */
+    struct srf_attention_config attention; /* the SRF side; its kind and one m are not read */
     const int64_t *m;                      /* numbers of features to try (n_m), ascending */
     int64_t n_m;
     /* The one of them that is the model's own, which error_own and the forms are of. Where the

@@ -17,7 +17,6 @@
 #define srf__attn_carve_chunk srf__attn_carve_chunk_f64
 #define srf__attn_load        srf__attn_load_f64
 #define srf__attn_features    srf__attn_features_f64
-#define srf__attn_key_top     srf__attn_key_top_f64
 #define srf__attn_keys        srf__attn_keys_f64
 #define srf__attn_queries     srf__attn_queries_f64
 #define srf__attn_add_keys    srf__attn_add_keys_f64
@@ -116,9 +115,6 @@ void srf__attn_load(const struct attn_head *h, const real *src, int64_t ld, int6
 /* a (n, m) = log2(e) (x W^T + bias) - half - shift; half may be NULL (= 0). */
 void srf__attn_features(const struct attn_head *h, const real *x, const real *half, real shift,
                         int64_t n, real *a);
-/* top = max(M of the state, round(ak)); step = 2^(M - top), 0 for an empty state. */
-void srf__attn_key_top(const struct attn_head *h, const struct attn_state *st, const real *ak,
-                       int64_t n, real *top, real *step);
 /* kf = 2^(ak - top) */
 void srf__attn_keys(const struct attn_head *h, const real *ak, const real *top, int64_t n,
                     real *kf);

@@ -66,8 +66,9 @@ void srf__attn_features(const struct attn_head *h, const real *x, const real *ha
     }
 }
 
-void srf__attn_key_top(const struct attn_head *h, const struct attn_state *st, const real *ak,
-                       int64_t n, real *top, real *step)
+/* top = max(M of the state, round(ak)); step = 2^(M - top), 0 for an empty state. */
+static void key_top(const struct attn_head *h, const struct attn_state *st, const real *ak,
+                    int64_t n, real *top, real *step)
 {
     int64_t m = h->m;
     bool empty = attn_is_empty(st);
@@ -142,7 +143,7 @@ void srf__attn_add_keys(const struct attn_head *h, struct attn_state *st, const 
 void srf__attn_absorb(const struct attn_head *h, struct attn_state *st, const real *ak,
                       const real *v, int64_t ld, int64_t n, const struct attn_chunk *ch)
 {
-    srf__attn_key_top(h, st, ak, n, ch->top, ch->step);
+    key_top(h, st, ak, n, ch->top, ch->step);
     srf__attn_keys(h, ak, ch->top, n, ch->kf);
     srf__attn_add_keys(h, st, ch->kf, v, ld, n, ch->top, ch->step);
 }
@@ -152,7 +153,7 @@ bool srf__attn_chunk(const struct attn_head *h, const struct attn_state *st, con
 {
     int64_t m = h->m;
     bool ok = true;
-    srf__attn_key_top(h, st, ak, n, ch->top, ch->step);
+    key_top(h, st, ak, n, ch->top, ch->step);
     srf__attn_keys(h, ak, ch->top, n, ch->kf);
     for (int64_t t = 0; t < n; t++) ch->den[t] = ATTN_UNSET;
     srf__attn_queries(h, aq, ch->top, n, ch->den, ch->qf);
