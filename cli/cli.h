@@ -65,6 +65,9 @@ bool cli_parse(int argc, char **argv, const char *usage, const char *about,
                const struct cli_option *options, const char **positional, int min_positional,
                int max_positional, int *n_positional, bool *set, int *exit_code);
 
+/* The first thing in main: cli/start.c says what it ends. */
+void cli_started(void);
+
 /* Print "srf: error: ..." from the library's newest failure (its trace too with SRF_TRACE=1);
  * returns EXIT_FAILED. */
 int cli_fail(void);

@@ -56,6 +56,7 @@ static int run_command(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
+    cli_started();
     srf_flush_subnormals();
     /* A closed pipe and a limit on the size of files are I/O errors like others. */
     signal(SIGPIPE, SIG_IGN);

@@ -30,6 +30,15 @@ refuse() {
     ls -A | cmp -s before - || fail "srf $*: leaves files: $(ls -A | diff before -)"
 }
 
+# Too little address space for OpenBLAS: a line, not a wait for ever. (A sanitizer needs far more.)
+if ! nm "$SRF" 2>/dev/null | grep __asan_ >/dev/null; then
+    for limit in 200000 250000; do
+        run bash -c "ulimit -v $limit; exec timeout 60 '$SRF' --version"
+        [ $status -eq 0 ] || { [ $status -eq 1 ] && grep -q "ulimit -v" stderr; } ||
+            fail "ulimit -v $limit: exit $status: $(cat stderr)"
+    done
+fi
+
 common=(--device --threads)
 attention=(--attention --m --window --features --rotation)
 recipe=(--steps --batch --lr --redraw-every --freeze-at --kl --mse --seed --save-every --resume)
