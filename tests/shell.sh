@@ -1,6 +1,7 @@
 # What the shell tests share: source it with the test's own arguments (SRF PROGRAM, SOURCE FOLDER).
 # Changes to a fresh folder that goes away at the end; the test passes if it ends with `finish`.
-# No `| grep -q`: grep ends at the first match, and a command that is still writing then fails the pipe.
+# No `| grep -q`: grep ends at the first match, and a command that is still writing then fails the
+# pipe.
 set -uo pipefail
 SRF="$1" SOURCE="$2"
 WORK="$(mktemp -d "${TMPDIR:-/tmp}/srf-test.XXXXXX")"
@@ -39,6 +40,40 @@ finish() {
 run() {
     "$@" >stdout 2>stderr </dev/null
     status=$?
+}
+
+# succeed COMMAND...: nothing that follows makes sense unless it does.
+succeed() {
+    run "$@"
+    [ $status -eq 0 ] || die "$*: exit $status: $(cat stderr)"
+}
+
+# Every path here, with size and time for files.
+snapshot() {
+    find . -type d -print -o ! -name stdout ! -name stderr -printf '%p %s %T@\n' | sort
+}
+
+# complain EXIT WORDS COMMAND...: exits so, with one line of error that holds the words, and prints
+# nothing.
+complain() {
+    local expected="$1" words="$2"
+    shift 2
+    run "$@"
+    [ $status -eq "$expected" ] || fail "$*: expected exit $expected, found $status: $(cat stderr)"
+    [ "$(wc -l <stderr)" -eq 1 ] || fail "$*: expected one line of error: $(head -c 2000 stderr)"
+    grep -q '^srf: error: ' stderr || fail "$*: no 'srf: error:' in: $(head -c 2000 stderr)"
+    grep -qF -- "$words" stderr || fail "$*: expected '$words' in: $(head -c 2000 stderr)"
+    [ ! -s stdout ] || fail "$*: prints $(head -c 100 stdout)"
+}
+
+# refuse EXIT WORDS COMMAND...: the same, and all files stay as they were.
+refuse() {
+    local before after
+    before=$(snapshot)
+    complain "$@"
+    shift 2
+    after=$(snapshot)
+    [ "$after" = "$before" ] || fail "$*: changes files: $(diff <(echo "$before") <(echo "$after"))"
 }
 
 # A tiny GPT-2 with the bundled tokenizer (model.h5), and a text of its own to train on (text.txt).

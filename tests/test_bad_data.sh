@@ -10,18 +10,8 @@ rows=0
 
 # reject EXIT WORDS ARGUMENT...: srf tokenize ARGUMENT... fails in this way.
 reject() {
-    local expected="$1" words="$2"
-    shift 2
     rows=$((rows + 1))
-    touch stdout stderr before
-    ls -A >before
-    run "$SRF" tokenize "$@"
-    [ $status -eq "$expected" ] || fail "$*: expected exit $expected, found $status"
-    [ "$(wc -l <stderr)" -eq 1 ] || fail "$*: expected one line of error: $(cat stderr)"
-    grep -q '^srf: error: ' stderr || fail "$*: no 'srf: error:' in: $(cat stderr)"
-    grep -qF -- "$words" stderr || fail "$*: expected '$words' in: $(cat stderr)"
-    [ ! -s stdout ] || fail "$*: prints $(head -c 100 stdout)"
-    ls -A | cmp -s before - || fail "$*: leaves files: $(ls -A | diff before -)"
+    refuse "$1" "$2" "$SRF" tokenize "${@:3}"
 }
 
 # Command lines.

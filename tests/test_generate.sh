@@ -5,21 +5,12 @@ command -v python3 >/dev/null || { finished=1; exit 77; }
 make_tiny_model
 generate=("$SRF" generate --model model.h5 --attention srf --threads 1)
 
-# ok ARGUMENT...: succeeds.
+# ok ARGUMENT..., bad EXIT WORDS ARGUMENT...: succeeds, is refused.
 ok() {
-    run "${generate[@]}" "$@"
-    [ $status -eq 0 ] || die "generate $*: exit $status: $(cat stderr)"
+    succeed "${generate[@]}" "$@"
 }
-
-# refuse EXIT WORDS ARGUMENT...: one line of error that holds the words, nothing printed.
-refuse() {
-    local expected="$1" words="$2"
-    shift 2
-    run "${generate[@]}" "$@"
-    [ $status -eq "$expected" ] || fail "generate $*: expected exit $expected, found $status"
-    [ "$(wc -l <stderr)" -eq 1 ] || fail "generate $*: expected one line of error: $(cat stderr)"
-    grep -qF -- "$words" stderr || fail "generate $*: expected '$words' in: $(cat stderr)"
-    [ ! -s stdout ] || fail "generate $*: prints $(cat stdout)"
+bad() {
+    refuse "$1" "$2" "${generate[@]}" "${@:3}"
 }
 
 # The streamed text is that of --json, and of the first of a batch. An untrained model makes tokens
@@ -51,9 +42,9 @@ ok --prompt-file prompt.txt -n 3 --quiet
 cp stdout file
 ok --prompt 'the king' -n 3 --quiet
 cmp -s file stdout || fail "--prompt-file gives another text than --prompt"
-refuse 2 'two prompts' --prompt x --prompt-file prompt.txt
-refuse 1 'No such file' --prompt-file nowhere.txt
-refuse 1 'Is a directory' --prompt-file .
+bad 2 'two prompts' --prompt x --prompt-file prompt.txt
+bad 1 'No such file' --prompt-file nowhere.txt
+bad 1 'Is a directory' --prompt-file .
 ok -n 3 --temperature 0 --quiet
 cp stdout empty
 ok -n 3 --temperature 0 --quiet --prompt '<|endoftext|>'
@@ -72,8 +63,8 @@ run "$SRF" generate --model bare/model.h5 --attention srf -n 3 --quiet
 # 64 positions: the last token is made at the last of them and never fed.
 ok --prompt '<|endoftext|>' -n 64 --ignore-eos --json
 grep -q '"kv_positions": 64,' stdout || fail "positions: $(cat stdout)"
-refuse 1 'positions end at 64' --prompt '<|endoftext|>' -n 65
-refuse 1 'positions end at 64' --prompt-file text.txt
+bad 1 'positions end at 64' --prompt '<|endoftext|>' -n 65
+bad 1 'positions end at 64' --prompt-file text.txt
 ok --prompt '<|endoftext|>' --ignore-eos --json # without -n: as many as there is room for
 grep -q '"tokens": 64,' stdout || fail "without -n: $(cat stdout)"
 
@@ -89,8 +80,8 @@ for policy in wrap clamp; do
 done
 ok --prompt 'the king' -n 200 --ignore-eos --json --positions interpolate --max-positions 256
 grep -q '"tokens": 200,' stdout || fail "interpolate: $(cat stdout)"
-refuse 1 'positions end at 256' --prompt 'x' -n 257 --positions interpolate --max-positions 256
-refuse 1 'expected error, wrap, clamp or interpolate' --prompt x --positions ring
+bad 1 'positions end at 256' --prompt 'x' -n 257 --positions interpolate --max-positions 256
+bad 1 'expected error, wrap, clamp or interpolate' --prompt x --positions ring
 
 # Ctrl-C: what there is stays, one line says why.
 cat >long.json <<'END'

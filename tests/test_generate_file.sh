@@ -8,21 +8,12 @@ RANDOM="${SRF_TEST_SEED:-17}"
 make_tiny_model
 generate=("$SRF" generate --model model.h5 --attention srf --threads 1 --quiet)
 
-# ok ARGUMENT...: succeeds.
+# ok ARGUMENT..., bad EXIT WORDS ARGUMENT...: succeeds, fails, perhaps with some results.
 ok() {
-    run "${generate[@]}" "$@"
-    [ $status -eq 0 ] || die "generate $*: exit $status: $(cat stderr)"
+    succeed "${generate[@]}" "$@"
 }
-
-# refuse EXIT WORDS ARGUMENT...: one line of error that holds the words, nothing printed.
-refuse() {
-    local expected="$1" words="$2"
-    shift 2
-    run "${generate[@]}" "$@"
-    [ $status -eq "$expected" ] || fail "generate $*: expected exit $expected, found $status"
-    [ "$(wc -l <stderr)" -eq 1 ] || fail "generate $*: expected one line of error: $(cat stderr)"
-    grep -qF -- "$words" stderr || fail "generate $*: expected '$words' in: $(cat stderr)"
-    [ ! -s stdout ] || fail "generate $*: prints $(cat stdout)"
+bad() {
+    complain "$1" "$2" "${generate[@]}" "${@:3}"
 }
 
 python3 - <<'END'
@@ -133,23 +124,23 @@ head -50 out1.jsonl >part.jsonl
 cp part.jsonl before
 cp out1.jsonl.settings.json part.jsonl.settings.json
 part=(--input prompts.jsonl --output part.jsonl --resume)
-refuse 1 'holds something already' --input prompts.jsonl --output part.jsonl
-refuse 1 'made with temperature 1.0, this is 0.5' "${part[@]}" --temperature 0.5
-refuse 1 'made with order "input", this is "done"' "${part[@]}" --order done
-refuse 1 'made with stop null, this is ["x"]' "${part[@]}" --stop x
-refuse 1 'made with attention {"kind":"srf","m":64,' "${part[@]}" --draw 3
+bad 1 'holds something already' --input prompts.jsonl --output part.jsonl
+bad 1 'made with temperature 1.0, this is 0.5' "${part[@]}" --temperature 0.5
+bad 1 'made with order "input", this is "done"' "${part[@]}" --order done
+bad 1 'made with stop null, this is ["x"]' "${part[@]}" --stop x
+bad 1 'made with attention {"kind":"srf","m":64,' "${part[@]}" --draw 3
 "$SRF" train --model model.h5 --data text.txt --out other --steps 1 --batch 1 --seq-len 8 \
     --quiet >/dev/null || die "other"
 run "$SRF" generate --model other/model.h5 --attention srf --threads 1 --quiet "${part[@]}"
 [ $status -eq 1 ] && grep -q 'made with model' stderr || fail "another model: $(cat stderr)"
 sed 's/"number": 0/"number": 1/' prompts.jsonl >other.jsonl
-refuse 1 'line 2 with another id' --input other.jsonl --output part.jsonl --resume
+bad 1 'line 2 with another id' --input other.jsonl --output part.jsonl --resume
 sed 's/{"line": 30,/{"lime": 30,/' before >part.jsonl
 cp part.jsonl before2
-refuse 1 'is no record of srf generate' "${part[@]}"
+bad 1 'is no record of srf generate' "${part[@]}"
 cmp -s before2 part.jsonl || fail "a foreign file was changed"
 rm part.jsonl.settings.json
-refuse 1 'No such file' "${part[@]}"
+bad 1 'No such file' "${part[@]}"
 
 # Bad lines: one error that names the line, or a record.
 printf '%s\n' '{"prompt": "the king", "n": 2}' '{"prompt": 3, "id": 7}' '{"prompt": "x"' '[1]' \
@@ -157,7 +148,7 @@ printf '%s\n' '{"prompt": "the king", "n": 2}' '{"prompt": 3, "id": 7}' '{"promp
     '{"prompt": "x", "n": 0}' '{"prompt": "x", "n": 65}' '{"prompt": "x", "sede": 1}' \
     '{"prompt": "x", "stop": [""]}' '{"prompt": "x", "seed": -1}' '{"prompt": "x", "prompt": "y"}' \
     '{"prompt": "\ud800"}' $'{"prompt": "\xff"}' '{"prompt": "the house", "n": 2}' >bad.jsonl
-refuse 1 'bad.jsonl: line 2: "prompt": expected a string' --input bad.jsonl --output bad.out
+bad 1 'bad.jsonl: line 2: "prompt": expected a string' --input bad.jsonl --output bad.out
 [ "$(wc -l <bad.out)" -eq 1 ] || fail "what came before the bad line is not there"
 ok --input bad.jsonl --output bad.out --resume --on-error record --batch 3
 python3 - <<'END' || fail "bad lines: $(cat bad.out)"
@@ -171,14 +162,14 @@ for i, words in {4: "object", 5: "both", 6: "neither", 7: "2048", 10: "positions
     assert words in records[i - 1]["error"], (i, records[i - 1])
 END
 head -c 67200000 /dev/zero | tr '\0' x >long.jsonl
-refuse 1 'line 1 is longer than 64 MB' --input long.jsonl --output long.out
+bad 1 'line 1 is longer than 64 MB' --input long.jsonl --output long.out
 rm long.jsonl
 
 # Memory: said before it starts, refused where it does not fit.
 run "$SRF" generate --model model.h5 --attention srf --threads 1 --input ids.jsonl --output - \
     --batch 7
 grep -q '^7 slots take .* MiB, one more .* KiB; [0-9]* fit into' stderr || fail "$(cat stderr)"
-refuse 1 'are free: at most' --m 65536 --batch 1000000 --input ids.jsonl --output wide.out
+bad 1 'are free: at most' --m 65536 --batch 1000000 --input ids.jsonl --output wide.out
 [ ! -e wide.out ] || fail "a refused run leaves an output"
 
 # Two at once on one output; the command line.
@@ -187,15 +178,15 @@ mkfifo pipe
 pid=$!
 exec 3>pipe
 while [ ! -e busy.out ]; do sleep 0.02; done
-refuse 1 'another srf writes it' --input ids.jsonl --output busy.out
+bad 1 'another srf writes it' --input ids.jsonl --output busy.out
 exec 3>&-
 wait $pid || fail "an empty input: exit $?"
-refuse 1 'No such file' --input nowhere.jsonl --output x.out
-refuse 1 'No such file' --input ids.jsonl --output nowhere/x.out
-refuse 1 'No space left' --input ids.jsonl --output /dev/full
-refuse 1 'needs an --output that is a file' --input ids.jsonl --output - --resume
-refuse 2 'no --prompt beside it' --input ids.jsonl --output x.out --prompt x
-refuse 2 'needs --output' --input ids.jsonl
-refuse 2 'belong to --input' --prompt x --resume
-refuse 2 'expected input or done' --input ids.jsonl --output x.out --order random
+bad 1 'No such file' --input nowhere.jsonl --output x.out
+bad 1 'No such file' --input ids.jsonl --output nowhere/x.out
+bad 1 'No space left' --input ids.jsonl --output /dev/full
+bad 1 'needs an --output that is a file' --input ids.jsonl --output - --resume
+bad 2 'no --prompt beside it' --input ids.jsonl --output x.out --prompt x
+bad 2 'needs --output' --input ids.jsonl
+bad 2 'belong to --input' --prompt x --resume
+bad 2 'expected input or done' --input ids.jsonl --output x.out --order random
 finish

@@ -5,21 +5,12 @@ command -v python3 >/dev/null || { finished=1; exit 77; }
 make_tiny_model
 generate=("$SRF" generate --model model.h5 --attention srf --window 8 --threads 1 --quiet)
 
-# ok ARGUMENT...: succeeds.
+# ok ARGUMENT..., bad EXIT WORDS ARGUMENT...: succeeds, is refused.
 ok() {
-    run "${generate[@]}" "$@"
-    [ $status -eq 0 ] || die "generate $*: exit $status: $(cat stderr)"
+    succeed "${generate[@]}" "$@"
 }
-
-# refuse EXIT WORDS ARGUMENT...: one line of error that holds the words, nothing printed.
-refuse() {
-    local expected="$1" words="$2"
-    shift 2
-    run "${generate[@]}" "$@"
-    [ $status -eq "$expected" ] || fail "generate $*: expected exit $expected, found $status"
-    [ "$(wc -l <stderr)" -eq 1 ] || fail "generate $*: expected one line of error: $(cat stderr)"
-    grep -qF -- "$words" stderr || fail "generate $*: expected '$words' in: $(cat stderr)"
-    [ ! -s stdout ] || fail "generate $*: prints $(cat stdout)"
+bad() {
+    refuse "$1" "$2" "${generate[@]}" "${@:3}"
 }
 
 # texts FILE: of a JSON result, one a line.
@@ -86,31 +77,31 @@ for out in short short2 short3 short4; do
 done
 head -20 short.out >part.out
 cp short.out.settings.json part.out.settings.json
-refuse 1 'made with goes_on_from' --input short.jsonl --output part.out --prefix "$prefix." \
+bad 1 'made with goes_on_from' --input short.jsonl --output part.out --prefix "$prefix." \
     --batch 6 -n 12 --resume
 ok --input short.jsonl --output part.out --prefix "$prefix" --batch 3 -n 12 --resume
 cmp part.out short.out || fail "resumed with a prefix"
 
 # Refused: other models, draws and windows; broken files; what makes no sense.
-refuse 1 'expected srf' --state-in p.h5 -n 3 --draw 2
-refuse 1 'expected srf' --state-in p.h5 -n 3 --window 16
+bad 1 'expected srf' --state-in p.h5 -n 3 --draw 2
+bad 1 'expected srf' --state-in p.h5 -n 3 --window 16
 "$SRF" train --model model.h5 --data text.txt --out other --steps 1 --batch 1 --seq-len 8 \
     --quiet >/dev/null || die "other"
 run "$SRF" generate --model other/model.h5 --attention srf --window 8 --state-in p.h5 -n 3
 [ $status -eq 1 ] && grep -q 'a state of another model: expected' stderr || fail "$(cat stderr)"
 head -c 1000 p.h5 >cut.h5
-refuse 1 'cut.h5' --state-in cut.h5 -n 3
-refuse 1 "kind: expected states, found weights" --state-in model.h5 -n 3 --attention srf
-refuse 1 'No such file' --state-in nowhere.h5 -n 3
-refuse 1 'holds 3 states, expected one or as many' --state-in b.h5 -n 3 --batch 2
-refuse 1 'holds 3 states, expected one for all' --state-in b.h5 --input short.jsonl --output x.out
-refuse 1 'positions end at 64' --state-in p.h5 -n 63
-refuse 1 'No such file' --prompt x -n 3 --state-out nowhere/s.h5
-refuse 1 'is the output, too' --prompt x -n 3 --state-out model.h5
-refuse 2 'belongs to --state-out' --prompt x -n 0
-refuse 2 'belongs to --prompt' --input short.jsonl --output x.out --state-out s.h5
-refuse 2 'belong to --input' --prompt x --prefix y
-refuse 1 'No such file' --input short.jsonl --output x.out --prefix @nowhere.txt
+bad 1 'cut.h5' --state-in cut.h5 -n 3
+bad 1 "kind: expected states, found weights" --state-in model.h5 -n 3 --attention srf
+bad 1 'No such file' --state-in nowhere.h5 -n 3
+bad 1 'holds 3 states, expected one or as many' --state-in b.h5 -n 3 --batch 2
+bad 1 'holds 3 states, expected one for all' --state-in b.h5 --input short.jsonl --output x.out
+bad 1 'positions end at 64' --state-in p.h5 -n 63
+bad 1 'No such file' --prompt x -n 3 --state-out nowhere/s.h5
+bad 1 'is the output, too' --prompt x -n 3 --state-out model.h5
+bad 2 'belongs to --state-out' --prompt x -n 0
+bad 2 'belongs to --prompt' --input short.jsonl --output x.out --state-out s.h5
+bad 2 'belong to --input' --prompt x --prefix y
+bad 1 'No such file' --input short.jsonl --output x.out --prefix @nowhere.txt
 [ ! -e x.out ] && [ ! -e s.h5 ] || fail "a refused run leaves files"
 ls | grep '\.tmp\.' >/dev/null && fail "temporary files are left"
 finish

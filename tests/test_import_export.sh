@@ -5,8 +5,7 @@ source "$(dirname "$0")/shell.sh"
 
 # ok COMMAND...: succeeds, says nothing on stderr.
 ok() {
-    run "$@"
-    [ $status -eq 0 ] || die "$*: exit $status: $(cat stderr)"
+    succeed "$@"
     [ ! -s stderr ] || fail "$* writes to stderr: $(cat stderr)"
 }
 

@@ -10,8 +10,7 @@ ppl() { sed -n 's/.*"val_ppl": \([0-9.]*\).*/\1/p' stdout; }
 rival() {
     local name="$1" words="$2"
     shift 2
-    run "$SRF" retrofit --model model.h5 "${data[@]}" "${small[@]}" --steps 4 --out "$name" "$@"
-    [ $status -eq 0 ] || die "retrofit $*: $(cat stderr)"
+    succeed "$SRF" retrofit --model model.h5 "${data[@]}" "${small[@]}" --steps 4 --out "$name" "$@"
     local trained
     trained="$(ppl)"
     run "$SRF" eval --model "$name/model.h5" --data text.txt --seq-len 32 --threads 1 --json
@@ -27,13 +26,6 @@ END
         --mode recurrent
     refuse 1 "has no recurrent form" "$SRF" generate --model "$name/model.h5" --prompt a
 }
-refuse() {
-    local want="$1" words="$2"
-    shift 2
-    run "$@"
-    [ $status -eq "$want" ] || fail "$*: exit $status instead of $want: $(cat stderr)"
-    grep -q -- "$words" stderr || fail "$*: no '$words' in $(cat stderr)"
-}
 rival window "the latest 8 tokens and the first 2" --attention window --window 8 --sinks 2
 rival hedgehog "hedgehog m=8, trained, window 8 exact" --attention hedgehog --m 8 --window 8
 rival hedgehog-alone "hedgehog m=8, trained" --attention hedgehog --m 8 --window 0
@@ -41,9 +33,8 @@ rival t2r "t2r m=7, trained, window 8 exact" --attention t2r --m 7 --window 8
 rival t2r-alone "t2r m=7, trained" --attention t2r --m 7 --window 0
 
 # Stopped and continued: the same bits.
-run "$SRF" retrofit --model model.h5 "${data[@]}" "${small[@]}" --steps 4 --out stopped \
+succeed "$SRF" retrofit --model model.h5 "${data[@]}" "${small[@]}" --steps 4 --out stopped \
     --attention hedgehog --m 8 --window 8 --save-every 2
-[ $status -eq 0 ] || die "retrofit: $(cat stderr)"
 cmp <("$SRF" info hedgehog/model.h5 --json | grep -v creator) \
     <("$SRF" info stopped/model.h5 --json | grep -v creator) || fail "info differs"
 
@@ -56,13 +47,12 @@ refuse 1 "never draws them anew" "${model[@]}" --attention t2r --redraw-every 1
 refuse 1 "window, hedgehog, t2r" "${model[@]}" --attention linear
 
 # Of a model with windows and features by layer: what must be said, and that it is enough then.
-run "$SRF" retrofit --model model.h5 --data text.txt "${small[@]}" --steps 1 --out layers \
+succeed "$SRF" retrofit --model model.h5 --data text.txt "${small[@]}" --steps 1 --out layers \
     --layer-windows 4,8 --layer-features 8,6
-[ $status -eq 0 ] || die "windows by layer: $(cat stderr)"
 layers=("$SRF" eval --model layers/model.h5 --data text.txt --seq-len 32 --threads 1)
-refuse 1 "add --window N$" "${layers[@]}" --attention window
-refuse 1 "add --window N --m N$" "${layers[@]}" --attention hedgehog
-refuse 1 "add --m N$" "${layers[@]}" --attention t2r --window 8
+refuse 1 "one for all: add --window N" "${layers[@]}" --attention window
+refuse 1 "add --window N --m N" "${layers[@]}" --attention hedgehog
+refuse 1 "one number for all: add --m N" "${layers[@]}" --attention t2r --window 8
 for kind in softmax "window --window 8" "hedgehog --window 8 --m 8" "t2r --window 0 --m 8"; do
     run "${layers[@]}" --attention $kind
     [ $status -eq 0 ] || fail "--attention $kind: $(cat stderr)"

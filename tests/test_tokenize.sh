@@ -9,12 +9,6 @@ json() {
     sed -n "s/.*\"$1\": \([0-9.]*\).*/\1/p" stdout
 }
 
-# succeed COMMAND...: it does.
-succeed() {
-    run "$@"
-    [ $status -eq 0 ] || fail "$*: exit $status: $(cat stderr)"
-}
-
 # A text of ten documents with everything in it, bytes that are no UTF-8 included.
 for i in 0 1 2 3 4 5 6 7 8 9; do
     printf 'Document %d: it'\''s  odd.\r\n\n\tcaf\303\251 \377\300 \342\202\n' "$i"

@@ -2,16 +2,6 @@
 # srf train and srf retrofit: what they take and refuse, and what a resumed run says.
 source "$(dirname "$0")/shell.sh"
 
-# refuse CODE WORDS COMMAND...: exits CODE with one line that has WORDS in it.
-refuse() {
-    local code="$1" words="$2"
-    shift 2
-    run "$@"
-    [ $status -eq "$code" ] || fail "$*: expected exit $code, found $status"
-    [ "$(wc -l <stderr)" -eq 1 ] || fail "$*: expected one line of error: $(cat stderr)"
-    grep -qF -e "$words" stderr || fail "$*: no '$words' in: $(cat stderr)"
-}
-
 make_tiny_model
 small=(--steps 20 --batch 2 --seq-len 32 --m 8 --window 8 --threads 1 --quiet)
 retrofit=("$SRF" retrofit --model model.h5 --data text.txt "${small[@]}")
