@@ -71,7 +71,7 @@ static void print_row(const char *name, const struct bench_row *r, const struct 
     double t = r->time.median;
     char per_token[32] = "";
     if (r->tokens) snprintf(per_token, sizeof per_token, "%8.0f", t / (double)r->tokens * 1e9);
-    printf("%-30s %10.1f %9.1f %9.1f %8.1f %8.1f %6.1f%% %8s\n", name, t * 1e6, r->time.best * 1e6,
+    printf("%-30s %10.1f %9.1f %9.1f %8.1f %8.1f %7.1f%% %8s\n", name, t * 1e6, r->time.best * 1e6,
            r->time.worst * 1e6, r->cost.flops / t * 1e-9, r->cost.bytes / t * 1e-9,
            100 * of_floor(r, m), per_token);
     fflush(stdout);
@@ -134,8 +134,8 @@ static srf_status run_cases(const struct bench_options *o, struct srf_ctx *ctx,
 {
     if (!o->json) {
         bench_machine_print(ctx, m);
-        printf("%-30s %10s %9s %9s %8s %8s %7s %8s\n", "case", "us", "best", "worst", "GFLOP/s",
-               "GB/s", "floor", "ns/token");
+        printf("%-30s %10s %9s %9s %8s %8s %8s %8s\n", "case", "us", "best", "worst", "GFLOP/s",
+               "GB/s", "of floor", "ns/token");
     }
     for (int i = 0; i < n; i++) {
         const char *name = cases[i].name;

@@ -94,10 +94,9 @@ srf_status bench_prefill(const struct bench_options *o, struct srf_ctx *ctx, jso
         bench_machine_print(ctx, &machine);
         printf("prefill, %lld x %lld tokens, %lld rows at once, attention %s\n", (long long)j.batch,
                (long long)j.n, (long long)(j.batch * j.t), attention);
-        printf("  %.0f tokens/s, %.1f ms, %.1f TFLOP/s in products: %.0f %% of the floor, "
-               "the products alone\n",
-               tokens / median, median * 1e3, tokens * flops / median * 1e-12,
-               100 * floor / median);
+        printf("  %.0f tokens/s, %.1f ms\n", tokens / median, median * 1e3);
+        printf("  %.1f GFLOP/s over the whole prefill: %.1f%% of a large product's %.1f\n",
+               tokens * flops / median * 1e-9, 100 * floor / median, machine.sgemm_flops * 1e-9);
         printf("  one launch, each op waited for:\n");
         bench_ops_print(&profile, 1, profiled);
     }

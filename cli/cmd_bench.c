@@ -74,7 +74,9 @@ int cmd_bench(int argc, char **argv)
     int code, n;
     if (!cli_parse(
             argc, argv, "srf bench [op|step|prefill|decode] [options]",
-            "Measure beside this machine's floors, which are measured in the same run:\n"
+            "Measure beside this machine's floors, which are measured in the same run: the least\n"
+            "time in which it could copy the bytes that must move, or multiply as much. More than\n"
+            "100 % of a floor: the bytes came from a cache.\n\n"
             "  op      every op: time, GFLOP/s, GB/s, share of the floor\n"
             "  step    one training step of --model: tokens/s, share and rate of BLAS\n"
             "  prefill prompts into recurrent states with --model, positions wrapped: tokens/s\n"

@@ -224,7 +224,12 @@ static void series(FILE *to, const struct svg__axis *x, const struct svg__axis *
 
 void svg_line_chart(FILE *to, const struct svg_chart *c)
 {
-    struct svg__axis x = {.log = c->log_x, .from = 66, .to = c->width - 16};
+    /* On x the data's own values are what a reader looks for, where they are few. */
+    const struct svg_series *first = c->series;
+    bool own = c->n_series && first->n <= 12 && !first->bare;
+    /* Marks at the ends keep off the labels of the other axis. */
+    double left = 66, right = c->width - 16, inset = own ? 10 : 0;
+    struct svg__axis x = {.log = c->log_x, .from = left + inset, .to = right - inset};
     struct svg__axis y = {.log = c->log_y, .from = c->height - 46, .to = 34};
     data_range(c->series, c->n_series, true, c->log_x, &x.min, &x.max);
     if (c->y_min < c->y_max) {
@@ -244,18 +249,15 @@ void svg_line_chart(FILE *to, const struct svg_chart *c)
     char label[32];
     fprintf(to, "<svg width='%.0f' height='%.0f' viewBox='0 0 %.0f %.0f' role='img'>\n", c->width,
             c->height, c->width, c->height);
-    svg__text_at(to, x.from, 18, "start", "title", c->title);
+    svg__text_at(to, left, 18, "start", "title", c->title);
     int n = ticks(&y, values);
     for (int i = 0; i < n; i++) {
         double py = svg__place(&y, values[i]);
-        fprintf(to, "<line class='grid' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
+        fprintf(to, "<line class='grid' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", left, right,
                 py, py);
         format_number(values[i], y.log || n < 2 ? 0 : values[1] - values[0], label, sizeof label);
-        svg__text_at(to, x.from - 8, py + 4, "end", NULL, label);
+        svg__text_at(to, left - 8, py + 4, "end", NULL, label);
     }
-    /* On x the data's own values are what a reader looks for, where they are few. */
-    const struct svg_series *first = c->series;
-    bool own = c->n_series && first->n <= 12 && !first->bare;
     n = own ? (int)first->n : ticks(&x, values);
     for (int i = 0; i < n; i++) {
         double at = own ? first->x[i] : values[i];
@@ -263,9 +265,9 @@ void svg_line_chart(FILE *to, const struct svg_chart *c)
         snprintf(label, sizeof label, "%.6g", at);
         svg__text_at(to, svg__place(&x, at), y.from + 18, "middle", NULL, label);
     }
-    fprintf(to, "<line class='axis' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", x.from, x.to,
+    fprintf(to, "<line class='axis' x1='%.1f' x2='%.1f' y1='%.1f' y2='%.1f'/>\n", left, right,
             y.from, y.from);
-    svg__text_at(to, (x.from + x.to) / 2, c->height - 8, "middle", NULL, c->x_label);
+    svg__text_at(to, (left + right) / 2, c->height - 8, "middle", NULL, c->x_label);
     fprintf(to, "<g transform='translate(14 %.1f) rotate(-90)'>", (y.from + y.to) / 2);
     svg__text_at(to, 0, 0, "middle", NULL, c->y_label);
     fputs("</g>\n", to);

@@ -101,17 +101,18 @@ static void in_short(const struct validate_report *r, FILE *to)
     struct validate_overall all = validate_overall(r);
     double mean, sd;
     cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
-    fprintf(to,
-            "<h2>In short</h2>\n<p>On this text the perplexity is <b>%.4g</b> with SRF attention "
-            "and <b>%.4g</b> with %s: %.4g times it, and %.3g nats a prediction between them. Over "
-            "%lld draws of the features it is %.4g on average, with a standard deviation of %.2g. "
-            "%s</p>\n",
-            all.ppl, all.ppl_softmax, r->teacher ? "the teacher's softmax" : "softmax",
-            all.ppl / all.ppl_softmax, all.kl, (long long)r->config->n_draws, mean, sd,
-            r->teacher ? "The other numbers compare the model's own weights with themselves, by "
-                         "softmax."
-                       : "These are the same weights with one attention and the other; training "
-                         "(<code>srf retrofit</code>) is there to close what is between them.");
+    fprintf(
+        to,
+        "<h2>In short</h2>\n<p>On this text the perplexity is <b>%.4g</b> with SRF attention "
+        "and <b>%.4g</b> with %s (%+.2g %%); the predictions differ by a KL divergence of %.3g "
+        "nats. Over %lld draws of the features it is %.4g on average, with a standard deviation "
+        "of %.2g. %s</p>\n",
+        all.ppl, all.ppl_softmax, r->teacher ? "the teacher's softmax" : "softmax",
+        100 * (all.ppl / all.ppl_softmax - 1), all.kl, (long long)r->config->n_draws, mean, sd,
+        r->teacher ? "The other numbers compare the model's own weights with themselves, by "
+                     "softmax."
+                   : "These are the same weights with one attention and the other; training "
+                     "(<code>srf retrofit</code>) is there to close what is between them.");
 }
 
 srf_status validate_html(const struct validate_report *r, char **text)
