@@ -151,6 +151,7 @@ count() {
 stopped() {
     local name
     trap '' INT TERM
+    # shellcheck disable=SC2046 # a word a process
     kill $(jobs -rp) 2>/dev/null || true
     for name in "${names[@]}"; do
         [ -e "$logs/$name.status" ] || echo "FAIL $name: stopped before its end"

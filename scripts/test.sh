@@ -40,6 +40,9 @@ scripts_parse() {
     for file in scripts/*.sh tests/*.sh .ci/run; do
         [ ! -f "$file" ] || bash -n "$file" || status=1
     done
+    if command -v shellcheck >/dev/null; then
+        shellcheck -x -P SCRIPTDIR -s bash -S warning scripts/*.sh tests/*.sh || status=1
+    fi
     "$PYTHON" - scripts/*.py <<'END' || status=1
 import sys
 for name in sys.argv[1:]:

@@ -19,9 +19,12 @@ short=(--steps 20 --warmup 5)
 long=(--steps 200 --warmup 20 --lr 5e-4 -m 64 -W 32)
 retrofit=("$SRF" retrofit --model "$WORK/base.h5" "${base[@]}" --redraw-every 1 --freeze-at 0.25 --kl 1)
 evals=(softmax srf hybrid)
-eval_options_softmax="--attention softmax"
-eval_options_srf="--attention srf -m 64 -W 0"
-eval_options_hybrid="--attention srf -m 64 -W 32"
+# shellcheck disable=SC2034 # read by name
+{
+    eval_options_softmax="--attention softmax"
+    eval_options_srf="--attention srf -m 64 -W 0"
+    eval_options_hybrid="--attention srf -m 64 -W 32"
+}
 
 losses() {
     sed -n 's/.*"loss": \([^,}]*\).*/\1/p' "$1/metrics.jsonl"
@@ -181,7 +184,7 @@ run "$SRF" retrofit --model base.h5 --data train.h5 --out huge --seq-len 256 --b
 [ ! -e huge/metrics.jsonl ] || fail "too large a batch: the run started"
 
 # No GPU: said so.
-CUDA_VISIBLE_DEVICES= run "$SRF" eval --model base.h5 --data heldout.h5 --device cuda --quiet
+CUDA_VISIBLE_DEVICES='' run "$SRF" eval --model base.h5 --data heldout.h5 --device cuda --quiet
 [ $status -eq 1 ] && [ "$(wc -l <stderr)" -eq 1 ] && grep -q 'no CUDA device' stderr ||
     fail "no GPU: exit $status: $(cat stderr)"
 

@@ -219,7 +219,7 @@ grep -q '^srf: finishing the step' stderr || fail "no word on what Ctrl-C does: 
 [ ! -f cut/model.h5 ] || fail "the run ended before it could be interrupted"
 command=$(sed -n 's/.*go on with: //p' stderr)
 [[ "$command" == "srf retrofit --resume "* ]] || fail "no word on how to resume: $(cat stderr)"
-words=($command)
+read -ra words <<<"$command"
 "$SRF" "${words[@]:1}" --threads 1 --quiet >/dev/null || fail "that command failed: $command"
 cmp whole/model.h5 cut/model.h5 || fail "interrupted and resumed: another model"
 

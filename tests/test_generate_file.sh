@@ -42,7 +42,7 @@ for batch in 1 3 16; do
 done
 cmp out1.jsonl out3.jsonl || fail "a batch of 3 gives other results"
 cmp out1.jsonl out16.jsonl || fail "a batch of 16 gives other results"
-ok --input prompts.jsonl --output done.jsonl --batch 16 --order done
+ok --input prompts.jsonl --output done.jsonl --batch 16 --order 'done'
 cmp <(sort out1.jsonl) <(sort done.jsonl) || fail "--order done gives other results"
 cmp -s out1.jsonl done.jsonl && fail "--order done waits for earlier ones"
 "${generate[@]}" --input - --output - --batch 16 <prompts.jsonl >stdout
@@ -89,8 +89,8 @@ END
 # Killed, killed again, interrupted, torn: resumed, each prompt is answered once and the same.
 for ((i = 1; i <= times; i++)); do
     rm -f out.jsonl*
-    [ $((i % 2)) = 1 ] && order=input || order=done
-    options=(--input prompts.jsonl --output out.jsonl --batch 5 --order $order)
+    [ $((i % 2)) = 1 ] && order=input || order='done'
+    options=(--input prompts.jsonl --output out.jsonl --batch 5 --order "$order")
     for signal in KILL KILL INT; do
         "${generate[@]}" "${options[@]}" --resume >/dev/null 2>stderr &
         pid=$!
@@ -114,7 +114,7 @@ for l in open("out.jsonl"): l.endswith("\n") and json.loads(l)' ||
     done
     "${generate[@]}" "${options[@]}" --resume || fail "run $i: resume"
     cmp <(sort out1.jsonl) <(sort out.jsonl) || fail "run $i ($order): other results"
-    [ $order = done ] || cmp out1.jsonl out.jsonl || fail "run $i: another order"
+    [ "$order" = 'done' ] || cmp out1.jsonl out.jsonl || fail "run $i: another order"
 done
 ok --input prompts.jsonl --output out.jsonl --batch 5 --order $order --resume --json # all is there
 grep -q '"prompts": 0, "errors": 0, "earlier": 400,' stdout || fail "$(cat stdout)"
@@ -126,7 +126,7 @@ cp out1.jsonl.settings.json part.jsonl.settings.json
 part=(--input prompts.jsonl --output part.jsonl --resume)
 bad 1 'holds something already' --input prompts.jsonl --output part.jsonl
 bad 1 'made with temperature 1.0, this is 0.5' "${part[@]}" --temperature 0.5
-bad 1 'made with order "input", this is "done"' "${part[@]}" --order done
+bad 1 'made with order "input", this is "done"' "${part[@]}" --order 'done'
 bad 1 'made with stop null, this is ["x"]' "${part[@]}" --stop x
 bad 1 'made with attention {"kind":"srf","m":64,' "${part[@]}" --draw 3
 "$SRF" train --model model.h5 --data text.txt --out other --steps 1 --batch 1 --seq-len 8 \

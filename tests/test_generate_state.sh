@@ -103,5 +103,5 @@ bad 2 'belongs to --prompt' --input short.jsonl --output x.out --state-out s.h5
 bad 2 'belong to --input' --prompt x --prefix y
 bad 1 'No such file' --input short.jsonl --output x.out --prefix @nowhere.txt
 [ ! -e x.out ] && [ ! -e s.h5 ] || fail "a refused run leaves files"
-ls | grep '\.tmp\.' >/dev/null && fail "temporary files are left"
+[ -z "$(find . -name '*.tmp.*')" ] || fail "temporary files are left"
 finish

@@ -19,11 +19,12 @@ others=$(nm -D --defined-only "$build/libsrf.so" | awk '$3 !~ /^srf_/ { print $3
 [ -z "$others" ] || fail "exported besides srf_: $(head -3 <<<"$others" | xargs)"
 
 pc=$(find to -name srf.pc)
-export PKG_CONFIG_PATH="$WORK/$(dirname "$pc")"
+PKG_CONFIG_PATH="$WORK/$(dirname "$pc")"
+export PKG_CONFIG_PATH
 [ -n "$pc" ] && pkg-config --exists srf || die "no srf.pc: $(find to)"
 sed 's,"kernels/attention.h",<srf/attention.h>,' "$SOURCE/tests/example_attention.c" >example.c
 library="$WORK/$(dirname "$(find to -name libsrf.so)")"
-flags="-Wall -Wextra -Werror -pedantic"
+flags=(-Wall -Wextra -Werror -pedantic)
 
 # works NAME COMMAND...: the command builds a program ./NAME, which succeeds.
 works() {
@@ -35,11 +36,13 @@ works() {
     [ $status -eq 0 ] || fail "$name: exit $status: $(cat stdout stderr)"
 }
 
-works shared cc -std=c11 $flags example.c $(pkg-config --cflags --libs srf) -lm
+# shellcheck disable=SC2046 # words, not one
+works shared cc -std=c11 "${flags[@]}" example.c $(pkg-config --cflags --libs srf) -lm
 readelf -d shared | grep 'NEEDED.*libsrf' >/dev/null || fail "pkg-config --libs: not the shared library"
 mkdir static
 mv "$library"/libsrf.so static
-works alone cc -std=c11 $flags example.c $(pkg-config --static --cflags --libs srf)
+# shellcheck disable=SC2046 # words, not one
+works alone cc -std=c11 "${flags[@]}" example.c $(pkg-config --static --cflags --libs srf)
 mv static/libsrf.so "$library"
 
 cat >use.cc <<'END'
@@ -56,7 +59,8 @@ int main()
     return good ? 0 : 1;
 }
 END
-works c++ c++ -std=c++17 $flags use.cc $(pkg-config --cflags --libs srf)
+# shellcheck disable=SC2046 # words, not one
+works c++ c++ -std=c++17 "${flags[@]}" use.cc $(pkg-config --cflags --libs srf)
 
 # The op table's headers, as the comment in CMakeLists.txt says.
 cat >ops.c <<'END'
@@ -70,5 +74,6 @@ int main(void)
     return 0;
 }
 END
-works ops cc -std=gnu11 $flags ops.c "-I$WORK/to/include/srf" $(pkg-config --libs srf)
+# shellcheck disable=SC2046 # words, not one
+works ops cc -std=gnu11 "${flags[@]}" ops.c "-I$WORK/to/include/srf" $(pkg-config --libs srf)
 finish

@@ -9,9 +9,9 @@ steps=120
 save_every=5
 
 # Features are redrawn, then frozen and trained; two teachers' signals: all that a resume restores.
-retrofit=("$SRF" retrofit --model model.h5 --data text.txt --steps $steps --batch 4
+retrofit=("$SRF" retrofit --model model.h5 --data text.txt --steps "$steps" --batch 4
     --micro-batch 2 --seq-len 32 --m 8 --window 8 --redraw-every 3 --freeze-at 0.5
-    --train-features --kl 1 --mse 1 --save-every $save_every
+    --train-features --kl 1 --mse 1 --save-every "$save_every"
     --val text.txt --eval-every $((4 * save_every)) --eval-tokens 400 --threads 2 --quiet)
 resume=("$SRF" retrofit --resume --data text.txt --val text.txt --threads 2 --quiet)
 

@@ -18,7 +18,7 @@ run "${validate[@]}" --out one -q
 [ $status -eq 0 ] || die "srf validate: exit $status: $(cat stderr)"
 [ ! -s stderr ] || fail "--quiet: something on stderr: $(cat stderr)"
 has stdout 'kernel error' 'median head' 'one/validate.html'
-[ "$(ls one | xargs)" = 'validate.html validate.json' ] || fail "files of a run: $(ls one)"
+[ "$(echo one/*)" = 'one/validate.html one/validate.json' ] || fail "files of a run: $(ls one)"
 has one/validate.json '"kernel_chance":' '"kernel":[{' '"kind":"simplex+"' \
     '"closed_form":' '"v2":[[' '"output_error":[[' '"output_error_by_m":[{' '"positions":[{' '"kl":' \
     '"output_error_by_features":{"m":[16,' '"iid":[' '"v2_histogram":{"edges":[' '"by_draw":{' \
