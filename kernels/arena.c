@@ -76,6 +76,19 @@ void srf_arena_workspace(struct srf_arena *a, size_t bytes)
     if (bytes > a->workspace) a->workspace = bytes;
 }
 
+void srf_arena_plan_begin(struct srf_arena *a)
+{
+    a->ctx->plan = true;
+    a->ctx->plan_workspace = 0;
+    a->ctx->plan_cost = (struct srf_cost){0};
+}
+
+void srf_arena_plan_end(struct srf_arena *a)
+{
+    a->ctx->plan = false;
+    srf_arena_workspace(a, a->ctx->plan_workspace);
+}
+
 /* free_bytes: 0 = not known */
 static srf_status too_large(const struct srf_arena *a, size_t free_bytes)
 {

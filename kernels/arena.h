@@ -27,6 +27,10 @@ srf_status srf_arena_add_rows(struct srf_arena *a, const struct srf_arena_row *r
 /* The ops on these slots need a workspace of `bytes`: commit makes the context's large enough for
  * the most demanding. */
 void srf_arena_workspace(struct srf_arena *a, size_t bytes);
+/* Ops that are called between begin and end do not run: they only say what workspace they need,
+ * which end hands to srf_arena_workspace, and what they cost, which is left in ctx->plan_cost. */
+void srf_arena_plan_begin(struct srf_arena *a);
+void srf_arena_plan_end(struct srf_arena *a);
 /* Allocate everything, zeroed. SRF_NOMEM, before anything is allocated where the device knows what
  * is free, says how much is needed, class by class. */
 srf_status srf_arena_commit(struct srf_arena *a);

@@ -81,8 +81,7 @@ static srf_status dry_run(struct srf_model *m)
     struct srf_attention_config attention = m->attention;
     m->features_trained = p->train_features;
     m->attention_teacher = p->train && p->teacher ? m : NULL;
-    ctx->plan = true;
-    ctx->plan_workspace = 0;
+    srf_arena_plan_begin(m->arena);
     SRF_TRY_GO(srf_model_draw(m));
     /* Softmax as well as SRF, since either may be switched on later. */
     for (int kind = SRF_ATTN_SOFTMAX; kind < SRF_ATTN_KINDS; kind++) {
@@ -97,9 +96,8 @@ static srf_status dry_run(struct srf_model *m)
             if (mode == SRF_MODE_PARALLEL) m->cost[kind] = ctx->plan_cost;
         }
     }
-    srf_arena_workspace(m->arena, ctx->plan_workspace);
 cleanup:
-    ctx->plan = false;
+    srf_arena_plan_end(m->arena);
     m->attention = attention;
     m->attention_teacher = NULL;
     m->features_trained = false;

@@ -391,18 +391,18 @@ static srf_status open_run(struct run *r)
     struct srf_model_plan plan = {
         .b = r->config->windows, .t = r->config->seq_len, .keep_qkv = true};
     SRF_TRY(srf_model_plan(r->model, r->arena, &plan));
-    SRF_TRY(srf_arena_add(r->arena, "calibration", "w", r->h * m * r->d, ctx->dtype, &r->slot_w));
-    SRF_TRY(
-        srf_arena_add(r->arena, "calibration", "bias", r->h * m, srf_ctx_acc(ctx), &r->slot_bias));
-    SRF_TRY(srf_arena_add(r->arena, "calibration", "outputs", r->n * r->c, ctx->dtype, &r->slot_o));
-    ctx->plan = true;
-    ctx->plan_workspace = 0;
+    const struct srf_arena_row slots[] = {
+        {"calibration", "w", r->h * m * r->d, ctx->dtype, &r->slot_w},
+        {"calibration", "bias", r->h * m, srf_ctx_acc(ctx), &r->slot_bias},
+        {"calibration", "outputs", r->n * r->c, ctx->dtype, &r->slot_o},
+    };
+    SRF_TRY(srf_arena_add_rows(r->arena, slots, sizeof slots / sizeof *slots));
+    srf_arena_plan_begin(r->arena);
     srf_status st = softmax_outputs(r, NULL, NULL, NULL);
     for (int64_t l = 0; l < r->ck->config.n_layers && st == SRF_OK; l++)
         st = srf_outputs(r, l, NULL, NULL, NULL);
-    ctx->plan = false;
+    srf_arena_plan_end(r->arena);
     SRF_TRY(st);
-    srf_arena_workspace(r->arena, ctx->plan_workspace);
     SRF_TRY(srf_arena_commit(r->arena));
     SRF_TRY(SRF_ALLOC(r->qkv, r->n * 3 * r->c));
     SRF_TRY(SRF_ALLOC(r->exact, r->n * r->c));

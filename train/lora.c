@@ -81,11 +81,13 @@ srf_status srf__lora_plan(struct srf_trainer *t)
         r->n = x.b + aligned(r->rank * x.out);
         r->n_base = x.base + srf_model_rows_count(t->model, x.row, x.row + 1);
     }
-    SRF_TRY(srf_arena_add(t->arena, "LoRA", "factors", r->n, type, &r->slot_ab));
-    if (srf__lora_has_masters(t))
-        SRF_TRY(srf_arena_add(t->arena, "LoRA", "masters", r->n, acc, &r->slot_master));
-    SRF_TRY(srf_arena_add(t->arena, "LoRA", "gradients", r->n, acc, &r->slot_grads));
-    return srf_arena_add(t->arena, "LoRA", "weights before", r->n_base, type, &r->slot_base);
+    const struct srf_arena_row slots[] = {
+        {"LoRA", "factors", r->n, type, &r->slot_ab},
+        {"LoRA", "masters", r->n, acc, srf__lora_has_masters(t) ? &r->slot_master : NULL},
+        {"LoRA", "gradients", r->n, acc, &r->slot_grads},
+        {"LoRA", "weights before", r->n_base, type, &r->slot_base},
+    };
+    return srf_arena_add_rows(t->arena, slots, sizeof slots / sizeof *slots);
 }
 
 void srf__lora_free(struct srf_trainer *t)

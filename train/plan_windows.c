@@ -309,15 +309,12 @@ static srf_status train_features(struct run *r, int64_t layer, int64_t i)
 /* The ops beside the models' own, planned. */
 static srf_status plan_ops(struct run *r)
 {
-    struct srf_ctx *ctx = r->ctx;
     srf_status st = SRF_OK;
-    ctx->plan = true;
-    ctx->plan_workspace = 0;
+    srf_arena_plan_begin(r->arena);
     for (int64_t c = 0; c < r->choices->n && st == SRF_OK; c++)
         st = layer_error(r, 0, r->config->windows, c, NULL, NULL);
     for (int64_t i = 0; i < r->choices->n_m && st == SRF_OK; i++) st = train_step(r, 0, i, 1, 0);
-    ctx->plan = false;
-    srf_arena_workspace(r->arena, ctx->plan_workspace);
+    srf_arena_plan_end(r->arena);
     return st;
 }
 

@@ -37,16 +37,12 @@ static srf_status update(struct srf_trainer *t);
 /* The optimizer's workspace and cost. */
 static srf_status plan_update(struct srf_trainer *t)
 {
-    struct srf_ctx *ctx = t->ctx;
     t->model->features_trained = t->config.train_features;
-    ctx->plan = true;
-    ctx->plan_workspace = 0;
-    ctx->plan_cost = (struct srf_cost){0};
+    srf_arena_plan_begin(t->arena);
     srf_status st = update(t);
-    ctx->plan = false;
+    srf_arena_plan_end(t->arena);
     t->model->features_trained = false;
-    t->update_cost = ctx->plan_cost;
-    srf_arena_workspace(t->arena, ctx->plan_workspace);
+    t->update_cost = t->ctx->plan_cost;
     return st;
 }
 
@@ -80,11 +76,14 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     t->n_params = t->lora.rank ? t->lora.n : t->model->n_trained;
     if (c->train_features) srf_model_features(t->model, &t->n_features);
     int64_t n = t->n_params + t->n_features, words = (t->n_params / 64 + 3) / 4;
-    SRF_TRY(srf_arena_add(t->arena, "optimizer", "first moments", n, acc, &t->slot_m));
-    SRF_TRY(srf_arena_add(t->arena, "optimizer", "second moments", n, acc, &t->slot_v));
-    SRF_TRY(srf_arena_add(t->arena, "optimizer", "gradient norm", 1, acc, &t->slot_sumsq));
-    SRF_TRY(srf_arena_add(t->arena, "optimizer", "no decay", words, SRF_I32, &t->slot_no_decay));
-    SRF_TRY(srf_arena_add(t->arena, "optimizer", "skips", 2, SRF_I32, &t->slot_skips));
+    const struct srf_arena_row slots[] = {
+        {"optimizer", "first moments", n, acc, &t->slot_m},
+        {"optimizer", "second moments", n, acc, &t->slot_v},
+        {"optimizer", "gradient norm", 1, acc, &t->slot_sumsq},
+        {"optimizer", "no decay", words, SRF_I32, &t->slot_no_decay},
+        {"optimizer", "skips", 2, SRF_I32, &t->slot_skips},
+    };
+    SRF_TRY(srf_arena_add_rows(t->arena, slots, sizeof slots / sizeof *slots));
     SRF_TRY(plan_update(t));
     SRF_TRY(srf_arena_commit(t->arena));
     SRF_TRY(srf_model_upload(t->model, ck));

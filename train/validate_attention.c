@@ -176,8 +176,7 @@ static srf_status plan_ops(struct run *r)
 {
     const struct srf_validate_config *c = r->config;
     srf_status st = SRF_OK;
-    r->ctx->plan = true;
-    r->ctx->plan_workspace = 0;
+    srf_arena_plan_begin(r->arena);
     SRF_TRY_GO(softmax_outputs(r, NULL));
     for (int64_t i = 0; i < c->n_m; i++) SRF_TRY_GO(draw_features(r, c->m[i], 0));
     for (int64_t l = 0; l < r->model->config.n_layers; l++) {
@@ -190,8 +189,7 @@ static srf_status plan_ops(struct run *r)
         SRF_TRY_GO(srf_outputs(r, STEP, l, NULL, m, 1, 0, 1));
     }
 cleanup:
-    r->ctx->plan = false;
-    srf_arena_workspace(r->arena, r->ctx->plan_workspace);
+    srf_arena_plan_end(r->arena);
     return st;
 }
 
