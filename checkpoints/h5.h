@@ -43,6 +43,8 @@ srf_status srf_h5_get(struct srf_h5 *f, const char *path, enum srf_dtype type, i
                       const int64_t *shape, void *data);
 /* Of a dataset of at most 4 dimensions, all of it inside the file. */
 srf_status srf_h5_shape(struct srf_h5 *f, const char *path, int *ndim, int64_t shape[4]);
+/* "(2, 3)", for messages. */
+void srf__shape_text(int ndim, const int64_t *shape, char *buf, size_t size);
 /* Calls fn with the full path of every dataset at any depth below a group, in creation order where
  * the file tracks it (ours do), else by name. */
 srf_status srf_h5_each(struct srf_h5 *f, const char *group,

@@ -173,7 +173,7 @@ static hid_t memory_type(enum srf_dtype type)
     }
 }
 
-static void shape_text(char *buf, size_t size, int ndim, const int64_t *shape)
+void srf__shape_text(int ndim, const int64_t *shape, char *buf, size_t size)
 {
     size_t n = (size_t)snprintf(buf, size, "(");
     for (int i = 0; i < ndim && n < size; i++)
@@ -191,8 +191,8 @@ static srf_status get(struct srf_h5 *f, const char *path, enum srf_dtype type, i
     for (int i = 0; i < ndim && same; i++) same = d.shape[i] == shape[i];
     if (!same) {
         char expected[96], found[96];
-        shape_text(expected, sizeof expected, ndim, shape);
-        shape_text(found, sizeof found, d.ndim, d.shape);
+        srf__shape_text(ndim, shape, expected, sizeof expected);
+        srf__shape_text(d.ndim, d.shape, found, sizeof found);
         SRF_FAIL_GO(SRF_FORMAT, "%s: %s: expected shape %s, found %s", f->path, path, expected,
                     found);
     }

@@ -12,16 +12,14 @@ struct cli_device {
     int64_t threads;
 };
 #define CLI_DEVICE_DEFAULT ((struct cli_device){.device = "auto", .dtype = "auto"})
+/* clang-format off */
 #define CLI_DEVICE_OPTIONS(d)                                                                      \
     {"device", 0, CLI_STRING, &(d).device, "NAME", "auto, cpu or cuda (auto)", 0, 0},              \
-        {"threads", 0,                                                                             \
-         CLI_INT,   &(d).threads,                                                                  \
-         "N",       "CPU threads (OMP_NUM_THREADS, else all cores)",                               \
-         0,         4096},                                                                         \
-    {                                                                                              \
-        "dtype", 0, CLI_STRING, &(d).dtype, "T",                                                   \
-            "bf16 (CUDA), f32, f64 (CPU); auto: the first of them (auto)", 0, 0                    \
-    }
+    {"threads", 0, CLI_INT, &(d).threads, "N", "CPU threads (OMP_NUM_THREADS, else all cores)",    \
+     0, 4096},                                                                                     \
+    {"dtype", 0, CLI_STRING, &(d).dtype, "T",                                                      \
+     "bf16 (CUDA), f32, f64 (CPU); auto: the first of them (auto)", 0, 0}
+/* clang-format on */
 srf_status cli_open_device(const struct cli_device *d, struct srf_ctx **out);
 /* How many tokens to run at once where nothing else is said: on the CPU few, for the caches. */
 int64_t cli_tokens_at_once(const struct srf_ctx *ctx, int64_t on_cpu);
@@ -44,64 +42,34 @@ struct cli_attention {
                             .seed = UINT64_MAX,                                                    \
                             .draw = UINT64_MAX})
 #define CLI_ATTENTION_KINDS "softmax or srf; for comparisons: window, hedgehog, t2r"
+/* clang-format off */
 #define CLI_ATTENTION_OPTIONS(a)                                                                   \
-    {                                                                                              \
-        "attention", 0, CLI_STRING, &(a).kind, "KIND", CLI_ATTENTION_KINDS " (the model's own)",   \
-        0,           0},                                                                           \
-        {"sinks",    0,    CLI_INT,                                                                \
-         &(a).sinks, "N",  "--attention window: the first N tokens are seen as well (0)",          \
-         0,          65536},                                                                       \
-        {"m", 'm', CLI_INT, &(a).m, "N", "random features a head (64)", 1, 65536},                 \
-        {"window", 'W',                                                                            \
-         CLI_INT,  &(a).window,                                                                    \
-         "N",      "block of N tokens attended exactly, with the one before it; 0 = pure SRF",     \
-         0,        65536},                                                                         \
-        {"layer-windows",                                                                          \
-         0,                                                                                        \
-         CLI_STRING,                                                                               \
-         &(a).windows,                                                                             \
-         "W,W,...",                                                                                \
-         "that of each layer, first to last, in place of one for all",                             \
-         0,                                                                                        \
-         0},                                                                                       \
-        {"layer-features",                                                                         \
-         0,                                                                                        \
-         CLI_STRING,                                                                               \
-         &(a).layer_m,                                                                             \
-         "M,M,...",                                                                                \
-         "random features of each layer, in place of --m",                                         \
-         0,                                                                                        \
-         0},                                                                                       \
-        {"features", 0,                                                                            \
-         CLI_STRING, &(a).features,                                                                \
-         "KIND",     "iid, orthogonal, simplex or simplex+ (simplex)",                             \
-         0,          0},                                                                           \
-        {"rotation", 0, CLI_STRING, &(a).rotation, "KIND", "haar, or hd: the fast draw (haar)",    \
-         0,          0},                                                                           \
-        {"share-heads",                                                                            \
-         0,                                                                                        \
-         CLI_FLAG,                                                                                 \
-         &(a).share_heads,                                                                         \
-         NULL,                                                                                     \
-         "one draw a layer, not one a head",                                                       \
-         0,                                                                                        \
-         0},                                                                                       \
-        {"normalize-rows",                                                                         \
-         0,                                                                                        \
-         CLI_FLAG,                                                                                 \
-         &(a).normalize_rows,                                                                      \
-         NULL,                                                                                     \
-         "unit-norm projections: biased, for comparisons",                                         \
-         0,                                                                                        \
-         0},                                                                                       \
-        {"oprf-a", 0, CLI_DOUBLE, &(a).oprf_a, "A", "OPRF parameter, <= 0 (0)", -1e6, 0},          \
-        {"far",    0,      CLI_STRING,                                                             \
-         &(a).far, "WHAT", "beyond the window: srf, or none, for comparisons (srf)",               \
-         0,        0},                                                                             \
-        {"draw", 0, CLI_U64, &(a).draw, "N", "index of the draw (the model's own)", 0, 0},         \
-    {                                                                                              \
-        "features-seed", 0, CLI_U64, &(a).seed, "N", "seed of the draws (the model's own)", 0, 0   \
-    }
+    {"attention", 0, CLI_STRING, &(a).kind, "KIND", CLI_ATTENTION_KINDS " (the model's own)",      \
+     0, 0},                                                                                        \
+    {"sinks", 0, CLI_INT, &(a).sinks, "N",                                                         \
+     "--attention window: the first N tokens are seen as well (0)", 0, 65536},                     \
+    {"m", 'm', CLI_INT, &(a).m, "N", "random features a head (64)", 1, 65536},                     \
+    {"window", 'W', CLI_INT, &(a).window, "N",                                                     \
+     "block of N tokens attended exactly, with the one before it; 0 = pure SRF", 0, 65536},        \
+    {"layer-windows", 0, CLI_STRING, &(a).windows, "W,W,...",                                      \
+     "that of each layer, first to last, in place of one for all", 0, 0},                          \
+    {"layer-features", 0, CLI_STRING, &(a).layer_m, "M,M,...",                                     \
+     "random features of each layer, in place of --m", 0, 0},                                      \
+    {"features", 0, CLI_STRING, &(a).features, "KIND",                                             \
+     "iid, orthogonal, simplex or simplex+ (simplex)", 0, 0},                                      \
+    {"rotation", 0, CLI_STRING, &(a).rotation, "KIND", "haar, or hd: the fast draw (haar)",        \
+     0, 0},                                                                                        \
+    {"share-heads", 0, CLI_FLAG, &(a).share_heads, NULL, "one draw a layer, not one a head",       \
+     0, 0},                                                                                        \
+    {"normalize-rows", 0, CLI_FLAG, &(a).normalize_rows, NULL,                                     \
+     "unit-norm projections: biased, for comparisons", 0, 0},                                      \
+    {"oprf-a", 0, CLI_DOUBLE, &(a).oprf_a, "A", "OPRF parameter, <= 0 (0)", -1e6, 0},              \
+    {"far", 0, CLI_STRING, &(a).far, "WHAT",                                                       \
+     "beyond the window: srf, or none, for comparisons (srf)", 0, 0},                              \
+    {"draw", 0, CLI_U64, &(a).draw, "N", "index of the draw (the model's own)", 0, 0},             \
+    {"features-seed", 0, CLI_U64, &(a).seed, "N", "seed of the draws (the model's own)",           \
+     0, 0}
+/* clang-format on */
 /* Apply to the model's own settings; SRF_INVALID names a wrong one, or one of no use to the
  * kind. */
 srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
@@ -120,14 +88,13 @@ struct cli_positions {
     int64_t max;
 };
 #define CLI_POSITIONS_DEFAULT ((struct cli_positions){.policy = "error", .max = CLI_NONE})
+/* clang-format off */
 #define CLI_POSITIONS_OPTIONS(p)                                                                   \
-    {"positions", 0,        CLI_STRING,                                                            \
-     &(p).policy, "POLICY", "past the learned positions: error, wrap, clamp, interpolate (error)", \
-     0,           0},                                                                              \
-    {                                                                                              \
-        "max-positions", 0, CLI_INT, &(p).max, "N", "interpolate: to how many positions", 2,       \
-            1 << 24                                                                                \
-    }
+    {"positions", 0, CLI_STRING, &(p).policy, "POLICY",                                            \
+     "past the learned positions: error, wrap, clamp, interpolate (error)", 0, 0},                 \
+    {"max-positions", 0, CLI_INT, &(p).max, "N", "interpolate: to how many positions", 2,          \
+     1 << 24}
+/* clang-format on */
 /* For --help. */
 #define CLI_POSITIONS_HELP                                                                         \
     "A model with learned positions (GPT-2) has seen none past its last. --positions says what\n"  \

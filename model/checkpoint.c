@@ -59,14 +59,6 @@ cleanup:
 
 /* ---- reading ------------------------------------------------------------------------------- */
 
-static void shape_text(int ndim, const int64_t *shape, char *buf, size_t size)
-{
-    int n = snprintf(buf, size, "(");
-    for (int i = 0; i < ndim && n > 0 && (size_t)n < size; i++)
-        n += snprintf(buf + n, size - (size_t)n, "%s%lld", i ? ", " : "", (long long)shape[i]);
-    if (n > 0 && (size_t)n < size) snprintf(buf + n, size - (size_t)n, ")");
-}
-
 static srf_status read_tensor(struct srf_source *src, const struct srf_tensor *row, float *out)
 {
     int64_t i = srf_source_find(src, row->name);
@@ -76,8 +68,8 @@ static srf_status read_tensor(struct srf_source *src, const struct srf_tensor *r
     for (int k = 0; same && k < row->ndim; k++) same = info->shape[k] == row->shape[k];
     if (!same) {
         char want[64], found[96];
-        shape_text(row->ndim, row->shape, want, sizeof want);
-        shape_text(info->ndim, info->shape, found, sizeof found);
+        srf__shape_text(row->ndim, row->shape, want, sizeof want);
+        srf__shape_text(info->ndim, info->shape, found, sizeof found);
         SRF_FAIL(SRF_FORMAT, "tensor %s: expected shape %s, found %s", row->name, want, found);
     }
     return srf_source_read_f32(src, i, out);
