@@ -76,6 +76,9 @@ struct bench_options {
 };
 /* The model of --model, or a fresh one of --init, with the attention asked for. */
 srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck);
+/* The same to run step by step: a softmax model as if it were retrofitted, unless --attention says
+ * otherwise. Only its speed is asked for. */
+srf_status bench_load_recurrent(const struct bench_options *o, struct srf_checkpoint **ck);
 /* Each measures and reports: with --json the object goes to *out (the caller drops it), else text
  * to stdout. */
 srf_status bench_op(const struct bench_options *o, struct srf_ctx *ctx, json_t **out);

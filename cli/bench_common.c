@@ -297,3 +297,12 @@ srf_status bench_load(const struct bench_options *o, struct srf_checkpoint **ck)
     }
     return cli_change_attention(&o->attention, *ck);
 }
+
+srf_status bench_load_recurrent(const struct bench_options *o, struct srf_checkpoint **ck)
+{
+    SRF_TRY(bench_load(o, ck));
+    struct srf_attention_config timed = (*ck)->attention;
+    if (!o->attention.kind) timed.kind = SRF_ATTN_SRF;
+    srf_checkpoint_set_attention(*ck, &timed);
+    return SRF_OK;
+}

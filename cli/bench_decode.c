@@ -215,12 +215,8 @@ srf_status bench_decode(const struct bench_options *o, struct srf_ctx *ctx, json
     struct bench_machine machine;
     struct result r = {.early = {.n = 0}};
     srf_status st = SRF_OK;
-    SRF_TRY_GO(bench_load(o, &ck));
+    SRF_TRY_GO(bench_load_recurrent(o, &ck));
     SRF_TRY_GO(bench_measure_machine(ctx, &machine));
-    /* only its speed is asked for: a softmax model is decoded as if it were retrofitted */
-    struct srf_attention_config timed = ck->attention;
-    if (!o->attention.kind) timed.kind = SRF_ATTN_SRF;
-    srf_checkpoint_set_attention(ck, &timed);
     SRF_TRY_GO(open_job(o, ctx, ck, &j));
     SRF_TRY_GO(measure(o, &j, &r));
     report(o, &j, &machine, &r, out);

@@ -57,12 +57,8 @@ srf_status bench_prefill(const struct bench_options *o, struct srf_ctx *ctx, jso
     float *logits = NULL;
     double seconds, profiled;
     srf_status st = SRF_OK;
-    SRF_TRY_GO(bench_load(o, &ck));
+    SRF_TRY_GO(bench_load_recurrent(o, &ck));
     SRF_TRY_GO(bench_measure_machine(ctx, &machine));
-    /* only its speed is asked for: a softmax model is prefilled as if it were retrofitted */
-    struct srf_attention_config timed = ck->attention;
-    if (!o->attention.kind) timed.kind = SRF_ATTN_SRF;
-    srf_checkpoint_set_attention(ck, &timed);
     SRF_TRY_GO(open_job(o, ctx, ck, &j));
     SRF_TRY_GO(SRF_ALLOC(logits, j.batch * ck->config.vocab));
     SRF_TRY_GO(prefill(ctx, &j, 2 * j.t < j.n ? 2 * j.t : j.n, logits, &seconds)); /* warm */

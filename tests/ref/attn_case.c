@@ -136,22 +136,23 @@ static double *ref(const struct attn_case *c, struct twin t, int part)
     return t.ref + part * c->shape.h * c->shape.d;
 }
 
+/* What all ops take; side: dev or ref. */
+#define QKV(side)                                                                                  \
+    .q = side(c, c->qkv, 0), .k = side(c, c->qkv, 1), .v = side(c, c->qkv, 2), .ld = c->ld
+#define D_QKV(side) .dq = side(c, c->dqkv, 0), .dk = side(c, c->dqkv, 1), .dv = side(c, c->dqkv, 2)
+
 void attn_case_fwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, srf_attn_fwd, .s = c->shape, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
-             .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev, .o = c->o.dev,
-             .ld_o = c->ld_o, .stat = c->stat.dev, .carry = c->carry.dev);
+    twin_run(&c->s, srf_attn_fwd, .s = c->shape, QKV(dev), .w = c->w.dev, .bias = c->bias.dev,
+             .o = c->o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, .carry = c->carry.dev);
 }
 
 void attn_case_ref_fwd(struct attn_case *c)
 {
     send(c);
     ref_srf_attn_fwd(&(struct srf_srf_attn_fwd_args){.s = c->shape,
-                                                     .q = ref(c, c->qkv, 0),
-                                                     .k = ref(c, c->qkv, 1),
-                                                     .v = ref(c, c->qkv, 2),
-                                                     .ld = c->ld,
+                                                     QKV(ref),
                                                      .w = c->w.ref,
                                                      .bias = c->bias.ref,
                                                      .o = c->o.ref,
@@ -161,28 +162,21 @@ void attn_case_ref_fwd(struct attn_case *c)
 void attn_case_bwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, srf_attn_bwd, .s = c->shape, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
-             .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev, .o = c->o.dev,
-             .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, .dq = dev(c, c->dqkv, 0),
-             .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2), .dw = c->no_dw ? NULL : c->dw.dev,
-             .carry = c->no_carry ? NULL : c->carry.dev);
+    twin_run(&c->s, srf_attn_bwd, .s = c->shape, QKV(dev), .w = c->w.dev, .bias = c->bias.dev,
+             .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, D_QKV(dev),
+             .dw = c->no_dw ? NULL : c->dw.dev, .carry = c->no_carry ? NULL : c->carry.dev);
 }
 
 void attn_case_ref_bwd(struct attn_case *c)
 {
     send(c);
     ref_srf_attn_bwd(&(struct srf_srf_attn_bwd_args){.s = c->shape,
-                                                     .q = ref(c, c->qkv, 0),
-                                                     .k = ref(c, c->qkv, 1),
-                                                     .v = ref(c, c->qkv, 2),
-                                                     .ld = c->ld,
+                                                     QKV(ref),
                                                      .w = c->w.ref,
                                                      .bias = c->bias.ref,
                                                      .d_o = c->d_o.ref,
                                                      .ld_o = c->ld_o,
-                                                     .dq = ref(c, c->dqkv, 0),
-                                                     .dk = ref(c, c->dqkv, 1),
-                                                     .dv = ref(c, c->dqkv, 2),
+                                                     D_QKV(ref),
                                                      .dw = c->dw.ref});
 }
 
@@ -239,52 +233,43 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
 static void softmax_fwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, softmax_attn_fwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
-             .v = dev(c, c->qkv, 2), .ld = c->ld, .o = c->o.dev, .ld_o = c->ld_o,
+    twin_run(&c->s, softmax_attn_fwd, SOFTMAX_SHAPE, QKV(dev), .o = c->o.dev, .ld_o = c->ld_o,
              .lse = c->lse.dev);
 }
 
 static void softmax_bwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, softmax_attn_bwd, SOFTMAX_SHAPE, .q = dev(c, c->qkv, 0), .k = dev(c, c->qkv, 1),
-             .v = dev(c, c->qkv, 2), .ld = c->ld, .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o,
-             .lse = c->lse.dev, .dq = dev(c, c->dqkv, 0), .dk = dev(c, c->dqkv, 1),
-             .dv = dev(c, c->dqkv, 2));
+    twin_run(&c->s, softmax_attn_bwd, SOFTMAX_SHAPE, QKV(dev), .o = c->o.dev, .d_o = c->d_o.dev,
+             .ld_o = c->ld_o, .lse = c->lse.dev, D_QKV(dev));
 }
 
 static void reference_softmax_fwd(struct attn_case *c)
 {
     send(c);
-    ref_softmax_attn_fwd(&(struct srf_softmax_attn_fwd_args){
-        SOFTMAX_SHAPE, .q = ref(c, c->qkv, 0), .k = ref(c, c->qkv, 1), .v = ref(c, c->qkv, 2),
-        .ld = c->ld, .o = c->o.ref, .ld_o = c->ld_o, .lse = c->lse.ref});
+    ref_softmax_attn_fwd(&(struct srf_softmax_attn_fwd_args){SOFTMAX_SHAPE, QKV(ref), .o = c->o.ref,
+                                                             .ld_o = c->ld_o, .lse = c->lse.ref});
 }
 
 static void reference_softmax_bwd(struct attn_case *c)
 {
     send(c);
     ref_softmax_attn_bwd(&(struct srf_softmax_attn_bwd_args){
-        SOFTMAX_SHAPE, .q = ref(c, c->qkv, 0), .k = ref(c, c->qkv, 1), .v = ref(c, c->qkv, 2),
-        .ld = c->ld, .d_o = c->d_o.ref, .ld_o = c->ld_o, .dq = ref(c, c->dqkv, 0),
-        .dk = ref(c, c->dqkv, 1), .dv = ref(c, c->dqkv, 2)});
+        SOFTMAX_SHAPE, QKV(ref), .d_o = c->d_o.ref, .ld_o = c->ld_o, D_QKV(ref)});
 }
 
 static void map_fwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, map_attn_fwd, .s = c->shape, .map = c->map, .q = dev(c, c->qkv, 0),
-             .k = dev(c, c->qkv, 1), .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->map_w.dev,
+    twin_run(&c->s, map_attn_fwd, .s = c->shape, .map = c->map, QKV(dev), .w = c->map_w.dev,
              .o = c->o.dev, .ld_o = c->ld_o, .stat = c->stat.dev);
 }
 
 static void map_bwd(struct attn_case *c)
 {
     send(c);
-    twin_run(&c->s, map_attn_bwd, .s = c->shape, .map = c->map, .q = dev(c, c->qkv, 0),
-             .k = dev(c, c->qkv, 1), .v = dev(c, c->qkv, 2), .ld = c->ld, .w = c->map_w.dev,
-             .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev,
-             .dq = dev(c, c->dqkv, 0), .dk = dev(c, c->dqkv, 1), .dv = dev(c, c->dqkv, 2),
+    twin_run(&c->s, map_attn_bwd, .s = c->shape, .map = c->map, QKV(dev), .w = c->map_w.dev,
+             .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, D_QKV(dev),
              .dw = c->no_dw ? NULL : c->d_map_w.dev);
 }
 
@@ -293,10 +278,7 @@ static void reference_map_fwd(struct attn_case *c)
     send(c);
     ref_map_attn_fwd(&(struct srf_map_attn_fwd_args){.s = c->shape,
                                                      .map = c->map,
-                                                     .q = ref(c, c->qkv, 0),
-                                                     .k = ref(c, c->qkv, 1),
-                                                     .v = ref(c, c->qkv, 2),
-                                                     .ld = c->ld,
+                                                     QKV(ref),
                                                      .w = c->map_w.ref,
                                                      .o = c->o.ref,
                                                      .ld_o = c->ld_o,
@@ -308,16 +290,11 @@ static void reference_map_bwd(struct attn_case *c)
     send(c);
     ref_map_attn_bwd(&(struct srf_map_attn_bwd_args){.s = c->shape,
                                                      .map = c->map,
-                                                     .q = ref(c, c->qkv, 0),
-                                                     .k = ref(c, c->qkv, 1),
-                                                     .v = ref(c, c->qkv, 2),
-                                                     .ld = c->ld,
+                                                     QKV(ref),
                                                      .w = c->map_w.ref,
                                                      .d_o = c->d_o.ref,
                                                      .ld_o = c->ld_o,
-                                                     .dq = ref(c, c->dqkv, 0),
-                                                     .dk = ref(c, c->dqkv, 1),
-                                                     .dv = ref(c, c->dqkv, 2),
+                                                     D_QKV(ref),
                                                      .dw = c->d_map_w.ref});
 }
 
