@@ -1,7 +1,7 @@
-/* What a model makes of tokens that it could know from far back: those that stood behind the same
- * token before, in the same window, by the distance to the last such place. On text these are words
- * and names said again; on the sets of scripts/make_recall.py the answers. With attention that
- * forgets, the far ones get worse. */
+/* How well a model predicts tokens that it could know from far back: those that followed the same
+ * token earlier in the same window, by the distance to the last such place. In text these are
+ * repeated words and names; in the sets of scripts/make_recall.py, the answers. With attention that
+ * forgets, the distant ones get worse. */
 #pragma once
 #include "kernels/status.h"
 #include <stdbool.h>
@@ -10,7 +10,7 @@
 #define SRF_RECALL_PLACES 24
 
 struct srf_recall {
-    int64_t from; /* tokens with a smaller id are not looked at; 0: all are */
+    int64_t from; /* tokens with a smaller id are ignored; 0: none are */
     int64_t n[SRF_RECALL_PLACES];
     int64_t known[SRF_RECALL_PLACES]; /* of them with a probability of more than 1/2 */
     double nll[SRF_RECALL_PLACES];    /* sum */

@@ -1,5 +1,5 @@
-/* Continuous batching: requests of any number through the slots of an engine. A slot that comes
- * free takes the next request at once; what a request gets does not depend on the others (see
+/* Continuous batching: any number of requests through the slots of an engine. A slot that becomes
+ * free takes the next request at once; the text of a request does not depend on the others (see
  * engine.h).
  *
  *     struct srf_server s = {.engine = e, .slots = n, .shared = -1, .steps = 1, .next = next,
@@ -27,19 +27,20 @@ enum srf_finish {
 struct srf_server {
     struct srf_engine *engine;
     int64_t slots;  /* slots 0 .. slots - 1 are used, idle at the start */
-    int64_t shared; /* a slot behind those whose state every request goes on from; -1: none */
-    int64_t steps;  /* tokens between two looks for free slots: 1 wastes least, more launch less */
-    /* The next request; none (*got = false): there is none now. Asked again after the next tokens,
-     * while anything runs. */
+    int64_t shared; /* a slot behind those, whose state every request continues; -1: none */
+    int64_t steps;  /* tokens between checks for free slots: 1 wastes least, more launch less */
+    /* The next request; *got = false: there is none now. Called again after the next tokens, while
+     * anything runs. */
     srf_status (*next)(void *user, struct srf_request *request, bool *got);
     /* One more token of a request; *stop = true ends it. */
     srf_status (*token)(void *user, const struct srf_request *request, int32_t token, bool *stop);
     srf_status (*done)(void *user, const struct srf_request *request, enum srf_finish how);
-    /* After each round of tokens; *stop = true ends all, what runs is given up. May be NULL. */
+    /* After each round of tokens; *stop = true ends all, running requests are dropped. May be
+     * NULL. */
     srf_status (*round)(void *user, bool *stop);
     void *user;
 };
 
-/* Until nothing runs and next has nothing. A request that the engine refuses (see srf_engine_admit)
- * is an error here: check it in next. */
+/* Runs until nothing runs and next has no request. A request that the engine refuses (see
+ * srf_engine_admit) is an error here: check it in next. */
 srf_status srf_serve(const struct srf_server *server);

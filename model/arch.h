@@ -7,7 +7,7 @@
 
 struct srf_arch {
     const char *name; /* model_type in config.json */
-    /* Keys -> cfg (cfg->arch is set). Unsupported traits are refused by name, never ignored. */
+    /* Keys -> cfg (cfg->arch is set). Unsupported settings are refused by name, never ignored. */
     srf_status (*read_config)(const json_t *root, struct srf_model_config *cfg);
     /* cfg -> every key that transformers needs to load the export. */
     srf_status (*write_config)(const struct srf_model_config *cfg, json_t *root);
@@ -21,10 +21,10 @@ struct srf_arch {
     /* Activations of the model's plan (model->acts, layout private to the architecture). */
     srf_status (*plan)(struct srf_model *m);
     srf_status (*forward)(struct srf_model *m, const struct srf_batch *batch);
-    /* Elements of T that backward has in the place of the logits. */
+    /* Elements of T that backward uses in the memory of the logits. */
     int64_t (*backward_scratch)(const struct srf_model *m);
     /* From d_hidden (gradient of hidden) to all parameter gradients. Hidden, its gradient and the
-     * logits are not needed afterwards and may be written over. */
+     * logits are not needed afterwards and may be overwritten. */
     srf_status (*backward)(struct srf_model *m, const struct srf_batch *batch);
     /* Kept activations of a layer (device): packed q, k, v (n, 3c) and attention output (n, c). */
     const void *(*qkv)(const struct srf_model *m, int64_t layer);
@@ -41,14 +41,14 @@ struct srf_arch {
 SRF_ARCH_LIST(X)
 #undef X
 
-/* Where the gradient of a norm's weight (of that row) or bias (the next row) goes, A (c): to a
- * place that nobody reads where it is not trained, since the op that makes it makes dx, too. */
+/* Where the gradient of a norm's weight (of that row) or bias (the next row) goes, A (c). If it is
+ * not trained, memory that is never read: the op computes it together with dx. */
 void *srf__model_norm_grad(const struct srf_model *m, int64_t weight_row, bool bias);
 /* An element of one of the model's slots: of type T, of type A. */
 void *srf__model_at(const struct srf_model *m, int slot, int64_t offset);
 void *srf__model_acc_at(const struct srf_model *m, int slot, int64_t offset);
-/* Which rows of a batch are the last of its sequences: noted on the device, where the batch's
- * tokens were. Then these rows of an activation T (rows, c) to T (b, c), which it may not share. */
+/* Store the numbers of the last rows of a batch's sequences on the device, in place of the batch's
+ * tokens. Then gather these rows of an activation T (rows, c) into T (b, c); no aliasing. */
 srf_status srf__model_note_last(struct srf_model *m, const struct srf_batch *batch);
 srf_status srf__model_gather_last(struct srf_model *m, const struct srf_batch *batch,
                                   const void *rows, void *last);

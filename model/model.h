@@ -22,45 +22,45 @@ struct srf_batch {
     int64_t b, t;          /* sequences, tokens of each in this call */
     const int32_t *tokens; /* host (b, t) */
     enum srf_attn_mode mode;
-    /* PREFILL, STEP: device A, in/out: layers one after another, (slots, h, state_count) each, the
-     * count by the layer's window; srf_model_state_place. */
+    /* PREFILL, STEP: device A, in/out: one layer after another, each (slots, h, state_count), where
+     * the count depends on the layer's window and features; see srf_model_state_place. */
     void *state;
-    bool state_bf16;    /* the same stored in bf16 (ops.h) */
+    bool state_bf16;    /* it is stored in bf16 (ops.h) */
     const int32_t *pos; /* PREFILL, STEP: host (b), tokens seen before; negative in a STEP: idle */
-    /* STEP: tokens and positions are where srf_model_inputs says; PARALLEL: tokens are where
-     * srf_model_load has put them. The host has none, and who put them there has checked them. */
+    /* The inputs are on the device already, and have been checked. STEP: tokens and positions where
+     * srf_model_inputs says; PARALLEL: tokens where srf_model_load has put them. */
     bool on_device;
-    int64_t n_slots; /* PREFILL, STEP: sequences that `state` has room for; 0 = b */
+    int64_t n_slots; /* PREFILL, STEP: number of sequences in `state`; 0 = b */
     /* PREFILL of sequences of several lengths: sequence i has lens[i] >= 1 tokens, and tokens are
      * packed one sequence after another; t is the longest. Host (b); NULL: t each. */
     const int32_t *lens;
     const int32_t *slots; /* PREFILL: host (b), sequence i's state is number slots[i]; NULL: i */
-    /* PREFILL: nothing but the states and srf_model_last_logits is wanted of this call, and what
-     * only other rows' logits need may be left out. */
+    /* PREFILL: only the states and srf_model_last_logits are needed; work for the logits of other
+     * rows may be skipped. */
     bool last_only;
 };
-/* Rows of the batch: tokens of all its sequences; those of sequence i. */
+/* Rows of the batch, that is, tokens of all its sequences; of sequence i. */
 int64_t srf_batch_rows(const struct srf_batch *batch);
 int64_t srf_batch_sequence_rows(const struct srf_batch *batch, int64_t i);
-/* Rows of hidden: all, or where last_only pays the last of each sequence. */
+/* Rows of the hidden states that forward leaves: all, or with last_only one per sequence. */
 int64_t srf_batch_hidden_rows(const struct srf_batch *batch);
 
-/* What backward makes again instead of finding it kept. Outputs of layer norms are never kept:
- * layernorm_bwd writes them once more at the price of a store. Gradients are the same bit for bit,
- * but for CHEAP in bf16 on CUDA: there an activation made again starts from its rounded input. */
+/* What backward recomputes instead of keeping. Outputs of layer norms are never kept: layernorm_bwd
+ * recomputes them at the cost of a store. Gradients do not depend on this, bit for bit, except for
+ * CHEAP in bf16 on CUDA, where an activation is recomputed from its rounded input. */
 enum srf_recompute {
     SRF_RECOMPUTE_NONE,
-    SRF_RECOMPUTE_CHEAP, /* activation outputs */
-    SRF_RECOMPUTE_BLOCK  /* whole blocks: only what goes into each is kept */
+    SRF_RECOMPUTE_CHEAP, /* outputs of the activation function */
+    SRF_RECOMPUTE_BLOCK  /* whole blocks: only the input of each is kept */
 };
 
-/* Which parameters are trained: only they have gradients and masters, and backward makes nothing
- * that serves others alone. */
+/* Which parameters are trained: only these have gradients and masters, and backward computes
+ * nothing that only the others would need. */
 enum srf_trained {
     SRF_TRAINED_ALL,
-    SRF_TRAINED_ATTENTION,  /* of each block's attention: its norm and its projections */
-    SRF_TRAINED_PROJECTIONS /* gradients of attention's matrices, which have no masters: whoever
-                             * asks for them makes these weights himself (train/lora.c) */
+    SRF_TRAINED_ATTENTION,  /* the attention of each block: its norm and its projections */
+    SRF_TRAINED_PROJECTIONS /* gradients of the attention's matrices, without masters: the caller
+                             * updates these weights (train/lora.c) */
 };
 
 struct srf_model_plan {
@@ -76,7 +76,7 @@ struct srf_model_plan {
     enum srf_recompute recompute;
 };
 
-/* What the workspace was last made for. */
+/* The batch that the workspace was last planned for. */
 struct srf_model_shape {
     int64_t b, t, rows, hidden_rows;
     int32_t mode, kind;
@@ -90,22 +90,22 @@ struct srf_model {
     struct srf_model_plan plan;
     struct srf_arena *arena; /* not owned */
     int64_t n_sets;          /* feature sets a layer */
-    /* What positions past the learned ones are given; may change between runs of forward, not for
+    /* What to do with positions past the learned ones; may change between calls of forward, not for
      * training. ERROR after create: forward refuses them. */
     enum srf_positions positions;
     int64_t logit_rows, loss_rows;
-    /* Flat arrays of gradients and masters: where each row of the table is in them, -1: not at all;
-     * their elements, padded as the parameters are. */
+    /* The flat arrays of gradients and masters: offset of each row of the table, -1 if it is not
+     * trained; their number of elements, padded as the parameters are. */
     int64_t *trained_at; /* (table.n) */
     int64_t n_trained;
-    /* Host (table.total) parameters as they were uploaded, where T is bf16 and some are not
-     * trained: a download gives those back unrounded. Else NULL. */
+    /* Host (table.total): the parameters as uploaded, if T is bf16 and some are not trained, so
+     * that a download returns those unrounded. Else NULL. */
     float *uploaded;
-    /* master, w_master: A, of what is trained where T is bf16. w_stale: w was drawn anew, w_master
-     * does not know it yet. */
+    /* master, w_master: A, of what is trained, if T is bf16. w_stale: w has been redrawn since
+     * w_master was set. */
     int slot_params, slot_master, slot_grads, slot_w, slot_w_master, slot_bias, slot_dw;
     bool w_stale;
-    /* After the loss, backward may write over hidden and logits. */
+    /* After the loss, backward may overwrite hidden and logits. */
     int slot_hidden, slot_d_hidden, slot_tokens, slot_pos, slot_seq, slot_targets, slot_logits,
         slot_nll, slot_kl, slot_teacher_logits, slot_mse;
     void *acts; /* the architecture's slots; owned */
@@ -125,8 +125,8 @@ srf_status srf_model_create(struct srf_ctx *ctx, const struct srf_model_config *
                             const struct srf_attention_config *attention, struct srf_model **out);
 void srf_model_free(struct srf_model *m); /* NULL is fine; not the arena */
 
-/* Reserve all tensors in the arena, and find the workspace, which the arena reserves too, by a dry
- * run of forward (and backward). */
+/* Reserve all tensors in the arena, and the workspace, whose size a dry run of forward (and
+ * backward) determines. */
 srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
                           const struct srf_model_plan *plan);
 /* Host -> device: parameters and, if ck holds those of the model's attention, features; else they
@@ -138,11 +138,12 @@ srf_status srf_model_download(const struct srf_model *m, struct srf_checkpoint *
 /* Draw the features of attention.draw for all layers. */
 srf_status srf_model_draw(struct srf_model *m);
 
-/* Tokens of a PARALLEL batch and, if not NULL, targets to the device: a forward of the batch with
- * on_device and a loss without targets then launch ops only, always the same ones. */
+/* Copy the tokens of a PARALLEL batch and, if not NULL, the targets to the device. A forward with
+ * on_device and a loss without targets then only launch ops, always the same ones. */
 srf_status srf_model_load(struct srf_model *m, const struct srf_batch *batch,
                           const int32_t *targets);
-/* Hidden states before the output head, (b * t, c), stay on the device. Token ids are checked. */
+/* Leaves the hidden states before the output head, (b * t, c), on the device. Checks token
+ * ids. */
 srf_status srf_model_forward(struct srf_model *m, const struct srf_batch *batch);
 
 /* Loss over the rows of the last forward, logits never held for more than logit_rows rows. */
@@ -159,23 +160,23 @@ struct srf_loss_args {
     double nll_sum, kl_sum;      /* out */
 };
 srf_status srf_model_loss(struct srf_model *m, struct srf_loss_args *args);
-/* The losses of the last n rows are also kept in rows [to, to + n), to >= n. */
+/* Copy the losses of the last n rows to rows [to, to + n), to >= n. */
 srf_status srf_model_keep_losses(struct srf_model *m, int64_t n, int64_t to);
-/* The losses of rows [first, first + n), as the device keeps them: nll to the host (n) if not NULL,
- * sums in double; kl_sum NULL where there was no teacher. */
+/* The losses that the device keeps in rows [first, first + n): nll to the host (n) if not NULL,
+ * sums in double; kl_sum is NULL if there was no teacher. */
 srf_status srf_model_losses(const struct srf_model *m, int64_t first, int64_t n, float *nll,
                             double *nll_sum, double *kl_sum);
-/* Parameter gradients += ; the batch of the last forward. After a loss with backward. */
+/* Parameter gradients +=, for the batch of the last forward, after a loss with backward. */
 srf_status srf_model_backward(struct srf_model *m, const struct srf_batch *batch);
-/* Gradients, and the sum below. */
+/* Zero all gradients and the sum below. */
 srf_status srf_model_zero_grads(struct srf_model *m);
 /* Sum over layers of |o - o_teacher|^2 since the gradients were zeroed (distillation). */
 srf_status srf_model_attention_mse(const struct srf_model *m, double *sum);
 
-/* Where the model has the tokens and positions of a STEP: device i32 (b) each. */
+/* The device memory for the tokens and positions of a STEP: i32 (b) each. */
 void srf_model_inputs(const struct srf_model *m, void **tokens, void **pos);
-/* Op sample on the logits of the last position of each sequence of the last forward: args says all
- * but n, v, ld and logits. */
+/* Op sample on the logits of the last position of each sequence of the last forward; n, v, ld and
+ * logits of args are set here. */
 srf_status srf_model_sample(struct srf_model *m, const struct srf_batch *batch,
                             const struct srf_sample_args *args);
 /* Logits of the last position of each sequence of the last forward: host (b, vocab). */
@@ -186,29 +187,30 @@ srf_status srf_model_last_logits(struct srf_model *m, const struct srf_batch *ba
 const void *srf_model_qkv(const struct srf_model *m, int64_t layer);
 const void *srf_model_attention_out(const struct srf_model *m, int64_t layer);
 
-/* Device pointers of the parameter piece that row describes: T, and its gradient A, NULL where it
- * is not trained. */
+/* Device pointers of the parameter that row describes, T, and of its gradient, A, NULL if it is not
+ * trained. */
 void *srf_model_param(const struct srf_model *m, int64_t row);
 void *srf_model_grad(const struct srf_model *m, int64_t row);
-/* Its master, A; NULL where T is trained as it is, or not at all. */
+/* Its master, A; NULL if T itself is trained, or it is not trained. */
 void *srf_model_master(const struct srf_model *m, int64_t row);
-/* The next rows, from *first on, that are trained and lie side by side: *first up to *end. False:
- * there are none. */
+/* The next run of adjacent trained rows from *first on: *first up to *end. False: there is
+ * none. */
 bool srf_model_trained_rows(const struct srf_model *m, int64_t *first, int64_t *end);
 /* Elements of rows first up to end of the table, padding included. */
 int64_t srf_model_rows_count(const struct srf_model *m, int64_t first, int64_t end);
-/* The features of all layers, T, of each (n_sets, its m, columns: d, a trained map's d + 1), their
- * gradient and masters, A. */
+/* The features of all layers, T, each (n_sets, its m, columns: d, or d + 1 for a trained map),
+ * their gradient and masters, A. */
 void *srf_model_features(const struct srf_model *m, int64_t *count);
 void *srf_model_features_grad(const struct srf_model *m);
 void *srf_model_features_master(const struct srf_model *m);
-/* Whether the features are trained from now on (plan.train_features). */
+/* Train the features from now on, or not; needs plan.train_features. */
 srf_status srf_model_train_features(struct srf_model *m, bool on);
-/* 32-bit words that a layer's forward hands to its backward beside stat (srf_attn_carry_bytes), for
- * the largest batch. */
+/* Number of 32-bit words that a layer's forward passes to its backward in addition to stat
+ * (srf_attn_carry_bytes), for the largest batch. */
 int64_t srf_model_carry_count(const struct srf_model *m);
-/* Attention of layer l on given q, k, v, as the model is set: shared by architectures. stat: A (b,
- * h, t), softmax's log sum exp or what SRF attention keeps, may be NULL. carry: so many words. */
+/* Attention of a layer on given q, k, v, by the model's settings; for architectures. stat: A (b, h,
+ * t), softmax's log sum exp or what SRF attention keeps, may be NULL. carry: srf_model_carry_count
+ * words. */
 srf_status srf_model_attend(struct srf_model *m, int64_t layer, const struct srf_batch *batch,
                             const void *q, const void *k, const void *v, int64_t ld, void *o,
                             int64_t ld_o, void *stat, void *carry);
@@ -221,6 +223,6 @@ int64_t srf_model_state_count(const struct srf_model *m);
 int64_t srf_model_state_bytes(const struct srf_model *m, bool bf16);
 /* Bytes of one layer of it. */
 int64_t srf_model_layer_state_bytes(const struct srf_model *m, int64_t layer, bool bf16);
-/* Bytes from the start of a batch's state to what sequence `slot` has in a layer. */
+/* Offset in bytes of sequence `slot` in a layer from the start of a batch's state. */
 int64_t srf_model_state_place(const struct srf_model *m, int64_t layer, int64_t slot,
                               int64_t n_slots, bool bf16);

@@ -17,47 +17,47 @@ struct srf_train_metrics {
     int64_t tokens; /* predictions so far */
     double lr;
     uint64_t draw;
-    /* What the device has to be waited for is known of the steps that are logged, evaluated or
-     * saved, and of the last; else these are 0. */
+    /* These need the device to finish: they are known for the steps that are logged, evaluated or
+     * saved and for the last one, else 0. */
     bool known;
     double loss;    /* mean cross entropy of the step's predictions */
     double kl, mse; /* mean, where distilling; else 0 */
     double grad_norm;
-    double tokens_per_s; /* since the last step of which this was known */
+    double tokens_per_s; /* since the last step for which this was known */
     bool skipped;        /* non-finite gradient: nothing was updated */
-    int64_t n_skipped;   /* steps skipped since the last step of which this was known */
+    int64_t n_skipped;   /* steps skipped since the last step for which this was known */
 };
 
-/* Sizes everything and allocates it. `ck`: the start. `teacher`: for distillation, else NULL
- * (required if the config distils). Data sets stay owned by the caller and must outlive the
- * trainer. val may be NULL. The attention of ck is the one trained. The teacher has the
- * architecture of ck in every size, and its tokenizer. */
+/* Plans and allocates everything. ck: the start, with the attention to train. teacher: for
+ * distillation, of the same architecture in every size and with the same tokenizer; required if the
+ * config distils, else NULL. The data sets stay the caller's and must outlive the trainer; val may
+ * be NULL. */
 srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
                               const struct srf_checkpoint *teacher,
                               const struct srf_train_config *config, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
-/* SRF_MISMATCH where that teacher is none for this student; srf_trainer_create asks as well. */
+/* SRF_MISMATCH if the teacher does not fit the student; srf_trainer_create checks this, too. */
 srf_status srf_trainer_check_teacher(const struct srf_checkpoint *student,
                                      const struct srf_checkpoint *teacher);
-/* From last.h5 of an earlier run, teacher and settings included. SRF_MISMATCH where the training
- * data or the context's dtype are not those of the run. */
+/* From last.h5 of an earlier run, teacher and settings included. SRF_MISMATCH if the training data
+ * or the context's dtype are not those of the run. */
 srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
 /* The dtype (srf_dtype_name) of the run whose last.h5 that is; caller srf__free()s. */
 srf_status srf_trainer_file_dtype(const char *path, char **dtype);
 void srf_trainer_free(struct srf_trainer *t); /* NULL is fine */
 
-/* One optimizer step. SRF_NONFINITE, where the metrics are known, after too many skipped ones in a
- * row. */
+/* One optimizer step. SRF_NONFINITE after too many skipped steps in a row, at the next step whose
+ * metrics are known. */
 srf_status srf_trainer_step(struct srf_trainer *t, struct srf_train_metrics *out);
 struct srf_run_hooks; /* below */
-/* Perplexity of the model as it is on the validation set. SRF_INVALID without one. hooks: their
- * `evaluating` is called, or NULL. */
+/* Perplexity of the present model on the validation set. SRF_INVALID without one. hooks: for
+ * `evaluating`, or NULL. */
 srf_status srf_trainer_evaluate(struct srf_trainer *t, const struct srf_run_hooks *hooks,
                                 double *ppl);
 /* The same of the teacher, which does not change: once a run. SRF_INVALID without one. */
 srf_status srf_trainer_evaluate_teacher(struct srf_trainer *t, const struct srf_run_hooks *hooks);
-/* What came of it; 0 before. */
+/* Its result; 0 before. */
 double srf_trainer_teacher_ppl(const struct srf_trainer *t);
 /* All that a resume needs. */
 srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
@@ -65,16 +65,16 @@ srf_status srf_trainer_save(struct srf_trainer *t, const char *path);
 srf_status srf_trainer_save_model(struct srf_trainer *t, const char *path);
 
 int64_t srf_trainer_steps_done(const struct srf_trainer *t);
-/* Numbers that the optimizer trains: of parameters or what stands for them, and of features. */
+/* How many numbers the optimizer trains: parameters or their low-rank factors, and features. */
 int64_t srf_trainer_trained(const struct srf_trainer *t);
-/* CPU threads before a resume (another number gives other roundings); 0 for a new run. */
+/* CPU threads before a resume (another number changes rounding); 0 for a new run. */
 int64_t srf_trainer_resumed_threads(const struct srf_trainer *t);
 const struct srf_train_config *srf_trainer_config(const struct srf_trainer *t);
 struct srf_model *srf_trainer_model(struct srf_trainer *t);
 /* "weights 8.8 MB, gradients 8.8 MB, ..." and the sum of it, in bytes. */
 void srf_trainer_describe_memory(const struct srf_trainer *t, char *buf, size_t size);
 size_t srf_trainer_memory(const struct srf_trainer *t);
-/* What a step must do at least, without teacher and draw. */
+/* The minimum of work of a step, without teacher and draw. */
 struct srf_cost srf_trainer_step_cost(const struct srf_trainer *t);
 
 /* The loop around it. */
