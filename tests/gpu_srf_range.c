@@ -183,12 +183,12 @@ int main(int argc, char **argv)
                     k.shape.causal = true;
                     k.shape.window = later[w];
                     if (i > 0 && i < 4 && w > 2) continue;
-                    gpu_add(&suite, test_later, &k, sizeof k, GPU_LIGHT,
+                    gpu_add(&suite, test_later, &k, sizeof k, 1e7,
                             "srf_attn %s t=%d d=%d m=%d window=%d: %s, later tokens",
                             srf_dtype_name(k.dtype), (int)k.shape.t, (int)k.shape.d, (int)k.shape.m,
                             (int)k.shape.window, k.kind->name);
                     if (kind > 0) continue;
-                    gpu_add(&suite, test_nan, &k, sizeof k, GPU_LIGHT,
+                    gpu_add(&suite, test_nan, &k, sizeof k, 1e7,
                             "srf_attn %s t=%d d=%d m=%d window=%d: NaN", srf_dtype_name(k.dtype),
                             (int)k.shape.t, (int)k.shape.d, (int)k.shape.m, (int)k.shape.window);
                 }

@@ -74,10 +74,11 @@ struct fwd_at {
         V_FULL = K_FULL + 8,
         V_FREE = V_FULL + 8,
         Q_FULL = V_FREE + 8 * N_V, /* one for each Q */
-        PLACE = Q_FULL + 16,       /* first element of the head in o, first token */
-        RANGE = PLACE + 16,        /* struct wide_range */
-        COUNT = RANGE + 24,        /* pieces so far */
-        AGAIN = COUNT + 4,         /* some pieces were too large */
+        MEET = Q_FULL + 16,
+        PLACE = MEET + 8,   /* first element of the head in o, first token */
+        RANGE = PLACE + 16, /* struct wide_range */
+        COUNT = RANGE + 24, /* pieces so far */
+        AGAIN = COUNT + 4,  /* some pieces were too large */
         BYTES = AGAIN + 4,
     };
 };

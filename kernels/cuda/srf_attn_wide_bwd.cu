@@ -36,7 +36,8 @@ struct dq_at {
         V_FULL = K_FULL + 8,
         V_FREE = V_FULL + 8,
         Q_FULL = V_FREE + 8 * N_V, /* one for each Q, with dO */
-        PLACE = Q_FULL + 16,
+        MEET = Q_FULL + 16,
+        PLACE = MEET + 8,
         RANGE = PLACE + 24,
         COUNT = RANGE + 24,
         AGAIN = COUNT + 4,

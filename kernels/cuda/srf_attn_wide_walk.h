@@ -57,6 +57,25 @@ __device__ __forceinline__ void mark_piece(const volatile struct wide_range &ran
 {
     range.sizes[at.c - range.begin] = (uint8_t)(at.size | 128);
 }
+/* All threads of the block meet, each part in its own place of the code: by a barrier in shared
+ * memory, since racecheck sees nothing between what is before a bar.sync of one place and what is
+ * behind one of the other. */
+__device__ __forceinline__ void all_meet(uint32_t bar)
+{
+    uint64_t phase;
+    uint32_t done;
+    asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(phase) : "r"(bar) : "memory");
+    do {
+        asm volatile("{\n"
+                     ".reg .pred p;\n"
+                     "mbarrier.try_wait.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n"
+                     "}\n"
+                     : "=r"(done)
+                     : "r"(bar), "l"(phase)
+                     : "memory");
+    } while (!done);
+}
 /* A pass is over. True: some pieces were too large, and there must be another; *turn becomes what
  * it is for the owners of features. */
 template <class At>
@@ -65,19 +84,19 @@ __device__ __forceinline__ bool pass_again(uint32_t base, volatile struct wide_r
 {
     const int tid = wide_here().tid;
     if (tid == 0) store_shared(base + At::COUNT, (uint32_t)*turn);
-    __syncthreads();
+    all_meet(base + At::MEET);
     if (!load_shared(base + At::AGAIN)) return false;
     *turn = (int)load_shared(base + At::COUNT);
     for (int i = tid; i < range.end - range.begin; i += WIDE_THREADS) {
         const int size = range.sizes[i];
         if (size & 128) range.sizes[i] = (uint8_t)((size & 127) >> 1);
     }
-    __syncthreads();
+    all_meet(base + At::MEET);
     if (tid == 0) {
         range.careful = 1;
         store_shared(base + At::AGAIN, 0);
     }
-    __syncthreads();
+    all_meet(base + At::MEET);
     return true;
 }
 /* The owners of features meet. */
@@ -95,6 +114,7 @@ template <class At> __device__ __forceinline__ void init_barriers(uint32_t base)
     for (int i = 0; i < At::N_V; i++) barrier_init(base + At::V_FREE + 8 * i, 128);
     barrier_init(base + At::K_FULL, 1);
     barrier_init(base + At::V_FULL, 1);
+    barrier_init(base + At::MEET, WIDE_THREADS);
 }
 /* ones (16 rows of 8 columns) for sums: a first column of ones. */
 __device__ __forceinline__ void put_ones(uint32_t ones, int tid)
