@@ -68,6 +68,10 @@ static void adamw_body(enum srf_dtype dtype, int threads)
     struct twins s = twins_new(dtype, threads);
     struct twin p = twin_normal(&s, N, 0.1), g = twin_normal(&s, N, 1), m = twin_fill(&s, N, 0);
     struct twin v = twin_fill(&s, N, 0), sum = twin_fill(&s, 1, 0);
+    uint8_t flags[(N + 63) / 64];
+    for (size_t i = 0; i < sizeof flags; i++) flags[i] = i % 3 == 1 ? (uint8_t)(1 + i % 200) : 0;
+    struct twin_raw no_decay = twin_raw_of(&s, flags, sizeof flags);
+    struct twin_raw skips = twin_raw_of(&s, (int32_t[2]){5, 2}, 2 * sizeof(int32_t));
     double *noise = srf__alloc(N, sizeof *noise);
     assert_non_null(noise);
     for (int step = 1; step <= STEPS; step++) {
@@ -78,11 +82,13 @@ static void adamw_body(enum srf_dtype dtype, int threads)
 #define ARGS(side)                                                                                 \
     .n = N, .step = step, .lr = 0.01 / step, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,             \
     .weight_decay = 0.1, .grad_scale = 0.25, .max_norm = 1.5,                                      \
-    .clip_sumsq = step % 4 == 1 && step != 13 && step != 17 ? NULL : sum.side, .grad = g.side,     \
+    .clip_sumsq = step % 4 == 1 && step != 13 && step != 17 ? NULL : sum.side,                     \
+    .skips = skips.side, .no_decay = step % 5 ? no_decay.side : NULL, .grad = g.side,              \
     .param = p.side, .m = m.side, .v = v.side
         twin_run(&s, adamw, ARGS(dev));
         ref_adamw(&(struct srf_adamw_args){ARGS(ref)});
 #undef ARGS
+        assert_memory_equal(skips.dev, skips.ref, skips.bytes);
         twin_close(&s, "m", m, twin_tol(&s, step), 0);
         twin_close(&s, "v", v, twin_tol(&s, step), 0);
         twin_close(&s, "param", p, 4 * twin_tol(&s, step), 0);

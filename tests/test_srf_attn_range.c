@@ -5,7 +5,7 @@
 
 #include <stdio.h>
 
-enum { T = 150, D = 16, M = 32 };
+enum { T = 150, D = 16, M = 32, LARGE_EPS = 12 };
 
 static const struct srf_attn_shape base = {
     .b = 1, .t = T, .h = 1, .d = D, .m = M, .n_sets = 1, .causal = true};
@@ -76,8 +76,33 @@ static void test_range(void **state)
     }
 }
 
+/* Where nothing is exact |x|^2 / 2 of a query cancels: large queries cost no more precision than
+ * w.x has. */
+static void test_large_queries(void **state)
+{
+    (void)state;
+    struct attn_case c = attn_case_new(SRF_F32, 1, base, 1);
+    int64_t lens[T];
+    for (int64_t t = 0; t < T; t++) {
+        lens[t] = 1;
+        for (int64_t j = 0; j < D; j++) {
+            int64_t i = attn_case_at(&c, 0, 0, t, 0, j);
+            attn_case_set(&c, i, 100 * c.qkv.ref[i]);
+        }
+    }
+    attn_case_ref_fwd(&c);
+    attn_case_fwd(&c);
+    twin_close(&c.s, "o", c.o, LARGE_EPS * 0x1p-24, 0);
+    attn_case_recurrent(&c, lens, T);
+    twin_close(&c.s, "o by steps", c.o, LARGE_EPS * 0x1p-24, 0);
+    attn_case_free(&c);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_range)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_range),
+        cmocka_unit_test(test_large_queries),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
