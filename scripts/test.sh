@@ -73,7 +73,8 @@ build_and_test() {
     tests=$(sed -n 's/.*\btests="\([0-9]*\)".*/\1/p' "$report" | head -1)
     failures=$(sed -n 's/.*\bfailures="\([0-9]*\)".*/\1/p' "$report" | head -1)
     skips=$(sed -n 's/.*\bskipped="\([0-9]*\)".*/\1/p' "$report" | head -1)
-    [ $status -eq 0 ] || [ "$failures" -gt 0 ] || failures=1 # it failed outside the tests
+    # it failed outside the tests, or there are none
+    { [ $status -eq 0 ] && [ "$tests" -gt 0 ]; } || [ "$failures" -gt 0 ] || failures=1
     passed=$((passed + tests - failures - skips))
     failed=$((failed + failures))
     skipped=$((skipped + skips))
