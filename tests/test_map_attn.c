@@ -11,7 +11,8 @@ static const struct srf_attn_shape shapes[] = {
     SHAPE(1, 1, 1, 2, 2, 0),     SHAPE(2, 5, 3, 7, 4, 0),     SHAPE(2, 5, 3, 7, 4, 1),
     SHAPE(1, 64, 2, 16, 16, 16), SHAPE(2, 130, 1, 64, 64, 0), SHAPE(2, 130, 1, 64, 64, 32),
     SHAPE(1, 577, 2, 8, 6, 0),   SHAPE(1, 577, 2, 8, 6, 7),   SHAPE(1, 1300, 1, 8, 130, 600),
-    SHAPE(1, 90, 2, 5, 34, 100), SHAPE(0, 10, 2, 16, 8, 0),   SHAPE(2, 0, 2, 16, 8, 4),
+    SHAPE(1, 90, 2, 5, 34, 100), SHAPE(1, 70, 1, 3, 600, 0),  SHAPE(0, 10, 2, 16, 8, 0),
+    SHAPE(2, 0, 2, 16, 8, 4),
 };
 #define N_SHAPES ((int)(sizeof shapes / sizeof *shapes))
 

@@ -9,6 +9,9 @@ static void policies(void **state)
 {
     (void)state;
     struct srf_train_config c = srf_train_defaults();
+    /* What `srf train --help` says of AdamW; Adam's usual epsilon. */
+    assert_true(c.beta1 == 0.9 && c.beta2 == 0.95 && c.weight_decay == 0.1 && c.clip == 1);
+    assert_true(c.eps == 1e-8 && c.lr == 1e-3 && c.ce_weight == 1 && c.rest_lr == 1);
     c.steps = 100;
     c.seq_len = 8;
     c.warmup = 10;
@@ -34,7 +37,15 @@ static void policies(void **state)
     c.kl_to = 0.5;
     assert_true(srf_policy_kl(&c, 19) == 0 && srf_policy_kl(&c, 20) == 2);
     assert_true(srf_policy_kl(&c, 49) == 2 && srf_policy_kl(&c, 50) == 0);
-    assert_true(srf_policy_needs_teacher(&c));
+    assert_true(srf_policy_needs_teacher(&c) && srf_policy_mse(&c, 30) == 0);
+    c.kl_weight = 0;
+    assert_false(srf_policy_needs_teacher(&c));
+    c.mse_weight = 3;
+    c.mse_from = 0.1;
+    c.mse_to = 0.3;
+    assert_true(srf_policy_mse(&c, 9) == 0 && srf_policy_mse(&c, 10) == 3);
+    assert_true(srf_policy_mse(&c, 29) == 3 && srf_policy_mse(&c, 30) == 0);
+    assert_true(srf_policy_needs_teacher(&c) && srf_policy_kl(&c, 30) == 0);
 
     char *text;
     struct srf_train_config back;
