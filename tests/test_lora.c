@@ -59,6 +59,35 @@ static void lora_gradients(void **state)
     close_setup(&s);
 }
 
+/* A begins with variance 1 / in, B as 0; without a gradient, factors do nothing but decay. */
+static void lora_begins(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    struct srf_train_metrics m;
+    open_setup_in(&s, SRF_F64, 0, false);
+    s.config.lora = 16;
+    s.config.ce_weight = 0;
+    s.config.weight_decay = 0.5;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    /* (16, 16), (16, 48), (16, 16), (16, 16) in each of two layers */
+    enum { A1 = 256, B1 = A1 + 768, A2 = B1 + 256, LAYER = A2 + 256 };
+    assert_int_equal(t->lora.n, 2 * LAYER);
+    double *factors = srf__lora_factors(t), want[2 * LAYER], squares[4] = {0};
+    for (int i = 0; i < 2 * LAYER; i++) {
+        int at = i % LAYER;
+        squares[at < A1 ? 0 : at < B1 ? 1 : at < A2 ? 2 : 3] += factors[i] * factors[i] / 512;
+        want[i] = factors[i] * (1 - 0.5 * srf_policy_lr(&s.config, 0));
+    }
+    assert_true(squares[1] == 0 && squares[3] == 0);
+    assert_true(fabs(16 * squares[0] - 1) < 0.3 && fabs(16 * squares[2] - 1) < 0.3);
+    test_ok(srf_trainer_step(t, &m));
+    test_close("factors", factors, want, 2 * LAYER, 1e-14);
+    srf_trainer_free(t);
+    close_setup(&s);
+}
+
 /* Low-rank factors learn, nothing but attention's matrices moves, by a change of their rank, and
  * the model that is written is the one that was trained. */
 static void lora_learns(void **state)
@@ -124,6 +153,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lora_gradients),
+        cmocka_unit_test(lora_begins),
         cmocka_unit_test(lora_learns),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -4,9 +4,21 @@
 #include <string.h>
 #include <unistd.h>
 
+static bool exists(const char *dir, const char *name)
+{
+    char path[160];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return access(path, F_OK) == 0;
+}
+
 static bool stop_at_once(void *user)
 {
     return ++*(int *)user == 5;
+}
+
+static bool stop_at_the_last(void *user)
+{
+    return ++*(int *)user == 12;
 }
 
 /* The loop: files of a run, an interruption, going on; the metrics are those of an unbroken run. */
@@ -28,6 +40,20 @@ static void run_and_interrupt(void **state)
     test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
     test_ok(srf_trainer_run(t, whole_dir, &none, &want));
     srf_trainer_free(t);
+    /* of a finished run there is the result once more */
+    snprintf(path, sizeof path, "%s/last.h5", whole_dir);
+    test_ok(srf_trainer_resume(s.ctx, path, s.train, s.held, &t));
+    test_ok(srf_trainer_run(t, whole_dir, &none, &ppl));
+    srf_trainer_free(t);
+    assert_true(ppl == want);
+    /* and a stop in the last step interrupts nothing */
+    int steps = 0;
+    struct srf_run_hooks late = {.user = &steps, .stop = stop_at_the_last};
+    snprintf(path, sizeof path, "%s/late", s.dir);
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+    test_ok(srf_trainer_run(t, path, &late, &ppl));
+    srf_trainer_free(t);
+    assert_true(ppl == want && exists(path, "model.h5"));
 
     int calls = 0;
     struct srf_run_hooks hooks = {.user = &calls, .stop = stop_at_once};
@@ -136,13 +162,6 @@ static void evaluations_of_a_killed_run(void **state)
 static bool stop_after_two(void *user)
 {
     return ++*(int *)user == 2;
-}
-
-static bool exists(const char *dir, const char *name)
-{
-    char path[160];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    return access(path, F_OK) == 0;
 }
 
 static void touch(const char *dir, const char *name)

@@ -144,7 +144,10 @@ static void resume_is_exact(void **state)
         if (cases[k].srf_teacher) srf_teacher(teacher);
         snprintf(last, sizeof last, "%s/last.h5", s.dir);
         test_ok(srf_trainer_create(s.ctx, s.ck, teacher, &s.config, s.train, NULL, &t));
-        for (int i = 0; i < 12; i++) test_ok(srf_trainer_step(t, &whole[i]));
+        for (int i = 0; i < 12; i++) {
+            test_ok(srf_trainer_step(t, &whole[i]));
+            assert_int_equal(srf_trainer_model(t)->features_trained, cases[k].srf && i >= 6);
+        }
         size_t n = (size_t)srf_trainer_model(t)->table.total * srf_dtype_bytes(cases[k].dtype);
         char *want = srf__alloc(n, 1);
         memcpy(want, srf_model_param(srf_trainer_model(t), 0), n);
@@ -235,6 +238,17 @@ static void refuses(struct srf_ctx *ctx, const char *last, struct srf_tokenset *
     if (!strstr(srf_error_message(), words)) fail_msg("no '%s' in: %s", words, srf_error_message());
 }
 
+static void change_last_token(const char *path)
+{
+    FILE *f = fopen(path, "r+b");
+    assert_non_null(f);
+    fseek(f, -2, SEEK_END);
+    int old = fgetc(f);
+    fseek(f, -2, SEEK_END);
+    fputc(old ^ 1, f);
+    assert_int_equal(fclose(f), 0);
+}
+
 /* Other data, other numbers: another run. */
 static void resume_of_another_run(void **state)
 {
@@ -257,6 +271,20 @@ static void resume_of_another_run(void **state)
     test_ok(srf_tokenset_open(path, NULL, 16, &other));
     refuses(s.ctx, last, other, "training data");
     srf_tokenset_close(other);
+    /* as long, with the same beginning */
+    write_tokens(path, 10000, 7);
+    test_ok(srf_tokenset_open(path, NULL, 16, &other));
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, other, NULL, &t));
+    test_ok(srf_trainer_save(t, last));
+    srf_trainer_free(t);
+    srf_tokenset_close(other);
+    change_last_token(path);
+    test_ok(srf_tokenset_open(path, NULL, 16, &other));
+    refuses(s.ctx, last, other, "training data");
+    srf_tokenset_close(other);
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    test_ok(srf_trainer_save(t, last));
+    srf_trainer_free(t);
     test_ok(srf_ctx_create("cpu", SRF_F64, 2, &ctx));
     refuses(ctx, last, s.train, "f32, found f64");
     srf_ctx_free(ctx);
@@ -310,6 +338,7 @@ static void non_finite_steps(void **state)
     struct srf_train_metrics m;
     open_setup(&s, 0, false);
     s.config.steps = 100;
+    s.config.rest_lr = 0.5; /* several pieces, one count */
     test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
     struct srf_model *model = srf_trainer_model(t);
     float *params = srf_model_param(model, 0);
@@ -325,6 +354,7 @@ static void non_finite_steps(void **state)
     int steps = 0;
     while (st == SRF_OK && steps++ < 50) st = srf_trainer_step(t, &m);
     assert_int_equal(st, SRF_NONFINITE);
+    assert_int_equal(steps, 9); /* with the first ten in a row */
     assert_true(old == params[3]);
     srf__free(before);
     srf_trainer_free(t);
