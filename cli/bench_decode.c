@@ -5,7 +5,12 @@
 
 #include <string.h>
 
-enum { PROMPT = 16, EARLY = 100, LATE = 100000, PROFILED = 4, STEPS = 128 };
+/* Positions that steps are timed at: after a prompt of PROMPT tokens on the CPU, where prefill is
+ * slow, else of EARLY; and late. */
+enum { PROMPT = 16, EARLY = 100, LATE = 100000 };
+/* Steps whose ops are timed one by one; most steps of a round, which takes about ROUND_S
+ * seconds. */
+enum { PROFILED = 4, STEPS = 128 };
 #define ROUND_S 0.4
 
 struct job {

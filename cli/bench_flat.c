@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-#define CASE_S 0.1
+#define CASE_S 0.1 /* a case lasts about this: there are many */
 
 enum { N_KINDS = 3, N_LENGTHS = 10 };
 static const struct {

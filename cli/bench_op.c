@@ -8,7 +8,7 @@
 #define CASE_S   0.3   /* and a case about this */
 
 #define MAX_SETS     64
-#define BEYOND_CACHE 2e8 /* bytes */
+#define BEYOND_CACHE 2e8 /* bytes of operands that no cache holds */
 
 /* One call after the other, each on the next of n_sets operands. */
 static srf_status call_all(struct srf_ctx *ctx, const struct op_call *c, int n_sets, int calls)

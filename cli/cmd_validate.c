@@ -17,7 +17,10 @@ struct inputs {
     struct cli_attention attention;
 };
 
-enum { SWEEP = 6, MAX_M = SWEEP + 1, MAX_TEXTS = 3, PROMPT = 32, NEW_TOKENS = 48 };
+/* Numbers of features that are tried: the usual ones and the model's own. */
+enum { SWEEP = 6, MAX_M = SWEEP + 1 };
+/* Continuations that the report shows: how many, from how many tokens, of how many. */
+enum { MAX_TEXTS = 3, PROMPT = 32, NEW_TOKENS = 48 };
 
 struct run {
     struct srf_ctx *ctx;

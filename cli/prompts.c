@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+/* Bytes; a longer line is no prompt, but a file of another kind. */
 enum { FIRST_BUFFER = 1 << 16, MAX_LINE = 64 << 20 };
 
 void cli_prompt_free(struct cli_prompt *p)

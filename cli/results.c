@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define SYNC_EVERY_S 5.0
+#define SYNC_EVERY_S 5.0 /* what a power cut may cost */
 
 /* ---- what is there -------------------------------------------------------------------------- */
 

@@ -13,7 +13,9 @@
 #include <errno.h>
 #include <string.h>
 
-enum { LOOKAHEAD = 8, CACHE_FROM_BYTES = 4096 };
+enum { LOOKAHEAD = 8 };
+/* Texts from this length on repeat enough words for a cache of them. */
+enum { CACHE_FROM_BYTES = 4096 };
 
 struct encoder {
     const struct srf_bpe *bpe;

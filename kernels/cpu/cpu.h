@@ -31,6 +31,8 @@ typedef float real;
 #define srf__exp_neg   srf__exp_neg_f32
 #define REAL_MIN_DEN   1e-20f
 #endif
+#define REAL_LOG2E ((real)1.4426950408889634)
+#define REAL_LN2   ((real)0.6931471805599453)
 
 /* C (m, n) = alpha op(A) op(B) + beta C, row-major, op = transpose where asked. Inside an OpenMP
  * parallel region it runs on the calling thread alone. Counts itself into ctx->profile. */

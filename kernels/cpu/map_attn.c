@@ -11,9 +11,7 @@
 #include "kernels/cpu/cpu.h"
 
 #define TILE_Q 64
-#define TILE_K 512
-#define LOG2E  ((real)1.4426950408889634)
-#define LN2    ((real)0.6931471805599453)
+#define TILE_K 512          /* as in softmax_attn.c */
 #define EPS    ((real)1e-6) /* of a denominator without exact weights */
 
 static int64_t min64(int64_t a, int64_t b)
@@ -107,7 +105,7 @@ static void features(const struct head *h, bool key, const real *x, int64_t n, b
         softmax(u, 1, r, own);
         softmax(u, -1, r, own + r);
         for (int64_t i = 0; i < m && !bare; i++)
-            own[i] *= srf__exp2(w[i % r * (d + 1) + d] * LOG2E);
+            own[i] *= srf__exp2(w[i % r * (d + 1) + d] * REAL_LOG2E);
     }
 }
 
@@ -155,7 +153,7 @@ static void fwd_near(const struct head *h, int64_t t0, int64_t n, real *o, int64
 {
     const struct srf_attn_shape *s = h->s;
     int64_t first = near_of(s, t0), d = s->d;
-    real scale = LOG2E / (real)sqrt((double)d);
+    real scale = REAL_LOG2E / (real)sqrt((double)d);
     for (int64_t t = 0; t < n; t++) {
         h->most[t] = h->sum[t] > 0 ? (real)log2((double)h->sum[t]) : (real)-INFINITY;
         real by = h->sum[t] > 0 ? 1 / h->sum[t] : 0;
@@ -197,7 +195,8 @@ static void head_fwd(const struct head *h, real *o, int64_t ld_o, real *stat)
             real sum = h->sum[t] + (s->window ? 0 : EPS);
             for (int64_t j = 0; j < s->d; j++) o[(t0 + t) * ld_o + j] /= sum;
             if (stat)
-                stat[t0 + t] = (real)log((double)sum) + (s->window ? h->most[t] * LN2 : (real)0);
+                stat[t0 + t] =
+                    (real)log((double)sum) + (s->window ? h->most[t] * REAL_LN2 : (real)0);
         }
     }
 }
@@ -236,7 +235,7 @@ struct grads {
 /* e^-stat: a denominator below e^-80 counts as that. */
 static real over(real stat)
 {
-    return srf__exp2((stat > -80 || stat != stat ? -stat : 80) * LOG2E);
+    return srf__exp2((stat > -80 || stat != stat ? -stat : 80) * REAL_LOG2E);
 }
 
 static void bwd_far(const struct head *h, const struct grads *g, int64_t t0, int64_t n,
@@ -274,10 +273,10 @@ static void bwd_near(const struct head *h, const struct grads *g, int64_t t0, in
     for (int64_t s0 = near_of(s, t0); s0 < t0 + n; s0 += TILE_K) {
         int64_t c = min64(TILE_K, t0 + n - s0);
         const real *k = h->k + s0 * ld;
-        srf__gemm(h->ctx, false, true, n, c, d, scale * LOG2E, q, ld, k, ld, 0, h->p, c);
+        srf__gemm(h->ctx, false, true, n, c, d, scale * REAL_LOG2E, q, ld, k, ld, 0, h->p, c);
         srf__gemm(h->ctx, false, true, n, c, d, 1, d_o, g->ld_o, h->v + s0 * ld, ld, 0, h->ds, c);
         for (int64_t t = 0; t < n; t++) {
-            real *p = h->p + t * c, *ds = h->ds + t * c, shift = g->stat[t0 + t] * LOG2E;
+            real *p = h->p + t * c, *ds = h->ds + t * c, shift = g->stat[t0 + t] * REAL_LOG2E;
             int64_t from = near_of(s, t0 + t) - s0, end = t0 + t + 1 - s0;
             for (int64_t i = 0; i < c; i++) {
                 p[i] = i >= from && i < end ? srf__exp2(p[i] - shift) : 0;
@@ -312,7 +311,7 @@ static void bwd_features(const struct head *h, bool key, const real *x, const re
             if (h->map == SRF_MAP_T2R) continue;
             real *weighted = h->ds;
             for (int64_t i = 0; i < m; i++) {
-                weighted[i] = own[i] * srf__exp2(w[i % r * (d + 1) + d] * LOG2E) * f[i];
+                weighted[i] = own[i] * srf__exp2(w[i % r * (d + 1) + d] * REAL_LOG2E) * f[i];
                 if (i < r)
                     plus += weighted[i];
                 else

@@ -4,7 +4,7 @@
  * Floor: memory; x and y are read once, dx updated. */
 #include "kernels/cpu/split.h"
 
-#define BLOCK 32768
+#define BLOCK 32768 /* as in sumsq.c */
 
 srf_status SRF_CPU(mse)(struct srf_ctx *ctx, const struct srf_mse_args *a)
 {

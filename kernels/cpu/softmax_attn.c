@@ -12,8 +12,6 @@
 
 #define TILE_Q 64
 #define TILE_K 512 /* a multiple of TILE_Q: a row of a tile always sees a key of it */
-#define LOG2E  ((real)1.4426950408889634)
-#define LN2    ((real)0.6931471805599453)
 
 static srf_status check(int64_t b, int64_t t, int64_t h, int64_t d, int64_t ld, int64_t ld_o)
 {
@@ -87,7 +85,7 @@ static void head_fwd(struct srf_ctx *ctx, const struct srf_softmax_attn_fwd_args
     const real *v = (const real *)a->v + in;
     real *o = (real *)a->o + i / a->h * t_len * ld_o + i % a->h * d;
     real *most = scores + TILE_Q * TILE_K, *sum = most + TILE_Q;
-    real scale = LOG2E / (real)sqrt((double)d);
+    real scale = REAL_LOG2E / (real)sqrt((double)d);
     for (int64_t t0 = 0; t0 < t_len; t0 += TILE_Q) {
         int64_t n = min64(TILE_Q, t_len - t0), c;
         struct seen seen = seen_of(a->causal, a->window, a->sinks, t_len, t0, n);
@@ -132,7 +130,8 @@ static void head_fwd(struct srf_ctx *ctx, const struct srf_softmax_attn_fwd_args
             real by = 1 / sum[t], *out = o + (t0 + t) * ld_o;
             for (int64_t j = 0; j < d; j++) out[j] *= by;
             if (a->lse)
-                ((real *)a->lse)[i * t_len + t0 + t] = LN2 * most[t] + (real)log((double)sum[t]);
+                ((real *)a->lse)[i * t_len + t0 + t] =
+                    REAL_LN2 * most[t] + (real)log((double)sum[t]);
         }
     }
 }
@@ -182,10 +181,10 @@ static void head_bwd(struct srf_ctx *ctx, const struct srf_softmax_attn_bwd_args
             bool first = s0 == seen.first;
             const real *vs = v + s0 * ld, *ks = k + s0 * ld, *qs = q + t0 * ld;
             const real *d_os = d_o + t0 * ld_o;
-            srf__gemm(ctx, false, true, n, c, d, scale * LOG2E, qs, ld, ks, ld, 0, p, c);
+            srf__gemm(ctx, false, true, n, c, d, scale * REAL_LOG2E, qs, ld, ks, ld, 0, p, c);
             srf__gemm(ctx, false, true, n, c, d, 1, d_os, ld_o, vs, ld, 0, ds, c);
             for (int64_t t = 0; t < n; t++) {
-                real *row = p + t * c, *drow = ds + t * c, shift = lse[t0 + t] * LOG2E;
+                real *row = p + t * c, *drow = ds + t * c, shift = lse[t0 + t] * REAL_LOG2E;
                 int64_t sinks, from, end;
                 row_of(&seen, t0 + t, s0, c, &sinks, &from, &end);
 #pragma omp simd

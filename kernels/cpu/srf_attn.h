@@ -25,9 +25,8 @@
 #define srf__attn_window      srf__attn_window_f64
 #endif
 
-#define ATTN_CHUNK 64 /* tokens whose mutual weights are formed explicitly */
-#define ATTN_AHEAD 16 /* rows between asking for one and using it */
-#define ATTN_LOG2E ((real)1.4426950408889634)
+#define ATTN_CHUNK 64            /* tokens whose mutual weights are formed explicitly */
+#define ATTN_AHEAD 16            /* rows between asking for one and using it */
 #define ATTN_LIMIT ((real)1e17)  /* components of x, y are clamped to this: |x|^2 stays in range */
 #define ATTN_LOW   ((real)-1e30) /* exponents are clamped to this */
 #define ATTN_UNSET ((real)-1e32) /* the maximum over no keys */

@@ -46,7 +46,7 @@ void srf__attn_load(const struct attn_head *h, const real *src, int64_t ld, int6
             c = c < -ATTN_LIMIT ? -ATTN_LIMIT : c;
             to[j] = c;
         }
-        if (half) half[t] = (real)0.5 * ATTN_LOG2E * srf__dot(to, to, h->d);
+        if (half) half[t] = (real)0.5 * REAL_LOG2E * srf__dot(to, to, h->d);
     }
 }
 
@@ -55,12 +55,12 @@ void srf__attn_features(const struct attn_head *h, const real *x, const real *ha
 {
     int64_t m = h->m;
     if (n == 0) return;
-    srf__gemm(h->ctx, false, true, n, m, h->d, ATTN_LOG2E, x, h->d, h->w, h->d, 0, a, m);
+    srf__gemm(h->ctx, false, true, n, m, h->d, REAL_LOG2E, x, h->d, h->w, h->d, 0, a, m);
     for (int64_t t = 0; t < n; t++) {
         real sub = (half ? half[t] : 0) + shift, *row = a + t * m;
 #pragma omp simd
         for (int64_t i = 0; i < m; i++) {
-            real e = row[i] + (h->bias[i] * ATTN_LOG2E - sub);
+            real e = row[i] + (h->bias[i] * REAL_LOG2E - sub);
             row[i] = e < ATTN_LOW ? ATTN_LOW : e;
         }
     }
@@ -175,8 +175,8 @@ void srf__attn_window(const struct attn_head *h, const struct attn_block_pair *p
 {
     int64_t m = h->m, d = h->d, before = pair->n[0], cols = before + row + n;
     if (before)
-        srf__gemm(h->ctx, false, true, n, before, d, ATTN_LOG2E, x, d, pair->y[0], d, 0, p, cols);
-    srf__gemm(h->ctx, false, true, n, row + n, d, ATTN_LOG2E, x, d, pair->y[1], d, 0, p + before,
+        srf__gemm(h->ctx, false, true, n, before, d, REAL_LOG2E, x, d, pair->y[0], d, 0, p, cols);
+    srf__gemm(h->ctx, false, true, n, row + n, d, REAL_LOG2E, x, d, pair->y[1], d, 0, p + before,
               cols);
     for (int64_t t = 0; t < n; t++) {
         const real *score = p + t * cols;

@@ -124,7 +124,7 @@ static void hybrid_step(const struct attn_head *h, const struct step_scratch *f,
     for (int64_t s = 0; s < seen; s++) {
         const real *key = s < own ? keys[0] + s * d : keys[1] + (s - own) * d;
         srf__attn_load(h, key, d, 1, f->y, NULL);
-        f->p[s] = ATTN_LOG2E * srf__dot(x, f->y, d);
+        f->p[s] = REAL_LOG2E * srf__dot(x, f->y, d);
         most = s == 0 || f->p[s] > most ? f->p[s] : most;
     }
     real r = srf__round(most), den = 0;

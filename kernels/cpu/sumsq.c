@@ -5,7 +5,7 @@
  * Floor: memory; x is read once. */
 #include "kernels/cpu/split.h"
 
-#define BLOCK 32768
+#define BLOCK 32768 /* enough for threads to share, few enough partial sums */
 
 srf_status SRF_CPU(sumsq)(struct srf_ctx *ctx, const struct srf_sumsq_args *a)
 {

@@ -7,7 +7,7 @@ int openblas_get_parallel(void);
 void openblas_set_num_threads(int n);
 
 #ifndef SRF_REAL_F64
-enum { MAX_THREADS = 4096 };
+enum { MAX_THREADS = 4096 }; /* beyond what any machine has: a typing error */
 
 static srf_status cpu_alloc(struct srf_ctx *ctx, size_t bytes, void **out)
 {

@@ -11,7 +11,7 @@
  * L2. */
 #include "kernels/cpu/split.h"
 
-#define BLOCK 2048
+#define BLOCK 2048 /* of logits, in L1 */
 
 static real row_max(const real *x, int64_t v)
 {
