@@ -106,7 +106,9 @@ static srf_status sample_text(const struct training_inputs *in, struct training_
 
 static void on_preparation(void *user, int64_t done, int64_t total)
 {
-    cli_progress_update(user, (double)done, (double)total, "");
+    struct cli_progress *p = user;
+    if (done == 0) p->start = cli_now(); /* what comes before is no measure of what is left */
+    cli_progress_update(p, (double)done, (double)total, "");
 }
 
 /* What is made of the model before training, from its training text. */

@@ -374,20 +374,28 @@ static srf_status open_run(struct run *r, const struct srf_checkpoint *ck, const
     return srf_model_forward(r->exact, &all);
 }
 
-static void report(const struct run *r, int64_t done, int64_t total)
+/* Done: so many measurements of the error, with the training before each, and so many of KL. In
+ * tokens through one layer's attention: the ops of backward are worth two forward, a token through
+ * the whole model and two output heads about 64 (gpt2-14m on a CPU). */
+static void report(const struct run *r, int64_t errors, int64_t kls)
 {
-    if (r->config->progress) r->config->progress(r->config->user, done, total);
+    const struct srf_plan_windows_config *c = r->config;
+    const struct choices *s = r->choices;
+    int64_t trained = 3 * c->train_steps * r->train_windows;
+    int64_t error = (trained + s->n / s->n_m * c->windows) * c->seq_len;
+    int64_t kl = 64 * r->batch.b * c->seq_len, n = r->trial.config.n_layers * s->n_m;
+    if (c->progress) c->progress(c->user, errors * error + kls * kl, n * error + (n + 1) * kl);
 }
 
 /* error (n_choices, layers): squared, of the attention outputs on all text. */
-static srf_status measure_errors(struct run *r, double *error, int64_t total)
+static srf_status measure_errors(struct run *r, double *error)
 {
     const struct choices *s = r->choices;
     int64_t layers = r->trial.config.n_layers;
     void *sum = srf_arena_ptr(r->arena, r->slot_sum);
     for (int64_t l = 0; l < layers; l++) {
-        report(r, l, total);
         for (int64_t i = 0; i < s->n_m; i++) {
+            report(r, l * s->n_m + i, 0);
             SRF_TRY(train_features(r, l, i));
             for (int64_t c = i; c < s->n; c += s->n_m) {
                 float value;
@@ -431,16 +439,16 @@ static srf_status measure_kl(struct run *r, int64_t layer, int64_t c, double *kl
 static srf_status measure(struct run *r, double *loss)
 {
     const struct choices *s = r->choices;
-    int64_t layers = r->trial.config.n_layers, total = layers + 1 + layers * s->n_m;
+    int64_t layers = r->trial.config.n_layers, n = layers * s->n_m;
     double rounding, kl;
-    SRF_TRY(measure_errors(r, loss, total));
-    report(r, layers, total);
+    SRF_TRY(measure_errors(r, loss));
+    report(r, n, 0);
     /* What rounding alone makes of it, in bf16 more than some layers' windows, is no layer's. */
     SRF_TRY(measure_kl(r, -1, 0, &rounding));
     for (int64_t l = 0; l < layers; l++)
         for (int64_t i = 0; i < s->n_m; i++) { /* choice i: the smallest window */
             double error = loss[i * layers + l];
-            report(r, layers + 1 + l * s->n_m + i, total);
+            report(r, n, 1 + l * s->n_m + i);
             SRF_TRY(measure_kl(r, l, i, &kl));
             kl = kl < rounding ? 0 : kl - rounding;
             for (int64_t c = i; c < s->n; c += s->n_m) {
