@@ -15,21 +15,6 @@ help() {
     done
 }
 
-# refuse EXIT COMMAND...: the command exits so, with one line of error and nothing on stdout, and
-# leaves nothing behind.
-refuse() {
-    local expected="$1"
-    shift
-    ls -A >before
-    run "$@"
-    shift
-    [ $status -eq "$expected" ] || fail "srf $*: expected exit $expected, found $status"
-    [ "$(wc -l <stderr)" -eq 1 ] || fail "srf $*: expected one line of error: $(cat stderr)"
-    grep -q '^srf: error: ' stderr || fail "srf $*: no 'srf: error:' in: $(cat stderr)"
-    [ ! -s stdout ] || fail "srf $*: prints results"
-    ls -A | cmp -s before - || fail "srf $*: leaves files: $(ls -A | diff before -)"
-}
-
 # Too little address space for OpenBLAS: a line, not a wait for ever. (A sanitizer needs far more.)
 if ! nm "$SRF" 2>/dev/null | grep __asan_ >/dev/null; then
     for limit in 200000 250000; do
@@ -67,20 +52,20 @@ run "$SRF" --version
 make_tiny_model
 touch stdout stderr before
 for command in import export tokenize info train retrofit eval validate generate bench; do
-    refuse 2 "$SRF" $command --no-such-option
+    refuse 2 '' "$SRF" $command --no-such-option
 done
 run "$SRF"
 [ $status -eq 2 ] || fail "srf alone: expected exit 2, found $status"
 grep -q retrofit stderr || fail "srf alone: no list of commands"
-refuse 2 "$SRF" no-such-command
-refuse 2 "$SRF" --no-such-option
+refuse 2 '' "$SRF" no-such-command
+refuse 2 '' "$SRF" --no-such-option
 
 # Mistyped: what may have been meant, or nothing.
 # meant WORDS ARGUMENT...
 meant() {
     local words="$1"
     shift
-    refuse 2 "$SRF" "$@"
+    refuse 2 '' "$SRF" "$@"
     grep -qF -- "$words" stderr || fail "srf $*: expected '$words' in: $(cat stderr)"
 }
 meant 'did you mean retrofit?' retrofti
@@ -89,56 +74,56 @@ meant 'did you mean --max-tokens?' eval --max
 meant 'did you mean --steps?' retrofit -steps 3
 meant 'takes no value' eval --json=3
 for word in --q --xyzzy "--$(printf 'a%.0s' {1..5000})"; do
-    refuse 2 "$SRF" eval "$word"
+    refuse 2 '' "$SRF" eval "$word"
     ! grep -q 'did you mean' stderr || fail "srf eval ${word:0:20}: $(cat stderr)"
 done
 for command in import export tokenize info train retrofit eval validate generate; do
-    refuse 2 "$SRF" $command
+    refuse 2 '' "$SRF" $command
 done
-refuse 2 "$SRF" eval --model model.h5
-refuse 2 "$SRF" eval --model model.h5 --data
-refuse 2 "$SRF" eval --model model.h5 --data text.txt --batch x
-refuse 2 "$SRF" eval --model model.h5 --data text.txt --batch 0
-refuse 2 "$SRF" eval --model model.h5 --data text.txt --seq-len 1e3
-refuse 2 "$SRF" eval --model model.h5 --data text.txt --json=yes
-refuse 2 "$SRF" eval --model model.h5 --data text.txt stray
-refuse 2 "$SRF" import model.h5
-refuse 2 "$SRF" eval --model model.h5 --data text.txt --attention srf --oprf-a 0.5
-refuse 2 "$SRF" eval --model model.h5 --data text.txt --attention srf --oprf-a nan
-refuse 2 "$SRF" export model.h5 out --format docx
-refuse 2 "$SRF" generate --model model.h5 --temperature hot
-refuse 2 "$SRF" generate --model model.h5 --temperature nan
-refuse 2 "$SRF" generate --model model.h5 -n -3
-refuse 2 "$SRF" retrofit --model model.h5 --data text.txt --out run --lr ''
-refuse 2 "$SRF" retrofit --model model.h5 --data text.txt --out run --seed -1
-refuse 2 "$SRF" train --model model.h5 --init config.json --data text.txt --out run
-refuse 2 "$SRF" train --resume --model model.h5 --data text.txt --out run
+refuse 2 '' "$SRF" eval --model model.h5
+refuse 2 '' "$SRF" eval --model model.h5 --data
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --batch x
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --batch 0
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --seq-len 1e3
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --json=yes
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt stray
+refuse 2 '' "$SRF" import model.h5
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --attention srf --oprf-a 0.5
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --attention srf --oprf-a nan
+refuse 2 '' "$SRF" export model.h5 out --format docx
+refuse 2 '' "$SRF" generate --model model.h5 --temperature hot
+refuse 2 '' "$SRF" generate --model model.h5 --temperature nan
+refuse 2 '' "$SRF" generate --model model.h5 -n -3
+refuse 2 '' "$SRF" retrofit --model model.h5 --data text.txt --out run --lr ''
+refuse 2 '' "$SRF" retrofit --model model.h5 --data text.txt --out run --seed -1
+refuse 2 '' "$SRF" train --model model.h5 --init config.json --data text.txt --out run
+refuse 2 '' "$SRF" train --resume --model model.h5 --data text.txt --out run
 
 # What only the files can tell: exit 1.
-refuse 1 "$SRF" eval --model no-such-file --data text.txt
-refuse 1 "$SRF" eval --model model.h5 --data no-such-file
-refuse 1 "$SRF" eval --model text.txt --data text.txt
-refuse 1 "$SRF" info text.txt
-refuse 1 "$SRF" import no-such-folder out.h5
-refuse 1 "$SRF" export no-such-file out --format hf
-refuse 1 "$SRF" export model.h5 out.h5 --format recurrent # softmax has no fixed-size state
+refuse 1 '' "$SRF" eval --model no-such-file --data text.txt
+refuse 1 '' "$SRF" eval --model model.h5 --data no-such-file
+refuse 1 '' "$SRF" eval --model text.txt --data text.txt
+refuse 1 '' "$SRF" info text.txt
+refuse 1 '' "$SRF" import no-such-folder out.h5
+refuse 1 '' "$SRF" export no-such-file out --format hf
+refuse 1 '' "$SRF" export model.h5 out.h5 --format recurrent # softmax has no fixed-size state
 for option in '--m 8' '--window 8' '--features iid' '--rotation hd' '--oprf-a 0' '--draw 0' \
     '--features-seed 0' --share-heads --normalize-rows; do
     for command in eval generate 'train --out run'; do
         case $command in generate) data= ;; *) data='--data text.txt' ;; esac
-        refuse 1 "$SRF" $command --model model.h5 $data $option
+        refuse 1 '' "$SRF" $command --model model.h5 $data $option
         grep -q 'add --attention srf' stderr || fail "$command $option: $(cat stderr)"
     done
 done
 
 # Past the learned positions: refused, or by a stated policy, whose price is shown.
 length=$("$SRF" info model.h5 | sed -n 's/^positions *//p')
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --seq-len $((length + 1))
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --seq-len $((length + 1))
 grep -q -- --positions stderr || fail "no way past the positions: $(cat stderr)"
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions round
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions interpolate
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions wrap --max-positions 999
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --positions interpolate --max-positions 2
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --positions round
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --positions interpolate
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --positions wrap --max-positions 999
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --positions interpolate --max-positions 2
 for mode in parallel recurrent; do
     for policy in wrap clamp "interpolate --max-positions $((2 * length))"; do
         run "$SRF" eval --model model.h5 --data text.txt --attention srf --mode $mode --quiet \
@@ -154,7 +139,7 @@ done
 cmp -s cost.parallel.wrap cost.parallel.clamp && fail "wrap and clamp are the same"
 
 # Other draws: the ones that --draw names, after the model's own; the mean and the spread of them.
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --draws 2
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --draws 2
 grep -q 'add --attention srf' stderr || fail "--draws with softmax: $(cat stderr)"
 eval_srf=("$SRF" eval --model model.h5 --data text.txt --attention srf -m 8 --max-tokens 500 -q --json)
 for draw in 0 1; do
@@ -169,34 +154,34 @@ grep -q '"mean": [0-9.]*, "sd": [0-9.]*, "ppl"' stdout || fail "--draws 2: no sp
 
 # Outputs that would replace an input, or cannot be written: said before the work begins.
 cp model.h5 precious.h5
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --per-token ./model.h5
-refuse 1 "$SRF" eval --model model.h5 --data text.txt --per-token text.txt
-refuse 1 "$SRF" eval --model no-such-file --data text.txt --per-token no/such/place.h5
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --per-token ./model.h5
+refuse 1 '' "$SRF" eval --model model.h5 --data text.txt --per-token text.txt
+refuse 1 '' "$SRF" eval --model no-such-file --data text.txt --per-token no/such/place.h5
 grep -q 'no/such/place.h5' stderr || fail "eval looks at its output late: $(cat stderr)"
-refuse 1 "$SRF" eval --model no-such-file --data text.txt --per-token .
+refuse 1 '' "$SRF" eval --model no-such-file --data text.txt --per-token .
 grep -q 'Is a directory' stderr || fail "eval looks at its output late: $(cat stderr)"
-refuse 1 "$SRF" import model.h5 ./model.h5
-refuse 1 "$SRF" export model.h5 model.h5 --format recurrent
-refuse 1 "$SRF" export model.h5 model.h5 --format llmc
-refuse 1 "$SRF" import no-such-file no/such/place.h5
+refuse 1 '' "$SRF" import model.h5 ./model.h5
+refuse 1 '' "$SRF" export model.h5 model.h5 --format recurrent
+refuse 1 '' "$SRF" export model.h5 model.h5 --format llmc
+refuse 1 '' "$SRF" import no-such-file no/such/place.h5
 grep -q 'no/such/place.h5' stderr || fail "import looks at its output late: $(cat stderr)"
-refuse 1 "$SRF" tokenize text.txt --tokenizer model.h5 --out ./model.h5
-refuse 1 "$SRF" tokenize text.txt --tokenizer model.h5 --out out.h5 --holdout-every 2 \
+refuse 1 '' "$SRF" tokenize text.txt --tokenizer model.h5 --out ./model.h5
+refuse 1 '' "$SRF" tokenize text.txt --tokenizer model.h5 --out out.h5 --holdout-every 2 \
     --holdout-out model.h5
-refuse 1 "$SRF" import start/no-such-file out.h5 --tokenizer model.h5
+refuse 1 '' "$SRF" import start/no-such-file out.h5 --tokenizer model.h5
 cmp -s model.h5 precious.h5 || fail "the model was replaced"
 
-refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 \
+refuse 1 '' "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 \
     --window 0 --quiet
 for command in retrofit validate; do
-    refuse 1 "$SRF" $command --model no-such-file --data text.txt --out text.txt/run
+    refuse 1 '' "$SRF" $command --model no-such-file --data text.txt --out text.txt/run
     grep -q 'text.txt/run' stderr || fail "$command looks at its output late: $(cat stderr)"
 done
-refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --val text.txt --eval-tokens 1 --out run \
-    --seq-len 16 --window 2 --steps 1 --quiet
-refuse 1 "$SRF" retrofit --model model.h5 --data text.txt --out run --rotation hd --features none
-refuse 1 "$SRF" train --init no-such-file --data text.txt --out run
-refuse 1 "$SRF" train --resume --data text.txt --out no-such-run
+refuse 1 '' "$SRF" retrofit --model model.h5 --data text.txt --val text.txt --eval-tokens 1 \
+    --out run --seq-len 16 --window 2 --steps 1 --quiet
+refuse 1 '' "$SRF" retrofit --model model.h5 --data text.txt --out run --rotation hd --features none
+refuse 1 '' "$SRF" train --init no-such-file --data text.txt --out run
+refuse 1 '' "$SRF" train --resume --data text.txt --out no-such-run
 
 # Ctrl-C: the step is finished, the run saved, the way on said; the rest gives the same model as
 # without the interruption.
