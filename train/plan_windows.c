@@ -1,21 +1,16 @@
-/* What a window and a number of features of a layer are worth: the KL divergence of the model's
- * predictions from those of softmax attention when this layer alone has them. That is measured with
- * the smallest window, for each number of features; for the other windows it goes as the squared
- * error of the layer's attention outputs, which is cheap: all layers from one forward. Features as
- * they are drawn would be judged too badly, most of all where attention is spread wide, which is
- * what they learn first, and the fewer they are the more: so a calibrated and fitted copy
- * (calibrate.h) of the model stands for the retrofitted one, and its features are trained for some
- * steps on the outputs of their own layer alone. */
-#include "train/plan_windows.h"
+/* The worth of a window and a number of features in a layer: the KL divergence from the predictions
+ * of softmax attention when only this layer uses them. It is measured with the smallest window, for
+ * each number of features, and scaled to the other windows by the squared error of the layer's
+ * attention outputs, which is cheap: one forward serves all layers. Features as drawn would be
+ * judged too badly, the fewer they are and the wider attention is spread, which is what training
+ * improves first. So a calibrated and fitted copy of the model (calibrate.h) stands in for the
+ * retrofitted one, with features trained for some steps on the outputs of their own layer. */
+#include "train/plan_internal.h"
 #include "model/arch.h"
 #include "train/calibrate.h"
 
 #include <math.h>
 #include <string.h>
-
-/* Windows in halves of the given one; numbers of features in quarters. */
-enum { MOST_WINDOWS = 7, MOST_M = 3, MOST_CHOICES = MOST_WINDOWS * MOST_M };
-static const int64_t quarters[MOST_M] = {1, 2, 4};
 
 /* Most logits of a measurement of KL, which is what bounds its time. */
 #define MOST_LOGITS (1ll << 26)
@@ -24,109 +19,6 @@ static const int64_t quarters[MOST_M] = {1, 2, 4};
 enum { TRAIN_TOKENS = 4096 };
 #define TRAIN_LR 0.03
 
-/* Finest grain of a budget. */
-enum { MOST_ROOM = 1 << 16 };
-
-/* least[l][u]: of the first l layers with u of the room taken; by dynamic programming. */
-srf_status srf_plan_windows_choose(const double *error, const int64_t *cost, int64_t n_choices,
-                                   int64_t n, int64_t room, int *choice)
-{
-    int64_t row = room + 1;
-    double *least;
-    SRF_TRY(SRF_ALLOC(least, (n + 1) * row));
-    for (int64_t u = 0; u <= room; u++) least[u] = u == 0 ? 0 : INFINITY;
-    for (int64_t l = 0; l < n; l++)
-        for (int64_t u = 0; u <= room; u++) {
-            double *to = &least[(l + 1) * row + u];
-            *to = INFINITY;
-            for (int64_t c = 0; c < n_choices; c++) {
-                if (u < cost[c]) continue;
-                double sum = least[l * row + u - cost[c]] + error[c * n + l];
-                if (sum < *to) *to = sum;
-            }
-        }
-    int64_t used = 0;
-    for (int64_t u = 0; u <= room; u++)
-        if (least[n * row + u] < least[n * row + used]) used = u;
-    bool found = isfinite(least[n * row + used]);
-    for (int64_t l = n - 1; found && l >= 0; l--)
-        for (int64_t c = 0; c < n_choices; c++) {
-            if (used < cost[c] ||
-                least[l * row + used - cost[c]] + error[c * n + l] > least[(l + 1) * row + used])
-                continue;
-            choice[l] = (int)c;
-            used -= cost[c];
-            break;
-        }
-    srf__free(least);
-    SRF_FAIL_IF(!found, SRF_INVALID, "windows by layer: no choice has room");
-    return SRF_OK;
-}
-
-/* ---- what there is to choose ----------------------------------------------------------------- */
-
-/* Choice c of a layer is window c / n_m with m c % n_m. */
-struct choices {
-    int64_t n_windows, n_m, n;
-    int64_t window[MOST_WINDOWS], m[MOST_M];
-    int64_t values[MOST_CHOICES]; /* of a head's state in a layer */
-    int64_t given;                /* the choice that the model came with */
-};
-
-static struct choices all_choices(const struct srf_checkpoint *ck,
-                                  const struct srf_plan_windows_config *config)
-{
-    const struct srf_attention_config *a = &ck->attention;
-    int64_t one = a->window, seq_len = config->seq_len, d = ck->config.c / ck->config.n_heads;
-    bool features = config->features && !a->far_none && one < seq_len; /* that see anything */
-    struct choices s = {0};
-    /* A window that leaves nothing to the features would leave them untrained. */
-    for (int64_t halves = 1; halves <= MOST_WINDOWS; halves++)
-        if (halves <= 2 || halves * one < seq_len) s.window[s.n_windows++] = halves * one / 2;
-    /* Kernels on CUDA are fast with multiples of 16. */
-    for (int i = 0; i < MOST_M; i++)
-        if (quarters[i] == 4 || (features && quarters[i] * a->m % 64 == 0))
-            s.m[s.n_m++] = quarters[i] * a->m / 4;
-    s.given = 2 * s.n_m - 1; /* the second window, the last m */
-    s.n = s.n_windows * s.n_m;
-    for (int64_t c = 0; c < s.n; c++)
-        s.values[c] = srf_attn_state_count(s.m[c % s.n_m], d, s.window[c / s.n_m]);
-    return s;
-}
-
-static int64_t state_bytes(const struct srf_checkpoint *ck, int64_t values)
-{
-    return ck->config.n_heads * values * 4;
-}
-
-/* The room that a budget of so many values has for all layers, and what each choice takes of it. */
-static srf_status room_of(const struct srf_checkpoint *ck, const struct choices *s, int64_t budget,
-                          int64_t *cost, int64_t *room)
-{
-    int64_t n = ck->config.n_layers, most = 0, least = s->values[0], unit = 0, values;
-    for (int64_t c = 0; c < s->n; c++) {
-        most = s->values[c] > most ? s->values[c] : most;
-        least = s->values[c] < least ? s->values[c] : least;
-        for (int64_t x = s->values[c], rest; x; x = rest) { /* the greatest common divisor */
-            rest = unit % x;
-            unit = x;
-        }
-    }
-    values = budget ? budget / state_bytes(ck, 1) : n * s->values[s->given];
-    SRF_FAIL_IF(values < n * least, SRF_INVALID,
-                "a state of %lld bytes: %lld layers with %lld features and windows of %lld take "
-                "%lld at least",
-                (long long)budget, (long long)n, (long long)s->m[0], (long long)s->window[0],
-                (long long)state_bytes(ck, n * least));
-    values = values < n * most ? values : n * most;
-    while (values / unit > MOST_ROOM) unit *= 2;
-    for (int64_t c = 0; c < s->n; c++) cost[c] = (s->values[c] + unit - 1) / unit;
-    *room = values / unit;
-    for (int64_t c = 0; c < s->n; c++) /* rounding must not take the least away */
-        if (s->values[c] == least && *room < n * cost[c]) *room = n * cost[c];
-    return SRF_OK;
-}
-
 /* ---- what they cost -------------------------------------------------------------------------- */
 
 /* Two models of the trial's weights: softmax, which keeps q, k, v and its outputs of all text, and
@@ -134,7 +26,7 @@ static srf_status room_of(const struct srf_checkpoint *ck, const struct choices 
 struct run {
     struct srf_ctx *ctx;
     const struct srf_plan_windows_config *config;
-    const struct choices *choices;
+    const struct srf__plan_choices *choices;
     struct srf_checkpoint trial; /* weights and features of its own, the rest is ck's */
     struct srf_arena *arena;
     struct srf_model *exact, *student;
@@ -224,7 +116,7 @@ static srf_status upload_features(struct run *r, int64_t layer, int64_t i, void 
 
 static struct srf_attn_shape shape_of(const struct run *r, int64_t windows, int64_t c)
 {
-    const struct choices *s = r->choices;
+    const struct srf__plan_choices *s = r->choices;
     return (struct srf_attn_shape){.b = windows,
                                    .t = r->config->seq_len,
                                    .h = r->trial.config.n_heads,
@@ -380,7 +272,7 @@ static srf_status open_run(struct run *r, const struct srf_checkpoint *ck, const
 static void report(const struct run *r, int64_t errors, int64_t kls)
 {
     const struct srf_plan_windows_config *c = r->config;
-    const struct choices *s = r->choices;
+    const struct srf__plan_choices *s = r->choices;
     int64_t trained = 3 * c->train_steps * r->train_windows;
     int64_t error = (trained + s->n / s->n_m * c->windows) * c->seq_len;
     int64_t kl = 64 * r->batch.b * c->seq_len, n = r->trial.config.n_layers * s->n_m;
@@ -390,7 +282,7 @@ static void report(const struct run *r, int64_t errors, int64_t kls)
 /* error (n_choices, layers): squared, of the attention outputs on all text. */
 static srf_status measure_errors(struct run *r, double *error)
 {
-    const struct choices *s = r->choices;
+    const struct srf__plan_choices *s = r->choices;
     int64_t layers = r->trial.config.n_layers;
     void *sum = srf_arena_ptr(r->arena, r->slot_sum);
     for (int64_t l = 0; l < layers; l++) {
@@ -413,7 +305,7 @@ static srf_status measure_errors(struct run *r, double *error)
  * long as the text, a multiple of 64, which kernels like. */
 static srf_status measure_kl(struct run *r, int64_t layer, int64_t c, double *kl)
 {
-    const struct choices *s = r->choices;
+    const struct srf__plan_choices *s = r->choices;
     struct srf_model *m = r->student;
     int64_t len = r->config->seq_len, n = r->batch.b * len, d = head_size(r), first = 0;
     struct srf_attention_config *a = &m->attention;
@@ -438,7 +330,7 @@ static srf_status measure_kl(struct run *r, int64_t layer, int64_t c, double *kl
 /* loss (n_choices, layers): what each choice costs in a layer. */
 static srf_status measure(struct run *r, double *loss)
 {
-    const struct choices *s = r->choices;
+    const struct srf__plan_choices *s = r->choices;
     int64_t layers = r->trial.config.n_layers, n = layers * s->n_m;
     double rounding, kl;
     SRF_TRY(measure_errors(r, loss));
@@ -463,29 +355,12 @@ static srf_status measure(struct run *r, double *loss)
 
 /* ---- the plan -------------------------------------------------------------------------------- */
 
-static void apply(struct srf_attention_config *a, const struct choices *s, const int *choice,
-                  int64_t n)
-{
-    bool one_window = true, one_m = true;
-    a->window = a->m = 0;
-    for (int64_t l = 0; l < n; l++) {
-        a->windows[l] = (int32_t)s->window[choice[l] / s->n_m];
-        a->layer_m[l] = (int32_t)s->m[choice[l] % s->n_m];
-        one_window = one_window && a->windows[l] == a->windows[0];
-        one_m = one_m && a->layer_m[l] == a->layer_m[0];
-        if (a->windows[l] > a->window) a->window = a->windows[l];
-        if (a->layer_m[l] > a->m) a->m = a->layer_m[l];
-    }
-    a->n_windows = one_window ? 0 : n;
-    a->n_layer_m = one_m ? 0 : n;
-}
-
 srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, const int32_t *tokens,
                             const struct srf_plan_windows_config *config,
                             struct srf_plan_windows_result *out)
 {
     struct srf_attention_config *a = &ck->attention;
-    int64_t n = ck->config.n_layers, room = 0, cost[MOST_CHOICES], most = 0, values = 0;
+    int64_t n = ck->config.n_layers, room = 0, cost[SRF__PLAN_CHOICES], most = 0, values = 0;
     SRF_FAIL_IF(a->kind != SRF_ATTN_SRF, SRF_INVALID, "softmax attention has no window to plan");
     SRF_FAIL_IF(a->n_windows || a->n_layer_m || a->window < 2 || a->window > 16384 ||
                     n > SRF_LAYERS_MAX,
@@ -493,8 +368,8 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
                 "a plan of windows starts from one of 2 to 16384 and one number of features for "
                 "all, at most %d layers",
                 SRF_LAYERS_MAX);
-    const struct choices s = all_choices(ck, config);
-    SRF_TRY(room_of(ck, &s, config->state_budget, cost, &room));
+    const struct srf__plan_choices s = srf__plan_all_choices(ck, config);
+    SRF_TRY(srf__plan_room(ck, &s, config->state_budget, cost, &room));
     struct run r = {.ctx = ctx, .config = config, .choices = &s};
     double *loss = NULL;
     int *choice = NULL;
@@ -511,14 +386,14 @@ srf_status srf_plan_windows(struct srf_ctx *ctx, struct srf_checkpoint *ck, cons
         SRF_TRY_GO(measure(&r, loss));
         SRF_TRY_GO(srf_plan_windows_choose(loss, cost, s.n, n, room, choice));
     }
-    apply(a, &s, choice, n);
+    srf__plan_apply(a, &s, choice, n);
     for (int64_t l = 0; l < n; l++) {
         values += s.values[choice[l]];
         if (!out->measured) continue;
         out->before += loss[s.given * n + l];
         out->after += loss[choice[l] * n + l];
     }
-    out->state_bytes = state_bytes(ck, values);
+    out->state_bytes = srf__plan_state_bytes(ck, values);
 cleanup:
     free_run(&r);
     srf__free(loss);
