@@ -199,6 +199,24 @@ cleanup:
 
 /* ---- opening -------------------------------------------------------------------------------- */
 
+/* What else a file of 9 bytes or more may be, and what to do with it then. */
+static srf_status refuse_file(const char *path, const unsigned char *head)
+{
+    size_t n = strlen(path);
+    static const char index[] = ".index.json";
+    bool pickle = memcmp(head, "PK\3\4", 4) == 0 || (head[0] == 0x80 && head[1] <= 5);
+    SRF_FAIL_IF(pickle, SRF_UNSUPPORTED,
+                "%s: by its first bytes PyTorch's own format: expected safetensors; save it again "
+                "with safe_serialization=True",
+                path);
+    SRF_FAIL_IF(memcmp(head, "GGUF", 4) == 0, SRF_UNSUPPORTED,
+                "%s: GGUF: expected the safetensors that it was made from", path);
+    SRF_FAIL_IF(n > strlen(index) && strcmp(path + n - strlen(index), index) == 0, SRF_INVALID,
+                "%s: the index of a model in shards: name the directory it is in", path);
+    SRF_FAIL(SRF_FORMAT, "%s: neither HDF5 nor safetensors nor an llm.c model (by its first bytes)",
+             path);
+}
+
 /* By what the first bytes say. */
 static srf_status open_by_contents(struct srf_source *s, const char *path)
 {
@@ -228,8 +246,7 @@ static srf_status open_by_contents(struct srf_source *s, const char *path)
         s->kind = SRF_SOURCE_LLMC;
         return srf__llmc_read(s, path);
     }
-    SRF_FAIL_IF(head[8] != '{', SRF_FORMAT,
-                "%s: neither HDF5 nor safetensors nor an llm.c model (by its first bytes)", path);
+    if (head[8] != '{') return refuse_file(path, head);
     s->kind = SRF_SOURCE_SAFETENSORS;
     SRF_TRY(srf__safetensors_read(s, path));
     char *dir;

@@ -191,9 +191,11 @@ static srf_status load(const char *path, const char *config_json, struct srf_sou
     }
     /* Names and shapes first: nothing is allocated for a file that is not what it says. */
     SRF_TRY_GO(refuse_unknown(src, ck));
+    bool shard = srf_source_kind(src) == SRF_SOURCE_SAFETENSORS && strstr(path, "-of-");
     for (int64_t i = 0; i < ck->table.n; i++)
         SRF_FAIL_GO_IF(srf_source_find(src, ck->table.rows[i].name) < 0, SRF_FORMAT,
-                       "tensor %s is missing", ck->table.rows[i].name);
+                       "tensor %s is missing%s", ck->table.rows[i].name,
+                       shard ? " (in one of several shards? name their directory)" : "");
     SRF_TRY_GO(SRF_CALLOC(ck->params, ck->table.total));
     for (int64_t i = 0; i < ck->table.n; i++)
         SRF_TRY_GO(read_tensor(src, &ck->table.rows[i], ck->params + ck->table.rows[i].offset));

@@ -179,6 +179,16 @@ for file in st-overlap st-deep-json config-relu tokenizer-bad-json shard-escapes
 done
 : >empty
 reject 1 "empty: the file is empty" info empty
+
+# What people have in place of safetensors.
+printf 'PK\003\004 and a zip file' >pytorch_model.bin
+reject 1 "safe_serialization=True" import pytorch_model.bin out.h5
+printf '\200\002 and a pickle' >old-pickle.bin
+reject 1 "expected safetensors" import old-pickle.bin out.h5
+printf 'GGUF and numbers' >model.gguf
+reject 1 "GGUF: expected the safetensors" import model.gguf out.h5
+printf '{"metadata": {}, "weight_map": {}}' >model.safetensors.index.json
+reject 1 "name the directory" import model.safetensors.index.json out.h5
 reject 1 "expected a regular file" info /dev/zero
 
 # import: command lines, outputs
