@@ -2,6 +2,7 @@
 #include "tests/support.h"
 #include "infer/engine.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -275,6 +276,75 @@ static void states(void **state)
     srf_ctx_free(ctx);
 }
 
+/* A prompt that begins anew leaves the state alone of one that goes on in the slot behind it. */
+static void anew_beside_going_on(void **state)
+{
+    (void)state;
+    struct job job;
+    make_jobs(&job, 1);
+    struct srf_checkpoint *ck = checkpoint(4);
+    struct srf_ctx *ctx;
+    struct srf_engine_config config = config_of(3);
+    int32_t tokens[2][10 * 3];
+    config.stop = -1;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    for (int together = 0; together < 2; together++) {
+        struct srf_engine *e;
+        test_ok(srf_engine_create(ctx, ck, &config, &e));
+        struct srf_engine_prompt prompts[3];
+        for (int64_t i = 0; i < 3; i++)
+            prompts[i] = (struct srf_engine_prompt){
+                .slot = i, .tokens = job.prompt, .n_tokens = 20 + i, .sequence = (uint64_t)i};
+        test_ok(srf_engine_admit(e, 3, prompts));
+        for (int i = 0; i < 3; i++) {
+            prompts[i].n_tokens = 5;
+            prompts[i].max_new = 10;
+            prompts[i].resume = i == 1;
+        }
+        if (together) test_ok(srf_engine_admit(e, 3, prompts));
+        for (int i = 0; i < 3 && !together; i++) test_ok(srf_engine_admit(e, 1, &prompts[i]));
+        for (int64_t i = 0; i < 3; i++)
+            assert_int_equal(srf_engine_position(e, i), i == 1 ? 21 + 5 : 5);
+        test_ok(srf_engine_decode(e, 10, tokens[together]));
+        srf_engine_free(e);
+    }
+    assert_memory_equal(tokens[0], tokens[1], sizeof tokens[0]);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+/* Logits that are not numbers give no token: of a prompt, and in the middle of a text. */
+static void not_finite(void **state)
+{
+    (void)state;
+    enum { AT = 40 };
+    struct srf_checkpoint *ck = checkpoint(4);
+    struct srf_ctx *ctx;
+    struct srf_engine *e;
+    int32_t prompt[AT + 1] = {0}, tokens[8 * 2];
+    struct srf_engine_config config = config_of(2);
+    config.stop = -1;
+    for (int64_t r = 0; r < ck->table.n; r++)
+        if (strstr(ck->table.rows[r].name, "wpe"))
+            ck->params[ck->table.rows[r].offset + AT * 36] = NAN;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    test_ok(srf_engine_create(ctx, ck, &config, &e));
+    struct srf_engine_prompt p = {.slot = 1, .tokens = prompt, .n_tokens = AT + 1, .max_new = MOST};
+    assert_int_equal(srf_engine_admit(e, 1, &p), SRF_NONFINITE);
+    assert_non_null(strstr(srf_error_message(), "slot 1"));
+    srf_engine_free(e);
+    test_ok(srf_engine_create(ctx, ck, &config, &e));
+    p.n_tokens = AT - 10;
+    test_ok(srf_engine_admit(e, 1, &p));
+    test_ok(srf_engine_decode(e, 8, tokens));
+    for (int t = 0; t < 8; t++) assert_true(tokens[2 * t + 1] >= 0);
+    assert_int_equal(srf_engine_decode(e, 8, tokens), SRF_NONFINITE);
+    assert_non_null(strstr(srf_error_message(), "slot 1"));
+    srf_engine_free(e);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
 static void refuses(void **state)
 {
     (void)state;
@@ -340,8 +410,13 @@ static void refuses(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(rows_alone), cmocka_unit_test(any_company), cmocka_unit_test(logits_alone),
-        cmocka_unit_test(states),     cmocka_unit_test(refuses),
+        cmocka_unit_test(rows_alone),
+        cmocka_unit_test(any_company),
+        cmocka_unit_test(logits_alone),
+        cmocka_unit_test(states),
+        cmocka_unit_test(anew_beside_going_on),
+        cmocka_unit_test(not_finite),
+        cmocka_unit_test(refuses),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -5,6 +5,7 @@
 #include "tests/h5_seal.h"
 #include "tests/scratch.h"
 
+#include <fcntl.h>
 #include <hdf5.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -39,6 +40,53 @@ static srf_status refuse(void *user, const char *path)
     (void)path;
     ++*(int *)user;
     SRF_FAIL(SRF_MISMATCH, "enough");
+}
+
+/* In place of the C library's: what is told to the disk, and in which order. f, d: a file or a
+ * directory is synced, r: a file is renamed. */
+static char order[16];
+
+static void note(char what)
+{
+    size_t n = strlen(order);
+    if (n + 1 < sizeof order) order[n] = what, order[n + 1] = '\0';
+}
+
+int fsync(int fd)
+{
+    struct stat info;
+    assert_int_equal(fstat(fd, &info), 0);
+    note(S_ISDIR(info.st_mode) ? 'd' : 'f');
+    return 0;
+}
+
+int rename(const char *from, const char *to)
+{
+    note('r');
+    return renameat(AT_FDCWD, from, AT_FDCWD, to);
+}
+
+/* A file's contents are on the disk before it takes the place of another, its name after that. */
+static void durable(void **state)
+{
+    (void)state;
+    struct srf_tensor_out t = {"a", 1, {2}, floats};
+    char path[128];
+    for (int kind = 0; kind < 3; kind++) {
+        struct srf_h5 *f;
+        order[0] = '\0';
+        test_at(path, "durable");
+        if (kind == 0) {
+            test_ok(srf_h5_create(path, &f));
+            test_ok(srf_h5_commit(f));
+        } else if (kind == 1) {
+            test_ok(srf_safetensors_write(path, &t, 1, SRF_F32));
+        } else {
+            test_ok(srf_write_file_atomic(path, "text", 4));
+        }
+        assert_string_equal(order, "frd");
+    }
+    unlink(path);
 }
 
 static void round_trip(void **state)
@@ -98,6 +146,10 @@ static void round_trip(void **state)
                "expected shape (3), found (2)");
     test_fails(srf_h5_get(f, "/z/doubles", SRF_F64, 2, (int64_t[]){2, 1}, two), SRF_FORMAT,
                "expected shape (2, 1), found (2)");
+    test_fails(srf_h5_get(f, "/z/doubles", SRF_F64, 1, (int64_t[]){1}, two), SRF_FORMAT,
+               "expected shape (1), found (2)");
+    test_fails(srf_h5_get(f, "/z/deep/floats", SRF_F32, 3, shape, back), SRF_FORMAT,
+               "expected shape (2, 3, 1), found (2, 3, 1, 2)");
     test_fails(srf_h5_get(f, "/z/doubles", SRF_I32, 1, (int64_t[]){2}, ints), SRF_FORMAT,
                "expected integers");
     test_fails(srf_h5_get(f, "/a.b.c", SRF_F32, 1, (int64_t[]){3}, back), SRF_FORMAT,
@@ -425,8 +477,9 @@ static void full_disk(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(round_trip), cmocka_unit_test(error_printing), cmocka_unit_test(strangers),
-        cmocka_unit_test(checksums),  cmocka_unit_test(addresses),      cmocka_unit_test(full_disk),
+        cmocka_unit_test(durable),   cmocka_unit_test(round_trip), cmocka_unit_test(error_printing),
+        cmocka_unit_test(strangers), cmocka_unit_test(checksums),  cmocka_unit_test(addresses),
+        cmocka_unit_test(full_disk),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }

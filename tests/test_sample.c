@@ -1,4 +1,5 @@
 /* sample and slots_next on the CPU. */
+#include "infer/sampler.h"
 #include "tests/ref/dense.h"
 #include "tests/ref/sample_case.h"
 
@@ -62,12 +63,29 @@ static void test_reference(void **state)
     assert_true(skipped < compared / 20);
 }
 
+/* All but one: the last of those alike is left out, the others are not. */
+static void test_all_but_one(void **state)
+{
+    (void)state;
+    const float logits[3] = {0};
+    const struct srf_sampler_config c = {.temperature = 1, .top_k = 2, .top_p = 1};
+    int n[3] = {0};
+    for (int64_t i = 0; i < 200; i++) {
+        int32_t token;
+        test_ok(srf_sample(&c, 1, 2, i, logits, 3, &token));
+        n[token]++;
+    }
+    assert_true(n[0] > 60 && n[1] > 60 && n[2] == 0);
+}
+
 static void test_refusals(void **state)
 {
     (void)state;
     struct twins s = twins_new(SRF_F32, 1);
     assert_int_equal(SRF_RUN(s.ctx, sample, .v = 3, .temperature = -1, .top_p = 1), SRF_INVALID);
     assert_int_equal(SRF_RUN(s.ctx, sample, .v = 3, .temperature = 1, .top_p = 0), SRF_INVALID);
+    assert_int_equal(SRF_RUN(s.ctx, sample, .v = 3, .temperature = 101, .top_p = 1), SRF_INVALID);
+    assert_int_equal(SRF_RUN(s.ctx, sample, .v = 3, .temperature = NAN, .top_p = 1), SRF_INVALID);
     assert_int_equal(SRF_RUN(s.ctx, sample, .v = 0, .temperature = 1, .top_p = 1), SRF_INVALID);
     twins_free(&s);
 }
@@ -102,6 +120,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reference),
+        cmocka_unit_test(test_all_but_one),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_slots),
     };
