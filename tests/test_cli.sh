@@ -83,6 +83,7 @@ done
 refuse 2 '' "$SRF" eval --model model.h5
 refuse 2 '' "$SRF" eval --model model.h5 --data
 refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --batch x
+refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --batch 12x
 refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --batch 0
 refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --seq-len 1e3
 refuse 2 '' "$SRF" eval --model model.h5 --data text.txt --json=yes
@@ -115,6 +116,10 @@ for option in '--m 8' '--window 8' '--features iid' '--rotation hd' '--oprf-a 0'
         grep -q 'add --attention srf' stderr || fail "$command $option: $(cat stderr)"
     done
 done
+
+# Results that cannot be printed are a failure.
+"$SRF" info model.h5 >/dev/full 2>stderr && fail "a full disk is no error"
+grep -q 'standard output' stderr || fail "info to a full disk: $(cat stderr)"
 
 # Past the learned positions: refused, or by a stated policy, whose price is shown.
 length=$("$SRF" info model.h5 | sed -n 's/^positions *//p')
@@ -151,6 +156,14 @@ grep -o '"ppl": \[[^]]*' stdout | cut -c9- | tr -d ' ' | tr ',' '\n' >all.draws
 cmp -s each.draw all.draws || fail "--draws 2: $(cat stdout), not $(xargs <each.draw)"
 [ "$(uniq all.draws | wc -l)" -eq 2 ] || fail "--draws 2: both are the same"
 grep -q '"mean": [0-9.]*, "sd": [0-9.]*, "ppl"' stdout || fail "--draws 2: no spread: $(cat stdout)"
+
+# Each setting reaches the features: none has the perplexity of another.
+for option in '' '--features iid' '--rotation hd' --share-heads --normalize-rows '--oprf-a -0.1' \
+    '--features-seed 1' '--draw 1' '--window 4'; do
+    run "${eval_srf[@]}" $option
+    grep -o '"ppl": [0-9.]*' stdout || fail "eval $option: $(cat stderr)"
+done >settings.ppl
+[ "$(sort -u settings.ppl | wc -l)" -eq 9 ] || fail "settings without an effect: $(cat settings.ppl)"
 
 # Outputs that would replace an input, or cannot be written: said before the work begins.
 cp model.h5 precious.h5

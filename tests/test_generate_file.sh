@@ -139,6 +139,9 @@ sed 's/{"line": 30,/{"lime": 30,/' before >part.jsonl
 cp part.jsonl before2
 bad 1 'is no record of srf generate' "${part[@]}"
 cmp -s before2 part.jsonl || fail "a foreign file was changed"
+sed '3p' before >part.jsonl
+bad 1 'answers line' "${part[@]}"
+grep -q 'twice' stderr || fail "a line answered twice: $(cat stderr)"
 rm part.jsonl.settings.json
 bad 1 'No such file' "${part[@]}"
 

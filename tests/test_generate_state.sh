@@ -54,6 +54,15 @@ cp stdout after
 ok -n 5 --seed 1 --json
 cmp <(texts after) <(texts stdout) || fail "the state of an empty prompt goes on otherwise"
 
+# A prompt of a file that goes on from a text in its middle draws what the text itself would.
+ok --prompt 'the king' -n 6 --seed 3 --ignore-eos --state-out made.h5
+ok --state-in made.h5 --prompt ' river' -n 8 --seed 3 --ignore-eos --json
+texts stdout >one
+echo '{"prompt": " river", "n": 8, "seed": 3}' >river.jsonl
+ok --input river.jsonl --output river.out --state-in made.h5 --ignore-eos
+python3 -c 'import json; print(json.dumps(json.load(open("river.out"))["text"]))' | cmp - one ||
+    fail "a prompt of a file goes on otherwise: $(cat river.out), not $(cat one)"
+
 # A prefix of all prompts: as if it were written before each.
 prefix='the king and of a river house went saw came to unto'
 for ((i = 0; i < 40; i++)); do
