@@ -1,5 +1,7 @@
 #include "tests/ref/attn_case.h"
 
+#include <string.h>
+
 /* Values between rows. Kernels for tensor cores want rows of bf16 at multiples of 16 bytes, and
  * leave others to the kernels that take every shape. */
 static int64_t padding(enum srf_dtype dtype)
@@ -141,9 +143,35 @@ static double *ref(const struct attn_case *c, struct twin t, int part)
     .q = side(c, c->qkv, 0), .k = side(c, c->qkv, 1), .v = side(c, c->qkv, 2), .ld = c->ld
 #define D_QKV(side) .dq = side(c, c->dqkv, 0), .dk = side(c, c->dqkv, 1), .dv = side(c, c->dqkv, 2)
 
+void attn_case_forget(const struct attn_case *c, struct twin t, int64_t ld, int n_parts, int64_t b,
+                      int64_t from, int64_t len)
+{
+    const struct srf_backend *be = c->s.ctx->be;
+    size_t size = srf_dtype_bytes(t.type), row = (size_t)ld * size, bytes = (size_t)len * row;
+    size_t own = (size_t)(n_parts * c->shape.h * c->shape.d) * size;
+    char *dev = (char *)t.dev + (size_t)(b * c->shape.t + from) * row;
+    char *rows = srf__alloc(bytes, 1);
+    assert_non_null(rows);
+    test_ok(be->download(c->s.ctx, rows, dev, bytes));
+    for (int64_t i = 0; i < len; i++) memset(rows + (size_t)i * row, 0xff, own);
+    test_ok(be->upload(c->s.ctx, dev, rows, bytes));
+    srf__free(rows);
+}
+
+/* Before a forward, or a backward. */
+static void forget_outputs(const struct attn_case *c, bool backward)
+{
+    for (int64_t b = 0; b < c->shape.b; b++)
+        if (backward)
+            attn_case_forget(c, c->dqkv, c->ld, 3, b, 0, c->shape.t);
+        else
+            attn_case_forget(c, c->o, c->ld_o, 1, b, 0, c->shape.t);
+}
+
 void attn_case_fwd(struct attn_case *c)
 {
     send(c);
+    forget_outputs(c, false);
     twin_run(&c->s, srf_attn_fwd, .s = c->shape, QKV(dev), .w = c->w.dev, .bias = c->bias.dev,
              .o = c->o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, .carry = c->carry.dev);
 }
@@ -162,6 +190,7 @@ void attn_case_ref_fwd(struct attn_case *c)
 void attn_case_bwd(struct attn_case *c)
 {
     send(c);
+    forget_outputs(c, true);
     twin_run(&c->s, srf_attn_bwd, .s = c->shape, QKV(dev), .w = c->w.dev, .bias = c->bias.dev,
              .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, D_QKV(dev),
              .dw = c->no_dw ? NULL : c->dw.dev, .carry = c->no_carry ? NULL : c->carry.dev);
@@ -197,7 +226,10 @@ int64_t attn_case_go_on(struct attn_case *c, int64_t from, const int64_t *lens, 
 {
     struct srf_attn_shape s = c->shape;
     const char *q = c->piece.dev, *k = dev(c, c->piece, 1), *v = dev(c, c->piece, 2);
+    int64_t len = 0;
     send(c);
+    for (int i = 0; i < n_lens; i++) len += lens[i];
+    for (int64_t b = 0; b < s.b; b++) attn_case_forget(c, c->o, c->ld_o, 1, b, from, len);
     for (int i = 0; i < n_lens; i++) {
         int32_t *positions = c->pos.ref;
         s.t = lens[i];
@@ -233,6 +265,7 @@ void attn_case_recurrent(struct attn_case *c, const int64_t *lens, int n_lens)
 static void softmax_fwd(struct attn_case *c)
 {
     send(c);
+    forget_outputs(c, false);
     twin_run(&c->s, softmax_attn_fwd, SOFTMAX_SHAPE, QKV(dev), .o = c->o.dev, .ld_o = c->ld_o,
              .lse = c->lse.dev);
 }
@@ -240,6 +273,7 @@ static void softmax_fwd(struct attn_case *c)
 static void softmax_bwd(struct attn_case *c)
 {
     send(c);
+    forget_outputs(c, true);
     twin_run(&c->s, softmax_attn_bwd, SOFTMAX_SHAPE, QKV(dev), .o = c->o.dev, .d_o = c->d_o.dev,
              .ld_o = c->ld_o, .lse = c->lse.dev, D_QKV(dev));
 }
@@ -261,6 +295,7 @@ static void reference_softmax_bwd(struct attn_case *c)
 static void map_fwd(struct attn_case *c)
 {
     send(c);
+    forget_outputs(c, false);
     twin_run(&c->s, map_attn_fwd, .s = c->shape, .map = c->map, QKV(dev), .w = c->map_w.dev,
              .o = c->o.dev, .ld_o = c->ld_o, .stat = c->stat.dev);
 }
@@ -268,6 +303,7 @@ static void map_fwd(struct attn_case *c)
 static void map_bwd(struct attn_case *c)
 {
     send(c);
+    forget_outputs(c, true);
     twin_run(&c->s, map_attn_bwd, .s = c->shape, .map = c->map, QKV(dev), .w = c->map_w.dev,
              .o = c->o.dev, .d_o = c->d_o.dev, .ld_o = c->ld_o, .stat = c->stat.dev, D_QKV(dev),
              .dw = c->no_dw ? NULL : c->d_map_w.dev);

@@ -48,7 +48,12 @@ void attn_case_set(struct attn_case *c, int64_t i, double value);
 void attn_case_close(struct attn_case *c, const char *name, struct twin t, int64_t ld, int part,
                      int n_parts, double tol);
 
-/* Run the op under test, or the reference. */
+/* NaN in place of n_parts parts of an output of rows of ld, in `len` tokens of sequence b from the
+ * token `from` on: what an op does not write must not be what an earlier one has written. */
+void attn_case_forget(const struct attn_case *c, struct twin t, int64_t ld, int n_parts, int64_t b,
+                      int64_t from, int64_t len);
+
+/* Run the op under test, which finds its outputs forgotten, or the reference. */
 void attn_case_fwd(struct attn_case *c);
 void attn_case_bwd(struct attn_case *c);
 void attn_case_ref_fwd(struct attn_case *c);

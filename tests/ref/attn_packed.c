@@ -25,6 +25,7 @@ void attn_packed_go_on(struct attn_case *c, const int64_t *from, const int64_t *
     if (c->qkv_set) twin_send(&c->s, c->qkv);
     c->qkv_set = false;
     for (int64_t b = 0; b < s.b; b++) {
+        attn_case_forget(c, c->o, c->ld_o, 1, b, from[b], lens[b]);
         copy_rows(c, c->piece, rows, c->qkv, b * s.t + from[b], c->ld, lens[b]);
         copy_rows(c, c->piece_o, rows, c->o, b * s.t + from[b], c->ld_o, lens[b]);
         positions[b] = (int32_t)from[b];
