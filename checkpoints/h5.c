@@ -44,7 +44,7 @@ struct srf__reason srf__h5_why(void)
     return r;
 }
 
-/* ---- files ---------------------------------------------------------------------------------- */
+/* ---- files ----------------------------------------------------------------------------------- */
 
 static void forget(struct srf_h5 *f)
 {
@@ -189,7 +189,7 @@ void srf_h5_close(struct srf_h5 *f)
     forget(f);
 }
 
-/* ---- paths ---------------------------------------------------------------------------------- */
+/* ---- paths ----------------------------------------------------------------------------------- */
 
 bool srf__h5_exists(struct srf_h5 *f, const char *path)
 {
@@ -238,7 +238,7 @@ bool srf_h5_has(struct srf_h5 *f, const char *path)
     return found;
 }
 
-/* ---- attributes ----------------------------------------------------------------------------- */
+/* ---- attributes ------------------------------------------------------------------------------ */
 
 static srf_status put_attr(struct srf_h5 *f, const char *object, const char *name, hid_t type,
                            const void *value)

@@ -11,7 +11,7 @@ enum {
     MAX_TEXT = 512 << 20, /* bytes of a text */
 };
 
-/* ---- datasets ------------------------------------------------------------------------------- */
+/* ---- datasets -------------------------------------------------------------------------------- */
 
 /* What a dataset is; all of it known to lie inside the file. */
 struct dataset {
@@ -27,7 +27,7 @@ static void close_dataset(struct dataset *d)
     if (d->id >= 0) H5Dclose(d->id);
 }
 
-/* ---- checksums ------------------------------------------------------------------------------ */
+/* ---- checksums ------------------------------------------------------------------------------- */
 
 /* Of a dataset's bytes, in an attribute of it: HDF5 has checksums for its metadata, and for data in
  * chunks only, which are read in pieces through a filter. Every step is one to one in the word and
@@ -291,7 +291,7 @@ srf_status srf_h5_shape(struct srf_h5 *f, const char *path, int *ndim, int64_t s
     return srf__unhush(h, get_shape(f, path, ndim, shape));
 }
 
-/* ---- walking -------------------------------------------------------------------------------- */
+/* ---- walking --------------------------------------------------------------------------------- */
 
 /* Children of `group`, groups before their own children. */
 static srf_status each(struct srf_h5 *f, const char *group, int depth, int64_t *budget,

@@ -148,7 +148,7 @@ srf_status srf__hf_read(struct srf_source *s, const char *dir)
     return srf__hf_read_extras(s, dir);
 }
 
-/* ---- writing -------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json"};
 

@@ -53,7 +53,7 @@ static int64_t stored_count(const struct row *r, const struct dims *d)
     return extent(r->rows, d) * (r->cols == NONE ? 1 : extent(r->cols, d));
 }
 
-/* ---- reading -------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 /* Bytes that a file of these dims must have, or -1 if that is more than 2^62. */
 static int64_t file_bytes(const struct dims *d, int64_t width)
@@ -154,7 +154,7 @@ srf_status srf__llmc_read(struct srf_source *s, const char *path)
     return st;
 }
 
-/* ---- writing -------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 static srf_status get_int(const json_t *config, const char *key, int64_t *out)
 {

@@ -27,7 +27,7 @@ static const struct {
     {"U32", 4, false, 0},      {"I64", 8, false, 0},      {"U64", 8, false, 0},
 };
 
-/* ---- reading -------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 static bool as_int64(const json_t *v, int64_t *out)
 {
@@ -169,7 +169,7 @@ srf_status srf__safetensors_read(struct srf_source *s, const char *path)
     return st;
 }
 
-/* ---- writing -------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 static int64_t count_of(const struct srf_tensor_out *t)
 {

@@ -15,7 +15,7 @@ srf_status srf__json_parse(const char *what, const char *text, size_t n, json_t 
     return SRF_OK;
 }
 
-/* ---- tensors -------------------------------------------------------------------------------- */
+/* ---- tensors --------------------------------------------------------------------------------- */
 
 static const char *bare_name(const char *name)
 {
@@ -160,7 +160,7 @@ srf_status srf_source_read_f32(struct srf_source *s, int64_t i, float *out)
     return SRF_OK;
 }
 
-/* ---- native files --------------------------------------------------------------------------- */
+/* ---- native files ---------------------------------------------------------------------------- */
 
 static srf_status add_native(void *user, const char *path)
 {
@@ -197,7 +197,7 @@ cleanup:
     return st;
 }
 
-/* ---- opening -------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 /* What else a file of 9 bytes or more may be, and what to do with it then. */
 static srf_status refuse_file(const char *path, const unsigned char *head)

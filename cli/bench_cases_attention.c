@@ -217,7 +217,7 @@ static srf_status srf_attn_step(struct bench_buffers *b, const int64_t *p, struc
     return SRF_OK;
 }
 
-/* ---- the list ------------------------------------------------------------------------------- */
+/* ---- the list -------------------------------------------------------------------------------- */
 
 /* 8192 tokens on the CPU, 32768 elsewhere; m 0: softmax */
 static const struct {

@@ -13,7 +13,7 @@
 
 enum { MAX_JSON = 256 << 20 }; /* bytes of a tokenizer.json or config.json */
 
-/* ---- facts ---------------------------------------------------------------------------------- */
+/* ---- facts ----------------------------------------------------------------------------------- */
 
 static srf_status put(json_t *facts, const char *key, json_t *value)
 {
@@ -147,7 +147,7 @@ cleanup:
     return st;
 }
 
-/* ---- kinds of files ------------------------------------------------------------------------- */
+/* ---- kinds of files -------------------------------------------------------------------------- */
 
 static srf_status checkpoint(json_t *facts, const char *path)
 {
@@ -306,7 +306,7 @@ static srf_status gather(json_t *facts, const char *path)
     return checkpoint(facts, path);
 }
 
-/* ---- printing ------------------------------------------------------------------------------- */
+/* ---- printing -------------------------------------------------------------------------------- */
 
 /* "state_bytes_per_sequence" -> "state bytes per sequence", numbers in groups of three digits. */
 static void print_line(const char *key, const json_t *value)

@@ -32,7 +32,7 @@ struct run {
     struct cli_progress progress;
 };
 
-/* --- texts to a token set --- */
+/* ---- texts to a token set -------------------------------------------------------------------- */
 
 static void start_document(struct run *r)
 {
@@ -188,7 +188,7 @@ static int run_tokenize(const struct inputs *in)
     return code;
 }
 
-/* --- a token set back to text --- */
+/* ---- a token set back to text ---------------------------------------------------------------- */
 
 static srf_status decode(struct srf_tokenset *ts, const struct srf_bpe *bpe)
 {

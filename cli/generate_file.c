@@ -44,7 +44,7 @@ static void free_job(struct job *j)
     srf__free(j);
 }
 
-/* ---- records -------------------------------------------------------------------------------- */
+/* ---- records --------------------------------------------------------------------------------- */
 
 /* {"line": 7, "id": ..., opened; the text is the caller's, by srf__free, after end_record. */
 static FILE *begin_record(const struct cli_prompt *p, char **text, size_t *n)
@@ -120,7 +120,7 @@ cleanup:
     return st;
 }
 
-/* ---- what the server asks ------------------------------------------------------------------- */
+/* ---- what the server asks -------------------------------------------------------------------- */
 
 static srf_status put_first(struct srf_ids *ids, int32_t id)
 {
@@ -299,7 +299,7 @@ static srf_status each_round(void *user, bool *stop)
     return SRF_OK;
 }
 
-/* ---- the run -------------------------------------------------------------------------------- */
+/* ---- the run --------------------------------------------------------------------------------- */
 
 /* Whether prompts go on from something. */
 static bool shares(const struct generate_options *in)

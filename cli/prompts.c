@@ -17,7 +17,7 @@ void cli_prompt_free(struct cli_prompt *p)
     *p = (struct cli_prompt){0};
 }
 
-/* ---- lines ---------------------------------------------------------------------------------- */
+/* ---- lines ----------------------------------------------------------------------------------- */
 
 srf_status cli_prompts_open(const char *path, struct cli_prompts *in)
 {
@@ -98,7 +98,7 @@ srf_status cli_prompts_line(struct cli_prompts *in, const char **text, size_t *n
     }
 }
 
-/* ---- prompts -------------------------------------------------------------------------------- */
+/* ---- prompts --------------------------------------------------------------------------------- */
 
 /* A key's whole number in a range; `out` stays as it is without the key. */
 static srf_status get_int(const json_t *object, const char *key, int64_t min, int64_t max,

@@ -13,7 +13,7 @@
 
 #define SYNC_EVERY_S 5.0 /* what a power cut may cost */
 
-/* ---- what is there -------------------------------------------------------------------------- */
+/* ---- what is there --------------------------------------------------------------------------- */
 
 /* FNV-1a 32 of the id as JSON, never 0. */
 static srf_status id_hash(const json_t *id, uint32_t *hash)
@@ -89,7 +89,7 @@ cleanup:
     return st;
 }
 
-/* ---- settings ------------------------------------------------------------------------------- */
+/* ---- settings -------------------------------------------------------------------------------- */
 
 static srf_status check_settings(const char *path, json_t *expected)
 {
@@ -131,7 +131,7 @@ static srf_status write_settings(const char *path, json_t *settings)
     return st;
 }
 
-/* ---- opening -------------------------------------------------------------------------------- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 static srf_status open_file(struct cli_results *r, json_t *settings, bool resume)
 {
@@ -197,7 +197,7 @@ srf_status cli_results_check(const struct cli_results *r, int64_t line, const js
     return SRF_OK;
 }
 
-/* ---- writing -------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 static srf_status append(struct cli_results *r, const char *text, size_t n)
 {

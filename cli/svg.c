@@ -92,7 +92,7 @@ static void mark(FILE *to, int look, double x, double y)
     }
 }
 
-/* ---- axes ---------------------------------------------------------------------------------- */
+/* ---- axes ------------------------------------------------------------------------------------ */
 
 static bool shows(const struct svg__axis *a, double v)
 {
@@ -181,7 +181,7 @@ static void format_number(double v, double step, char *buf, size_t size)
         snprintf(buf, size, a >= 100 ? "%.0f" : "%.3g", v);
 }
 
-/* ---- line chart ---------------------------------------------------------------------------- */
+/* ---- line chart ------------------------------------------------------------------------------ */
 
 static void path(FILE *to, const struct svg__axis *x, const struct svg__axis *y,
                  const struct svg_series *s, const double *values)

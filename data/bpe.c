@@ -38,7 +38,7 @@ static void pcre_free(void *p, void *user)
     srf__free(p);
 }
 
-/* --- GPT-2's alphabet: every byte has a printable code point of its own, below 512 ----------- */
+/* ---- GPT-2's alphabet: every byte has a printable code point of its own, below 512 ----------- */
 
 static int code_of_byte(unsigned char byte)
 {
@@ -89,7 +89,7 @@ static size_t bytes_of_key(const int16_t table[512], const char *key, size_t n, 
     return k;
 }
 
-/* --- lookups --- */
+/* ---- lookups --------------------------------------------------------------------------------- */
 
 static int32_t find_key(const struct srf_bpe *bpe, const char *key, size_t n)
 {
@@ -119,7 +119,7 @@ int32_t srf_bpe_token_id(const struct srf_bpe *bpe, const char *content)
     return find_key(bpe, content, strlen(content));
 }
 
-/* --- building --- */
+/* ---- building -------------------------------------------------------------------------------- */
 
 static uint64_t table_size(size_t n)
 {
@@ -373,7 +373,7 @@ void srf_bpe_free(struct srf_bpe *bpe)
     srf__free(bpe);
 }
 
-/* --- hash, decode --- */
+/* ---- hash, decode ---------------------------------------------------------------------------- */
 
 static uint64_t hash_u32(uint64_t h, uint32_t x)
 {

@@ -66,7 +66,7 @@ static srf_status only_keys(json_t *object, const char *where, const char *const
     return SRF_OK;
 }
 
-/* --- the parts of tokenizer.json --- */
+/* ---- the parts of tokenizer.json ------------------------------------------------------------- */
 
 static srf_status read_vocab(json_t *vocab, struct srf__bpe_parts *parts)
 {
@@ -305,7 +305,7 @@ srf_status srf_bpe_from_json(const char *text, size_t n, struct srf_bpe **out)
     return st;
 }
 
-/* --- vocab.json + merges.txt --- */
+/* ---- vocab.json + merges.txt ----------------------------------------------------------------- */
 
 static srf_status read_merge_lines(const char *text, size_t n, struct srf__bpe_parts *parts)
 {
@@ -376,7 +376,7 @@ srf_status srf_bpe_from_vocab_merges(const char *vocab, size_t n_vocab, const ch
     return st;
 }
 
-/* --- paths --- */
+/* ---- paths ----------------------------------------------------------------------------------- */
 
 /* Is there a file of this name in the directory? */
 static bool beside(const char *dir, const char *name)
@@ -464,7 +464,7 @@ srf_status srf_bpe_load(const char *path, struct srf_bpe **out)
              path);
 }
 
-/* --- out --- */
+/* ---- out ------------------------------------------------------------------------------------- */
 
 static json_t *merge_array(const struct srf_bpe *bpe)
 {

@@ -23,7 +23,7 @@ int srf__id_bytes(enum srf__id_type type)
     return 0;
 }
 
-/* --- runs in files --- */
+/* ---- runs in files --------------------------------------------------------------------------- */
 
 static srf_status grow(void **p, int64_t *cap, int64_t n, size_t size)
 {
@@ -124,7 +124,7 @@ srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, 
     return SRF_OK;
 }
 
-/* --- plain text --- */
+/* ---- plain text ------------------------------------------------------------------------------ */
 
 static srf_status keep_ids(void *user, const int32_t *ids, int64_t n)
 {
@@ -184,7 +184,7 @@ static srf_status open_text(const char *path, const struct srf_bpe *bpe, struct 
     return SRF_OK;
 }
 
-/* --- opening --- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 static srf_status open_one(const char *path, const struct srf_bpe *bpe, struct srf_tokenset *ts)
 {

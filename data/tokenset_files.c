@@ -150,7 +150,7 @@ cleanup:
     return st;
 }
 
-/* --- llm.c: 256 i32 of header (magic, version, number of tokens), then the ids --- */
+/* ---- llm.c: 256 i32 of header (magic, version, number of tokens), then the ids --------------- */
 
 static uint32_t u32_at(const unsigned char *p)
 {

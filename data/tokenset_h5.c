@@ -12,7 +12,7 @@
 /* Tokens to a chunk; a set of fewer is stored in one piece. */
 enum { CHUNK = 1 << 18, U16_VOCAB = 1 << 16 };
 
-/* --- reading --- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 static srf_status add_chunks(struct srf_tokenset *ts, const char *path, hid_t set, hid_t dcpl,
                              int64_t n)
@@ -200,7 +200,7 @@ cleanup:
     return st;
 }
 
-/* --- writing --- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 struct srf_tokenset_writer {
     struct srf_h5 *file;

@@ -82,7 +82,7 @@ void srf_engine_free(struct srf_engine *e)
     srf__free(e);
 }
 
-/* ---- launches ------------------------------------------------------------------------------- */
+/* ---- launches -------------------------------------------------------------------------------- */
 
 srf_status srf__engine_launch(struct srf_engine *e, const struct srf_batch *batch, const void *pos,
                               float *logits)
@@ -168,7 +168,7 @@ int64_t srf_engine_position(const struct srf_engine *e, int64_t slot)
     return e->slots[slot].at;
 }
 
-/* ---- all slots in step ---------------------------------------------------------------------- */
+/* ---- all slots in step ----------------------------------------------------------------------- */
 
 srf_status srf_engine_reset(struct srf_engine *e)
 {
@@ -202,7 +202,7 @@ srf_status srf_engine_feed(struct srf_engine *e, const int32_t *tokens, int64_t 
     return SRF_OK;
 }
 
-/* ---- sizes ---------------------------------------------------------------------------------- */
+/* ---- sizes ----------------------------------------------------------------------------------- */
 
 const struct srf_model *srf_engine_model(const struct srf_engine *e)
 {

@@ -26,7 +26,7 @@ static enum srf_dtype state_shape(const struct srf_engine *e, int64_t shape[3])
     return srf_ctx_acc(m->ctx);
 }
 
-/* ---- writing -------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 static srf_status put_header(struct srf_h5 *f, const struct srf_checkpoint *ck,
                              const struct srf_engine *e, int64_t n)
@@ -82,7 +82,7 @@ cleanup:
     return st;
 }
 
-/* ---- reading -------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 struct srf_states {
     struct srf_h5 *file;

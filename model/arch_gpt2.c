@@ -99,7 +99,7 @@ static bool ignores(const char *name)
            (n >= 17 && strcmp(name + n - 17, ".attn.masked_bias") == 0);
 }
 
-/* ---- config ------------------------------------------------------------------------------- */
+/* ---- config ---------------------------------------------------------------------------------- */
 
 /* A flag that must have the value this code computes with. */
 static srf_status must_be(const json_t *root, const char *key, bool want)
@@ -171,7 +171,7 @@ static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
     return SRF_OK;
 }
 
-/* ---- activations --------------------------------------------------------------------------- */
+/* ---- activations ----------------------------------------------------------------------------- */
 
 /* Arena slots of one block. While training every block has its own of what backward is to find;
  * the others are shared by all blocks. So is ln, what either norm gives: layernorm_bwd writes it
@@ -257,7 +257,7 @@ static int64_t backward_scratch(const struct srf_model *m)
     return n * m->config.d_ff > attention ? n * m->config.d_ff : attention;
 }
 
-/* ---- forward and backward ------------------------------------------------------------------ */
+/* ---- forward and backward -------------------------------------------------------------------- */
 
 #define PTR(slot)          srf_arena_ptr(m->arena, (slot))
 #define PARAM(layer, row_) srf_model_param(m, row((layer), (row_)))

@@ -57,7 +57,7 @@ cleanup:
     return st;
 }
 
-/* ---- reading ------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 static srf_status read_tensor(struct srf_source *src, const struct srf_tensor *row, float *out)
 {
@@ -313,7 +313,7 @@ srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n
     return SRF_OK;
 }
 
-/* ---- writing ------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f)
 {

@@ -34,7 +34,7 @@ void srf_model_free(struct srf_model *m)
     srf__free(m->acts);
     srf__free(m);
 }
-/* ---- plan ---------------------------------------------------------------------------------- */
+/* ---- plan ------------------------------------------------------------------------------------ */
 
 int64_t srf_batch_sequence_rows(const struct srf_batch *batch, int64_t i)
 {
@@ -189,7 +189,7 @@ srf_status srf_model_plan(struct srf_model *m, struct srf_arena *arena,
     return dry_run(m);
 }
 
-/* ---- running ------------------------------------------------------------------------------- */
+/* ---- running --------------------------------------------------------------------------------- */
 
 static srf_status check_batch(const struct srf_model *m, const struct srf_batch *batch)
 {

@@ -14,7 +14,7 @@
 
 #define PATH_SIZE 4096
 
-/* ---- the directory of a run ---------------------------------------------------------------- */
+/* ---- the directory of a run ------------------------------------------------------------------ */
 
 struct paths {
     char metrics[PATH_SIZE], last[PATH_SIZE], model[PATH_SIZE];
@@ -67,7 +67,7 @@ static void remove_unfinished(const char *dir)
     closedir(d);
 }
 
-/* ---- metrics.jsonl ------------------------------------------------------------------------- */
+/* ---- metrics.jsonl --------------------------------------------------------------------------- */
 
 /* Drops the lines of steps after `step` (of a run that was killed). *evaluated: the line of `step`
  * itself has its perplexity. */
@@ -144,7 +144,7 @@ static srf_status evaluate(struct srf_trainer *t, FILE *f, const struct srf_run_
     return SRF_OK;
 }
 
-/* ---- the loop ------------------------------------------------------------------------------ */
+/* ---- the loop -------------------------------------------------------------------------------- */
 
 /* One step and what follows it. What was learned is safe before anything else can go wrong: an
  * evaluation comes after the save, and its result is made up for by a resume (see below). */

@@ -12,7 +12,7 @@
  * beside what training holds. */
 #define TEACHER_ROWS 256
 
-/* ---- memory: one plan ---------------------------------------------------------------------- */
+/* ---- memory: one plan ------------------------------------------------------------------------ */
 
 /* AdamW's map of what does not decay: a byte for every 64 elements. */
 static srf_status upload_no_decay(struct srf_trainer *t)
@@ -96,7 +96,7 @@ static srf_status plan(struct srf_trainer *t, const struct srf_checkpoint *ck,
     return SRF_ALLOC(t->targets, rows);
 }
 
-/* ---- what goes in -------------------------------------------------------------------------- */
+/* ---- what goes in ---------------------------------------------------------------------------- */
 
 /* What an evaluation at the end would fail for, now. */
 static srf_status check_val(const struct srf_train_config *c, const struct srf_tokenset *val)
@@ -243,7 +243,7 @@ void srf_trainer_free(struct srf_trainer *t)
     srf__free(t);
 }
 
-/* ---- one step ------------------------------------------------------------------------------ */
+/* ---- one step -------------------------------------------------------------------------------- */
 
 /* Redraw, or keep the draw, as the policy says for this step. */
 static srf_status set_features(struct srf_trainer *t)

@@ -6,7 +6,7 @@
 #include "infer/sampler.h"
 #include "model/model.h"
 
-/* ---- the kernel ----------------------------------------------------------------------------- */
+/* ---- the kernel ------------------------------------------------------------------------------ */
 
 /* Mean over draws of (Khat / K - 1)^2, K = e^{x.y}, and its standard error. */
 struct srf_kernel_error {
@@ -36,7 +36,7 @@ srf_status srf_kernel_error_chance(const double *each, int64_t n_draws, int64_t 
                                    const double *closed, uint64_t seed,
                                    struct srf_kernel_chance *out);
 
-/* ---- attention on real text ----------------------------------------------------------------- */
+/* ---- attention on real text ------------------------------------------------------------------ */
 
 struct srf_validate_config {
     struct srf_attention_config attention; /* the SRF side; its kind and one m are not read */
@@ -90,7 +90,7 @@ srf_status srf_validate_attention(struct srf_ctx *ctx, const struct srf_checkpoi
                                   struct srf_validate_result *out);
 void srf_validate_result_free(struct srf_validate_result *r);
 
-/* ---- predictions ---------------------------------------------------------------------------- */
+/* ---- predictions ----------------------------------------------------------------------------- */
 
 /* Predictions made after 2^i to 2^(i+1) - 1 tokens: means; n = 0 past the end of a window. */
 #define SRF_VALIDATE_PLACES 24

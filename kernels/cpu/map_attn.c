@@ -223,7 +223,7 @@ srf_status SRF_CPU(map_attn_fwd)(struct srf_ctx *ctx, const struct srf_map_attn_
     return SRF_OK;
 }
 
-/* ---- backward ------------------------------------------------------------------------------ */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 /* Where one head's outputs and their gradients are. */
 struct grads {

@@ -157,7 +157,7 @@ static void to_inputs(const struct attn_head *h, const struct bwd_scratch *f, co
     if (f->dw) srf__gemm(h->ctx, true, false, m, d, n, 1, da, m, x, d, 1, f->dw, d);
 }
 
-/* ---- pure, causal ------------------------------------------------------------------------- */
+/* ---- pure, causal ---------------------------------------------------------------------------- */
 
 /* One chunk with the state before it. da overwrites aq, ak (n, m); dv is written; R, u are moved
  * from the end of the chunk to its start. */
@@ -240,7 +240,7 @@ static void pure_bwd(const struct attn_head *h, const struct bwd_scratch *f, con
     }
 }
 
-/* ---- queries against a state, keys against R, u: not causal, and the hybrid's far part ------ */
+/* ---- queries against a state, keys against R, u: not causal, and the hybrid's far part ------- */
 
 /* Far gradient of n queries: da overwrites aq, then dq = beta dq + scale (...); R, u take the
  * queries. */
@@ -301,7 +301,7 @@ static void noncausal_bwd(const struct attn_head *h, const struct bwd_scratch *f
     }
 }
 
-/* ---- hybrid ------------------------------------------------------------------------------- */
+/* ---- hybrid ---------------------------------------------------------------------------------- */
 
 /* Rows [row, row + n) of a block against the block before it and their own, then the state. */
 static void window_bwd(const struct attn_head *h, const struct bwd_scratch *f,
@@ -387,7 +387,7 @@ static void hybrid_bwd(const struct attn_head *h, const struct bwd_scratch *f, i
     }
 }
 
-/* ---- the op ------------------------------------------------------------------------------- */
+/* ---- the op ---------------------------------------------------------------------------------- */
 
 static size_t thread_bytes(const struct srf_attn_shape *s)
 {
