@@ -283,8 +283,10 @@ cleanup:
 srf_status cli_read_text(const char *path, char **text)
 {
     *text = NULL;
-    FILE *f = fopen(path, "rb");
+    bool standard = strcmp(path, "-") == 0;
+    FILE *f = standard ? stdin : fopen(path, "rb");
     SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
+    if (standard) path = "standard input";
     srf_status st = SRF_OK;
     size_t cap = 1 << 16, n = 0;
     char *p = srf__alloc(cap, 1);
@@ -293,7 +295,7 @@ srf_status cli_read_text(const char *path, char **text)
         n += fread(p + n, 1, cap - 1 - n, f);
         SRF_FAIL_GO_IF(ferror(f), SRF_IO, "%s: %s", path, strerror(errno));
         if (n < cap - 1) break;
-        SRF_FAIL_GO_IF(cap > 1 << 26, SRF_FORMAT, "%s: larger than 64 MB: not a config", path);
+        SRF_FAIL_GO_IF(cap > 1 << 26, SRF_FORMAT, "%s: larger than 64 MB", path);
         char *q = srf__realloc(p, n, 2 * cap, 1);
         SRF_FAIL_GO_IF(!q, SRF_NOMEM, "%s: out of memory", path);
         p = q;
@@ -305,7 +307,7 @@ srf_status cli_read_text(const char *path, char **text)
     p = NULL;
 cleanup:
     srf__free(p);
-    fclose(f);
+    if (!standard) fclose(f);
     return st;
 }
 

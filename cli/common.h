@@ -123,7 +123,7 @@ srf_status cli_check_output_dir(const char *path);
 /* SRF_INVALID if writing `out` would replace `in`, or a file of the directory `in`. */
 srf_status cli_check_apart(const char *in, const char *out);
 
-/* A whole text file (a config.json); srf__free. */
+/* A whole text file (a config.json, a prompt), or standard input (-); srf__free. */
 srf_status cli_read_text(const char *path, char **text);
 
 /* SIGINT and SIGTERM set a flag instead of ending the process; the second one ends it. words: what

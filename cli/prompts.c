@@ -91,6 +91,11 @@ srf_status cli_prompts_line(struct cli_prompts *in, const char **text, size_t *n
         in->from += length < in->to - in->from ? length + 1 : length;
         in->line++;
         seen = 0;
+        /* What some editors put before the first line. */
+        if (in->line == 1 && length >= 3 && memcmp(start, "\xEF\xBB\xBF", 3) == 0) {
+            start += 3;
+            length -= 3;
+        }
         if (blank(start, length)) continue;
         *text = start;
         *n = length;

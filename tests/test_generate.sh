@@ -42,6 +42,8 @@ ok --prompt-file prompt.txt -n 3 --quiet
 cp stdout file
 ok --prompt 'the king' -n 3 --quiet
 cmp -s file stdout || fail "--prompt-file gives another text than --prompt"
+"${generate[@]}" --prompt-file - -n 3 --quiet <prompt.txt >stdout || fail "--prompt-file -: exit $?"
+cmp -s file stdout || fail "--prompt-file - gives another text than --prompt"
 bad 2 'two prompts' --prompt x --prompt-file prompt.txt
 bad 1 'No such file' --prompt-file nowhere.txt
 bad 1 'Is a directory' --prompt-file .
