@@ -60,6 +60,8 @@ static size_t plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s
     int64_t heads = s->b * s->h, nf = s->m > 64 ? 2 : 1, chunks = div_up(s->t, CHUNK);
     int per_sm = nf == 1 && s->d <= 64 ? 3 : nf == 1 && s->d <= 96 ? 2 : 1;
     *plan = srf__pure_plan(ctx, s, per_sm);
+    p->n_seg = plan->n_seg;
+    p->seg_chunks = plan->seg_chunks;
     if (srf__pure_wgmma_takes(ctx, s)) return srf__pure_wgmma_plan_bwd(ctx, s, dw, plan, p);
     p->cuts = (uint64_t *)bump_bytes(&bump, (size_t)(heads * chunks) * sizeof(uint64_t));
     p->tops = (float *)bump_bytes(&bump, (size_t)(heads * chunks * nf * 64) * sizeof(float));
@@ -103,7 +105,7 @@ static srf_status launch_group(struct srf_ctx *ctx, const struct srf_srf_attn_bw
         dw_kernel<<<(unsigned)div_up(n * p->n_sets, 128), 128, 0, stream_of(ctx)>>>(
             (float *)a->dw + (int64_t)p->first * d, p->dw, n, rows * d, (int64_t)p->m * d,
             (int)a->s.b, p->n_sets, p->n_sets == 1 ? p->h : 1,
-            p->n_unit ? 2 * p->n_unit * p->n_seg : p->n_seg, p->scale);
+            p->head_units ? 2 * p->head_units : p->n_seg, p->scale);
     }
     return srf__cuda_launched("srf_attn_bwd");
 }
@@ -134,8 +136,6 @@ srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
     p.h = (int)s->h;
     p.m = (int)s->m;
     p.n_sets = (int)s->n_sets;
-    p.n_seg = plan.n_seg;
-    p.seg_chunks = plan.seg_chunks;
     p.scale = plan.scale;
     p.limit = plan.limit;
     for (p.first = 0; p.first < p.m; p.first += width) {

@@ -22,12 +22,15 @@ struct bwd_params {
     float scale;
     uint32_t limit;
     /* Of srf_attn_pure_wgmma_grads.cu alone. */
-    bf16 *entry;  /* (b h, chunks, a tile): S before each chunk */
-    float *marks; /* (b h, chunks, MARKS) */
-    float *adds;  /* (b h, n_seg, 64 66): what a segment's queries add to R, u; in which scale */
-    float *seg_r; /* (b h, n_seg, 64 65): R, u after it */
-    unsigned *tickets; /* blocks that have begun; then (b h, n_seg, n_unit): R, u are there */
-    int n_unit, unit_chunks, n_tickets; /* units of a segment */
+    bf16 *entry;   /* (b h, chunks, a tile): S before each chunk */
+    float *marks;  /* (b h, chunks, MARKS) */
+    float *adds;   /* (b h, n_piece, 64 66): what a piece's queries add to R, u; in which scale */
+    float *deltas; /* (b h, chunks, 64): delta; or NULL */
+    float *seg_r;  /* (b h, n_seg, 64 65): R, u after it */
+    unsigned *tickets; /* blocks that have begun; then (b h, head_units): R, u are there */
+    int head_units, unit_chunks, n_tickets; /* of a head; of the last segment; flags and one more */
+    int walk_chunks;                        /* M goes on within as many */
+    int n_piece, seg_pieces, piece_chunks;  /* of a head from its second segment on; of a segment */
 };
 
 /* For heads of d: dq, delta, M and where chunks are cut; with them known, dk, dv. */

@@ -5,34 +5,93 @@
  * z and M of each chunk; the last walks backward with R, u and makes dq, dk, dv of a chunk at once:
  * psi, kf and dP are made once for all three, and q, k, v, do are read once.
  *
- * With segments, what the queries of each add to R, u is summed before that, in a scale of its own,
- * as the states of segments are from keys. In the last kernel segments are cut into units, that
- * all blocks end together: units are taken last first, each gets R from the one after it.
+ * With segments, what the queries of each but the first add to R, u is summed before that, in a
+ * scale of its own, as the states of segments are from keys; if there are three or more, delta of
+ * all tokens is left, too, and o not read again. The last kernel's segments are its own, as long as
+ * all of them run at once, which makes for few of them; the last of a head is shorter and goes
+ * where others leave room. A head that is one segment, or the last of several, is cut into units,
+ * that all blocks end together: units are taken last first, each gets R from the one after it.
  *
  * Floor: q, k, v, o, do, S read, dq, dk, dv written: 18 b t h d bytes; k, v read and S written, 6,
- * where the forward has not left them; q, o, do read once more, 6, with segments.
+ * where the forward has not left them; q, do read once more, 4, with segments.
  */
 #include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
 
-/* Units of equal length, such that the last blocks end together. */
+/* A head's chunks of 64 tokens as the last kernel takes them: in segments, each a block's, but for
+ * the last and shortest, which is cut into units. */
+struct cut {
+    int64_t heads, chunks, slots; /* slots: blocks that run at once */
+    int64_t seg_chunks, units;
+};
+
+/* In chunks that a block takes one after another: what the sums of queries of all segments but the
+ * first take, then the segments. Units begin where segments leave them room. Those of one head
+ * follow each other. */
+static double time_of(const struct cut *c)
+{
+    const double begin = 0.3; /* of a block */
+    const double adds = 0.23; /* of a chunk, all blocks at work */
+    const int64_t segments = c->heads * (div_up(c->chunks, c->seg_chunks) - 1);
+    const int64_t last = c->chunks - segments / c->heads * c->seg_chunks;
+    const int64_t waves = div_up(segments, c->slots), room = waves * c->slots - segments;
+    const double each = (double)c->seg_chunks + begin;
+    const double unit = (double)div_up(last, c->units) + begin;
+    const double sums = adds * (double)(c->heads * (c->chunks - c->seg_chunks)) / (double)c->slots;
+    /* No unit waits for one that has begun with it. */
+    if (c->units > 1 && c->heads < room) return INFINITY;
+    int64_t left = c->heads * c->units, fit = (int64_t)(1.05 * each / unit);
+    double time = (double)waves * each;
+    if (room > 0) {
+        if (fit > div_up(left, room)) fit = div_up(left, room);
+        if (fit < 1) fit = 1;
+        time = fmax(time, time - each + (double)fit * unit);
+        left -= room * fit;
+    }
+    if (left > 0) time += (double)div_up(left, c->slots) * unit;
+    return sums + fmax(time, (double)c->units * unit);
+}
+
 static void plan_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
                        const struct pure_plan *plan, struct bwd_params *p)
 {
-    const int64_t segments = s->b * s->h * plan->n_seg, chunks = plan->seg_chunks;
-    const int64_t last = div_up(s->t, CHUNK) - (plan->n_seg - 1) * chunks; /* segment's chunks */
-    const int64_t slots = 2 * (int64_t)cuda_of(ctx)->n_sm; /* blocks that run at once */
+    struct cut c = {s->b * s->h, div_up(s->t, CHUNK), 2 * (int64_t)cuda_of(ctx)->n_sm, 0, 1};
+    if (c.heads < 1) c.heads = 1;
+    if (c.chunks < 1) c.chunks = 1;
+    int64_t from = c.chunks, to = c.chunks;
     double least = INFINITY;
-    for (int n = 1; n <= 8 && n <= chunks; n++) {
-        const int64_t each = div_up(chunks, n), units = div_up(chunks, each);
-        if (n > 1 && last <= (units - 1) * each) break; /* none is empty */
-        /* A block begins in about a third of the time of a chunk. */
-        const double time = (double)div_up(segments * units, slots) * ((double)each + 0.3);
-        if (!(time < least)) continue;
-        least = time;
-        p->unit_chunks = (int)each;
+    /* Where the forward has segments, or leaves the states that they would begin with. */
+    if (plan->n_seg > 1 || srf__pure_carry_bytes(ctx, s) > 0) {
+        from = div_up(c.heads * c.chunks, c.slots);
+        if (from < 4) from = 4;
+        to = from + from / 3 + 2;
+        if (to >= c.chunks) to = c.chunks - 1;
     }
-    p->n_unit = (int)div_up(chunks, p->unit_chunks);
-    p->n_tickets = (int)(1 + segments * p->n_unit);
+    for (c.seg_chunks = from; c.seg_chunks <= to; c.seg_chunks++) {
+        const int64_t n_seg = div_up(c.chunks, c.seg_chunks);
+        const int64_t last = c.chunks - (n_seg - 1) * c.seg_chunks;
+        for (c.units = 1; c.units <= 8; c.units++) {
+            const int64_t each = div_up(last, c.units);
+            if (div_up(last, each) != c.units) continue; /* one is empty */
+            const double time = time_of(&c);
+            if (!(time < least)) continue;
+            least = time;
+            p->n_seg = (int)n_seg;
+            p->seg_chunks = (int)c.seg_chunks;
+            p->head_units = (int)(n_seg - 1 + c.units);
+            p->unit_chunks = (int)each;
+        }
+    }
+    p->n_tickets = (int)(1 + c.heads * p->head_units);
+    if (p->n_seg == 1) return;
+    /* Pieces of segments, for the sums of their queries. */
+    const int64_t rest = c.chunks - p->seg_chunks;
+    const int64_t last = rest - (int64_t)(p->n_seg - 2) * p->seg_chunks;
+    int64_t piece = div_up(rest * c.heads, 3 * (int64_t)cuda_of(ctx)->n_sm);
+    if (piece < 4) piece = 4;
+    p->seg_pieces = (int)(p->seg_chunks > piece ? p->seg_chunks / piece : 1);
+    p->piece_chunks = (int)div_up(p->seg_chunks, p->seg_pieces);
+    p->seg_pieces = (int)div_up(p->seg_chunks, p->piece_chunks);
+    p->n_piece = (int)((p->n_seg - 2) * p->seg_pieces + div_up(last, p->piece_chunks));
 }
 
 size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool dw,
@@ -40,18 +99,20 @@ size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn
 {
     struct cuda_bump bump = {(char *)ctx->workspace, 0};
     const size_t heads = (size_t)(s->b * s->h), chunks = heads * (size_t)div_up(s->t, CHUNK);
-    const size_t segments = heads * (size_t)plan->n_seg;
     plan_units(ctx, s, plan, p);
-    const size_t units = segments * (size_t)p->n_unit;
+    const size_t segments = heads * (size_t)p->n_seg, units = heads * (size_t)p->head_units;
     p->tickets = (unsigned *)bump_bytes(&bump, (size_t)p->n_tickets * sizeof(unsigned));
     p->entry = (bf16 *)bump_bytes(&bump, chunks * CHUNK * 64 * sizeof(bf16));
     p->marks = (float *)bump_bytes(&bump, chunks * MARKS * sizeof(float));
     p->r = (float *)bump_bytes(&bump, units * 64 * 65 * sizeof(float));
-    if (plan->n_seg > 1) {
+    if (p->n_seg > 1) {
         p->states =
             (float *)bump_bytes(&bump, segments * (size_t)pure_state_count(64, 1) * sizeof(float));
-        p->adds = (float *)bump_bytes(&bump, segments * 64 * 66 * sizeof(float));
+        p->adds = (float *)bump_bytes(&bump, heads * (size_t)p->n_piece * 64 * 66 * sizeof(float));
         p->seg_r = (float *)bump_bytes(&bump, segments * 64 * 65 * sizeof(float));
+        float *deltas = (float *)bump_bytes(&bump, chunks * CHUNK * sizeof(float));
+        /* The first segment's o is read for it alone: where that is not most of o. */
+        if (!dw && p->n_seg > 2) p->deltas = deltas;
     }
     if (dw) p->dw = (float *)bump_bytes(&bump, 2 * units * 64 * 64 * sizeof(float));
     return bump.used;
@@ -72,11 +133,13 @@ srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bw
         p->marks = (float *)(p->entry + heads * div_up(s->t, CHUNK) * CHUNK * 64);
         p->carried = true;
     }
-    if (p->carried)
-        CUDA_TRY(cudaMemsetAsync(p->tickets, 0, (size_t)p->n_tickets * sizeof *p->tickets,
-                                 stream_of(ctx)));
-    else if (p->n_seg > 1)
-        SRF_TRY(srf__pure_wgmma_states(ctx, a, plan, p->states));
+    p->walk_chunks = p->carried ? plan->seg_chunks : p->seg_chunks;
+    if (!p->carried && p->n_seg > 1) {
+        struct pure_plan own = *plan;
+        own.n_seg = p->n_seg;
+        own.seg_chunks = p->seg_chunks;
+        SRF_TRY(srf__pure_wgmma_states(ctx, a, &own, p->states));
+    }
     if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_adds(ctx, p, &m, heads));
     if (!p->carried) SRF_TRY(srf__pure_wgmma_entries(ctx, p, &m, heads));
     if (p->n_seg > 1) SRF_TRY(srf__pure_wgmma_suffix(ctx, p, heads));

@@ -12,6 +12,13 @@ struct entry_smem {
     static constexpr int bar = bias + 64 * 4, bytes = bar + ENTRY_STAGES * 8;
 };
 
+#if HAVE_WGMMA
+static __device__ __forceinline__ void clear_tickets(const struct bwd_params &p, int tid)
+{
+    for (int i = blockIdx.x * 128 + tid; i < p.n_tickets; i += gridDim.x * 128) p.tickets[i] = 0;
+}
+#endif
+
 static __global__
     WALK_BOUNDS(3) void pure_entries_kernel(const __grid_constant__ struct bwd_params p,
                                             const __grid_constant__ struct bwd_maps m)
@@ -43,7 +50,7 @@ static __global__
     load_features(p, here.set, base + at::w, bias, tid);
     chain_next();
     chain_wait();
-    for (int i = blockIdx.x * 128 + tid; i < p.n_tickets; i += gridDim.x * 128) p.tickets[i] = 0;
+    if (p.n_seg == 1) clear_tickets(p, tid);
     struct pure_state<64> st;
     pure_state_start(&st, here.seg > 0, 1,
                      p.states + (here.head_i * p.n_seg + here.seg) * pure_state_count(64, 1), f0,
@@ -113,7 +120,43 @@ struct add_smem {
     static constexpr int bytes = bar + ADD_STAGES * 8;
 };
 
-/* The sums of a segment's queries t, 2^(aq + bias - lse_t - N) (do_t, delta_t), in the form of the
+#if HAVE_WGMMA
+static __device__ __forceinline__ float add_dot(float sum, uint4 x, uint4 y)
+{
+    const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 f = unpack_bf16(a[i]), g = unpack_bf16(b[i]);
+        sum += f.x * g.x + f.y * g.y;
+    }
+    return sum;
+}
+/* delta of piece i of the heads' first segments; two threads a row. */
+static __device__ __forceinline__ void first_deltas(const struct bwd_params &p, unsigned i,
+                                                    int n_chunks, int tid)
+{
+    const struct place here = place_of(p, i / p.seg_pieces, 0, 64);
+    const int first = (int)(i % p.seg_pieces) * p.piece_chunks;
+    const int end = min(first + p.piece_chunks, p.seg_chunks);
+#pragma unroll 2
+    for (int c = first; c < end; c++) {
+        const int64_t at = here.out + (c * CHUNK + (tid >> 1)) * p.ld_o + 32 * (tid & 1);
+        uint4 x[4], y[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = __ldcs((const uint4 *)(p.o + at + 8 * j));
+            y[j] = *(const uint4 *)(p.d_o + at + 8 * j);
+        }
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum = add_dot(sum, x[j], y[j]);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        if ((tid & 1) == 0) p.deltas[(here.head_i * n_chunks + c) * CHUNK + (tid >> 1)] = -sum;
+    }
+}
+#endif
+
+/* The sums of a piece's queries t, 2^(aq + bias - lse_t - N) (do_t, delta_t), in the form of the
  * states of segments: N, the largest exponent so far, in the place of M, lse in that of |y|^2 / 2.
  * It needs nothing of the keys. */
 static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ struct bwd_params p,
@@ -126,11 +169,20 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
     const int f0 = 16 * warp + g;
-    /* Of the first segment nobody asks. */
-    const struct place here =
-        place_of(p, blockIdx.x / (p.n_seg - 1), (int)(blockIdx.x % (p.n_seg - 1)) + 1, 64);
-    const int n_chunks = (p.t + CHUNK - 1) / CHUNK, first = here.seg * p.seg_chunks;
-    const int count = min(p.seg_chunks, n_chunks - first);
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
+    chain_next();
+    /* Of the first segment nobody asks but for delta. */
+    const unsigned heads = gridDim.x / (p.n_piece + (p.deltas ? p.seg_pieces : 0));
+    if (blockIdx.x >= heads * p.n_piece) {
+        chain_wait();
+        first_deltas(p, blockIdx.x - heads * p.n_piece, n_chunks, tid);
+        clear_tickets(p, tid);
+        return;
+    }
+    const int piece = (int)(blockIdx.x % p.n_piece), seg = piece / p.seg_pieces + 1;
+    const struct place here = place_of(p, blockIdx.x / p.n_piece, seg, 64);
+    const int first = seg * p.seg_chunks + piece % p.seg_pieces * p.piece_chunks;
+    const int count = min(min(p.piece_chunks, (seg + 1) * p.seg_chunks - first), n_chunks - first);
     const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
     const float to_log2 = SRF__LOG2E * p.scale;
     float *lse = (float *)(smem + at::lse), *bias = (float *)(smem + at::bias);
@@ -147,12 +199,14 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
         const bool in = i < count && t < p.t;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
+            const uint4 *from =
+                (const uint4 *)(p.o + here.out + t * p.ld_o + 32 * (tid & 1) + 8 * j);
             o[j] = make_uint4(0, 0, 0, 0);
-            if (in) o[j] = *(const uint4 *)(p.o + here.out + t * p.ld_o + 32 * (tid & 1) + 8 * j);
+            /* With delta there, nobody reads it again; the others had better stay in L2. */
+            if (in) o[j] = p.deltas ? __ldcs(from) : *from;
         }
         *x = in ? p.stat[here.head_i * p.t + t] : INFINITY;
     };
-    chain_next();
     if (tid == 0) {
         init_barriers(base + at::bar, ADD_STAGES);
         for (int i = 0; i < min(ADD_STAGES - 1, count); i++) fill(i);
@@ -164,6 +218,7 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
     uint4 o[4];
     load_row(o, &row_lse, 0);
     chain_wait();
+    clear_tickets(p, tid);
     __syncthreads();
     const float own_bias[2] = {bias[f0], bias[f0 + 8]};
 
@@ -177,24 +232,21 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
         clamp_large(q_tile, p.limit, tid);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const uint32_t with[4] = {o[j].x, o[j].y, o[j].z, o[j].w};
-            uint32_t y[4];
+            uint4 y;
             asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+                         : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
                          : "r"(do_tile + tile_at<64>(tid >> 1, 4 * (tid & 1) + j))
                          : "memory");
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float2 x = unpack_bf16(y[e]), z = unpack_bf16(with[e]);
-                delta -= x.x * z.x + x.y * z.y;
-            }
+            delta = add_dot(delta, o[j], y);
         }
-        delta += __shfl_xor_sync(0xffffffffu, delta, 1);
+        delta = -(delta + __shfl_xor_sync(0xffffffffu, delta, 1));
         if ((tid & 1) == 0) {
             bf16 *parts = (bf16 *)(smem + at::delta) + (tid >> 1);
             parts[0] = __float2bfloat16_rn(delta);
             parts[64] = __float2bfloat16_rn(delta - __bfloat162float(parts[0]));
             lse[tid >> 1] = row_lse;
+            if (p.deltas)
+                p.deltas[(here.head_i * n_chunks + first + i) * CHUNK + (tid >> 1)] = delta;
         }
         async_fence();
         __syncthreads();
@@ -223,7 +275,7 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
         /* All have read the tiles and the rows' numbers. */
         __syncthreads();
     }
-    float *to = p.adds + (here.head_i * p.n_seg + here.seg) * 64 * 66;
+    float *to = p.adds + (int64_t)blockIdx.x * 64 * 66;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int f = f0 + 8 * i;
@@ -243,7 +295,7 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
  * and column of R or u. */
 static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p, int64_t n)
 {
-    constexpr int ahead = 8; /* segments whose loads are on their way at once */
+    constexpr int ahead = 16; /* pieces whose loads are on their way at once */
     constexpr int count = 64 * 65, add_count = 64 * 66;
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
     chain_next();
@@ -253,27 +305,34 @@ static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p
     const int j = (int)(i % count), f = j < 64 * 64 ? j / 64 : j - 64 * 64;
     const int64_t head = i / count;
     const float *marks = p.marks + head * n_chunks * MARKS + MARK_AFTER + f;
-    const float *adds = p.adds + head * p.n_seg * add_count;
+    const float *adds = p.adds + head * p.n_piece * add_count;
     float *to = p.seg_r + head * p.n_seg * count + j;
     float sum = 0, top = SRF__UNSET;
-    for (int seg = p.n_seg - 1; seg >= 0; seg -= ahead) {
+    /* Before piece i - 1, and so on, what is later has been summed. */
+    int seg = p.n_seg - 1, left = p.n_piece - (p.n_seg - 2) * p.seg_pieces;
+    for (int last = p.n_piece - 1; last >= 0; last -= ahead) {
         float add[ahead], add_top[ahead], end[ahead];
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
-            const int at = seg - k > 0 ? seg - k : 0, last = min((at + 1) * p.seg_chunks, n_chunks);
-            add[k] = at > 0 ? adds[(int64_t)at * add_count + j] : 0.0f;
-            add_top[k] = at > 0 ? adds[(int64_t)at * add_count + 64 * 65 + f] : SRF__UNSET;
-            end[k] = marks[(int64_t)(last - 1) * MARKS];
+            const int at = max(last - k, 0), end_of = at / p.seg_pieces;
+            add[k] = k <= last ? adds[(int64_t)at * add_count + j] : 0.0f;
+            add_top[k] = k <= last ? adds[(int64_t)at * add_count + 64 * 65 + f] : SRF__UNSET;
+            /* The segment before this one's. */
+            end[k] = k <= last && at == end_of * p.seg_pieces
+                         ? marks[(int64_t)((end_of + 1) * p.seg_chunks - 1) * MARKS]
+                         : 0;
         }
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
-            if (seg - k < 0) break;
-            /* Exponents that huge numbers leave no bits for: wrong, but finite. */
-            const float by = exp2_fast(fminf(top + end[k], -SRF__MIN_DEN_LOG2));
-            to[(int64_t)(seg - k) * count] = sum * by;
+            if (last - k < 0) break;
             const float with = fmaxf(top, add_top[k]);
             sum = sum * exp2_fast(top - with) + add[k] * exp2_fast(add_top[k] - with);
             top = with;
+            if (--left > 0) continue;
+            left = p.seg_pieces;
+            seg--;
+            /* Exponents that huge numbers leave no bits for: wrong, but finite. */
+            to[(int64_t)seg * count] = sum * exp2_fast(fminf(top + end[k], -SRF__MIN_DEN_LOG2));
         }
     }
 }
@@ -281,8 +340,8 @@ static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p
 srf_status srf__pure_wgmma_adds(struct srf_ctx *ctx, const struct bwd_params *p,
                                 const struct bwd_maps *m, int64_t heads)
 {
-    return launch(ctx, pure_adds_kernel, heads * (p->n_seg - 1), 128, add_smem::bytes, p, m,
-                  p->carried);
+    const int blocks = p->n_piece + (p->deltas ? p->seg_pieces : 0);
+    return launch(ctx, pure_adds_kernel, heads * blocks, 128, add_smem::bytes, p, m, p->carried);
 }
 srf_status srf__pure_wgmma_suffix(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads)
 {

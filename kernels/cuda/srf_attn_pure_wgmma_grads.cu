@@ -17,7 +17,10 @@
  */
 #include "kernels/cuda/srf_attn_pure_wgmma_grads.h"
 
-template <bool DW>
+/* What the kernel is made for: one segment; segments; the same, delta being there. */
+enum kind { WHOLE, SEGMENTS, SUMMED };
+
+template <enum kind KIND, bool DW>
 static __global__
     __launch_bounds__(256, 2) void pure_grads_kernel(const __grid_constant__ struct bwd_params p,
                                                      const __grid_constant__ struct bwd_maps m)
@@ -39,24 +42,30 @@ static __global__
     chain_wait();
     /* Units come last first: the one that this one waits for has begun. */
     if (threadIdx.x == 0) {
-        const unsigned ticket = atomicAdd(p.tickets, 1u), segments = gridDim.x / p.n_unit;
-        const unsigned segment = ticket % segments;
-        const int u = p.n_unit - 1 - (int)(ticket / segments), s = (int)(segment % p.n_seg);
-        const struct place here = place_of(p, segment / p.n_seg, s, 64);
+        /* All segments but the last, then the units of the last ones, level by level. */
+        unsigned i = atomicAdd(p.tickets, 1u);
+        const int n = p.n_seg - 1, heads = (int)(gridDim.x / p.head_units);
+        const bool whole = i < (unsigned)(heads * n);
+        if (!whole) i -= heads * n;
+        const int s = whole ? (int)(i % n) : n;
+        const int order = whole ? s : p.head_units - 1 - (int)(i / heads);
+        const struct place here = place_of(p, whole ? i / n : i % heads, s, 64);
         struct unit *unit = (struct unit *)(smem + at::unit);
         unit->in = here.in;
         unit->out = here.out;
         unit->token = here.head_i * p.t;
         unit->chunk = here.head_i * n_chunks;
-        unit->segment = segment;
-        unit->order = (int64_t)segment * p.n_unit + u;
+        unit->segment = here.head_i * p.n_seg + s;
+        unit->order = here.head_i * p.head_units + order;
         unit->seq = (int)(here.head_i / p.h);
         unit->col = (int)(here.head_i % p.h) * 64;
-        unit->is_first = u == 0;
-        unit->is_last = u == p.n_unit - 1;
-        unit->c_first = s * p.seg_chunks + u * p.unit_chunks;
+        unit->is_first = whole || order == n;
+        unit->is_last = whole || order == p.head_units - 1;
+        unit->has_later = s < n;
+        unit->c_first = s * p.seg_chunks + (order - s) * p.unit_chunks;
         const int end = unit->is_last ? (s + 1) * p.seg_chunks : unit->c_first + p.unit_chunks;
         unit->c_last = min(end, n_chunks) - 1;
+        unit->edge = unit->c_last / p.walk_chunks * p.walk_chunks;
     }
     __syncthreads();
     const int c_last = UNIT_INT(c_last);
@@ -74,7 +83,10 @@ static __global__
     auto fill_kd = [&](int c) {
         const int s = (UNIT_INT(c_last) - c) & 1, col = UNIT_INT(col), seq = UNIT_INT(seq);
         const uint32_t full = base + at::bar + 16 + 8 * s;
-        barrier_expect(full, 2 * TILE + MARKS * 4);
+        barrier_expect(full, 2 * TILE + (MARKS + (KIND == SUMMED ? CHUNK : 0)) * 4);
+        if (KIND == SUMMED)
+            bulk_bytes(base + at::given + s * (CHUNK * 4), p.deltas + (UNIT_I64(chunk) + c) * CHUNK,
+                       CHUNK * 4, full);
         bulk_tile(base + at::k + s * TILE, &m.k, col, c * CHUNK, seq, full);
         bulk_tile(base + at::d_o + s * TILE, &m.d_o, col, c * CHUNK, seq, full);
         bulk_bytes(base + at::marks + s * MARKS * 4, p.marks + (UNIT_I64(chunk) + c) * MARKS,
@@ -96,13 +108,18 @@ static __global__
             const int64_t order = UNIT_I64(order);
             await_flag(p.tickets + 1 + order, tid);
             load_r(r, u, p.r + order * 64 * 65, own_f, own_pair);
-        } else if (p.n_seg > 1) {
+        } else if (KIND != WHOLE && UNIT_INT(has_later)) {
             load_r(r, u, p.seg_r + UNIT_I64(segment) * 64 * 65, own_f, own_pair);
         }
     }
 
     int c = c_last, hi = CHUNK, size = CHUNK; /* the piece that ends before hi */
     int done = 0;                             /* pieces */
+    int edge = UNIT_INT(edge);
+    auto ended_at = [&](int lo) -> const float * {
+        if (KIND == WHOLE || lo > 0 || c != edge || c == 0) return NULL;
+        return p.marks + (UNIT_I64(chunk) + c - 1) * MARKS;
+    };
     if (role == 0) {
         bool busy = false; /* the owners of keys may still read psi */
         if (own_pair == 0) {
@@ -251,7 +268,9 @@ static __global__
                 scale_rows(a, p.scale, p.scale);
                 store_chunk(p.dq + UNIT_I64(in) + t0 * p.ld, p.ld, a, base + at::out, forget(warp),
                             lo, end, forget(lane));
-                const float back0 = mark_back(marks, f0), back1 = mark_back(marks, f0 + 8);
+                const float *ended = ended_at(lo);
+                const float back0 = mark_back(marks, f0, ended);
+                const float back1 = mark_back(marks, f0 + 8, ended);
                 warpgroup_wait<0>();
                 wgmma_hold(&r[0][0]);
                 if (__any_sync(0xffffffffu, back0 != 1.0f || back1 != 1.0f))
@@ -261,6 +280,7 @@ static __global__
                 size = hi & -hi;
                 busy = true;
                 if (lo == 0) {
+                    if (c == edge) edge -= p.walk_chunks;
                     c--;
                     hi = size = CHUNK;
                 }
@@ -357,8 +377,9 @@ static __global__
                 marks = piece;
             }
             uint4 o[2][2];
-            load_o(o, p.o + UNIT_I64(out) + t0 * p.ld_o, p.ld_o, row, pair, row >= lo && row < end,
-                   row + 8 >= lo && row + 8 < end);
+            if (KIND != SUMMED)
+                load_o(o, p.o + UNIT_I64(out) + t0 * p.ld_o, p.ld_o, row, pair,
+                       row >= lo && row < end, row + 8 >= lo && row + 8 < end);
             float a[8][4], dv[8][4], norm[2];
             uint32_t x[4][4], kf[4][4];
             own_keys(x, norm, k_tile, key_scales_of(p.scale, p.limit), warp, lane);
@@ -370,7 +391,13 @@ static __global__
                 if (row + 8 * i < lo || row + 8 * i >= end) norm[i] = INFINITY;
             {
                 float delta[2];
-                row_deltas(delta, o, do_tile, row, pair);
+                if (KIND == SUMMED) {
+                    const uint32_t given = base + at::given + s * (CHUNK * 4) + row * 4;
+                    delta[0] = row >= lo && row < end ? load_float(given) : 0.0f;
+                    delta[1] = row + 8 >= lo && row + 8 < end ? load_float(given + 32) : 0.0f;
+                } else {
+                    row_deltas(delta, o, do_tile, row, pair);
+                }
                 if (pair == 0) {
                     put_deltas(deltas, delta, row);
                     store_float(deltas + 256 + row * 4, delta[0]);
@@ -393,7 +420,7 @@ static __global__
             put_rows(kf_tile, kf, warp, lane);
             async_fence();
             if (c > UNIT_INT(c_first))
-                prefetch_rows(p, UNIT_I64(out), UNIT_I64(token), t0 - CHUNK, tid);
+                prefetch_rows(p, UNIT_I64(out), UNIT_I64(token), t0 - CHUNK, tid, KIND != SUMMED);
             const bool cut = meet_or(ALL_A, 256, false);
             if (tid == 0 && c > UNIT_INT(c_first)) {
                 if (!asked) fill_kd(c - 1);
@@ -450,8 +477,9 @@ static __global__
                     float u[2] = {load_float(own + now), load_float(own + now + 32)};
                     add_deltas(u, psi_tile, deltas, warp, lane);
                     if (pair == 0) {
-                        store_float(own + 256 - now, u[0] * mark_back(marks, f0));
-                        store_float(own + 256 - now + 32, u[1] * mark_back(marks, f0 + 8));
+                        const float *ended = ended_at(lo);
+                        store_float(own + 256 - now, u[0] * mark_back(marks, f0, ended));
+                        store_float(own + 256 - now + 32, u[1] * mark_back(marks, f0 + 8, ended));
                     }
                 }
                 warpgroup_wait<0>();
@@ -510,6 +538,7 @@ static __global__
             hi = lo;
             size = hi & -hi;
             if (lo == 0) {
+                if (c == edge) edge -= p.walk_chunks;
                 c--;
                 hi = size = CHUNK;
                 asked = false;
@@ -522,7 +551,9 @@ static __global__
 srf_status srf__pure_wgmma_grads(struct srf_ctx *ctx, const struct bwd_params *p,
                                  const struct bwd_maps *m, int64_t heads)
 {
-    return launch(ctx, p->dw ? pure_grads_kernel<true> : pure_grads_kernel<false>,
-                  heads * p->n_seg * p->n_unit, 256, grad_smem::bytes, p, m,
-                  p->carried && p->n_seg == 1);
+    kernel *f = p->dw           ? pure_grads_kernel<SEGMENTS, true>
+                : p->n_seg == 1 ? pure_grads_kernel<WHOLE, false>
+                : p->deltas     ? pure_grads_kernel<SUMMED, false>
+                                : pure_grads_kernel<SEGMENTS, false>;
+    return launch(ctx, f, heads * p->head_units, 256, grad_smem::bytes, p, m, false);
 }

@@ -11,6 +11,7 @@ struct unit {
     int64_t in, out, token, chunk; /* of the head: in q, k, v, in o, among tokens, among chunks */
     int64_t segment, order;        /* among all segments; among all units, segment by segment */
     int seq, col, is_first, is_last, c_first, c_last;
+    int edge, has_later; /* the last chunk that M begins anew with; segments follow its own */
 };
 
 struct grad_smem {
@@ -21,7 +22,8 @@ struct grad_smem {
     static constexpr int bias = marks + 3 * MARKS * 4, half = bias + 64 * 4;
     static constexpr int u = half + CHUNK * 4;   /* of two pieces */
     static constexpr int delta = u + 2 * 64 * 4; /* of two pieces: (2, 64) bf16, its parts; fp32 */
-    static constexpr int bar = delta + 2 * 2 * 64 * 4; /* Q; V, S; K, dO, marks twice */
+    static constexpr int given = delta + 2 * 2 * 64 * 4; /* of two chunks: delta as it came */
+    static constexpr int bar = given + 2 * CHUNK * 4;    /* Q; V, S; K, dO, marks twice */
     static constexpr int unit = bar + 4 * 8, bytes = unit + sizeof(struct unit);
 };
 
@@ -34,19 +36,21 @@ __device__ __forceinline__ int64_t shared_i64(uint32_t addr)
 }
 #define UNIT_I64(field) shared_i64(base + at::unit + (int)offsetof(struct unit, field))
 #define UNIT_INT(field) (int)load_shared(base + at::unit + (int)offsetof(struct unit, field))
-/* What a step back over the chunk multiplies sums of feature f by. */
-__device__ __forceinline__ float mark_back(uint32_t marks, int f)
+/* What a step back over the chunk multiplies sums of feature f by. `ended`, if not NULL: the marks
+ * of the chunk before, where a walk ended; M of the walk that made the chunk's may be another. */
+__device__ __forceinline__ float mark_back(uint32_t marks, int f, const float *ended)
 {
-    return exp2_fast(load_float(marks + (MARK_BEFORE + f) * 4) -
-                     load_float(marks + (MARK_AFTER + f) * 4));
+    const float before = ended ? ended[MARK_AFTER + f] : load_float(marks + (MARK_BEFORE + f) * 4);
+    return exp2_fast(before - load_float(marks + (MARK_AFTER + f) * 4));
 }
 /* o and the forward's numbers of a chunk towards this multiprocessor. */
 __device__ __forceinline__ void prefetch_rows(const struct bwd_params &p, int64_t out,
-                                              int64_t token, int64_t t0, int tid)
+                                              int64_t token, int64_t t0, int tid, bool with_o)
 {
     const void *at = tid < CHUNK ? (const void *)(p.o + out + (t0 + tid) * p.ld_o)
                                  : (const void *)(p.stat + token + t0 + tid - CHUNK);
-    if (tid <= CHUNK || tid == CHUNK + 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    if ((tid < CHUNK && with_o) || tid == CHUNK || tid == CHUNK + 32)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 /* delta as two bf16 parts, for all queries' owners. */
 __device__ __forceinline__ void put_deltas(uint32_t parts, const float delta[2], int row)
