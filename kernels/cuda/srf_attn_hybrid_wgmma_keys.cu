@@ -136,6 +136,7 @@ static __global__
         if (c_q > c) fill_q(c);
         fill_kv(c);
     }
+    chain_wait();
     {
         const int pair = tid & 3, f0 = 16 * (tid >> 5) + (tid >> 2 & 7);
         const bool given = (int)blockIdx.x % p.n_seg < p.n_seg - 1;
@@ -349,6 +350,7 @@ static __global__
     const int lo = seg * p.seg_slots + piece % p.seg_pieces * p.piece_slots;
     const int hi = min(min(lo + p.piece_slots, (seg + 1) * p.seg_slots), p.n_slots);
     const int seq = bh / p.heads, col = bh % p.heads * 64, n = hi - lo;
+    chain_next();
     if (seg == 0 || n <= 0) return; /* of the first segment nobody asks */
     auto fill = [&](int i) {
         const int s = i % ADD_STAGES, t0 = (lo + i + 2) * CHUNK;
@@ -443,6 +445,8 @@ static __global__
 static __global__ void suffix_kernel(const __grid_constant__ struct hybrid p, int64_t n)
 {
     constexpr int ahead = 8; /* pieces whose loads are on their way at once */
+    chain_next();
+    chain_wait();
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, count = (int64_t)p.m * 65;
     if (i >= n) return;
     const int64_t bh = i / count, j = i % count, pieces = p.n_seg * p.seg_pieces;
@@ -491,7 +495,9 @@ srf_status srf__hybrid_wgmma_keys(struct srf_ctx *ctx, const struct srf_srf_attn
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
         hybrid_adds_kernel<<<(unsigned)(s->b * s->h * p->n_seg * p->seg_pieces), 128, bytes,
                              stream_of(ctx)>>>(*p, m);
-        suffix_kernel<<<(unsigned)div_up(n, 128), 128, 0, stream_of(ctx)>>>(*p, n);
+        struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};
+        chain_launch(ctx, shape, suffix_kernel, *p, n);
     }
-    return launch_walk(ctx, hybrid_keys_kernel, s->b * s->h, keys_tiles::bytes, p, &m, false);
+    return launch_walk(ctx, hybrid_keys_kernel, s->b * s->h, keys_tiles::bytes, p, &m,
+                       p->n_seg > 1);
 }
