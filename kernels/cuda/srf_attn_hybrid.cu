@@ -302,9 +302,6 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     p->n_slots = (int)n_slots;
     p->seg_slots = (int)(n_slots ? div_up(n_slots, n_seg) : 1);
     p->n_seg = (int)(n_slots ? div_up(n_slots, p->seg_slots) : 1);
-    /* More blocks than segments fill the card. */
-    p->seg_pieces = p->wgmma && p->seg_slots >= 4 ? 2 : 1;
-    p->piece_slots = (int)div_up(p->seg_slots, p->seg_pieces);
     p->w_step = s->n_sets > 1 ? s->m * s->d : 0;
     p->bias_step = s->n_sets > 1 ? s->m : 0;
     p->scale = (float)pow((double)s->d, -0.25);
@@ -312,8 +309,7 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     p->limit = (float)(SRF__X_LIMIT * pow((double)s->d, 0.25));
     p->log2_m = (float)log2((double)s->m);
     p->fused = s->window == 64 && s->m <= 64 && s->d <= 64 && !(dw && n_slots > 0);
-    size_t rows = (size_t)(n_bh * n_slots * s->m);
-    size_t seg_rows = (size_t)(n_bh * p->n_seg * p->seg_pieces * s->m);
+    size_t rows = (size_t)(n_bh * n_slots * s->m), seg_rows = (size_t)(n_bh * p->n_seg * s->m);
     if (p->given) p->entry = (float *)bump_bytes(&bump, entry_bytes(p, n_bh));
     if (p->given && !backward) return bump.used;
     if (!p->fused) {

@@ -19,12 +19,11 @@ struct hybrid {
     int64_t ld, ld_o;
     int64_t w_step, bias_step; /* from one head's feature set to the next: 0 if shared */
     int t, heads, m, window;
-    int n_chunks;                /* of query or key rows in a sequence */
-    int n_slots;                 /* blocks that are read through the state */
-    int n_seg, seg_slots;        /* segments of a walk, slots in each */
-    int seg_pieces, piece_slots; /* of segments, for the sums of their queries */
-    bf16 *s, *r;                 /* (b h, n_slots, m, d): S, R */
-    float *top, *z, *u;          /* (b h, n_slots, m): M, z, u */
+    int n_chunks;         /* of query or key rows in a sequence */
+    int n_slots;          /* blocks that are read through the state */
+    int n_seg, seg_slots; /* segments of a walk, slots in each */
+    bf16 *s, *r;          /* (b h, n_slots, m, d): S, R */
+    float *top, *z, *u;   /* (b h, n_slots, m): M, z, u */
     float *sum_s, *sum_z; /* (b h, n_seg, m, d), (b h, n_seg, m): a segment's own S or R, z or u */
     float *sum_top;       /* (b h, n_seg, m) */
     bool fused;           /* walks that keep states in registers; dW reads them */

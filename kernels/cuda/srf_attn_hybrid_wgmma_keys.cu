@@ -333,7 +333,7 @@ struct add_tiles {
     static constexpr int bar = rows + ADD_STAGES * 512, bytes = bar + ADD_STAGES * 8;
 };
 
-/* What the queries of a piece of a segment add to R, u, in the scale of M of its first block. */
+/* What the queries of a segment add to R, u, in the scale of M of its first block. */
 static __global__
     WALK_BOUNDS(4) void hybrid_adds_kernel(const __grid_constant__ struct hybrid p,
                                            const __grid_constant__ struct hybrid_maps m)
@@ -344,14 +344,12 @@ static __global__
     const uint32_t base = smem_addr(raw + (-smem_addr(raw) & 1023u));
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
     const int f0 = 16 * warp + g;
-    const int pieces = p.n_seg * p.seg_pieces, piece = blockIdx.x % pieces;
-    const int bh = blockIdx.x / pieces, seg = piece / p.seg_pieces;
-    /* Slots of the piece; the queries of slot i are those of block i + 2. */
-    const int lo = seg * p.seg_slots + piece % p.seg_pieces * p.piece_slots;
-    const int hi = min(min(lo + p.piece_slots, (seg + 1) * p.seg_slots), p.n_slots);
+    const int bh = blockIdx.x / p.n_seg, seg = blockIdx.x % p.n_seg;
+    /* The queries of slot i are those of block i + 2. */
+    const int lo = seg * p.seg_slots, hi = min(lo + p.seg_slots, p.n_slots);
     const int seq = bh / p.heads, col = bh % p.heads * 64, n = hi - lo;
     chain_next();
-    if (seg == 0 || n <= 0) return; /* of the first segment nobody asks */
+    if (seg == 0) return; /* of the first segment nobody asks */
     auto fill = [&](int i) {
         const int s = i % ADD_STAGES, t0 = (lo + i + 2) * CHUNK;
         const uint32_t full = base + at::bar + 8 * s;
@@ -444,39 +442,34 @@ static __global__
  * segment's first block. One thread a feature and column of R or u. */
 static __global__ void suffix_kernel(const __grid_constant__ struct hybrid p, int64_t n)
 {
-    constexpr int ahead = 8; /* pieces whose loads are on their way at once */
+    constexpr int ahead = 8; /* segments whose loads are on their way at once */
     chain_next();
     chain_wait();
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, count = (int64_t)p.m * 65;
     if (i >= n) return;
-    const int64_t bh = i / count, j = i % count, pieces = p.n_seg * p.seg_pieces;
+    const int64_t bh = i / count, j = i % count;
     const int f = (int)(j < p.m * 64 ? j / 64 : j - p.m * 64);
     const float *top = p.top + bh * p.n_slots * p.m + f;
     const int64_t step = j < p.m * 64 ? p.m * 64 : p.m;
-    const float *sums = (j < p.m * 64 ? p.sum_s + j : p.sum_z + f) + bh * pieces * step;
+    const float *sums = (j < p.m * 64 ? p.sum_s + j : p.sum_z + f) + bh * p.n_seg * step;
     float *after = p.after + bh * p.n_seg * count + j;
     float sum = 0, from = 0;
-    for (int last = (int)pieces - 1; last >= 0; last -= ahead) {
+    for (int last = p.n_seg - 1; last >= 0; last -= ahead) {
         float own[ahead], to[ahead];
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
-            const int piece = max(last - k, 0), seg = piece / p.seg_pieces;
-            const int slot = seg * p.seg_slots + piece % p.seg_pieces * p.piece_slots;
-            const bool there = seg > 0 && slot < min((seg + 1) * p.seg_slots, p.n_slots);
-            own[k] = there ? sums[piece * step] : 0.0f;
-            to[k] = there ? top[(int64_t)slot * p.m] : SRF__UNSET;
+            const int seg = max(last - k, 0);
+            own[k] = seg > 0 ? sums[seg * step] : 0.0f;
+            to[k] = top[(int64_t)seg * p.seg_slots * p.m];
         }
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
-            const int piece = last - k;
-            if (piece < 0) break;
-            if (to[k] != SRF__UNSET) {
-                sum = own[k] + sum * exp2_fast(fminf(to[k] - from, 0.0f));
-                from = to[k];
-            }
-            /* The segment before ends here. */
-            const int seg = piece / p.seg_pieces;
-            if (piece % p.seg_pieces == 0 && seg > 0) after[(seg - 1) * count] = sum;
+            const int seg = last - k;
+            if (seg <= 0) break;
+            const float by = seg < p.n_seg - 1 ? exp2_fast(fminf(to[k] - from, 0.0f)) : 0.0f;
+            sum = own[k] + sum * by;
+            from = to[k];
+            after[(seg - 1) * count] = sum;
         }
     }
 }
@@ -493,8 +486,8 @@ srf_status srf__hybrid_wgmma_keys(struct srf_ctx *ctx, const struct srf_srf_attn
         constexpr int bytes = 1024 + add_tiles::bytes;
         CUDA_TRY(cudaFuncSetAttribute(hybrid_adds_kernel,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        hybrid_adds_kernel<<<(unsigned)(s->b * s->h * p->n_seg * p->seg_pieces), 128, bytes,
-                             stream_of(ctx)>>>(*p, m);
+        hybrid_adds_kernel<<<(unsigned)(s->b * s->h * p->n_seg), 128, bytes, stream_of(ctx)>>>(*p,
+                                                                                               m);
         struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};
         chain_launch(ctx, shape, suffix_kernel, *p, n);
     }
