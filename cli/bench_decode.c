@@ -183,13 +183,13 @@ static void report(const struct bench_options *o, const struct job *j,
                (long long)j->running, attention, o->state_bf16 ? ", states in bf16" : "");
         printf("  %lld prompts of %lld tokens admitted in %.3f s\n", (long long)j->running,
                (long long)from, r->admitted);
-        printf("  from position %6lld: %.0f tokens/s, %.4f ms a step (%.4f to %.4f), %.0f %% of "
+        printf("  from position %6lld: %.0f tokens/s, %.4f ms per step (%.4f to %.4f), %.0f %% of "
                "the floor\n",
                (long long)from, batch / early.median, early.median * 1e3, early.best * 1e3,
                early.worst * 1e3, 100 * least / early.median);
-        printf("  from position %6d: %.0f tokens/s, %.4f ms a step (%.4f to %.4f)\n", LATE,
+        printf("  from position %6d: %.0f tokens/s, %.4f ms per step (%.4f to %.4f)\n", LATE,
                batch / late.median, late.median * 1e3, late.best * 1e3, late.worst * 1e3);
-        printf("  state %.1f KiB a sequence; a KV cache at %lld tokens: %.1f KiB\n",
+        printf("  state %.1f KiB per sequence; a KV cache at %lld tokens: %.1f KiB\n",
                (double)state / 1024, (long long)m->config.n_pos, (double)kv / 1024);
         if (j->bytes) printf("  %.2f GB on the device\n", (double)j->bytes * 1e-9);
         printf("  one step, each op waited for:\n");

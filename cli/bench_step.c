@@ -163,7 +163,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, con
                srf_dtype_name(ctx->dtype));
         printf("training step, %lld x %lld tokens (micro-batches of %lld), attention %s\n",
                (long long)c->batch, (long long)c->seq_len, (long long)c->micro_batch, attention);
-        printf("  %.1f ms a step (best %.1f, worst %.1f of %d), %.0f tokens/s\n",
+        printf("  %.1f ms per step (best %.1f, worst %.1f of %d), %.0f tokens/s\n",
                res->step.median * 1e3, res->step.best * 1e3, res->step.worst * 1e3, res->n,
                tokens / res->step.median);
         printf("  %.1f GFLOP/s over the whole step: %.1f%% of a large product's %.1f\n",
@@ -173,7 +173,7 @@ static void report(const struct bench_options *o, const struct srf_ctx *ctx, con
             printf("  %.1f%% of the time in BLAS, at %.1f GFLOP/s: %.1f%% of a large product's\n",
                    100 * share, rate * 1e-9, 100 * rate / large);
         if (!bench_on_cpu(ctx))
-            printf("  with a wait after every op, %.1f ms a step:\n", one * 1e3);
+            printf("  with a wait after every op, %.1f ms per step:\n", one * 1e3);
         if (p->srf_chunks)
             printf("  SRF chunks on the exact path: %lld of %lld\n", (long long)p->srf_slow_chunks,
                    (long long)p->srf_chunks);

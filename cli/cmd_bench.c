@@ -48,7 +48,8 @@ int cmd_bench(int argc, char **argv)
         {"rest-lr", 0, CLI_DOUBLE, &o.rest_lr, "X", "step: as in training (1)", 0, 1e6},
         {"lora", 0, CLI_INT, &o.lora, "RANK", "step: as in training (0)", 0, 65536},
         {"tokens", 'n', CLI_INT, &o.n, "N",
-         "prefill: tokens a sequence (128); decode: steps of a round (as many as take 0.4 s, up to "
+         "prefill: tokens per sequence (128); decode: steps of a round (as many as take 0.4 s, up "
+         "to "
          "128)",
          1, 1 << 24},
         {"running", 0, CLI_INT, &o.running, "N", "decode: the other slots are idle (--batch)", 1,

@@ -48,7 +48,7 @@ struct cli_attention {
      0, 0},                                                                                        \
     {"sinks", 0, CLI_INT, &(a).sinks, "N",                                                         \
      "--attention window: the first N tokens are seen as well (0)", 0, 65536},                     \
-    {"m", 'm', CLI_INT, &(a).m, "N", "random features a head (64)", 1, 65536},                     \
+    {"m", 'm', CLI_INT, &(a).m, "N", "random features per head (64)", 1, 65536},                   \
     {"window", 'W', CLI_INT, &(a).window, "N",                                                     \
      "block of N tokens attended exactly, with the one before it; 0 = pure SRF", 0, 65536},        \
     {"layer-windows", 0, CLI_STRING, &(a).windows, "W,W,...",                                      \
@@ -59,7 +59,7 @@ struct cli_attention {
      "iid, orthogonal, simplex or simplex+ (simplex)", 0, 0},                                      \
     {"rotation", 0, CLI_STRING, &(a).rotation, "KIND", "haar, or hd: the fast draw (haar)",        \
      0, 0},                                                                                        \
-    {"share-heads", 0, CLI_FLAG, &(a).share_heads, NULL, "one draw a layer, not one a head",       \
+    {"share-heads", 0, CLI_FLAG, &(a).share_heads, NULL, "one draw per layer, not per head",       \
      0, 0},                                                                                        \
     {"normalize-rows", 0, CLI_FLAG, &(a).normalize_rows, NULL,                                     \
      "unit-norm projections: biased, for comparisons", 0, 0},                                      \

@@ -133,7 +133,7 @@ static srf_status calibrate(const struct training_inputs *in, struct training_ru
         fprintf(stderr, "calibrated on %lld tokens: mean |q+k|^2/sqrt(d) from %.1f to %.1f\n",
                 (long long)(c.windows * c.seq_len), result.v_before, result.v_after);
     if (!in->quiet && in->best_of > 1)
-        fprintf(stderr, "best of %lld draws a head: error of attention from %.3f to %.3f\n",
+        fprintf(stderr, "best of %lld draws per head: error of attention from %.3f to %.3f\n",
                 (long long)in->best_of, result.error_first, result.error_chosen);
 cleanup:
     srf__free(tokens);
@@ -164,14 +164,14 @@ static srf_status plan_windows(const struct training_inputs *in, struct training
     if (!in->quiet && result.measured)
         fprintf(stderr,
                 "windows and features by layer, on %lld tokens: KL to softmax, layer by layer, "
-                "from %.4f to %.4f; state %lld bytes a sequence\n",
+                "from %.4f to %.4f; state %lld bytes per sequence\n",
                 (long long)(c.windows * c.seq_len), result.before, result.after,
                 (long long)result.state_bytes);
     else if (!in->quiet)
         fprintf(
             stderr,
             "windows and features by layer: nothing to choose in sequences of %lld tokens; state "
-            "%lld bytes a sequence\n",
+            "%lld bytes per sequence\n",
             (long long)c.seq_len, (long long)result.state_bytes);
 cleanup:
     srf__free(tokens);

@@ -36,7 +36,7 @@ static void say_recipe(struct cli_option *options, const struct srf_recipe *r,
         if (strcmp(o->name, "attention") == 0)
             snprintf(*help, HELP_SIZE, "%s (srf)", CLI_ATTENTION_KINDS);
         else if (strcmp(o->name, "m") == 0)
-            snprintf(*help, HELP_SIZE, "random features a head (%lld)", (long long)r->m);
+            snprintf(*help, HELP_SIZE, "random features per head (%lld)", (long long)r->m);
         else if (strcmp(o->name, "window") == 0)
             snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->window);
         else if (strcmp(o->name, "far") == 0 && r->far_none)
@@ -178,13 +178,13 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          0, 0},
         CLI_HEADING_ROW("Steps, memory, AdamW:"),
         {"steps", 0, CLI_INT, &c->steps, "N", "optimizer steps", 1, 1e12},
-        {"batch", 0, CLI_INT, &c->batch, "N", "sequences a step", 1, 1e6},
+        {"batch", 0, CLI_INT, &c->batch, "N", "sequences per step", 1, 1e6},
         {"micro-batch", 0, CLI_INT, &in.micro_batch, "N",
          "sequences at once; sets the memory (2048 tokens on the CPU, else 32768)", 1, 1e6},
         {"recompute", 0, CLI_STRING, &in.recompute, "WHAT",
          "made again in backward, to save memory: none, cheap (GELU), block (none)", 0, 0},
-        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a sequence (the model's, up to 1024)", 1,
-         1 << 24},
+        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens per sequence (the model's, up to 1024)",
+         1, 1 << 24},
         {"lr", 0, CLI_DOUBLE, &c->lr, "X", "peak learning rate", 0, 10},
         {"min-lr", 0, CLI_DOUBLE, &in.min_lr, "X", "learning rate at the end (lr / 10)", 0, 10},
         {"warmup", 0, CLI_INT, &in.warmup, "N", "steps of linear warm-up (50, at most a tenth)", 0,

@@ -114,12 +114,12 @@ struct picture {
 };
 
 static const struct picture pictures[] = {
-    {LOSS, "Loss", "cross entropy of the training text", "nats a token",
+    {LOSS, "Loss", "cross entropy of the training text", "nats per token",
      "How well the model predicts the text that it is trained on. Good: it falls, "
      "fast at first; a validation loss that rises while it falls says that the text was seen too "
      "often.",
      false, true},
-    {KL, "Distance from the teacher", "KL(teacher ‖ model)", "nats a token",
+    {KL, "Distance from the teacher", "KL(teacher ‖ model)", "nats per token",
      "How far the predictions are from those of the model that teaches, which knows the text with "
      "softmax attention. Good: it falls towards 0. A jump up is a new draw of the features.",
      true, true},

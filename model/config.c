@@ -241,7 +241,7 @@ void srf_attention_describe(const struct srf_attention_config *a, char *buf, siz
     if (!a->n_layer_m) snprintf(features, sizeof features, "%lld", (long long)a->m);
     int n = snprintf(buf, size, "srf %s%s m=%s, %s, seed %llu draw %llu",
                      srf_feature_kind_name(a->features), a->rotation == SRF_ROT_HD ? "/hd" : "",
-                     features, a->per_head ? "one draw a head" : "one draw a layer",
+                     features, a->per_head ? "one draw per head" : "one draw per layer",
                      (unsigned long long)a->seed, (unsigned long long)a->draw);
     if (a->n_windows && n > 0 && (size_t)n < size)
         n += snprintf(buf + n, size - (size_t)n, ", windows %s exact", windows);

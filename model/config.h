@@ -82,7 +82,7 @@ srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_la
 /* Whether the two draw the same W (kind, m, sharing, key, ...). */
 bool srf_attention_same_features(const struct srf_attention_config *a,
                                  const struct srf_attention_config *b);
-/* One line for people: "srf simplex m=64, one draw a head, seed 0 draw 17, window 64 exact". */
+/* One line for people: "srf simplex m=64, one draw per head, seed 0 draw 17, window 64 exact". */
 void srf_attention_describe(const struct srf_attention_config *a, char *buf, size_t size);
 /* JSON object text for files; caller srf__free()s. Parse fills defaults for absent keys and refuses
  * unknown ones. */

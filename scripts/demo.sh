@@ -8,7 +8,7 @@ source "$(dirname "$0")/lib.sh"
 export CUDA_VISIBLE_DEVICES= # on the CPU and in fp32, whatever the machine has
 
 out="$ROOT/out/demo"
-features=64 # m: random features a head
+features=64 # m: random features per head
 window=32   # the hybrid: this block of tokens and the one before it are attended to exactly
 
 pure_steps="${SRF_DEMO_PURE_STEPS:-300}"

@@ -421,7 +421,7 @@ static srf_status check(const struct srf_checkpoint *ck, const struct srf_calibr
                 (long long)c->best_of);
     SRF_FAIL_IF(c->fit && !c->balance, SRF_INVALID, "fitted features need a balanced model");
     SRF_FAIL_IF((c->fit || c->best_of > 1) && !ck->attention.per_head, SRF_INVALID,
-                "features that are fitted or chosen need one draw a head");
+                "features that are fitted or chosen need one draw per head");
     return SRF_OK;
 }
 

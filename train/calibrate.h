@@ -18,7 +18,7 @@
 
 struct srf_calibrate_config {
     int64_t windows, seq_len; /* of text */
-    bool balance, fit;        /* fit needs balance, and one draw a head */
+    bool balance, fit;        /* fit needs balance, and one draw per head */
     int64_t best_of;          /* draws to choose from; 1: the draw of the checkpoint's attention */
     void (*progress)(void *user, int64_t done, int64_t total); /* layers chosen for; may be NULL */
     void *user;
