@@ -9,9 +9,10 @@ struct srf_arch {
     const char *name; /* model_type in config.json */
     /* Keys -> cfg (cfg->arch is set). Unsupported settings are refused by name, never ignored. */
     srf_status (*read_config)(const json_t *root, struct srf_model_config *cfg);
-    /* cfg -> every key that transformers needs to load the export. */
+    /* cfg -> every key that transformers needs to load the export, but for model_type: the name. */
     srf_status (*write_config)(const struct srf_model_config *cfg, json_t *root);
-    /* Fill the rows but for offsets; n_tensors says how many. */
+    /* Fill the rows but for offsets; n_tensors says how many. Files hold them by these names and in
+     * these shapes: nothing is transposed, split or joined on the way. */
     int64_t (*n_tensors)(const struct srf_model_config *cfg);
     void (*tensors)(const struct srf_model_config *cfg, struct srf_tensor *rows);
     /* True for tensors that files may hold and that carry no parameters (mask buffers). */

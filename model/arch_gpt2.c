@@ -147,13 +147,12 @@ static srf_status read_config(const json_t *root, struct srf_model_config *cfg)
 static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
 {
     json_t *more = json_pack(
-        "{s:s, s:[s], s:I, s:I, s:I, s:I, s:I, s:f, s:s, s:b, s:b, s:b, s:f, s:f, s:f}",
-        "model_type", "gpt2", "architectures", "GPT2LMHeadModel", "n_layer",
-        (json_int_t)cfg->n_layers, "n_head", (json_int_t)cfg->n_heads, "n_embd", (json_int_t)cfg->c,
-        "n_positions", (json_int_t)cfg->n_pos, "vocab_size", (json_int_t)cfg->vocab,
-        "layer_norm_epsilon", cfg->ln_eps, "activation_function", "gelu_new", "scale_attn_weights",
-        1, "scale_attn_by_inverse_layer_idx", 0, "tie_word_embeddings", 1, "attn_pdrop", 0.0,
-        "embd_pdrop", 0.0, "resid_pdrop", 0.0);
+        "{s:[s], s:I, s:I, s:I, s:I, s:I, s:f, s:s, s:b, s:b, s:b, s:f, s:f, s:f}", "architectures",
+        "GPT2LMHeadModel", "n_layer", (json_int_t)cfg->n_layers, "n_head", (json_int_t)cfg->n_heads,
+        "n_embd", (json_int_t)cfg->c, "n_positions", (json_int_t)cfg->n_pos, "vocab_size",
+        (json_int_t)cfg->vocab, "layer_norm_epsilon", cfg->ln_eps, "activation_function",
+        "gelu_new", "scale_attn_weights", 1, "scale_attn_by_inverse_layer_idx", 0,
+        "tie_word_embeddings", 1, "attn_pdrop", 0.0, "embd_pdrop", 0.0, "resid_pdrop", 0.0);
     bool ok = more && json_object_update(root, more) == 0;
     json_decref(more);
     const struct {

@@ -410,6 +410,8 @@ srf_status srf_model_config_to_json(const struct srf_model_config *cfg, char **t
     json_t *root = json_object();
     SRF_FAIL_GO_IF(!root, SRF_NOMEM, "out of memory: config");
     SRF_TRY_GO(cfg->arch->write_config(cfg, root));
+    SRF_FAIL_GO_IF(json_object_set_new(root, "model_type", json_string(cfg->arch->name)) != 0,
+                   SRF_NOMEM, "out of memory: config");
     s = json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS);
     if (s) *text = srf__strdup(s);
     SRF_FAIL_GO_IF(!*text, SRF_NOMEM, "out of memory: config");
