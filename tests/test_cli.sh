@@ -155,15 +155,20 @@ run "${eval_srf[@]}" --draws 2
 grep -o '"ppl": \[[^]]*' stdout | cut -c9- | tr -d ' ' | tr ',' '\n' >all.draws
 cmp -s each.draw all.draws || fail "--draws 2: $(cat stdout), not $(xargs <each.draw)"
 [ "$(uniq all.draws | wc -l)" -eq 2 ] || fail "--draws 2: both are the same"
+grep -q 'seed 0 draw 0"' stdout || fail "--draws 2: not of the model's own draw: $(cat stdout)"
 grep -q '"mean": [0-9.]*, "sd": [0-9.]*, "ppl"' stdout || fail "--draws 2: no spread: $(cat stdout)"
+
+# So many tokens: three windows of 32, and one of what is left.
+run "${eval_srf[@]}" --max-tokens 100 --seq-len 32
+grep -q '"tokens": 96,' stdout || fail "--max-tokens 100: $(cat stdout)"
 
 # Each setting reaches the features: none has the perplexity of another.
 for option in '' '--features iid' '--rotation hd' --share-heads --normalize-rows '--oprf-a -0.1' \
-    '--features-seed 1' '--draw 1' '--window 4'; do
+    '--features-seed 1' '--draw 1' '--window 4' '--window 4 --far none' '--layer-windows 4,0'; do
     run "${eval_srf[@]}" $option
-    grep -o '"ppl": [0-9.]*' stdout || fail "eval $option: $(cat stderr)"
-done >settings.ppl
-[ "$(sort -u settings.ppl | wc -l)" -eq 9 ] || fail "settings without an effect: $(cat settings.ppl)"
+    grep -o '"ppl": [0-9.]*' stdout >>settings.ppl || fail "eval $option: $(cat stderr)"
+done
+[ "$(sort -u settings.ppl | wc -l)" -eq 11 ] || fail "settings without an effect: $(cat settings.ppl)"
 
 # Outputs that would replace an input, or cannot be written: said before the work begins.
 cp model.h5 precious.h5

@@ -74,7 +74,7 @@ static void features_follow_settings(void **state)
     float *first = srf__calloc(N, sizeof *first), *w = srf__calloc(N, sizeof *w), bias[L * H * M];
     assert_true(first && w);
     test_ok(srf_attention_draw(&plain, L, H, D, NULL, first, bias));
-    for (int k = 0; k < 9; k++) {
+    for (int k = 0; k < 10; k++) {
         struct srf_attention_config a = plain;
         struct srf_arena *arena;
         struct srf_model *m;
@@ -86,12 +86,15 @@ static void features_follow_settings(void **state)
         if (k == 6) a.oprf_a = -0.1;
         if (k == 7) a.per_head = false;
         if (k == 8) a.window = 4, a.far_none = true;
+        if (k == 9) a.normalize_rows = true, a.oprf_a = -0.1;
         assert_int_equal(srf_attention_same_features(&plain, &a), k == 0);
         int64_t sets = a.per_head ? H : 1, n = L * sets * M;
         test_ok(srf_attention_draw(&a, L, sets, D, NULL, w, bias));
         if (k > 0 && k < 7) assert_true(k == 6 ? bias[0] != 0 : memcmp(w, first, 4 * D) != 0);
         if (k == 7) assert_memory_not_equal(w + M * D, first + M * D, 4 * D);
         if (k == 8) assert_true(bias[0] <= -1e3f);
+        for (int64_t i = 1; i < n && k == 9; i++) /* A |w|^2 of rows alike */
+            assert_true(bias[i] != 0 && fabs((double)(bias[i] - bias[0])) < 1e-6);
         for (int64_t i = 0; i < n && k == 3; i++) {
             double norm = 0;
             for (int j = 0; j < D; j++) norm += (double)w[i * D + j] * (double)w[i * D + j];
