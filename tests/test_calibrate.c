@@ -133,6 +133,57 @@ static void test_features(void **state)
     srf_ctx_free(ctx);
 }
 
+/* Fitted features are those of the draw, each direction j stretched by some sqrt(1 - 4 A_j), and
+ * their biases make up for it, as OPRF's do: sum_j A_j w_j^2 + log(1 - 4 A_j) / 4. */
+static void test_fitted_biases(void **state)
+{
+    (void)state;
+    struct srf_ctx *ctx = context();
+    struct srf_calibrate_config config = {
+        .windows = B, .seq_len = T, .balance = true, .fit = true, .best_of = 1};
+    struct srf_calibrate_result result;
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    for (int unit = 0; unit < 2; unit++) {
+        struct srf_checkpoint *ck = checkpoint();
+        float w[L * H * 16 * D], bias[L * H * 16];
+        ck->attention.normalize_rows = unit;
+        test_ok(srf_attention_draw(&ck->attention, L, H, D, NULL, w, bias));
+        test_ok(srf_calibrate(ctx, ck, tokens, &config, &result));
+        for (int i = 0; i < L * H * 16; i++) {
+            double want = (double)bias[i];
+            for (int j = 0; j < D; j++) {
+                double old = (double)w[i * D + j], by = (double)ck->features_w[i * D + j] / old;
+                double first =
+                    (double)ck->features_w[i / 16 * 16 * D + j] / (double)w[i / 16 * 16 * D + j];
+                assert_true(by >= 1 && fabs(by / first - 1) < 1e-5);
+                want += (1 - by * by) / 4 * old * old + log(by * by) / 4;
+            }
+            assert_true(fabs((double)ck->features_bias[i] - want) < 1e-4 * (1 + fabs(want)));
+        }
+        srf_checkpoint_free(ck);
+    }
+    srf_ctx_free(ctx);
+}
+
+/* Where the window holds all there is, no draw is better than another. */
+static void test_choice_beside_a_window(void **state)
+{
+    (void)state;
+    struct srf_ctx *ctx = context();
+    struct srf_calibrate_config config = {
+        .windows = B, .seq_len = T, .balance = true, .best_of = 2};
+    struct srf_calibrate_result result;
+    struct srf_checkpoint *ck = checkpoint();
+    int32_t tokens[B * T];
+    random_tokens(tokens);
+    ck->attention.window = T;
+    test_ok(srf_calibrate(ctx, ck, tokens, &config, &result));
+    assert_true(result.error_first < 1e-6 && result.error_chosen < 1e-6);
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
 /* Fitted features of a layer that has fewer are the first ones of those that it would have. */
 static void test_features_by_layer(void **state)
 {
@@ -204,6 +255,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_softmax_does_not_notice),
         cmocka_unit_test(test_features),
+        cmocka_unit_test(test_fitted_biases),
+        cmocka_unit_test(test_choice_beside_a_window),
         cmocka_unit_test(test_features_by_layer),
         cmocka_unit_test(test_without_far),
     };

@@ -19,6 +19,20 @@ refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.tx
 grep -q '^{"step": 1,.*"lr": 0.0001,' run/metrics.jsonl ||
     fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
 
+# What is asked of the schedule and of the features is what is done.
+few=("$SRF" retrofit --model model.h5 --data text.txt --steps 4 --batch 2 --seq-len 32 --m 8
+    --window 0 --threads 1 --calibrate 256)
+succeed "${few[@]}" --out rates --quiet --lr 0.01 --warmup 1 --min-lr 0.004
+grep -q '^{"step": 1,.*"lr": 0.005,' rates/metrics.jsonl && grep -q '^{"step": 2,.*"lr": 0.01,' \
+    rates/metrics.jsonl && grep -q '^{"step": 4,.*"lr": 0.004,' rates/metrics.jsonl ||
+    fail "not the rates asked for: $(cat rates/metrics.jsonl)"
+for option in '--features-seed 0' --fit-features '--best-of 3' '--fit-features --best-of 3'; do
+    rm -rf other
+    succeed "${few[@]}" --out other --quiet $option
+    grep -o '"loss": [0-9.]*' other/metrics.jsonl | head -1 >>losses
+done
+[ "$(sort -u losses | wc -l)" -eq 4 ] || fail "--fit-features, --best-of do nothing: $(xargs <losses)"
+
 # The run's curves, as a page of its own; one that cannot be written costs no run.
 for text in '<!DOCTYPE html>' '</html>' 'srf retrofit' 'KL(teacher' 'learning rate'; do
     grep -qF "$text" run/training.html || fail "training.html lacks $text"
