@@ -1,12 +1,14 @@
 /* Layer norm and the linear layer behind it, without the norm's output.
  *
  *     y = act(u),  u = ((x - mean) rstd gamma + beta) W + b
- *                    = rstd (x W' - mean s) + t,  W' = gamma W,  s = 1 W',  t = beta W + b
+ *                    = rstd (x W' - mean s) + t,  s = 1 W',  t = beta W + b,
+ *                      W' = gamma W less the mean of each of its columns (x - mean adds up to 0)
  *
  * bf16, many rows: a kernel makes W' (rounded to bf16), s and t, each time anew, since W is small
  * beside the rows; the product (product.h) does the rest at its tiles' ends. s are sums of W' as it
- * was rounded, so a row's mean drops out whatever it is. What W' loses by rounding, the norm's
- * output would have lost.
+ * was rounded, what rounding has left of 0: only a row whose mean is far from 0 has need of them,
+ * and with them its mean drops out whatever it is. What W' loses by rounding, the norm's output
+ * would have lost.
  * Rows' means and squares about them come in parts of PRODUCT_COLS columns, each about its own
  * mean, so that no precision is lost where the mean is large: from the product that made x, or by
  * a kernel that reads x once more.
@@ -25,32 +27,44 @@
 #define FOLD_HELD  12
 #define MANY_ROWS  8192 /* from here on W' is small beside them */
 
-/* Eight columns of row i of w: gamma w to *w, and their share of s and t. */
-static __device__ __forceinline__ void fold_row(pack<bf16, 8> *w, float gamma, float beta,
-                                                float s[8], float t[8])
+/* Eight columns of a row of w: w times the row's gamma, less `off`. */
+static __device__ __forceinline__ void scale_row(float x[8], const pack<bf16, 8> *w, float gamma,
+                                                 const float off[8])
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = fmaf(gamma, element(*w, j), -off[j]);
+}
+/* The share of gamma w in sum, of beta w in t. */
+static __device__ __forceinline__ void add_row(float sum[8], float t[8], const pack<bf16, 8> *w,
+                                               float gamma, float beta)
+{
+    float x[8], zeros[8] = {};
+    scale_row(x, w, gamma, zeros);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] += x[j], t[j] = fmaf(beta, element(*w, j), t[j]);
+}
+/* w becomes W'; its share in s. */
+static __device__ __forceinline__ void fold_row(pack<bf16, 8> *w, float gamma, const float mean[8],
+                                                float s[8])
 {
     float x[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        x[j] = gamma * element(*w, j);
-        t[j] = fmaf(beta, element(*w, j), t[j]);
-    }
+    scale_row(x, w, gamma, mean);
     round_to(w, x);
 #pragma unroll
     for (int j = 0; j < 8; j++) s[j] += element(*w, j);
 }
 
-/* folded = gamma w; columns = s and t (product.h). A thread has 8 columns of every FOLD_ROWS-th
- * row; those of the first FOLD_HELD it makes while the kernel before is still running. */
+/* folded = W'; columns = s and t (product.h). A thread has 8 columns of every FOLD_ROWS-th row;
+ * those of the first FOLD_HELD it makes while the kernel before is still running. */
 static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ w,
                             const bf16 *__restrict__ b, const bf16 *__restrict__ gamma,
                             const bf16 *__restrict__ beta, bf16 *__restrict__ folded,
                             float *__restrict__ columns)
 {
-    __shared__ float sums[2][FOLD_ROWS][FOLD_COLS + 1];
+    __shared__ float sums[2][FOLD_ROWS][FOLD_COLS + 1], means[FOLD_COLS];
     int at = threadIdx.x % FOLD_PACKS * 8, first = threadIdx.x / FOLD_PACKS;
     int col = blockIdx.x * FOLD_COLS + at, rows = col < out ? in : 0;
-    float s[8] = {}, t[8] = {};
+    float s[8] = {}, t[8] = {}, mean[8];
     pack<bf16, 8> held[FOLD_HELD];
 #pragma unroll
     for (int k = 0; k < FOLD_HELD; k++) {
@@ -60,7 +74,27 @@ static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ 
 #pragma unroll
     for (int k = 0; k < FOLD_HELD; k++) {
         int i = first + k * FOLD_ROWS;
-        if (i < rows) fold_row(&held[k], to_float(gamma[i]), to_float(beta[i]), s, t);
+        if (i < rows) add_row(s, t, &held[k], to_float(gamma[i]), to_float(beta[i]));
+    }
+    for (int i = first + FOLD_HELD * FOLD_ROWS; i < rows; i += FOLD_ROWS) {
+        pack<bf16, 8> p = load_pack<bf16, 8>(w + (int64_t)i * out + col);
+        add_row(s, t, &p, to_float(gamma[i]), to_float(beta[i]));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sums[0][first][at + j] = s[j], sums[1][first][at + j] = t[j];
+    __syncthreads();
+    if (threadIdx.x < FOLD_COLS) {
+        float all = 0.0f;
+        for (int i = 0; i < FOLD_ROWS; i++) all += sums[0][i][threadIdx.x];
+        means[threadIdx.x] = all / (float)in;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 8; j++) mean[j] = means[at + j], s[j] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < FOLD_HELD; k++) {
+        int i = first + k * FOLD_ROWS;
+        if (i < rows) fold_row(&held[k], to_float(gamma[i]), mean, s);
     }
     chain_wait();
 #pragma unroll
@@ -70,11 +104,11 @@ static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ 
     }
     for (int i = first + FOLD_HELD * FOLD_ROWS; i < rows; i += FOLD_ROWS) {
         pack<bf16, 8> p = load_pack<bf16, 8>(w + (int64_t)i * out + col);
-        fold_row(&p, to_float(gamma[i]), to_float(beta[i]), s, t);
+        fold_row(&p, to_float(gamma[i]), mean, s);
         store_pack<bf16, 8>(folded + (int64_t)i * out + col, p);
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) sums[0][first][at + j] = s[j], sums[1][first][at + j] = t[j];
+    for (int j = 0; j < 8; j++) sums[0][first][at + j] = s[j];
     __syncthreads();
     if (threadIdx.x >= 2 * FOLD_COLS) return;
     int which = threadIdx.x / FOLD_COLS, own = threadIdx.x % FOLD_COLS;

@@ -31,8 +31,10 @@ struct wgmma_product {
     /* ADD: out (m, n / PRODUCT_COLS rounded up, 2), mean and sum of squares about it of each
      * PRODUCT_COLS columns; or NULL */
     float *moments;
-    const float *rows;    /* NORM: (m, 2), rstd and -mean rstd */
-    const float *columns; /* NORM: (n / 2, 4), s of two columns, t of both */
+    const float *rows; /* NORM: (m, 2), rstd and -mean rstd */
+    /* NORM: (n / 2, 4), s of two columns, t of both; s are small, and left out where they do not
+     * count: row_norms in product_wgmma_ends.h */
+    const float *columns;
 };
 
 /* Whether the card and the build have the kernel. */

@@ -11,7 +11,7 @@
  *     turn[g]    warpgroup g may start on its next tile: the other has seen all its stages full.
  *                Without it a warpgroup could wait for a stage's phase while the one before has not
  *                ended, and take the end of the last but one, of the same parity, for it.
- *     came[g]    the slope that warpgroup g multiplies with, or the residual that it adds:
+ *     came[g]    the slope that warpgroup g multiplies with, or the residual that its warps add:
  *                product_wgmma_ends.h
  *
  * Floor: tensor cores, 2 m n k flops at 990 Tflop/s; and the bytes of A, B, y, slope, once. */
@@ -111,18 +111,21 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
     extern __shared__ char raw[];
     char *base = raw + (-smem_addr(raw) & 1023u);
     uint32_t smem = smem_addr(base), full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
-    uint32_t turn = empty + 8 * STAGES, came = turn + 16; /* BUFFERS for each warpgroup */
+    uint32_t turn = empty + 8 * STAGES, came = turn + 16; /* CAME for each warpgroup */
     constexpr bool B_COLS = END != PRODUCT_EXP && END != PRODUCT_SLOPE;
     constexpr bool NORM = END == PRODUCT_NORM || END == PRODUCT_NORM_GELU;
     constexpr bool BIAS = END == PRODUCT_GELU || END == PRODUCT_ADD;
-    int group = threadIdx.x / GROUP, thread = threadIdx.x % GROUP;
+    /* Of one lane, so that the compiler knows it to be a warp's: stages, tiles and the descriptors
+     * made of them are then worked out once for a warp, in uniform registers. */
+    int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0);
+    int thread = threadIdx.x % GROUP;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
             barrier_init(empty + 8 * i, BLOCKS * GROUP_WARPS);
         }
         for (int i = 0; i < 2; i++) barrier_init(turn + 8 * i, GROUP_WARPS);
-        for (int i = 0; i < 2 * HALF_BUFFERS; i++) barrier_init(came + 8 * i, 1);
+        for (int i = 0; i < 2 * CAME; i++) barrier_init(came + 8 * i, 1);
         barrier_init_done();
     }
     cluster_sync();
@@ -137,8 +140,8 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
         f.w = &w, f.m = &m;
         f.pieces = smem + PIECES_AT + group * BUFFERS * PIECE_BYTES;
         f.sums = (float *)(base + EXTRA_AT + group * EXTRA_BYTES);
-        f.bias = smem + EXTRA_AT + group * EXTRA_BYTES;
-        f.came = came + 8 * group * HALF_BUFFERS;
+        f.bias = f.columns = smem + EXTRA_AT + group * EXTRA_BYTES;
+        f.came = came + 8 * group * CAME;
         f.id = 1 + group;
         int item = blockIdx.x / BLOCKS + group * clusters;
         for (int i = group; item < w.pairs * w.columns; i += 2, item += 2 * clusters) {
@@ -149,14 +152,16 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
                 bulk_store_wait<0>();
                 for (int j = 0; j < BUFFERS; j++) ask_slope(&f, p, j);
             }
-            if (END == PRODUCT_ADD && thread == 0) {
+            if (END == PRODUCT_ADD && thread % 32 == 0) {
                 bulk_store_wait<0>();
                 for (int j = 0; j < HALF_BUFFERS; j++) ask_residual(&f, p, j);
             }
             if (NORM) rows = take_norms(&w, p);
-            if (BIAS) {
-                group_sync(f.id, GROUP); /* the last tile's bias has been read */
-                take_bias(&f, p);
+            if (BIAS || NORM) {
+                group_sync(f.id, GROUP); /* the last tile's bias, or t, has been read */
+                if (BIAS) take_bias(&f, p);
+                if (NORM) take_columns(&f, p);
+                group_sync(f.id, GROUP);
             }
             /* tile i of the block: the (i / 2 + group)-th time that this turn comes */
             if (i > 0) barrier_wait(turn + 8 * group, (i / 2 + group + 1) & 1);
@@ -173,7 +178,7 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
             if (END == PRODUCT_ADD) put_sum(&f, c, p);
             if (NORM) put_normed<END>(&f, c, p, &rows);
         }
-        if (thread == 0) bulk_store_wait<0>();
+        bulk_store_wait<0>();
     }
     __syncwarp();
     cluster_sync(); /* what the other block sends here has come */
@@ -248,7 +253,8 @@ srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p)
 {
     struct operands m;
     bool b_rows = p->end == PRODUCT_EXP || p->end == PRODUCT_SLOPE;
-    int box = p->end == PRODUCT_ADD ? ROWS / 2 : ROWS; /* rows that leave at once */
+    bool strips = p->end == PRODUCT_ADD || p->end == PRODUCT_NORM || p->end == PRODUCT_NORM_GELU;
+    int box = strips ? STRIP : ROWS; /* rows that leave at once */
     SRF_TRY(make_map(&m.a, p->a, p->m, p->k, ROWS));
     if (b_rows)
         SRF_TRY(make_map(&m.b, p->b, p->n, p->k, COLS / BLOCKS));

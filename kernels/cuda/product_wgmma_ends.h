@@ -2,7 +2,11 @@
  *
  * A tile goes in pieces of 64 columns through shared memory, where a warpgroup has BUFFERS of them,
  * and from there by bulk copy. A slope that y is multiplied with comes to a buffer by bulk copy
- * while the tile's products run; the result takes its place. */
+ * while the tile's products run; the result takes its place.
+ *
+ * With a residual, or behind a norm, the warps of a warpgroup do so each for itself, strips of 16
+ * rows that no other warp has to wait for: an end must not last longer than the other warpgroup's
+ * products, and those keep shared memory so busy that each wait for it costs. */
 #pragma once
 #include "kernels/cuda/gelu.h"
 #include "kernels/cuda/product.h"
@@ -27,10 +31,13 @@
 #define STAGE_BYTES (A_BYTES + B_BYTES)
 #define PIECE_BYTES (ROWS * PIECE_COLS * (int)sizeof(bf16))
 #define HALF_BYTES  (PIECE_BYTES / 2)
-#define BARRIERS    (2 * STAGES + 2 + 2 * HALF_BUFFERS)
+#define STRIP       (ROWS / 2 / GROUP_WARPS) /* rows of half a piece that a warp has */
+#define STRIP_BYTES (HALF_BYTES / GROUP_WARPS)
+#define CAME        (GROUP_WARPS * HALF_BUFFERS) /* barriers of a warpgroup */
+#define BARRIERS    (2 * STAGES + 2 + 2 * CAME)
 #define PIECES_AT   (STAGES * STAGE_BYTES)
 #define EXTRA_AT    (PIECES_AT + 2 * BUFFERS * PIECE_BYTES)
-#define EXTRA_BYTES ((GROUP_WARPS - 1) * PIECE_COLS * (int)sizeof(float)) /* of a warpgroup */
+#define EXTRA_BYTES (COLS * (int)sizeof(float)) /* of a warpgroup */
 #define BARRIERS_AT (EXTRA_AT + 2 * EXTRA_BYTES)
 #define SMEM        (1024 + BARRIERS_AT + BARRIERS * 8)
 
@@ -66,13 +73,14 @@ __device__ __forceinline__ struct place place_of(const struct work *w, int item,
 struct finish {
     const struct work *w;
     const struct operands *m;
-    uint32_t pieces; /* BUFFERS in shared memory */
-    float *sums;     /* SLOPE: (GROUP_WARPS - 1, PIECE_COLS), in shared memory */
-    uint32_t bias;   /* GELU, ADD: bf16 (COLS), in the same place */
-    uint32_t came;   /* SLOPE, ADD: a barrier for each buffer */
-    int id;          /* of the warpgroup's barrier */
-    int next;        /* buffer that is filled next */
-    int parity;      /* bit i: of came[i]'s phase that is waited for next */
+    uint32_t pieces;  /* BUFFERS in shared memory */
+    float *sums;      /* SLOPE: (GROUP_WARPS - 1, PIECE_COLS), EXTRA_BYTES in shared memory */
+    uint32_t bias;    /* GELU, ADD: bf16 (COLS), in the same place */
+    uint32_t columns; /* NORM: t of the columns, fp32 (COLS), in the same place */
+    uint32_t came;    /* SLOPE: a barrier for each buffer; ADD: a warp's for each half of one */
+    int id;           /* of the warpgroup's barrier */
+    int next;         /* buffer that is filled next */
+    int parity;       /* bit i: of came[i]'s phase that is waited for next */
 };
 
 /* Rows of a thread in a tile: j = 0 .. 3. */
@@ -95,6 +103,16 @@ __device__ __forceinline__ uint32_t tiles_at(uint32_t piece)
 {
     int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
     return piece + tile_at<PIECE_COLS>(16 * warp + (lane & 15), lane >> 4);
+}
+__device__ __forceinline__ void store_shared_2(uint32_t addr, float x, float y)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ float2 load_shared_2(uint32_t addr)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
+    return x;
 }
 __device__ __forceinline__ void stmatrix_x4(uint32_t addr, const uint32_t r[4])
 {
@@ -319,40 +337,48 @@ __device__ __forceinline__ void put_moments(const struct finish *f, struct place
     }
 }
 
-/* Half a piece of the residual, 64 rows, to the buffer that it shares with y; by one thread. The
- * upper halves come first: their products' registers are free for the lower ones. */
+/* Of half a piece of the residual, 64 rows, this warp's 16, to the buffer that they share with y;
+ * by one thread of each warp. The upper halves come first: their products' registers are free for
+ * the lower ones. */
 __device__ __forceinline__ void ask_residual(const struct finish *f, struct place p, int h)
 {
-    uint32_t bar = f->came + 8 * (h % HALF_BUFFERS);
-    barrier_expect(bar, HALF_BYTES);
-    bulk_load(f->pieces + h % HALF_BUFFERS * HALF_BYTES, &f->m->slope,
-              p.col + h % PIECES * PIECE_COLS, p.row + h / PIECES * (ROWS / 2), bar);
+    int warp = threadIdx.x % GROUP / 32;
+    uint32_t bar = f->came + 8 * (warp * HALF_BUFFERS + h % HALF_BUFFERS);
+    barrier_expect(bar, STRIP_BYTES);
+    bulk_load(f->pieces + h % HALF_BUFFERS * HALF_BYTES + warp * STRIP_BYTES, &f->m->slope,
+              p.col + h % PIECES * PIECE_COLS, p.row + h / PIECES * (ROWS / 2) + warp * STRIP, bar);
 }
 
+/* Every warp for itself, 16 rows at a time: none waits for another's. */
 __device__ __forceinline__ void put_sum(struct finish *f, const float c[2][COLS / 2],
                                         struct place p)
 {
-    int thread = threadIdx.x % GROUP, lane = thread & 31;
+    int lane = threadIdx.x & 31, warp = threadIdx.x % GROUP / 32;
     struct row_sums sums[2] = {};
-    group_sync(f->id, GROUP); /* the bias has come */
 #pragma unroll
     for (int h = 0; h < 2 * PIECES; h++) {
         int buffer = h % HALF_BUFFERS, i = h % PIECES, half = h / PIECES;
         uint32_t piece = f->pieces + buffer * HALF_BYTES, tiles = tiles_at(piece);
         uint32_t bias_at = f->bias + i * PIECE_COLS * 2 + (lane & 3) * 4;
         asm volatile("" : "+r"(tiles), "+r"(bias_at)); /* no room to keep addresses made of them */
-        barrier_wait(f->came + 8 * buffer, f->parity >> buffer & 1);
+        barrier_wait(f->came + 8 * (warp * HALF_BUFFERS + buffer), f->parity >> buffer & 1);
         f->parity ^= 1 << buffer;
+        uint32_t r[2][4], b[2][2]; /* of these columns and of the next */
+        ldmatrix_x4(r[0], tiles);
+        b[0][0] = load_shared(bias_at), b[0][1] = load_shared(bias_at + 16);
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
-            uint32_t r[4], y[4], b[2];
-            ldmatrix_x4(r, tiles ^ nt * 16);
-#pragma unroll
-            for (int q = 0; q < 2; q++) b[q] = load_shared(bias_at + 16 * (nt + q));
+            int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
+            uint32_t y[4];
+            if (next < PIECE_COLS / 8) {
+                ldmatrix_x4(r[then], tiles ^ next * 16);
+                b[then][0] = load_shared(bias_at + 16 * next);
+                b[then][1] = load_shared(bias_at + 16 * next + 16);
+            }
 #pragma unroll
             for (int q = 0; q < 4; q++) {
                 float2 u = products_at(c, i, nt + q / 2, 2 * half + q % 2);
-                float2 bias = unpack_bf16(b[q / 2]), more = unpack_bf16(r[q]);
+                float2 bias = unpack_bf16(b[now][q / 2]), more = unpack_bf16(r[now][q]);
                 y[q] = pack_bf16(u.x + bias.x + more.x, u.y + bias.y + more.y);
             }
             stmatrix_x4(tiles ^ nt * 16, y);
@@ -362,12 +388,14 @@ __device__ __forceinline__ void put_sum(struct finish *f, const float c[2][COLS 
                     row_add(&sums[q % 2], unpack_bf16(y[q]), i == 0 && nt + q / 2 == 0);
         }
         bulk_fence();
-        group_sync(f->id, GROUP);
-        if (thread == 0)
-            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2), piece);
-        if (thread == 0 && h > 0 && h - 1 + HALF_BUFFERS < 2 * PIECES) {
-            bulk_store_wait<1>(); /* the one before has been read */
-            ask_residual(f, p, h - 1 + HALF_BUFFERS);
+        __syncwarp();
+        if (lane == 0) {
+            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP,
+                       piece + warp * STRIP_BYTES);
+            if (h > 0 && h - 1 + HALF_BUFFERS < 2 * PIECES) {
+                bulk_store_wait<1>(); /* the one before has been read */
+                ask_residual(f, p, h - 1 + HALF_BUFFERS);
+            }
         }
         if (i < PIECES - 1) continue;
         if (f->w->moments) put_moments(f, p, 2 * half, sums);
@@ -377,60 +405,130 @@ __device__ __forceinline__ void put_sum(struct finish *f, const float c[2][COLS 
 
 /* ---- of rows that a norm should have made ---------------------------------------------------- */
 
-/* Of a thread's four rows: rstd and -mean rstd. */
+/* Where -mean rstd (by halves of NORM_GELU) is no more than this, what it is multiplied with, the
+ * rest of rounding that W' columns sum up to (norm_linear.cu), is below that rounding's noise. */
+#define NEAR_MEAN 1.0f
+
+/* Of a thread's four rows: rstd; and whether some row of the warp is further than NEAR_MEAN. */
 struct row_norms {
-    float2 of[4];
+    float rstd[4];
+    bool far;
 };
+__device__ __forceinline__ float2 row_norm(const struct work *w, struct place p, int j)
+{
+    return __ldg(w->row_norms + min(p.row + row_at(j), w->m - 1));
+}
 __device__ __forceinline__ struct row_norms take_norms(const struct work *w, struct place p)
 {
     struct row_norms r;
+    bool far = false;
 #pragma unroll
-    for (int j = 0; j < 4; j++) r.of[j] = __ldg(w->row_norms + min(p.row + row_at(j), w->m - 1));
+    for (int j = 0; j < 4; j++) {
+        float2 norm = row_norm(w, p, j);
+        r.rstd[j] = norm.x;
+        far |= !(fabsf(norm.y) <= NEAR_MEAN); /* NaN is far */
+    }
+    r.far = __any_sync(0xffffffffu, far);
     return r;
 }
-
-/* gelu(2 h): rows and columns of NORM_GELU are given by halves. */
-__device__ __forceinline__ float gelu_twice(float h)
+/* The tile's part of t to shared memory, before its products. */
+__device__ __forceinline__ void take_columns(const struct finish *f, struct place p)
 {
-    float z = h * fmaf(4.0f * GELU_SCALE * GELU_CUBIC, h * h, GELU_SCALE);
-    return fmaf(h, tanh_fast(z), h);
+    int thread = threadIdx.x % GROUP;
+    if (thread >= COLS / 2) return;
+    float4 v = __ldg(f->w->column_norms + p.col / 2 + thread);
+    store_shared_2(f->columns + 8 * thread, v.z, v.w);
+}
+/* c - mean s */
+__device__ __forceinline__ void take_means(const struct finish *f, float c[2][COLS / 2],
+                                           struct place p)
+{
+    const float4 *columns = f->w->column_norms + p.col / 2 + (threadIdx.x & 3);
+    float mean[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 norm = row_norm(f->w, p, j);
+        mean[j] = norm.y / norm.x;
+    }
+#pragma unroll
+    for (int nt = 0; nt < COLS / 8; nt++) {
+        float2 s = __ldg((const float2 *)(columns + 4 * nt));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float *u = &c[j >> 1][4 * nt + 2 * (j & 1)];
+            u[0] = fmaf(mean[j], s.x, u[0]), u[1] = fmaf(mean[j], s.y, u[1]);
+        }
+    }
 }
 
-template <int END>
-__device__ __forceinline__ void put_normed(struct finish *f, const float c[2][COLS / 2],
-                                           struct place p, const struct row_norms *r)
+__device__ __forceinline__ void hold(float x[8])
 {
-    int thread = threadIdx.x % GROUP, lane = thread & 31;
-    const float4 *columns = f->w->column_norms + p.col / 2 + (lane & 3);
+#pragma unroll
+    for (int i = 0; i < 8; i++) asm volatile("" : "+f"(x[i]));
+}
+/* h = gelu(2 h): rows and columns of NORM_GELU are given by halves. Eight at a time, as tanh takes
+ * its time and the compiler, short of registers, would do one after the other. */
+__device__ __forceinline__ void gelu_twice(float h[8])
+{
+    float z[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        z[i] = h[i] * fmaf(4.0f * GELU_SCALE * GELU_CUBIC, h[i] * h[i], GELU_SCALE);
+    hold(z);
+#pragma unroll
+    for (int i = 0; i < 8; i++) z[i] = tanh_fast(z[i]);
+    hold(z);
+#pragma unroll
+    for (int i = 0; i < 8; i++) h[i] = fmaf(h[i], z[i], h[i]);
+}
+
+/* Every warp for itself, 16 rows at a time. Its third piece takes the place of its first. */
+template <int END>
+__device__ __forceinline__ void put_normed(struct finish *f, float c[2][COLS / 2], struct place p,
+                                           const struct row_norms *r)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x % GROUP / 32;
+    if (r->far) take_means(f, c, p);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        uint32_t piece = f->pieces + f->next * PIECE_BYTES, tiles = tiles_at(piece);
-        if (thread == 0) bulk_store_wait<BUFFERS - 1>();
-        group_sync(f->id, GROUP);
-        f->next ^= 1;
+        uint32_t piece = f->pieces + i % BUFFERS * PIECE_BYTES, tiles = tiles_at(piece);
+        uint32_t t_at = f->columns + i * PIECE_COLS * (int)sizeof(float) + (lane & 3) * 8;
+        asm volatile("" : "+r"(tiles), "+r"(t_at)); /* no room to keep addresses made of them */
+        if (lane == 0 && i == 0) bulk_store_wait<0>();
+        if (lane == 0 && i >= BUFFERS) bulk_store_wait<2 * (BUFFERS - 1)>();
+        __syncwarp();
+        float2 t[2][2]; /* of these columns and of the next */
+        t[0][0] = load_shared_2(t_at), t[0][1] = load_shared_2(t_at + 32);
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
-            float4 v[2];
-#pragma unroll
-            for (int q = 0; q < 2; q++) v[q] = __ldg(columns + (i * PIECE_COLS + 8 * (nt + q)) / 2);
+            int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
+            if (next < PIECE_COLS / 8) {
+                t[then][0] = load_shared_2(t_at + 32 * next);
+                t[then][1] = load_shared_2(t_at + 32 * next + 32);
+            }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t y[4];
+                float h[8];
 #pragma unroll
                 for (int q = 0; q < 4; q++) {
                     int j = 2 * half + q % 2;
                     float2 u = products_at(c, i, nt + q / 2, j);
-                    u.x = fmaf(r->of[j].x, u.x, fmaf(r->of[j].y, v[q / 2].x, v[q / 2].z));
-                    u.y = fmaf(r->of[j].x, u.y, fmaf(r->of[j].y, v[q / 2].y, v[q / 2].w));
-                    if (END == PRODUCT_NORM_GELU) u.x = gelu_twice(u.x), u.y = gelu_twice(u.y);
-                    y[q] = pack_bf16(u.x, u.y);
+                    h[2 * q] = fmaf(r->rstd[j], u.x, t[now][q / 2].x);
+                    h[2 * q + 1] = fmaf(r->rstd[j], u.y, t[now][q / 2].y);
                 }
+                if (END == PRODUCT_NORM_GELU) gelu_twice(h);
+#pragma unroll
+                for (int q = 0; q < 4; q++) y[q] = pack_bf16(h[2 * q], h[2 * q + 1]);
                 stmatrix_x4((tiles ^ nt * 16) + half * HALF_BYTES, y);
             }
         }
         bulk_fence();
-        group_sync(f->id, GROUP);
-        if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
+        __syncwarp();
+        if (lane > 0) continue;
+        for (int half = 0; half < 2; half++)
+            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP,
+                       piece + half * HALF_BYTES + warp * STRIP_BYTES);
     }
 }
 #endif
