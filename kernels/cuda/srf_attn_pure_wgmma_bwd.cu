@@ -6,8 +6,8 @@
  * psi, kf and dP are made once for all three, and q, k, v, do are read once.
  *
  * With segments, what the queries of each but the first add to R, u is summed before that, in a
- * scale of its own, as the states of segments are from keys; if there are three or more, delta of
- * all tokens is left, too, and o not read again. The last kernel's segments are its own, as long as
+ * scale of its own, as the states of segments are from keys; delta of all tokens is left by that,
+ * and o not read again (but with dw). The last kernel's segments are its own, as long as
  * all of them run at once, which makes for few of them; the last of a head is shorter and goes
  * where others leave room. A head that is one segment, or the last of several, is cut into units,
  * that all blocks end together: units are taken last first, each gets R from the one after it.
@@ -110,9 +110,8 @@ size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn
             (float *)bump_bytes(&bump, segments * (size_t)pure_state_count(64, 1) * sizeof(float));
         p->adds = (float *)bump_bytes(&bump, heads * (size_t)p->n_piece * 64 * 66 * sizeof(float));
         p->seg_r = (float *)bump_bytes(&bump, segments * 64 * 65 * sizeof(float));
-        float *deltas = (float *)bump_bytes(&bump, chunks * CHUNK * sizeof(float));
-        /* The first segment's o is read for it alone: where that is not most of o. */
-        if (!dw && p->n_seg > 2) p->deltas = deltas;
+        p->deltas = (float *)bump_bytes(&bump, chunks * CHUNK * sizeof(float));
+        if (dw) p->deltas = NULL;
     }
     if (dw) p->dw = (float *)bump_bytes(&bump, 2 * units * 64 * 64 * sizeof(float));
     return bump.used;

@@ -291,48 +291,60 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
 #endif
 }
 
-/* R, u after each segment, of all later queries, in the scale of M at its end. One thread a feature
- * and column of R or u. */
+/* R, u after each segment but the last, of all later queries, in the scale of M at its end. A
+ * thread two columns of R, or u of two features; n threads. */
 static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p, int64_t n)
 {
-    constexpr int ahead = 16; /* pieces whose loads are on their way at once */
+    constexpr int ahead = 8; /* pieces whose loads are on their way at once */
     constexpr int count = 64 * 65, add_count = 64 * 66;
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
     chain_next();
     chain_wait();
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    const int j = (int)(i % count), f = j < 64 * 64 ? j / 64 : j - 64 * 64;
-    const int64_t head = i / count;
+    const int j = 2 * (int)(i % (count / 2)), of_u = j >= 64 * 64;
+    const int f = of_u ? j - 64 * 64 : j / 64;
+    const int64_t head = i / (count / 2);
     const float *marks = p.marks + head * n_chunks * MARKS + MARK_AFTER + f;
     const float *adds = p.adds + head * p.n_piece * add_count;
     float *to = p.seg_r + head * p.n_seg * count + j;
-    float sum = 0, top = SRF__UNSET;
-    /* Before piece i - 1, and so on, what is later has been summed. */
+    float sum[2] = {0, 0}, top[2] = {SRF__UNSET, SRF__UNSET};
+    /* The segment that has been summed once `left` more pieces are. */
     int seg = p.n_seg - 1, left = p.n_piece - (p.n_seg - 2) * p.seg_pieces;
     for (int last = p.n_piece - 1; last >= 0; last -= ahead) {
-        float add[ahead], add_top[ahead], end[ahead];
+        float add[ahead][2], add_top[ahead][2], end[ahead][2];
+        int s = seg, more = left;
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
-            const int at = max(last - k, 0), end_of = at / p.seg_pieces;
-            add[k] = k <= last ? adds[(int64_t)at * add_count + j] : 0.0f;
-            add_top[k] = k <= last ? adds[(int64_t)at * add_count + 64 * 65 + f] : SRF__UNSET;
-            /* The segment before this one's. */
-            end[k] = k <= last && at == end_of * p.seg_pieces
-                         ? marks[(int64_t)((end_of + 1) * p.seg_chunks - 1) * MARKS]
-                         : 0;
+            if (k > last) break;
+            const float *from = adds + (int64_t)(last - k) * add_count;
+            const float2 x = *(const float2 *)(from + j);
+            add[k][0] = x.x, add[k][1] = x.y;
+            add_top[k][0] = from[64 * 65 + f], add_top[k][1] = from[64 * 65 + f + of_u];
+            if (--more > 0) continue;
+            const float *at = marks + (int64_t)(s * p.seg_chunks - 1) * MARKS;
+            end[k][0] = at[0], end[k][1] = at[of_u];
+            more = p.seg_pieces;
+            s--;
         }
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
-            if (last - k < 0) break;
-            const float with = fmaxf(top, add_top[k]);
-            sum = sum * exp2_fast(top - with) + add[k] * exp2_fast(add_top[k] - with);
-            top = with;
-            if (--left > 0) continue;
+            if (k > last) break;
+            float r[2];
+            const bool done = --left == 0;
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float with = fmaxf(top[e], add_top[k][e]);
+                sum[e] =
+                    sum[e] * exp2_fast(top[e] - with) + add[k][e] * exp2_fast(add_top[k][e] - with);
+                top[e] = with;
+                /* Exponents that huge numbers leave no bits for: wrong, but finite. */
+                if (done) r[e] = sum[e] * exp2_fast(fminf(with + end[k][e], -SRF__MIN_DEN_LOG2));
+            }
+            if (!done) continue;
             left = p.seg_pieces;
             seg--;
-            /* Exponents that huge numbers leave no bits for: wrong, but finite. */
-            to[(int64_t)seg * count] = sum * exp2_fast(fminf(top + end[k], -SRF__MIN_DEN_LOG2));
+            *(float2 *)(to + (int64_t)seg * count) = make_float2(r[0], r[1]);
         }
     }
 }
@@ -345,7 +357,7 @@ srf_status srf__pure_wgmma_adds(struct srf_ctx *ctx, const struct bwd_params *p,
 }
 srf_status srf__pure_wgmma_suffix(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads)
 {
-    const int64_t n = heads * 64 * 65;
+    const int64_t n = heads * 64 * 65 / 2;
     struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};
     chain_launch(ctx, shape, suffix_kernel, *p, n);
     return srf__cuda_launched("srf_attn_bwd");

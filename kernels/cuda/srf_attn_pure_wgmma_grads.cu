@@ -17,8 +17,9 @@
  */
 #include "kernels/cuda/srf_attn_pure_wgmma_grads.h"
 
-/* What the kernel is made for: one segment; segments; the same, delta being there. */
-enum kind { WHOLE, SEGMENTS, SUMMED };
+/* What the kernel is made for: heads in one segment; in several, of which delta is there; either,
+ * without. */
+enum kind { WHOLE, SUMMED, ANY };
 
 template <enum kind KIND, bool DW>
 static __global__
@@ -551,9 +552,8 @@ static __global__
 srf_status srf__pure_wgmma_grads(struct srf_ctx *ctx, const struct bwd_params *p,
                                  const struct bwd_maps *m, int64_t heads)
 {
-    kernel *f = p->dw           ? pure_grads_kernel<SEGMENTS, true>
+    kernel *f = p->dw           ? pure_grads_kernel<ANY, true>
                 : p->n_seg == 1 ? pure_grads_kernel<WHOLE, false>
-                : p->deltas     ? pure_grads_kernel<SUMMED, false>
-                                : pure_grads_kernel<SEGMENTS, false>;
+                                : pure_grads_kernel<SUMMED, false>;
     return launch(ctx, f, heads * p->head_units, 256, grad_smem::bytes, p, m, false);
 }
