@@ -1,4 +1,4 @@
-/* A model on the host: what files hold, between a reader and a device or between two formats. */
+/* A model on the host: what files contain, between a reader and a device or between two formats. */
 #pragma once
 #include "checkpoints/h5.h"
 #include "checkpoints/source.h"
@@ -19,19 +19,19 @@ struct srf_checkpoint {
     float *features_w, *features_bias;
 };
 
-/* From any source (source.h). Checks every tensor against the table: missing, unknown and misshapen
- * ones are named with expected and found. config_json replaces the source's own where it is not
- * NULL. */
+/* From any source (source.h). Checks every tensor against the table; the error for a missing,
+ * unknown or misshapen one names it with what was expected and found. config_json, if not NULL,
+ * replaces the source's own. */
 srf_status srf_checkpoint_load(const char *path, const char *config_json,
                                struct srf_checkpoint **out);
 /* A fresh model from a config.json's text, weights drawn from seed. */
 srf_status srf_checkpoint_init(const char *config_json, uint64_t seed, struct srf_checkpoint **out);
 void srf_checkpoint_free(struct srf_checkpoint *ck);
-/* Other attention from here on. Stored features that are not those of `a` are dropped: theirs is
+/* Replaces the attention settings. Stored features are dropped if they are not those of `a`: of
  * another shape, or another draw. */
 void srf_checkpoint_set_attention(struct srf_checkpoint *ck, const struct srf_attention_config *a);
-/* The learned positions stretched linearly to n_pos of them, more than there are: the first and the
- * last stay the first and the last. */
+/* Stretches the learned positions linearly to n_pos, more than there are; the first and the last
+ * stay the first and the last. */
 srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n_pos);
 /* Same architecture, weights and stored features <=> same 16 hex digits + NUL, whatever file they
  * came from. Attention settings and tokenizer do not count. */

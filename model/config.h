@@ -15,26 +15,25 @@ struct srf_model_config {
     int64_t bos, eos; /* token ids, -1 = none */
 };
 
-/* WINDOW and what follows are rivals of SRF attention, for comparisons: the parallel form only. */
+/* WINDOW and the kinds after it are rivals of SRF attention, for comparison; parallel form only. */
 enum srf_attention_kind {
     SRF_ATTN_SOFTMAX,
     SRF_ATTN_SRF,
     SRF_ATTN_WINDOW,   /* softmax over the latest `window` tokens and the first `sinks` */
-    SRF_ATTN_HEDGEHOG, /* trained feature maps in the place of random ones: ops.h */
+    SRF_ATTN_HEDGEHOG, /* trained feature maps instead of random ones: ops.h */
     SRF_ATTN_T2R,
     SRF_ATTN_KINDS
 };
 
-/* Most layers that may have windows or numbers of features of their own. */
+/* The most layers of a model with windows or numbers of features by layer. */
 #define SRF_LAYERS_MAX 96
 
 struct srf_attention_config {
     enum srf_attention_kind kind;
-    int64_t m;      /* features of a head; 64 by default */
-    int64_t window; /* tokens of a block attended exactly; 0 = pure SRF */
+    int64_t m;      /* features per head; 64 by default */
+    int64_t window; /* tokens of a block, attended to exactly; 0 = pure SRF */
     int64_t sinks;  /* WINDOW only */
-    /* One a layer (n_windows = layers) in place of `window`, which is the largest of them then; or
-     * n_windows = 0. */
+    /* n_windows = layers: one window per layer, and `window` is the largest of them; or 0. */
     int64_t n_windows;
     int32_t windows[SRF_LAYERS_MAX];
     /* The same for m; SRF only. */
@@ -55,27 +54,28 @@ struct srf_attention_config srf_attention_default(void);
 /* SRF_INVALID with the reason if the config cannot run with heads of d (hd rotation, m < 1, ...).
  */
 srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d);
-/* Whether there is a W at all; whether it is a map that is trained. */
+/* Whether there is a W; whether it is a trained map. */
 bool srf_attention_has_features(const struct srf_attention_config *a);
 bool srf_attention_has_map(const struct srf_attention_config *a);
-/* Values of a row of W, of heads of d: a trained map's has one more. */
+/* Values in a row of W for heads of d: d, or d + 1 for a trained map. */
 int64_t srf_attention_columns(const struct srf_attention_config *a, int64_t d);
 /* "softmax", "srf", "window", "hedgehog", "t2r"; SRF_INVALID lists them. */
 const char *srf_attention_kind_name(enum srf_attention_kind kind);
 srf_status srf_attention_kind_parse(const char *text, enum srf_attention_kind *out);
-/* SRF_MISMATCH if it has windows or numbers of features for another number of layers. */
+/* SRF_MISMATCH if it has windows or numbers of features by layer for another number of layers. */
 srf_status srf_attention_check_layers(const struct srf_attention_config *a, int64_t n_layers);
 int64_t srf_attention_window(const struct srf_attention_config *a, int64_t layer);
 int64_t srf_attention_m(const struct srf_attention_config *a, int64_t layer);
-/* Features of a head in all layers before that one: what lies before its own in W, by sets. */
+/* Features per head in all layers before that one: with the number of sets, its offset in W. */
 int64_t srf_attention_m_before(const struct srf_attention_config *a, int64_t layer);
-/* Windows of the layers, "32,32,64": sets windows, n_windows and window. All the same: as one. */
+/* Windows of the layers, "32,32,64": sets windows, n_windows and window. If all are equal,
+ * n_windows is 0. */
 srf_status srf_attention_set_windows(struct srf_attention_config *a, const char *text);
-/* The same of their features: layer_m, n_layer_m and m. */
+/* The same for their features: layer_m, n_layer_m and m. */
 srf_status srf_attention_set_layer_m(struct srf_attention_config *a, const char *text);
-/* W of all layers by the key, on the host: of each layer (n_sets, m, d) and biases (n_sets, m), one
- * layer after another. oprf_a: (n_layers, n_sets), in place of a's own; or NULL. With far_none the
- * biases are such that features weigh nothing. */
+/* Draws W of all layers from the key, on the host: for each layer (n_sets, m, d) and biases
+ * (n_sets, m), one layer after another. oprf_a: (n_layers, n_sets), instead of a's own; or NULL.
+ * With far_none the biases make the weight of every feature 0. */
 srf_status srf_attention_draw(const struct srf_attention_config *a, int64_t n_layers,
                               int64_t n_sets, int64_t d, const double *oprf_a, float *w,
                               float *bias);
@@ -89,8 +89,8 @@ void srf_attention_describe(const struct srf_attention_config *a, char *buf, siz
 srf_status srf_attention_to_json(const struct srf_attention_config *a, char **text);
 srf_status srf_attention_from_json(const char *text, struct srf_attention_config *out);
 
-/* From a config.json's text: picks the architecture by model_type and refuses by name what it
- * cannot do. */
+/* From the text of a config.json: selects the architecture by model_type and refuses unsupported
+ * settings by name. */
 srf_status srf_model_config_from_json(const char *text, struct srf_model_config *out);
 /* A config.json that transformers loads; caller srf__free()s. */
 srf_status srf_model_config_to_json(const struct srf_model_config *cfg, char **text);

@@ -1,21 +1,21 @@
-/* Windows and features by layer: the same memory spent where it is missed. Few layers of a model
- * look far back at single tokens; others need little beyond the latest ones, or look at the past as
- * a whole, which features do well. */
+/* Windows and features by layer: the same memory, spent where it matters. Few layers of a model
+ * attend to single tokens far back; others need little beyond the latest tokens, or attend to the
+ * past as a whole, which features represent well. */
 #pragma once
 #include "model/model.h"
 
 struct srf_plan_windows_config {
     int64_t windows, seq_len; /* of text */
-    int64_t state_budget;     /* most bytes of a sequence's recurrent state in fp32; 0: as it is */
-    bool features;            /* numbers of features too, not windows alone */
-    int64_t train_steps;      /* of the features before they are judged; 0: they stay as fitted */
+    int64_t state_budget;     /* at most so many bytes of state per sequence in fp32; 0: as it is */
+    bool features;            /* plan numbers of features too, not windows alone */
+    int64_t train_steps;      /* of the features before they are measured; 0: as fitted */
     void (*progress)(void *user, int64_t done, int64_t total); /* measurements; may be NULL */
     void *user;
 };
 struct srf_plan_windows_result {
-    /* KL(softmax || this) of the next token with one layer's window and features, all else exact:
-     * summed over layers, as they were and as planned; of features that are fitted and trained
-     * for train_steps. */
+    /* KL(softmax || this) of the next token with the window and features of one layer and all else
+     * exact, summed over layers: as given and as planned, with features that are fitted and
+     * trained for train_steps. */
     double before, after;
     bool measured;       /* false: all layers could have the most there is; the two are 0 */
     int64_t state_bytes; /* of a sequence's recurrent state in fp32 */

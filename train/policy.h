@@ -14,14 +14,14 @@ struct srf_train_config {
     double beta1, beta2, eps, weight_decay;
     double clip; /* global gradient norm; 0 = off */
 
-    int64_t recompute; /* enum srf_recompute: activations that backward makes again */
+    int64_t recompute; /* enum srf_recompute: activations that backward recomputes */
 
     int64_t redraw_every; /* optimizer steps between draws; 0 = never */
-    double freeze_at;     /* fraction of the run after which the draw stays, 0 to 1 */
+    double freeze_at;     /* fraction of the run after which the draw is kept, 0 to 1 */
     bool train_features;  /* once frozen, W is trained as well */
-    double rest_lr;       /* learning rate of all but attention, times lr; 0 = stays as it is */
-    int64_t lora;         /* rank of what is added to attention's matrices, and nothing else of the
-                           * weights trained (train/lora.c); 0 = the weights themselves are */
+    double rest_lr;       /* learning rate of all but attention, times lr; 0 = not trained */
+    int64_t lora;         /* rank of additions to the matrices of attention, the only weights that
+                           * are trained then (train/lora.c); 0 = the weights are trained */
     double features_lr;   /* peak learning rate of trained features; 0 = that of the weights */
 
     double ce_weight;      /* cross entropy with the data */
@@ -42,11 +42,11 @@ srf_status srf_train_config_check(const struct srf_train_config *c);
 srf_status srf_train_config_to_json(const struct srf_train_config *c, char **text);
 srf_status srf_train_config_from_json(const char *text, struct srf_train_config *out);
 
-/* All for step 0 .. steps - 1. */
+/* For steps 0 to steps - 1. */
 double srf_policy_lr(const struct srf_train_config *c, int64_t step);
-/* By the same schedule: 0 where lr is 0. */
+/* On the same schedule; 0 if lr is 0. */
 double srf_policy_features_lr(const struct srf_train_config *c, int64_t step);
-/* Offset to the first draw's index; constant from the freeze on. */
+/* Offset from the index of the first draw; constant after the freeze. */
 uint64_t srf_policy_draw(const struct srf_train_config *c, int64_t step);
 bool srf_policy_frozen(const struct srf_train_config *c, int64_t step);
 double srf_policy_kl(const struct srf_train_config *c, int64_t step);
