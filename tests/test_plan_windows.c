@@ -1,7 +1,7 @@
 /* Windows by layer: the choice against all there are, and what a plan makes of a model. */
 #include "tests/support.h"
 #include "train/calibrate.h"
-#include "train/plan_windows.h"
+#include "train/plan_internal.h"
 #include "train/validate.h"
 
 #include <math.h>
@@ -104,6 +104,52 @@ static int64_t sum_of_windows(const struct srf_attention_config *a)
     test_ok(srf_attention_check(a, 8));
     test_ok(srf_attention_check_layers(a, L));
     return sum;
+}
+
+/* Where only windows differ features are one number, and the other way round. */
+static void choices_as_settings(void **state)
+{
+    (void)state;
+    const struct srf__plan_choices s = {
+        .n_windows = 2, .n_m = 2, .n = 4, .window = {8, 32}, .m = {4, 16}};
+    static const struct {
+        int choice[3];
+        int64_t window, m, n_windows, n_layer_m;
+    } cases[] = {{{1, 1, 1}, 8, 16, 0, 0},
+                 {{0, 2, 0}, 32, 4, 3, 0},
+                 {{2, 3, 2}, 32, 16, 0, 3},
+                 {{0, 3, 1}, 32, 16, 3, 3}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct srf_attention_config a = srf_attention_default();
+        srf__plan_apply(&a, &s, cases[i].choice, 3);
+        assert_true(a.window == cases[i].window && a.m == cases[i].m);
+        assert_true(a.n_windows == cases[i].n_windows && a.n_layer_m == cases[i].n_layer_m);
+        for (int64_t l = 0; l < 3; l++) {
+            assert_int_equal(srf_attention_window(&a, l), s.window[cases[i].choice[l] / 2]);
+            assert_int_equal(srf_attention_m(&a, l), s.m[cases[i].choice[l] % 2]);
+        }
+    }
+}
+
+/* A budget of so many values that they are counted by the dozen is kept all the same. */
+static void rounded_room(void **state)
+{
+    (void)state;
+    enum { LAYERS = 12 };
+    struct srf_checkpoint *ck = make_model();
+    const struct srf__plan_choices s = {.n = 2, .values = {100003, 200005}};
+    int64_t cost[2], room;
+    ck->config.n_layers = LAYERS;
+    for (int64_t large = 1; large < LAYERS; large++) {
+        int64_t values = (LAYERS - large) * s.values[0] + large * s.values[1];
+        int64_t budget = srf__plan_state_bytes(ck, values - 1), most = 0;
+        test_ok(srf__plan_room(ck, &s, budget, cost, &room));
+        while (most < LAYERS && (LAYERS - most - 1) * cost[0] + (most + 1) * cost[1] <= room)
+            most++;
+        assert_true(most < large && most + 2 >= large);
+    }
+    ck->config.n_layers = L;
+    srf_checkpoint_free(ck);
 }
 
 static void a_plan(void **state)
@@ -227,7 +273,9 @@ static void a_plan_of_features(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(the_best_choice), cmocka_unit_test(a_plan),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(the_best_choice),
+                                       cmocka_unit_test(choices_as_settings),
+                                       cmocka_unit_test(rounded_room), cmocka_unit_test(a_plan),
                                        cmocka_unit_test(a_plan_of_features)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -19,6 +19,12 @@ refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.tx
 grep -q '^{"step": 1,.*"lr": 0.0001,' run/metrics.jsonl ||
     fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
 
+# So many sequences at once.
+succeed "${retrofit[@]/--quiet/--micro-batch=1}" --batch 2 --steps 1 --out one
+grep -q '(1 at once)' stderr || fail "--micro-batch 1: $(cat stderr)"
+succeed "${retrofit[@]/--quiet/--micro-batch=2}" --batch 4 --steps 1 --out two
+grep -q '(2 at once)' stderr || fail "--micro-batch 2: $(cat stderr)"
+
 # What is asked of the schedule and of the features is what is done.
 few=("$SRF" retrofit --model model.h5 --data text.txt --steps 4 --batch 2 --seq-len 32 --m 8
     --window 0 --threads 1 --calibrate 256)
