@@ -72,6 +72,14 @@ exec 3<&-
 grep -q '^srf: error: interrupted' stderr || fail "Ctrl-C: $(cat stderr)"
 [ "$before" = "$(ls)" ] && [ "$(cat stopped.h5)" = old ] || fail "Ctrl-C leaves something: $(ls)"
 
+# Nothing to make a set of; two sets, of which the first cannot take its place: neither is left.
+: >empty
+refuse 1 'the texts are empty' "$SRF" tokenize empty --tokenizer "$T" --out none.h5
+mkdir -p taken.h5/inside
+printf 'one<|endoftext|>two<|endoftext|>three' >documents
+refuse 1 'taken.h5' "$SRF" tokenize documents --tokenizer "$T" --out taken.h5 --holdout-every 2 \
+    --holdout-out held.h5
+
 # A disk that is full.
 "$SRF" tokenize --decode all.h5 --tokenizer "$T" >/dev/full 2>stderr &&
     fail "a full disk is no error"

@@ -85,12 +85,12 @@ static void draws(void **state)
 }
 
 /* With a window that holds everything both write the same; with a small one they part; and the
- * first token is sampled from the logits that the teacher has after the prompt. */
+ * tokens are sampled from the logits that the teacher has behind the prompt and what came of it. */
 static void continuations(void **state)
 {
     (void)state;
     enum { PROMPT = 9, NEW = 20 };
-    int32_t teacher[B * NEW], student[B * NEW], first;
+    int32_t teacher[B * NEW], student[B * NEW], next;
     struct setting s;
     setting_new(&s, SRF_F64);
     struct srf_attention_config a = config_of(T, true, ms).attention;
@@ -103,14 +103,19 @@ static void continuations(void **state)
     test_ok(srf_validate_continue(s.ctx, &pair, PROMPT, NEW, &sampler, 3, teacher, student));
     assert_memory_not_equal(teacher, student, sizeof teacher);
     struct srf_attention_config softmax = srf_attention_default();
-    struct planned own = model_new(&s, &softmax, (struct srf_model_plan){.b = 1, .t = PROMPT});
+    struct planned own =
+        model_new(&s, &softmax, (struct srf_model_plan){.b = 1, .t = PROMPT + NEW});
+    int32_t text[PROMPT + NEW];
     float logits[V];
-    for (int i = 0; i < B; i++) {
-        struct srf_batch batch = {.b = 1, .t = PROMPT, .tokens = s.tokens + i * T};
+    for (int k = 0; k < B * NEW; k++) { /* each token behind its own prompt and text */
+        int i = k / NEW, n = k % NEW;
+        memcpy(text, s.tokens + i * T, PROMPT * sizeof *text);
+        memcpy(text + PROMPT, teacher + i * NEW, (size_t)n * sizeof *text);
+        struct srf_batch batch = {.b = 1, .t = PROMPT + n, .tokens = text};
         test_ok(srf_model_forward(own.m, &batch));
         test_ok(srf_model_last_logits(own.m, &batch, logits));
-        test_ok(srf_sample(&sampler, 3, (uint64_t)i, 0, logits, V, &first));
-        assert_int_equal(first, teacher[i * NEW]);
+        test_ok(srf_sample(&sampler, 3, (uint64_t)i, n, logits, V, &next));
+        assert_int_equal(next, teacher[k]);
     }
     assert_int_equal(srf_validate_continue(s.ctx, &pair, 0, NEW, &sampler, 3, teacher, student),
                      SRF_INVALID);
