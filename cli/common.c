@@ -80,8 +80,8 @@ static const char *useless_setting(const struct cli_attention *a, enum srf_atten
     return NULL;
 }
 
-/* Only SRF attention has windows and features of each layer: where a model has them, the one for all
- * layers must be said. */
+/* Only SRF attention has windows and features by layer: for a model that has them, the one for all
+ * layers must be given. */
 static srf_status one_for_all_layers(struct srf_attention_config *a)
 {
     const char *kind = srf_attention_kind_name(a->kind);
