@@ -72,7 +72,7 @@ static void durable(void **state)
     (void)state;
     struct srf_tensor_out t = {"a", 1, {2}, floats};
     char path[128];
-    for (int kind = 0; kind < 3; kind++) {
+    for (int kind = 0; kind < 4; kind++) {
         struct srf_h5 *f;
         order[0] = '\0';
         test_at(path, "durable");
@@ -81,12 +81,18 @@ static void durable(void **state)
             test_ok(srf_h5_commit(f));
         } else if (kind == 1) {
             test_ok(srf_safetensors_write(path, &t, 1, SRF_F32));
-        } else {
+        } else if (kind == 2) {
             test_ok(srf_write_file_atomic(path, "text", 4));
+            assert_int_equal(unlink(path), 0);
+        } else {
+            test_ok(srf_hf_write(path, "{}", NULL, &t, 1, SRF_F32));
         }
-        assert_string_equal(order, "frd");
+        /* of a folder: its two files, then its own name */
+        assert_string_equal(order, kind < 3 ? "frd" : "frdfrdrd");
     }
-    unlink(path);
+    char command[160];
+    sprintf(command, "rm -r '%s'", path);
+    assert_int_equal(system(command), 0);
 }
 
 static void round_trip(void **state)

@@ -224,6 +224,48 @@ static void test_memory(void **state)
     srf_ctx_free(ctx);
 }
 
+/* What attention does of its pairs of queries and keys, counted one by one: 4 d flops forward and 10
+ * d backward, and an exponential; of SRF attention's far part what its recurrent form does. */
+static void test_costs_of_attention(void **state)
+{
+    (void)state;
+    enum { T = 37, D = 8, M = 6, ROWS = 3 * 2 * T };
+    const int64_t windows[] = {0, 1, 5, 12, 37, 50};
+    struct srf_ctx *ctx;
+    float any;
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    for (int k = 0; k < 6 * 3; k++) {
+        int64_t w = windows[k / 3], sinks = k % 3 * 3, few = 0, near = 0;
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t s = 0; s <= t; s++) {
+                few += w == 0 || s < sinks || s > t - w;
+                near += w > 0 && s / w + 1 >= t / w;
+            }
+        struct srf_softmax_attn_fwd_args fwd = {
+            .b = 3, .t = T, .h = 2, .d = D, .causal = true, .window = w, .sinks = sinks};
+        struct srf_softmax_attn_bwd_args bwd = {
+            .b = 3, .t = T, .h = 2, .d = D, .causal = true, .window = w, .sinks = sinks};
+        assert_true(srf_softmax_attn_fwd_cost(ctx, &fwd).flops == (double)(6 * few * (4 * D + 1)));
+        assert_true(srf_softmax_attn_bwd_cost(ctx, &bwd).flops == (double)(6 * few * (10 * D + 1)));
+        const struct srf_attn_shape s = {
+            .b = 3, .t = T, .h = 2, .d = D, .m = M, .n_sets = 1, .window = w, .causal = true};
+        struct srf_srf_attn_fwd_args far = {.s = s};
+        struct srf_srf_attn_bwd_args back = {.s = s};
+        double least = ROWS * (8 * M * D + 4 * M), more = ROWS * (18 * M * D + 8 * M);
+        assert_true(srf_srf_attn_fwd_cost(ctx, &far).flops ==
+                    least + (double)(6 * near * (4 * D + 1)));
+        more += (double)(6 * near * (10 * D + 1));
+        assert_true(srf_srf_attn_bwd_cost(ctx, &back).flops == more);
+        back.dw = &any;
+        assert_true(srf_srf_attn_bwd_cost(ctx, &back).flops == more + ROWS * 4 * M * D);
+        /* q, k, v, o and W once; as many again of gradients, d_o and what is trained */
+        assert_true(srf_srf_attn_fwd_cost(ctx, &far).bytes == 4 * (4 * ROWS * D + M * D + M));
+        assert_true(srf_srf_attn_bwd_cost(ctx, &back).bytes ==
+                    4 * (8 * ROWS * D + M * D + ROWS + M + 2 * M * D));
+    }
+    srf_ctx_free(ctx);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -233,6 +275,7 @@ int main(void)
         cmocka_unit_test(test_costs),
         cmocka_unit_test(test_costs_follow_dtype),
         cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_costs_of_attention),
         cmocka_unit_test(test_costs_of_bf16),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
