@@ -141,12 +141,96 @@ static void last_only(void **state)
     close_fixture(&f);
 }
 
+/* What comes of the logits of 40 rows: of a batch beside a teacher, losses and logits; of 40
+ * sequences that go on, last logits and samples. */
+struct of_logits {
+    float logits[40 * 29], nll[40], last[40 * 29];
+    double kl;
+    int32_t tokens[40];
+};
+
+static void use_logits(int64_t logit_rows, struct of_logits *out)
+{
+    enum { N = 40 };
+    struct srf_ctx *ctx;
+    struct srf_checkpoint *ck;
+    struct srf_arena *arenas[2];
+    struct srf_model *models[2];
+    int32_t tokens[N], targets[N], pos[N], at[N] = {0};
+    uint64_t streams[3 * N];
+    test_ok(srf_ctx_create("cpu", SRF_F32, 1, &ctx));
+    ctx->exact_rows = true;
+    test_ok(srf_checkpoint_init(config_json, 1, &ck));
+    for (int k = 0; k < 2; k++) {
+        struct srf_attention_config a = attention(k ? SRF_ATTN_SOFTMAX : SRF_ATTN_SRF, 3);
+        randomize(ck, k ? 0.4 : 0.3);
+        test_ok(srf_arena_create(ctx, &arenas[k]));
+        test_ok(srf_model_create(ctx, &ck->config, &a, &models[k]));
+        struct srf_model_plan plan = {.b = N, .t = 1, .teacher = true, .logit_rows = logit_rows};
+        test_ok(srf_model_plan(models[k], arenas[k], &plan));
+        test_ok(srf_arena_commit(arenas[k]));
+        test_ok(srf_model_upload(models[k], ck));
+    }
+    for (int i = 0; i < N; i++) {
+        tokens[i] = i % 29;
+        targets[i] = (7 * i + 1) % 29;
+        out->tokens[i] = -5;
+        pos[i] = i % 7 == 5 ? -1 : 0; /* these want no token */
+        for (int j = 0; j < 3; j++) streams[3 * i + j] = (uint64_t)(100 * j + i);
+    }
+    struct srf_batch batch = {.b = 2, .t = N / 2, .tokens = tokens};
+    struct srf_loss_args loss = {
+        .n = N, .targets = targets, .nll = out->nll, .logits = out->logits, .teacher = models[1]};
+    for (int k = 0; k < 2; k++) test_ok(srf_model_forward(models[k], &batch));
+    test_ok(srf_model_loss(models[0], &loss));
+    out->kl = loss.kl_sum;
+    float *st = srf__calloc((size_t)(N * srf_model_state_count(models[0])), sizeof *st);
+    assert_non_null(st);
+    batch = (struct srf_batch){
+        .b = N, .t = 1, .tokens = tokens, .mode = SRF_MODE_STEP, .state = st, .pos = at};
+    test_ok(srf_model_forward(models[0], &batch));
+    test_ok(srf_model_last_logits(models[0], &batch, out->last));
+    struct srf_sample_args sample = {
+        .temperature = 2, .top_p = 1, .streams = streams, .pos = pos, .tokens = out->tokens};
+    test_ok(srf_model_sample(models[0], &batch, &sample));
+    srf__free(st);
+    for (int k = 0; k < 2; k++) {
+        srf_model_free(models[k]);
+        srf_arena_free(arenas[k]);
+    }
+    srf_checkpoint_free(ck);
+    srf_ctx_free(ctx);
+}
+
+/* Logits are made some rows at a time: how many changes nothing. */
+static void pieces_of_logits(void **state)
+{
+    (void)state;
+    static struct of_logits whole, pieces;
+    use_logits(40, &whole);
+    use_logits(16, &pieces);
+    assert_memory_equal(whole.tokens, pieces.tokens, sizeof whole.tokens);
+    assert_memory_equal(whole.last, pieces.last, sizeof whole.last);
+    assert_memory_equal(whole.logits, pieces.logits, sizeof whole.logits);
+    assert_memory_equal(whole.nll, pieces.nll, sizeof whole.nll);
+    assert_true(whole.kl == pieces.kl && whole.kl > 1);
+    for (int i = 0; i < 40; i++) {
+        const float *row = whole.logits + i * 29;
+        double sum = 0;
+        for (int j = 0; j < 29; j++) sum += exp((double)row[j]);
+        double nll = log(sum) - (double)row[(7 * i + 1) % 29];
+        assert_true(fabs(nll - (double)whole.nll[i]) < 1e-4);
+        assert_int_equal(whole.tokens[i] == -5, i % 7 == 5);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(forms_agree),
         cmocka_unit_test(packed_prefill),
         cmocka_unit_test(last_only),
+        cmocka_unit_test(pieces_of_logits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

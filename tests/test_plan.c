@@ -224,8 +224,8 @@ static void test_memory(void **state)
     srf_ctx_free(ctx);
 }
 
-/* What attention does of its pairs of queries and keys, counted one by one: 4 d flops forward and 10
- * d backward, and an exponential; of SRF attention's far part what its recurrent form does. */
+/* What attention does of its pairs of queries and keys, counted one by one: 4 d flops forward and
+ * 10 d backward, and an exponential; of SRF attention's far part what its recurrent form does. */
 static void test_costs_of_attention(void **state)
 {
     (void)state;
