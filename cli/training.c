@@ -83,8 +83,7 @@ static srf_status open_start(const struct cli_training *defaults, struct trainin
     SRF_FAIL_IF(!path, SRF_INVALID, "distillation from scratch needs --teacher");
     SRF_TRY(srf_checkpoint_load(path, NULL, &r->teacher));
     if (!in->teacher) r->teacher->attention.kind = SRF_ATTN_SOFTMAX;
-    /* now, not after minutes of preparations */
-    return srf_trainer_check_teacher(r->ck, r->teacher);
+    return SRF_OK;
 }
 
 /* About n tokens of the training text, in windows of len spread over it; caller srf__free()s. */
@@ -200,6 +199,28 @@ static srf_status open_resumed_device(const char *last, const struct cli_device 
     return st;
 }
 
+/* What the command line leaves to the model and the machine. All is checked now, not after minutes
+ * of preparations. */
+static srf_status settle_config(struct training_inputs *in, const struct training_run *r)
+{
+    struct srf_train_config *c = &in->config;
+    int64_t n_pos = r->ck->config.n_pos;
+    c->seq_len = in->seq_len != CLI_NONE ? in->seq_len : n_pos < 1024 ? n_pos : 1024;
+    if (in->micro_batch != CLI_NONE) {
+        c->micro_batch = in->micro_batch;
+    } else {
+        /* About 2048 tokens on the CPU: large enough for the matrix products, small enough for the
+         * caches. */
+        c->micro_batch = cli_tokens_at_once(r->ctx, 2048) / c->seq_len;
+        c->micro_batch = c->micro_batch > c->batch ? c->batch : c->micro_batch;
+        c->micro_batch = smaller_micro_batch(c, c->micro_batch + 1);
+    }
+    c->warmup = in->warmup;
+    if (in->warmup == CLI_NONE) c->warmup = c->steps < 500 ? c->steps / 10 : 50;
+    c->min_lr = isnan(in->min_lr) ? c->lr / 10 : in->min_lr;
+    return srf_trainer_check(r->ck, r->teacher, c, r->data, r->val);
+}
+
 static srf_status open_run(const struct cli_training *defaults, struct training_inputs *in,
                            struct training_run *r)
 {
@@ -217,25 +238,10 @@ static srf_status open_run(const struct cli_training *defaults, struct training_
     SRF_TRY(cli_open_data(in->data, r->ck, &r->bpe, &r->data));
     if (in->val) SRF_TRY(cli_open_data(in->val, r->ck, &r->val_bpe, &r->val));
     if (in->resume) return srf_trainer_resume(r->ctx, last, r->data, r->val, &r->trainer);
-    struct srf_train_config *c = &in->config;
-    if (in->seq_len != CLI_NONE)
-        c->seq_len = in->seq_len;
-    else
-        c->seq_len = r->ck->config.n_pos < 1024 ? r->ck->config.n_pos : 1024;
+    SRF_TRY(settle_config(in, r));
     if (in->plan_windows) SRF_TRY(plan_windows(in, r));
     if (in->calibrate) SRF_TRY(calibrate(in, r));
-    if (in->micro_batch != CLI_NONE) {
-        c->micro_batch = in->micro_batch;
-    } else {
-        /* About 2048 tokens on the CPU: large enough for the matrix products, small enough for the
-         * caches. */
-        c->micro_batch = cli_tokens_at_once(r->ctx, 2048) / c->seq_len;
-        c->micro_batch = c->micro_batch > c->batch ? c->batch : c->micro_batch;
-        c->micro_batch = smaller_micro_batch(c, c->micro_batch + 1);
-    }
-    c->warmup = in->warmup;
-    if (in->warmup == CLI_NONE) c->warmup = c->steps < 500 ? c->steps / 10 : 50;
-    c->min_lr = isnan(in->min_lr) ? c->lr / 10 : in->min_lr;
+    struct srf_train_config *c = &in->config;
     srf_status st;
     while ((st = srf_trainer_create(r->ctx, r->ck, r->teacher, c, r->data, r->val, &r->trainer)) ==
                SRF_NOMEM &&

@@ -216,7 +216,13 @@ refuse 2 "--recipe" "$SRF" train --model model.h5 --data text.txt --out t --reci
 
 # Parts of the weights. What is written is a model like any other; the run's file says what it was.
 refuse 2 "--rest-lr" "${retrofit[@]}" --out t --lora 2 --rest-lr 0.5
-refuse 1 "rank" "${retrofit[@]}" --out t --lora 60000
+# What the trainer refuses is said before the preparations, which would say more than a line.
+slow=("${retrofit[@]/--quiet/--plan-windows=512}" --out t)
+refuse 1 "rank" "${slow[@]}" --lora 60000
+refuse 1 "multiple of micro-batch 2" "${slow[@]}" --batch 3 --micro-batch 2
+refuse 1 "positions end at 64" "${slow[@]}" --seq-len 65
+printf a >short.txt
+refuse 1 "a prediction needs 2" "${slow[@]}" --val short.txt
 "${retrofit[@]}" --out attention --rest-lr 0 >/dev/null || fail "training attention alone: exit $?"
 "${retrofit[@]}" --out lora --lora 2 >/dev/null || fail "low-rank training: exit $?"
 for part in "run all" "attention attention" "lora additions of rank 2 to attention's matrices"; do

@@ -67,6 +67,18 @@ void *srf__lora_factors(const struct srf_trainer *t)
     return factor(t, 0);
 }
 
+srf_status srf__lora_check(const struct srf_train_config *c, const struct srf_tensor_table *table)
+{
+    for (int64_t i = 0; i < table->n; i++) {
+        const struct srf_tensor *row = &table->rows[i];
+        if (!row->attention || row->ndim != 2) continue;
+        int64_t most = row->shape[0] < row->shape[1] ? row->shape[0] : row->shape[1];
+        SRF_FAIL_IF(c->lora > most, SRF_INVALID, "LoRA of rank %lld: %s has rank %lld at most",
+                    (long long)c->lora, row->name, (long long)most);
+    }
+    return SRF_OK;
+}
+
 srf_status srf__lora_plan(struct srf_trainer *t)
 {
     struct srf__lora *r = &t->lora;
@@ -75,9 +87,6 @@ srf_status srf__lora_plan(struct srf_trainer *t)
     r->rank = t->config.lora;
     if (r->rank == 0) return SRF_OK;
     for (bool more = next(t, &x, true); more; more = next(t, &x, false)) {
-        int64_t most = x.in < x.out ? x.in : x.out;
-        SRF_FAIL_IF(r->rank > most, SRF_INVALID, "LoRA of rank %lld: %s has rank %lld at most",
-                    (long long)r->rank, t->model->table.rows[x.row].name, (long long)most);
         r->n = x.b + aligned(r->rank * x.out);
         r->n_base = x.base + srf_model_rows_count(t->model, x.row, x.row + 1);
     }

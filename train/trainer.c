@@ -120,8 +120,8 @@ static srf_status tokenizer_hash(const char *json, char hex[17])
 }
 
 /* A teacher's logits and attention outputs are compared with the student's one by one. */
-srf_status srf_trainer_check_teacher(const struct srf_checkpoint *student,
-                                     const struct srf_checkpoint *teacher)
+static srf_status check_teacher(const struct srf_checkpoint *student,
+                                const struct srf_checkpoint *teacher)
 {
     const struct srf_model_config *a = &student->config, *b = &teacher->config;
     const struct {
@@ -183,12 +183,10 @@ cleanup:
     return st;
 }
 
-srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
-                              const struct srf_checkpoint *teacher,
-                              const struct srf_train_config *config, struct srf_tokenset *data,
-                              struct srf_tokenset *val, struct srf_trainer **out)
+srf_status srf_trainer_check(const struct srf_checkpoint *ck, const struct srf_checkpoint *teacher,
+                             const struct srf_train_config *config, const struct srf_tokenset *data,
+                             const struct srf_tokenset *val)
 {
-    *out = NULL;
     SRF_TRY(srf_train_config_check(config));
     SRF_FAIL_IF(config->seq_len > ck->config.n_pos, SRF_INVALID,
                 "sequences of %lld tokens: the model's learned positions end at %lld",
@@ -205,8 +203,18 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
     SRF_FAIL_IF(srf_attention_has_map(a) && (!config->train_features || config->redraw_every),
                 SRF_INVALID, "%s attention trains its features and never draws them anew",
                 srf_attention_kind_name(a->kind));
+    SRF_TRY(srf__lora_check(config, &ck->table));
+    return srf_policy_needs_teacher(config) ? check_teacher(ck, teacher) : SRF_OK;
+}
+
+srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *ck,
+                              const struct srf_checkpoint *teacher,
+                              const struct srf_train_config *config, struct srf_tokenset *data,
+                              struct srf_tokenset *val, struct srf_trainer **out)
+{
+    *out = NULL;
+    SRF_TRY(srf_trainer_check(ck, teacher, config, data, val));
     bool teach = srf_policy_needs_teacher(config);
-    if (teach) SRF_TRY(srf_trainer_check_teacher(ck, teacher));
     struct srf_trainer *t;
     SRF_TRY(SRF_CALLOC(t, 1));
     t->ctx = ctx;

@@ -36,9 +36,10 @@ srf_status srf_trainer_create(struct srf_ctx *ctx, const struct srf_checkpoint *
                               const struct srf_checkpoint *teacher,
                               const struct srf_train_config *config, struct srf_tokenset *data,
                               struct srf_tokenset *val, struct srf_trainer **out);
-/* SRF_MISMATCH if the teacher does not fit the student; srf_trainer_create checks this, too. */
-srf_status srf_trainer_check_teacher(const struct srf_checkpoint *student,
-                                     const struct srf_checkpoint *teacher);
+/* What srf_trainer_create would refuse, but for memory: to be asked before long preparations. */
+srf_status srf_trainer_check(const struct srf_checkpoint *ck, const struct srf_checkpoint *teacher,
+                             const struct srf_train_config *config, const struct srf_tokenset *data,
+                             const struct srf_tokenset *val);
 /* From last.h5 of an earlier run, teacher and settings included. SRF_MISMATCH if the training data
  * or the context's dtype are not those of the run. */
 srf_status srf_trainer_resume(struct srf_ctx *ctx, const char *path, struct srf_tokenset *data,

@@ -53,6 +53,8 @@ srf_status srf__micro_batch(struct srf_trainer *t, int64_t first);
 /* Reads what the next step begins with, while the device works. */
 void srf__micro_batch_ahead(struct srf_trainer *t);
 void srf__micro_batch_free(struct srf_trainer *t);
+/* SRF_INVALID for a rank that a matrix of the table does not have. */
+srf_status srf__lora_check(const struct srf_train_config *c, const struct srf_tensor_table *table);
 /* Adds its tensors to the arena, once the model has. */
 srf_status srf__lora_plan(struct srf_trainer *t);
 /* The weights of params (the table's), with factors that leave them as they are. */
