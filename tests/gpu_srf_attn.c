@@ -30,7 +30,7 @@ static const struct srf_attn_shape shapes[] = {
     {.b = 1, .t = 577, .h = 1, .d = 32, .m = 32, .n_sets = 1},
     {.b = 1, .t = 600, .h = 1, .d = 64, .m = 48, .n_sets = 1},
     {.b = 1, .t = 1100, .h = 2, .d = 64, .m = 64, .n_sets = 2},
-    {.b = 1, .t = 2500, .h = 2, .d = 64, .m = 32, .n_sets = 1},
+    {.b = 1, .t = 2500, .h = 2, .d = 64, .m = 64, .n_sets = 1},
     /* Heads for a whole card, and for most of one: for the pure kernels alone. */
     {.b = 70, .t = 130, .h = 4, .d = 64, .m = 16, .n_sets = 4},
     {.b = 25, .t = 300, .h = 8, .d = 64, .m = 16, .n_sets = 1},

@@ -33,14 +33,15 @@ srf_status srf__pure_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args
 bool srf__pure_takes_bwd(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 size_t srf__pure_bwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
 srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a);
-/* The states before segments of seg_chunks chunks of 64 tokens, for heads of 64 with up to 64
- * features, on Hopper: of each segment but the first, at states + (head_i n_seg + segment)
- * SRF__STATES_COUNT, S (64, 64), then, 64 each, z, something else, M. Kernels of a chain (chain.h)
- * whose first is launched as any; one that follows in the chain waits. */
+/* What segments of seg_chunks chunks of 64 tokens add to the state, for heads of 64 with up to 64
+ * features, on Hopper: for all but the last, at states + (head_i n_seg + segment)
+ * SRF__STATES_COUNT, as add_sums (srf_attn_pure_wgmma.h) wants it, by teams of so many segments.
+ * The first kernel of a chain (chain.h), launched as any; one that follows in the chain waits. */
 bool srf__states_take(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
-srf_status srf__states_before(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
-                              const void *v, int64_t ld, const void *w, const void *bias, int n_seg,
-                              int seg_chunks, float *states);
+int srf__state_team(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int n_seg);
+srf_status srf__state_sums(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
+                           const void *v, int64_t ld, const void *w, const void *bias, int n_seg,
+                           int seg_chunks, int team, float *states);
 #define SRF__STATES_COUNT (64 * (64 + 3))
 /* What forward and backward share as `carry`: the states before chunks. */
 size_t srf__pure_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);

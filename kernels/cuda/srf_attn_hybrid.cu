@@ -25,7 +25,7 @@
  * Window 64, m <= 64 and d <= 64: steps 1 and 2 are one walk, and so are 3 and 4, without slots,
  * each tensor read once. On Hopper, if d = 64, these walks are made of warpgroup products
  * (srf_attn_hybrid_wgmma*.cu); the sums of keys in segments are then those that pure SRF attention
- * makes (srf__states_before), and the forward hands them to the backward (`carry`).
+ * makes (srf__state_sums), and the forward hands them to the backward (`carry`).
  * Components of q, k are clamped so that those of x, y stay within 1e17 and |x|^2 in range.
  *
  * Floor: forward q, k, v, o once, backward 8 of these tensors; B = 32, H = 12, T = 1024, d = 64:
@@ -302,6 +302,7 @@ size_t srf__hybrid_carve(const struct srf_ctx *ctx, const struct srf_attn_shape 
     p->n_slots = (int)n_slots;
     p->seg_slots = (int)(n_slots ? div_up(n_slots, n_seg) : 1);
     p->n_seg = (int)(n_slots ? div_up(n_slots, p->seg_slots) : 1);
+    p->team = srf__state_team(ctx, s, p->n_seg);
     p->w_step = s->n_sets > 1 ? s->m * s->d : 0;
     p->bias_step = s->n_sets > 1 ? s->m : 0;
     p->scale = (float)pow((double)s->d, -0.25);
@@ -404,8 +405,8 @@ srf_status srf__hybrid_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_ar
     p.ld_o = a->ld_o;
     if (p.given && a->carry) p.entry = (float *)a->carry;
     if (p.given)
-        SRF_TRY(srf__states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg,
-                                   p.seg_slots, p.entry));
+        SRF_TRY(srf__state_sums(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg, p.seg_slots,
+                                p.team, p.entry));
     if (p.wgmma) return srf__hybrid_wgmma_fwd(ctx, a, &p);
     FOR_HEAD_SIZE(a->s.d, a->s.window, fwd, ctx, &p, a->s.b * a->s.h)
 }

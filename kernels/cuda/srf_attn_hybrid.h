@@ -28,11 +28,12 @@ struct hybrid {
     float *sum_top;       /* (b h, n_seg, m) */
     bool fused;           /* walks that keep states in registers; dW reads them */
     bool wgmma;           /* these by warpgroup products */
-    bool given;           /* by srf__states_before: */
-    float *entry;         /* (b h, n_seg, SRF__STATES_COUNT) before segments */
-    float *after;         /* (b h, n_seg, m 65): R, u after segments */
-    float *parked;        /* (b h, n_seg, 64, 64): R of a walk, out of the registers */
-    float *dw_part;       /* (2, b h, n_seg, m, d) */
+    bool given;           /* by srf__state_sums, in teams of so many segments: */
+    int team;
+    float *entry;            /* (b h, n_seg, SRF__STATES_COUNT) */
+    float *after;            /* (b h, n_seg, m 65): R, u after segments */
+    float *parked;           /* (b h, n_seg, 64, 64): R of a walk, out of the registers */
+    float *dw_part;          /* (2, b h, n_seg, m, d) */
     float scale, half_scale; /* d^(-1/4), log2(e) d^(-1/2) / 2 */
     float limit, log2_m;     /* components of q, k; log2(m) */
 };

@@ -625,7 +625,7 @@ srf_status srf__hybrid_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_ar
     if (p.given && a->carry)
         p.entry = (float *)a->carry; /* read only here */
     else if (p.given)
-        SRF_TRY(srf__states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg,
-                                   p.seg_slots, p.entry));
+        SRF_TRY(srf__state_sums(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, p.n_seg, p.seg_slots,
+                                p.team, p.entry));
     FOR_HEAD_SIZE(a->s.d, a->s.window, bwd, ctx, &p, a)
 }

@@ -128,11 +128,10 @@ static __global__
         fill(c0);
         if (w.begin > c0) fill(w.begin);
     }
-    const float bias[2] = {bias_of(p, w.set, f0), bias_of(p, w.set, f0 + 8)};
     chain_wait();
     struct pure_state<64> st;
-    pure_state_start(&st, w.seg > 0, 1, p.entry + (w.bh * p.n_seg + w.seg) * SRF__STATES_COUNT, f0,
-                     pair);
+    add_sums(&st, p.entry + w.bh * p.n_seg * SRF__STATES_COUNT, w.seg, p.team, tid);
+    const float bias[2] = {bias_of(p, w.set, f0), bias_of(p, w.set, f0 + 8)};
     cp_async_wait<0>();
     async_fence();
     __syncthreads();

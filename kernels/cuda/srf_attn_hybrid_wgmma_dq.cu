@@ -75,8 +75,8 @@ static __global__ WALK_BOUNDS(3) void hybrid_dq_kernel(const __grid_constant__ s
         const int f0 = 16 * (tid >> 5) + (tid >> 2 & 7);
         bias[0] = bias_of(p, bh % p.heads, f0);
         bias[1] = bias_of(p, bh % p.heads, f0 + 8);
-        pure_state_start(&st, (int)blockIdx.x % p.n_seg > 0, 1,
-                         p.entry + (int64_t)blockIdx.x * SRF__STATES_COUNT, f0, tid & 3);
+        add_sums(&st, p.entry + (int64_t)bh * p.n_seg * SRF__STATES_COUNT,
+                 (int)blockIdx.x % p.n_seg, p.team, tid);
     }
     cp_async_wait<0>();
     async_fence();

@@ -319,9 +319,11 @@ struct pure_plan srf__pure_plan(const struct srf_ctx *ctx, const struct srf_attn
                                 int per_sm)
 {
     /* A segment's first pass costs about half of what it saves: worth it when half the card or
-     * more would be idle, and for segments of some length. */
+     * more would be idle, and for segments of some length. Blocks of warpgroups are nearly as fast
+     * when there are two on a multiprocessor as when there are three, each by itself faster. */
     int64_t heads = s->b * s->h > 0 ? s->b * s->h : 1, chunks = div_up(s->t, CHUNK);
     int64_t slots = (int64_t)per_sm * cuda_of(ctx)->n_sm, n_seg = slots / heads;
+    if (n_seg == 2 && srf__pure_wgmma_takes(ctx, s)) n_seg = 1;
     if (n_seg > chunks / 4) n_seg = chunks / 4;
     if (n_seg < 2) n_seg = 1;
     struct pure_plan p;
@@ -373,8 +375,9 @@ static struct fwd_plan plan_fwd(const struct srf_ctx *ctx, const struct srf_attn
 size_t srf__pure_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     if (!srf__pure_shape(ctx, s) || !srf__pure_wgmma_takes(ctx, s)) return 0;
-    /* A pass over k, v that costs less than the memory where it needs no states of segments. */
-    return plan_fwd(ctx, s).plan.n_seg > 1 ? srf__pure_wgmma_entry_bytes(s) : 0;
+    /* A pass over k, v that costs less than the memory where heads alone fill the card. */
+    int64_t heads = s->b * s->h, slots = 3 * (int64_t)cuda_of(ctx)->n_sm;
+    return 2 * heads <= slots && s->t > 7 * CHUNK ? srf__pure_wgmma_entry_bytes(s) : 0;
 }
 
 size_t srf__pure_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)

@@ -16,7 +16,9 @@ struct walk {
     float *marks;  /* and their marks */
     int64_t ld_o;
     int t, h, m, n_sets;
+    int64_t heads; /* b h */
     int n_seg, seg_chunks;
+    int team; /* segments of a block of the states kernel */
     struct key_scales by;
 };
 struct walk_maps {
@@ -33,79 +35,159 @@ static __device__ __forceinline__ float bias_of(const struct walk &p, int64_t se
 
 /* ---- the states of segments ------------------------------------------------------------------ */
 
-#define STATE_STAGES 3
+#define STATE_STAGES 4
+#define TEAM         3 /* segments of a block, where there are many */
+#if defined(__CUDA_ARCH__) && !HAVE_WGMMA
+#define STATE_BOUNDS(n) __launch_bounds__(512)
+#else
+#define STATE_BOUNDS(n) __launch_bounds__(128 * (n), (n) > 1 ? 1 : 3)
+#endif
+/* What a warpgroup has, then what it shares with the others of its block. */
 struct state_smem {
-    static constexpr int v = STATE_STAGES * TILE, w = v + STATE_STAGES * TILE;
-    static constexpr int half = w + TILE, bar = half + CHUNK * 4;
-    static constexpr int bytes = bar + STATE_STAGES * 8;
+    static constexpr int v = STATE_STAGES * TILE, own = 2 * STATE_STAGES * TILE;
+    static constexpr int half = 0, bar = 2 * CHUNK * 4, small = bar + STATE_STAGES * 8;
+    static constexpr int bytes(int team)
+    {
+        return TILE + team * (own + small);
+    }
 };
 
+#if HAVE_WGMMA
+/* With weights kf after M has risen; the largest before are 1 / step times smaller then. */
+static __device__ __forceinline__ void rise(uint32_t largest[2], const uint32_t kf[4][4],
+                                            const float step[2])
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float2 before = unpack_bf16(largest[i]);
+        largest[i] = pack_bf16(before.x * step[i], before.y * step[i]);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            largest[i] = larger_of_halves(largest[i], kf[j >> 1][2 * (j & 1) + i]);
+    }
+}
+/* M as low as the largest weights, which become about 1, allow. */
+static __device__ __forceinline__ void lower_tops(struct pure_state<64> *st,
+                                                  const uint32_t largest[2])
+{
+    struct chunk_keys keys;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t most = max(largest[i] & 0xffff, largest[i] >> 16); /* positive bf16 */
+        most = max(most, __shfl_xor_sync(0xffffffffu, most, 1));
+        most = max(most, __shfl_xor_sync(0xffffffffu, most, 2));
+        /* Its exponent, rounded up; a feature without weights stays. */
+        const float by = most ? (float)((int)(most + 127 >> 7) - 127) : 0;
+        keys.top[i] = st->top[i] + by;
+        keys.step[i] = exp2_fast(-by);
+    }
+    scale_state(st, &keys);
+}
+#endif
+
 /* Chunks are taken last to first: a sum takes any order, and what was read last, the first chunks,
- * is what the walk that follows reads first, while it still lies in L2. */
-static __global__ WALK_BOUNDS(3) void pure_states_kernel(const __grid_constant__ struct walk p,
-                                                         const __grid_constant__ struct walk_maps m)
+ * is what the walk that follows reads first, while it still lies in L2.
+ *
+ * A block has N segments of a head, one a warpgroup, and gives out, after each, the sum of those of
+ * its own up to it: who wants the state before a segment adds up less (add_sums). LOW: M is the
+ * lowest that does, else about HEADROOM above, where a walk that does so would have it. */
+template <bool LOW, int N>
+static __global__
+STATE_BOUNDS(N) void pure_states_kernel(const __grid_constant__ struct walk p,
+                                        const __grid_constant__ struct walk_maps m)
 {
 #if HAVE_WGMMA
     using at = state_smem;
     extern __shared__ char raw[];
     char *smem = raw + (-smem_addr(raw) & 1023u);
-    const uint32_t base = smem_addr(smem);
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
+    const int wg = N > 1 ? threadIdx.x / 128 : 0, tid = threadIdx.x - 128 * wg;
+    const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
     const int f0 = 16 * warp + g;
-    const int64_t head_i = blockIdx.x / (p.n_seg - 1);
-    const int seg = blockIdx.x % (p.n_seg - 1), first = seg * p.seg_chunks;
+    const uint32_t w_tile = smem_addr(smem), base = w_tile + TILE + wg * at::own;
+    char *small = smem + TILE + N * at::own + wg * at::small;
+    const uint32_t bar = smem_addr(small) + at::bar;
+    const int64_t head_i = blockIdx.x % p.heads;
+    const int seg = (int)(blockIdx.x / p.heads) * N + wg;
+    const int first = seg * p.seg_chunks, n = seg < p.n_seg - 1 ? p.seg_chunks : 0;
     const int seq = (int)(head_i / p.h), head = (int)(head_i % p.h);
     const int64_t set = p.n_sets == 1 ? 0 : head;
-    float *half = (float *)(smem + at::half);
+    float *halves = (float *)(small + at::half);
     chain_next();
     auto fill = [&](int i) {
-        const int s = i % STATE_STAGES, t0 = (first + p.seg_chunks - 1 - i) * CHUNK;
-        const uint32_t full = base + at::bar + 8 * s;
+        const int s = i % STATE_STAGES, t0 = (first + n - 1 - i) * CHUNK;
+        const uint32_t full = bar + 8 * s;
         barrier_expect(full, 2 * TILE);
         bulk_tile(base + s * TILE, &m.k, head * 64, t0, seq, full);
         bulk_tile(base + at::v + s * TILE, &m.v, head * 64, t0, seq, full);
     };
-    load_tile<64, 128>(base + at::w, p.w + set * p.m * 64, 64, 64, p.m, tid);
-    cp_async_commit();
     if (tid == 0) {
-        for (int s = 0; s < STATE_STAGES; s++) barrier_init(base + at::bar + 8 * s, 1);
+        for (int s = 0; s < STATE_STAGES; s++) barrier_init(bar + 8 * s, 1);
         barrier_init_done();
-        for (int i = 0; i < min(STATE_STAGES - 1, p.seg_chunks); i++) fill(i);
+        for (int i = 0; i < min(STATE_STAGES - 1, n); i++) fill(i);
     }
+    if (wg == 0) load_tile<64, 128>(w_tile, p.w + set * p.m * 64, 64, 64, p.m, tid);
+    cp_async_commit();
     const float bias[2] = {bias_of(p, set, f0), bias_of(p, set, f0 + 8)};
     struct pure_state<64> st;
     pure_state_start(&st, false, 1, NULL, f0, pair);
+    float less[2] = {st.top[0] - bias[0], st.top[1] - bias[1]}; /* M - bias */
+    uint32_t largest[2] = {0, 0}; /* weights so far, of even and odd keys */
     cp_async_wait<0>();
     async_fence();
     __syncthreads();
 
-    for (int i = 0; i < p.seg_chunks; i++) {
+    for (int i = 0; i < n; i++) {
         const int s = i % STATE_STAGES;
         const uint32_t k_tile = base + s * TILE, v_tile = base + at::v + s * TILE;
+        float *half = halves + (i & 1) * CHUNK;
         float a[8][4], sum[4];
-        uint32_t kf[4][4];
+        uint32_t kf[4][4], most[2];
         struct chunk_keys keys;
-        barrier_wait(base + at::bar + 8 * s, i / STATE_STAGES & 1);
+        barrier_wait(bar + 8 * s, i / STATE_STAGES & 1);
         if (diagonal_norms(k_tile, half, p.by, 0, CHUNK, warp, lane)) async_fence();
-        __syncthreads();
-        if (tid == 0 && i + STATE_STAGES - 1 < p.seg_chunks) fill(i + STATE_STAGES - 1);
-        begin_scores(a, base + at::w, k_tile);
+        /* All have read the tiles of the chunk before, and the norms of that before it. */
+        meet(1 + wg, 128);
+        if (tid == 0 && i + STATE_STAGES - 1 < n) fill(i + STATE_STAGES - 1);
+        begin_scores(a, w_tile, k_tile);
+        float2 sub[8];
+        key_halves(sub, half, pair);
         warpgroup_wait<0>();
         wgmma_hold(&a[0][0]);
-        key_exponents(a, half, p.by.to_log2, pair);
-        key_tops(&keys, st.top, a, bias);
-        chunk_weights(kf, &keys, a);
-        if (keys_rise(&keys)) scale_state(&st, &keys);
-        begin_mix(st.s, kf, v_tile, true);
+        if (UNLIKELY(!standing_weights(kf, most, a, sub, less, p.by.to_log2))) {
+            key_exponents(a, sub, p.by.to_log2);
+            key_tops(&keys, st.top, a, bias, HEADROOM);
+            scale_state(&st, &keys);
+            less[0] = keys.less[0], less[1] = keys.less[1];
+            chunk_weights(kf, &keys, a);
+            if (LOW) rise(largest, kf, keys.step);
+        } else if (LOW) {
+            largest[0] = larger_of_halves(largest[0], most[0]);
+            largest[1] = larger_of_halves(largest[1], most[1]);
+        }
         add_ones(sum, kf, false, lane);
+        begin_mix(st.s, kf, v_tile, true);
         st.z[0] += sum[0];
         st.z[1] += sum[2];
         warpgroup_wait<0>();
         wgmma_hold(&st.s[0][0]);
-        /* All have read the tiles and the norms. */
-        __syncthreads();
     }
-    pure_state_end(&st, 1, p.states + (head_i * p.n_seg + seg) * pure_state_count(64, 1), f0, pair);
+    if (LOW) lower_tops(&st, largest);
+    if (N > 1) {
+        /* The tiles have been read. */
+        float4 *sums = (float4 *)(smem + TILE);
+        __syncthreads();
+        if (wg < N - 1) put_sum(sums + wg * 9 * 128, st, tid);
+        __syncthreads();
+        for (int k = 0; k < wg; k++) {
+            float4 x[9];
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = sums[(k * 9 + j) * 128 + tid];
+            x[8] = sums[(k * 9 + 8) * 128 + tid / 4];
+            add_sum(&st, x);
+        }
+    }
+    if (n == 0) return;
+    put_sum((float4 *)(p.states + (head_i * p.n_seg + seg) * pure_state_count(64, 1)), st, tid);
 #endif
 }
 
@@ -216,9 +298,10 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
     const int f0 = 16 * warp + g, row = f0; /* its features, and its tokens of a chunk */
-    const int64_t head_i = blockIdx.x / p.n_seg;
-    const int seg = blockIdx.x % p.n_seg, n_chunks = (p.t + CHUNK - 1) / CHUNK;
-    const int first = seg * p.seg_chunks, c_end = min(first + p.seg_chunks, n_chunks);
+    const int64_t head_i = blockIdx.x % p.heads;
+    const int seg = (int)(blockIdx.x / p.heads);
+    const int n_chunks = (p.t + CHUNK - 1) / CHUNK, first = seg * p.seg_chunks;
+    const int c_end = min(first + p.seg_chunks, n_chunks);
     const int seq = (int)(head_i / p.h), head = (int)(head_i % p.h);
     const int64_t set = p.n_sets == 1 ? 0 : head;
     const uint32_t diagonal = lower_mask(g, pair);
@@ -246,10 +329,10 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
     /* Of chunk c: this thread's first 16 bytes of o (in order of stores). */
     bf16 *out = p.o + ((int64_t)seq * p.t + first * CHUNK + 16 * warp + (lane >> 3)) * p.ld_o +
                 head * 64 + (lane & 7) * 8;
-    chain_wait();
+    /* A first segment needs no states, and may go on beside their kernel. */
     struct pure_state<64> st;
-    pure_state_start(&st, seg > 0, 1, p.states + (head_i * p.n_seg + seg) * pure_state_count(64, 1),
-                     f0, pair);
+    if (seg > 0) chain_wait();
+    add_sums(&st, p.states + head_i * p.n_seg * pure_state_count(64, 1), seg, p.team, tid);
     float less[2] = {st.top[0] - bias[0], st.top[1] - bias[1]}; /* M - bias */
     float level = 0, *next_level = (float *)(smem + at::level);
     if (tid == 0) *next_level = level_of(st.top[0]);
@@ -266,7 +349,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         const bool whole = size == CHUNK;
         barrier_wait(base + at::bar + 8 * s, (c - first) >> 1 & 1);
         float a[8][4], aq[8][4], late[2][4];
-        uint32_t x[4][4];
+        uint32_t x[4][4], most[2];
         struct chunk_keys keys;
         pack_rows(x, st.s);
         if (diagonal_norms(k_tile, half, p.by, lo, hi, warp, lane)) async_fence();
@@ -283,7 +366,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         bool fits = true, far = false;
         keys.top[0] = st.top[0], keys.top[1] = st.top[1];
         keys.step[0] = keys.step[1] = 1;
-        if (UNLIKELY(!standing_weights(x, a, sub, less, p.by.to_log2) || !whole)) {
+        if (UNLIKELY(!standing_weights(x, most, a, sub, less, p.by.to_log2) || !whole)) {
             float own_first[2] = {a[0][0], a[0][2]};
             if (!whole) take_piece(own_first, a, half, lo, pair);
             key_exponents(a, sub, p.by.to_log2);
@@ -453,41 +536,6 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
 
 /* ---- the op ------------------------------------------------------------------------------- */
 
-/* One thread a feature and column of S or z, over the segments of one sequence and head: what each
- * adds becomes the sum before it. */
-static __global__ void prefix_kernel(float *states, int64_t n, int n_seg)
-{
-    constexpr int ahead = 8; /* segments whose loads are on their way at once */
-    constexpr int count = 64 * (64 + 3), columns = 64 * 65;
-    chain_next();
-    chain_wait();
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const int j = (int)(i % columns), f = j < 64 * 64 ? j / 64 : j - 64 * 64;
-    float *st = states + i / columns * n_seg * count;
-    float sum = 0, top = SRF__UNSET;
-    for (int first = 0; first < n_seg; first += ahead) {
-        float add[ahead], add_top[ahead];
-#pragma unroll
-        for (int k = 0; k < ahead; k++) {
-            const bool there = first + k < n_seg - 1;
-            const float *from = st + (int64_t)(first + (there ? k : 0)) * count;
-            add[k] = there ? from[j] : 0.0f;
-            add_top[k] = there ? from[columns + f] : SRF__UNSET;
-        }
-#pragma unroll
-        for (int k = 0; k < ahead; k++) {
-            if (first + k >= n_seg) break;
-            float *to = st + (int64_t)(first + k) * count;
-            to[j] = sum;
-            if (j >= 64 * 64) to[columns + 64 + f] = top;
-            const float with = fmaxf(top, add_top[k]);
-            sum = sum * exp2_fast(top - with) + add[k] * exp2_fast(add_top[k] - with);
-            top = with;
-        }
-    }
-}
-
 bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     struct cudaFuncAttributes f;
@@ -510,6 +558,7 @@ static struct walk walk_of(const struct srf_attn_shape *s, const void *w, const 
     p.states = states;
     p.t = (int)s->t;
     p.h = (int)s->h;
+    p.heads = s->b * s->h;
     p.m = (int)s->m;
     p.n_sets = (int)s->n_sets;
     p.n_seg = plan->n_seg;
@@ -518,35 +567,36 @@ static struct walk walk_of(const struct srf_attn_shape *s, const void *w, const 
     return p;
 }
 
-static srf_status launch_states(struct srf_ctx *ctx, const struct walk *p,
-                                const struct walk_maps *m, int64_t heads)
+/* A team is one block, which holds a multiprocessor for itself: not where that takes turns. */
+static int team_of(const struct srf_ctx *ctx, int64_t heads, int n_seg)
 {
-    constexpr int bytes = 1024 + state_smem::bytes;
-    const int64_t n = heads * 64 * 65;
-    CUDA_TRY(cudaFuncSetAttribute(pure_states_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  bytes));
-    pure_states_kernel<<<(unsigned)(heads * (p->n_seg - 1)), 128, bytes, stream_of(ctx)>>>(*p, *m);
-    struct chain_shape shape = {dim3((unsigned)div_up(n, 128)), 128, 0, 1};
-    chain_launch(ctx, shape, prefix_kernel, p->states, n, p->n_seg);
+    return n_seg > 4 && heads * div_up(n_seg - 1, TEAM) <= cuda_of(ctx)->n_sm ? TEAM : 1;
+}
+
+template <bool LOW, int N>
+static srf_status launch_team(struct srf_ctx *ctx, const struct walk *p, const struct walk_maps *m)
+{
+    constexpr int bytes = 1024 + state_smem::bytes(N);
+    const unsigned blocks = (unsigned)(p->heads * div_up(p->n_seg - 1, N));
+    CUDA_TRY(cudaFuncSetAttribute(pure_states_kernel<LOW, N>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    pure_states_kernel<LOW, N><<<blocks, 128 * N, bytes, stream_of(ctx)>>>(*p, *m);
     return srf__cuda_launched("srf_attn");
 }
 
-static srf_status states_before(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
-                                const void *v, int64_t ld, const void *w, const void *bias,
-                                const struct pure_plan *plan, float *states)
+/* What each segment but the last adds to a state. */
+template <bool LOW>
+static srf_status launch_states(struct srf_ctx *ctx, const struct walk *p,
+                                const struct walk_maps *m)
 {
-    struct walk p = walk_of(s, w, bias, plan, states);
-    struct walk_maps m;
-    SRF_TRY(srf__tile_map(&m.k, k, s->b, s->t, s->h, ld, CHUNK));
-    SRF_TRY(srf__tile_map(&m.v, v, s->b, s->t, s->h, ld, CHUNK));
-    m.q = m.k; /* not used */
-    return launch_states(ctx, &p, &m, s->b * s->h);
+    return p->team > 1 ? launch_team<LOW, TEAM>(ctx, p, m) : launch_team<LOW, 1>(ctx, p, m);
 }
 
 srf_status srf__pure_wgmma_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                   const struct pure_plan *plan, float *states)
 {
-    return states_before(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, plan, states);
+    return srf__state_sums(ctx, &a->s, a->k, a->v, a->ld, a->w, a->bias, plan->n_seg,
+                           plan->seg_chunks, 1, states);
 }
 
 bool srf__states_take(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
@@ -554,14 +604,25 @@ bool srf__states_take(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
     return srf__pure_wgmma_takes(ctx, s);
 }
 
-srf_status srf__states_before(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
-                              const void *v, int64_t ld, const void *w, const void *bias, int n_seg,
-                              int seg_chunks, float *states)
+int srf__state_team(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int n_seg)
+{
+    return team_of(ctx, s->b * s->h, n_seg);
+}
+
+srf_status srf__state_sums(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,
+                           const void *v, int64_t ld, const void *w, const void *bias, int n_seg,
+                           int seg_chunks, int team, float *states)
 {
     struct pure_plan plan = srf__pure_plan(ctx, s, 1);
     plan.n_seg = n_seg;
     plan.seg_chunks = seg_chunks;
-    return states_before(ctx, s, k, v, ld, w, bias, &plan, states);
+    struct walk p = walk_of(s, w, bias, &plan, states);
+    struct walk_maps m;
+    p.team = team;
+    SRF_TRY(srf__tile_map(&m.k, k, s->b, s->t, s->h, ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.v, v, s->b, s->t, s->h, ld, CHUNK));
+    m.q = m.k; /* not used */
+    return launch_states<true>(ctx, &p, &m);
 }
 
 srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
@@ -572,6 +633,7 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     const int64_t heads = s->b * s->h;
     struct walk p = walk_of(s, a->w, a->bias, plan, states);
     struct walk_maps m;
+    p.team = team_of(ctx, heads, p.n_seg);
     p.o = (bf16 *)a->o;
     p.stat = (float *)a->stat;
     p.entry = srf__pure_carry_bytes(ctx, s) > 0 ? (bf16 *)a->carry : NULL;
@@ -580,7 +642,7 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
-    if (p.n_seg > 1) SRF_TRY(launch_states(ctx, &p, &m, heads));
+    if (p.n_seg > 1) SRF_TRY(launch_states<false>(ctx, &p, &m));
     void (*kernel)(struct walk, struct walk_maps) =
         p.entry ? pure_walk_kernel<true> : pure_walk_kernel<false>;
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

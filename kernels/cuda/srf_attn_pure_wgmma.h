@@ -10,6 +10,10 @@
  * put HEADROOM above the exponents that it must not be below, and stays while weights are at most
  * 1; r_t is one number for all tokens of a chunk, while the largest weights of each are in a range.
  *
+ * With segments, a first kernel leaves what each adds to the state (put_sum; teams of segments are
+ * summed where they are made), and who begins with a segment adds up those before it (add_sums): a
+ * kernel that made prefixes of them would take longer.
+ *
  * The kernels of an op are a chain (chain.h) whose first is launched as any: once one of them runs,
  * all before that first one are complete, and inputs may be read before chain_wait.
  */
@@ -39,7 +43,7 @@ size_t srf__pure_wgmma_entry_bytes(const struct srf_attn_shape *s);
 /* states: room for those of plan->n_seg segments a head, if more than one. */
 srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
                                const struct pure_plan *plan, float *states);
-/* The states before each segment: S, z, M of all keys before it. */
+/* What segments add to the state, for add_sums with teams of one. */
 srf_status srf__pure_wgmma_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a,
                                   const struct pure_plan *plan, float *states);
 
@@ -391,12 +395,12 @@ __device__ __forceinline__ bool keys_fit(const struct chunk_keys *keys, const fl
 }
 /* Weights, as an A operand (rows are features), a = W K^T: false where one is above 1 or no number,
  * in some thread of the warp. M as it stands, less = M - bias, nearly always does, and to find the
- * largest exponents first would take as many instructions as the weights. */
-__device__ __forceinline__ bool standing_weights(uint32_t kf[4][4], const float (&a)[8][4],
-                                                 const float2 sub[8], const float less[2],
-                                                 float to_log2)
+ * largest exponents first would take as many instructions as the weights. most: the largest weights
+ * of this thread's two features, of even and odd keys. */
+__device__ __forceinline__ bool standing_weights(uint32_t kf[4][4], uint32_t most[2],
+                                                 const float (&a)[8][4], const float2 sub[8],
+                                                 const float less[2], float to_log2)
 {
-    uint32_t high = 0;
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -405,8 +409,9 @@ __device__ __forceinline__ bool standing_weights(uint32_t kf[4][4], const float 
             const float y = fmaf(a[j][2 * i + 1], to_log2, -sub[j].y) - less[i];
             const uint32_t w = pack_bf16(exp2_fast(x), exp2_fast(y));
             kf[j >> 1][2 * (j & 1) + i] = w;
-            high = larger_of_halves(high, w);
+            most[i] = j == 0 ? w : larger_of_halves(most[i], w);
         }
+    const uint32_t high = larger_of_halves(most[0], most[1]);
     const uint32_t one = 0x3f80; /* positive bf16 are ordered as their bits, NaN above all */
     return !__any_sync(0xffffffffu, (high & 0xffff) > one || high >> 16 > one);
 }
@@ -434,6 +439,63 @@ __device__ __forceinline__ void scale_state(struct pure_state<64> *st,
     for (int i = 0; i < 2; i++) {
         st->z[i] *= keys->step[i];
         st->top[i] = keys->top[i];
+    }
+}
+
+/* ---- sums of segments ------------------------------------------------------------------------ */
+
+/* All registers of a warpgroup as they are, then, once a quad, z and M. In shared or global
+ * memory. */
+__device__ __forceinline__ void put_sum(float4 *to, const struct pure_state<64> &st, int t)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        to[j * 128 + t] = make_float4(st.s[j][0], st.s[j][1], st.s[j][2], st.s[j][3]);
+    if (t % 4 == 0) to[8 * 128 + t / 4] = make_float4(st.z[0], st.z[1], st.top[0], st.top[1]);
+}
+__device__ __forceinline__ void add_sum(struct pure_state<64> *st, const float4 x[9])
+{
+    const float add_z[2] = {x[8].x, x[8].y}, add_top[2] = {x[8].z, x[8].w};
+    float by[2], add_by[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float with = fmaxf(st->top[i], add_top[i]);
+        by[i] = exp2_fast(st->top[i] - with);
+        add_by[i] = exp2_fast(add_top[i] - with);
+        st->z[i] = st->z[i] * by[i] + add_z[i] * add_by[i];
+        st->top[i] = with;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        st->s[j][0] = st->s[j][0] * by[0] + x[j].x * add_by[0];
+        st->s[j][1] = st->s[j][1] * by[0] + x[j].y * add_by[0];
+        st->s[j][2] = st->s[j][2] * by[1] + x[j].z * add_by[1];
+        st->s[j][3] = st->s[j][3] * by[1] + x[j].w * add_by[1];
+    }
+}
+/* st = the state before segment `seg` of a head: the sums of the teams before its own, and of what
+ * its own has before it. from: what the states kernel left of the head. */
+__device__ __forceinline__ void add_sums(struct pure_state<64> *st, const float *from, int seg,
+                                         int team, int t)
+{
+    constexpr int ahead = 3; /* sums whose loads are on their way at once */
+    pure_state_start(st, false, 1, NULL, 0, 0);
+#pragma unroll 1
+    for (int first = 0; first < seg; first += ahead * team) {
+        float4 x[ahead][9];
+#pragma unroll
+        for (int k = 0; k < ahead; k++) {
+            const bool there = first + k * team < seg;
+            const int last = min(first + k * team + team, seg) - 1;
+            const float4 *at = (const float4 *)(from + last * pure_state_count(64, 1));
+#pragma unroll
+            for (int j = 0; j < 9; j++) {
+                x[k][j] = make_float4(0, 0, j < 8 ? 0 : SRF__UNSET, j < 8 ? 0 : SRF__UNSET);
+                if (there) x[k][j] = __ldcg(at + j * 128 + (j < 8 ? t : t / 4));
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < ahead; k++) add_sum(st, x[k]);
     }
 }
 #endif

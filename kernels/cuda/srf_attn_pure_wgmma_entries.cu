@@ -52,9 +52,7 @@ static __global__
     chain_wait();
     if (p.n_seg == 1) clear_tickets(p, tid);
     struct pure_state<64> st;
-    pure_state_start(&st, here.seg > 0, 1,
-                     p.states + (here.head_i * p.n_seg + here.seg) * pure_state_count(64, 1), f0,
-                     pair);
+    add_sums(&st, p.states + here.head_i * p.n_seg * pure_state_count(64, 1), here.seg, 1, tid);
     __syncthreads();
     const float own_bias[2] = {bias[f0], bias[f0 + 8]};
 
