@@ -173,7 +173,7 @@ while read -r program; do
     # Minutes of references, one case after the other: several processes, each its share of cases.
     case "$program" in
     gpu_srf_recurrent) parts=6 ;;
-    gpu_srf_attn | gpu_srf_range | gpu_softmax_attn) parts=3 ;;
+    gpu_linear | gpu_srf_attn | gpu_srf_range | gpu_softmax_attn) parts=3 ;;
     *) parts=1 ;;
     esac
     for ((i = 0; i < parts; i++)); do
