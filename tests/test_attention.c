@@ -185,6 +185,117 @@ static void packed(void **state)
     }
 }
 
+/* Every option is in the features, or in what is made of them. */
+static void options_reach(void **state)
+{
+    (void)state;
+    static struct problem p;
+    static double w[M * D], bias[M], other_w[H * M * D], other_bias[H * M];
+    open_problem(&p, 0);
+    for (int k = 0; k < 10; k++) {
+        struct srf_attn_options o;
+        struct srf_attn *a;
+        const void *got_w, *got_bias;
+        srf_attn_defaults(&o, H, D);
+        o.device = "cpu";
+        o.dtype = SRF_F64;
+        o.m = M;
+        if (k == 1) o.features = SRF_IID;
+        if (k == 2) o.rotation = SRF_ROT_HD;
+        if (k == 3) o.normalize_rows = true;
+        if (k == 4) o.oprf_a = -0.2;
+        if (k == 5) o.seed = 9;
+        if (k == 6) o.draw = 4;
+        if (k == 7) o.share_heads = true;
+        if (k == 8) o.causal = false;
+        if (k == 9) o.window = 4;
+        test_ok(srf_attn_create(&o, &a));
+        srf_attn_features(a, &got_w, &got_bias);
+        int sets = o.share_heads ? 1 : H;
+        const struct srf_features_draw_args args = {.kind = o.features,
+                                                    .rotation = o.rotation,
+                                                    .normalize_rows = o.normalize_rows,
+                                                    .seed = o.seed,
+                                                    .draw = o.draw,
+                                                    .m = M,
+                                                    .d = D};
+        for (int i = 0; i < sets; i++) {
+            test_ok(srf_features_draw_one(&args, 0, i, o.oprf_a, w, bias));
+            assert_memory_equal((const double *)got_w + i * M * D, w, sizeof w);
+            assert_memory_equal((const double *)got_bias + i * M, bias, sizeof bias);
+        }
+        struct srf_attn_shape s = {.b = B,
+                                   .t = T,
+                                   .h = H,
+                                   .d = D,
+                                   .m = M,
+                                   .n_sets = sets,
+                                   .window = o.window,
+                                   .causal = o.causal};
+        ref_srf_attn_fwd(&(struct srf_srf_attn_fwd_args){.s = s,
+                                                         .q = p.q,
+                                                         .k = p.k,
+                                                         .v = p.v,
+                                                         .ld = WIDTH,
+                                                         .w = got_w,
+                                                         .bias = got_bias,
+                                                         .o = p.want.o,
+                                                         .ld_o = WIDTH});
+        test_ok(srf_attn_forward(a, NULL, &p.x, NULL));
+        test_close("o", p.o, p.want.o, N, 1e-12);
+        /* others, with no word of their biases, which are 0 */
+        for (int i = 0; i < sets * M * D; i++) other_w[i] = sin(i);
+        test_ok(srf_attn_set_features(a, NULL, other_w, NULL));
+        assert_memory_equal(got_w, other_w, (size_t)(sets * M * D) * sizeof *other_w);
+        assert_memory_equal(got_bias, other_bias, (size_t)(sets * M) * sizeof *other_bias);
+        srf_attn_free(a);
+    }
+    close_problem(&p);
+}
+
+/* Sequences at positions of their own, their states in any slots, outputs in wider rows. */
+static void prefill_goes_on(void **state)
+{
+    (void)state;
+    enum { REST = 13, WIDE = WIDTH + 3 };
+    static struct problem p;
+    static double q[B * REST * WIDTH], k[B * REST * WIDTH], v[B * REST * WIDTH], o[B * REST * WIDE];
+    const int32_t pos[B] = {6, 3}, slots[B] = {2, 0};
+    for (int mode = 0; mode < 2; mode++) {
+        open_problem(&p, 4);
+        for (int i = 0; i < B; i++) {
+            struct srf_attn_tensors x = {.b = 1,
+                                         .t = pos[i],
+                                         .q = p.q + i * T * WIDTH,
+                                         .k = p.k + i * T * WIDTH,
+                                         .v = p.v + i * T * WIDTH,
+                                         .o = p.o};
+            struct srf_attn_prefill_args first = {.state = p.state, .slots = &slots[i]};
+            test_ok(srf_attn_prefill(p.a, NULL, &x, &first));
+            size_t bytes = REST * WIDTH * sizeof *q, from = (size_t)((i * T + pos[i]) * WIDTH);
+            memcpy(q + i * REST * WIDTH, p.q + from, bytes);
+            memcpy(k + i * REST * WIDTH, p.k + from, bytes);
+            memcpy(v + i * REST * WIDTH, p.v + from, bytes);
+        }
+        for (int i = 0; i < B * REST * WIDE; i++) o[i] = 7;
+        struct srf_attn_tensors x = {
+            .b = B, .t = REST, .q = q, .k = k, .v = v, .o = o, .ld_o = WIDE};
+        struct srf_attn_prefill_args rest = {.mode = mode ? SRF_PREFILL_CHUNKWISE
+                                                          : SRF_PREFILL_PARALLEL,
+                                             .chunk = 5,
+                                             .state = p.state,
+                                             .pos = pos,
+                                             .slots = slots};
+        test_ok(srf_attn_prefill(p.a, NULL, &x, &rest));
+        for (int r = 0; r < B * REST; r++) {
+            int i = r / REST, at = (i * T + pos[i] + r % REST) * WIDTH;
+            test_close("o", o + r * WIDE, p.want.o + at, WIDTH, 1e-11);
+            for (int j = WIDTH; j < WIDE; j++) assert_true(o[r * WIDE + j] == 7);
+        }
+        close_problem(&p);
+    }
+}
+
 static void refusals(void **state)
 {
     (void)state;
@@ -324,6 +435,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(training),      cmocka_unit_test(features),
         cmocka_unit_test(prefill_modes), cmocka_unit_test(packed),
+        cmocka_unit_test(options_reach), cmocka_unit_test(prefill_goes_on),
         cmocka_unit_test(refusals),      cmocka_unit_test(allocation_failures),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
