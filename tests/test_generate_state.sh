@@ -88,6 +88,10 @@ head -20 short.out >part.out
 cp short.out.settings.json part.out.settings.json
 bad 1 'made with goes_on_from' --input short.jsonl --output part.out --prefix "$prefix." \
     --batch 6 -n 12 --resume
+head -2 short.jsonl >two.jsonl
+ok --input two.jsonl --output two.out --prefix 'the king and' -n 2
+bad 1 'made with goes_on_from' --input two.jsonl --output two.out --prefix 'the king the' -n 2 \
+    --resume
 ok --input short.jsonl --output part.out --prefix "$prefix" --batch 3 -n 12 --resume
 cmp part.out short.out || fail "resumed with a prefix"
 
