@@ -35,7 +35,7 @@ static const struct srf_attn_shape shapes[] = {
     {.b = 70, .t = 130, .h = 4, .d = 64, .m = 16, .n_sets = 4},
     {.b = 25, .t = 300, .h = 8, .d = 64, .m = 16, .n_sets = 1},
     /* Segments, of which the last is cut into units of the backward. */
-    {.b = 23, .t = 500, .h = 6, .d = 64, .m = 32, .n_sets = 1},
+    {.b = 23, .t = 560, .h = 6, .d = 64, .m = 32, .n_sets = 1},
     {.b = 0, .t = 64, .h = 2, .d = 64, .m = 64, .n_sets = 1},
     {.b = 2, .t = 0, .h = 2, .d = 64, .m = 64, .n_sets = 1},
 };

@@ -30,12 +30,14 @@ struct cut {
 static double time_of(const struct cut *c)
 {
     const double begin = 0.3; /* of a block */
+    const double hand = 0.3;  /* R, u from unit to unit, that few places take in turn */
     const double adds = 0.23; /* of a chunk, all blocks at work */
     const int64_t segments = c->heads * (div_up(c->chunks, c->seg_chunks) - 1);
     const int64_t last = c->chunks - segments / c->heads * c->seg_chunks;
     const int64_t waves = div_up(segments, c->slots), room = waves * c->slots - segments;
     const double each = (double)c->seg_chunks + begin;
-    const double unit = (double)div_up(last, c->units) + begin;
+    const bool handed = segments > 0 && c->units > 1;
+    const double unit = (double)div_up(last, c->units) + begin + (handed ? hand : 0);
     const double sums = adds * (double)(c->heads * (c->chunks - c->seg_chunks)) / (double)c->slots;
     /* No unit waits for one that has begun with it. */
     if (c->units > 1 && c->heads < room) return INFINITY;
