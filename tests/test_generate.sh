@@ -36,6 +36,16 @@ assert whole("Café" + result["texts"][0] + "\n") == whole(streamed.decode("utf-
 assert "\ufffd" in result["texts"][0], "the test wants bytes that are no UTF-8"
 END
 
+# Another seed is another text; of the most likely tokens alone there is one, whatever the seed.
+ok --prompt "Café" "${hot[@]}" --seed 6 --quiet
+cmp -s stdout streamed && fail "--seed 5 and 6 write the same"
+ok --prompt "Café" -n 30 --temperature 0 --ignore-eos --quiet
+cp stdout greedy
+for option in '--top-k 1' '--top-p 1e-9' '--temperature 0 --seed 7'; do
+    ok --prompt "Café" -n 30 --seed 6 --ignore-eos --quiet $option
+    cmp -s stdout greedy || fail "$option: not the most likely tokens"
+done
+
 # Prompts: from a file, empty, two of them.
 printf 'the king' >prompt.txt
 ok --prompt-file prompt.txt -n 3 --quiet

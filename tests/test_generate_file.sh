@@ -126,6 +126,8 @@ cp out1.jsonl.settings.json part.jsonl.settings.json
 part=(--input prompts.jsonl --output part.jsonl --resume)
 bad 1 'holds something already' --input prompts.jsonl --output part.jsonl
 bad 1 'made with temperature 1.0, this is 0.5' "${part[@]}" --temperature 0.5
+bad 1 'made with top_k 0, this is 5' "${part[@]}" --top-k 5
+bad 1 'made with positions "error", this is "wrap"' "${part[@]}" --positions wrap
 bad 1 'made with order "input", this is "done"' "${part[@]}" --order 'done'
 bad 1 'made with stop null, this is ["x"]' "${part[@]}" --stop x
 bad 1 'made with attention {"kind":"srf","m":64,' "${part[@]}" --draw 3
