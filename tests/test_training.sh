@@ -60,6 +60,12 @@ sed 's/king/queen/' text.txt >other.txt
 refuse 1 "training data" "${resume[@]}" --data other.txt
 refuse 1 "dtype" "${resume[@]}" --dtype f64
 
+# A teacher whose tokens mean something else.
+sed '2093d' "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" >fewer.json # without the merge "Ġ a"
+sed -n 2093p "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" | grep -q 'Ġ a' || fail "another file"
+succeed "$SRF" import model.h5 stranger.h5 --tokenizer fewer.json
+refuse 1 "expected the model's tokenizer" "${retrofit[@]}" --out none --teacher stranger.h5
+
 # What came of it stands beside the teacher's: at each evaluation, at the end, on the page.
 run "${retrofit[@]/--quiet/--eval-every=10}" --val text.txt --out beside
 run "$SRF" eval --model model.h5 --data text.txt --seq-len 32 --max-tokens 65536 --json --quiet
