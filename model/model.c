@@ -32,6 +32,7 @@ void srf_model_free(struct srf_model *m)
     srf__free(m->trained_at);
     srf__free(m->uploaded);
     srf__free(m->acts);
+    srf__free(m->room);
     srf__free(m);
 }
 /* ---- plan ------------------------------------------------------------------------------------ */
@@ -213,8 +214,9 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
                 "batch of %lld sequences, %lld tokens in all: %lld x %lld were planned",
                 (long long)batch->b, (long long)n, (long long)m->plan.b, (long long)m->plan.t);
     if (batch->on_device) return SRF_OK;
-    bool outside = false; /* of many: looked for in vectors, named afterwards */
-    for (int64_t i = 0; i < n; i++) outside |= (uint32_t)batch->tokens[i] >= (uint32_t)cfg->vocab;
+    const uint32_t vocab = (uint32_t)cfg->vocab;
+    uint32_t outside = 0; /* of many: looked for in vectors, named afterwards */
+    for (int64_t i = 0; i < n; i++) outside |= (uint32_t)batch->tokens[i] >= vocab;
     for (int64_t i = 0; i < n && outside; i++)
         SRF_FAIL_IF(batch->tokens[i] < 0 || batch->tokens[i] >= cfg->vocab, SRF_MISMATCH,
                     "token id %d: the model's vocabulary has %lld", batch->tokens[i],
@@ -229,15 +231,25 @@ static srf_status check_batch(const struct srf_model *m, const struct srf_batch 
     return SRF_OK;
 }
 
+srf_status srf__model_room(struct srf_model *m, size_t bytes)
+{
+    if (bytes <= m->room_bytes) return SRF_OK;
+    char *room;
+    SRF_TRY(SRF_ALLOC(room, (int64_t)bytes));
+    srf__free(m->room);
+    m->room = room;
+    m->room_bytes = bytes;
+    return SRF_OK;
+}
+
 /* What a recurrent batch's rows and sequences are, in one upload each: embedding and a step want a
  * position for each token; a prefill's attention (b) positions, (b) slots, (b + 1) first rows. */
 static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *batch)
 {
     struct srf_ctx *ctx = m->ctx;
     int64_t n = srf_batch_rows(batch), b = batch->b, row = 0;
-    int32_t *pos;
-    SRF_TRY(SRF_ALLOC(pos, n + 3 * b + 1));
-    int32_t *seq = pos + n;
+    SRF_TRY(srf__model_room(m, (size_t)(n + 3 * b + 1) * sizeof(int32_t)));
+    int32_t *pos = m->room, *seq = pos + n;
     seq[2 * b] = 0;
     for (int64_t i = 0; i < b; i++) {
         int32_t first = batch->pos[i], *own = pos + row;
@@ -253,7 +265,6 @@ static srf_status upload_sequences(struct srf_model *m, const struct srf_batch *
     if (st == SRF_OK && batch->mode == SRF_MODE_PREFILL)
         st = ctx->be->upload(ctx, srf_arena_ptr(m->arena, m->slot_seq), seq,
                              (size_t)(3 * b + 1) * sizeof *seq);
-    srf__free(pos);
     return st;
 }
 

@@ -15,3 +15,5 @@ bool srf__model_has_masters(const struct srf_model *m);
 /* Elements of a gradient, a weight's or a bias's, that srf__model_norm_grad has no other place for:
  * the gradients have room for two behind the trained ones. */
 int64_t srf__model_unread_count(const struct srf_model *m);
+/* m->room, of this many bytes at least. */
+srf_status srf__model_room(struct srf_model *m, size_t bytes);

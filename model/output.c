@@ -1,7 +1,7 @@
 /* What comes after the blocks: logits by the output head, of a few rows at a time, and what is made
  * of them: losses with their gradient, samples, logits for the host. */
 #include "kernels/numeric.h"
-#include "model/arch.h"
+#include "model/model_internal.h"
 
 #include <string.h>
 
@@ -18,24 +18,23 @@ static srf_status head(struct srf_model *m, int64_t at, int64_t n, void *logits)
 }
 
 /* n rows of logits to the host, (n, vocab). */
-static srf_status take_logits(const struct srf_model *m, int64_t n, float *out)
+static srf_status take_logits(struct srf_model *m, int64_t n, float *out)
 {
     enum { ROWS = 16 };
     struct srf_ctx *ctx = m->ctx;
     int64_t v = m->config.vocab, ld = srf_padded_vocab(&m->config);
     size_t row = (size_t)ld * srf_dtype_bytes(ctx->dtype);
-    char *rows;
-    SRF_TRY(SRF_ALLOC(rows, (n < ROWS ? n : ROWS) * (int64_t)row));
-    srf_status st = SRF_OK;
-    for (int64_t at = 0; at < n && st == SRF_OK; at += ROWS) {
+    SRF_TRY(srf__model_room(m, (size_t)(n < ROWS ? n : ROWS) * row));
+    const char *rows = m->room;
+    for (int64_t at = 0; at < n; at += ROWS) {
         int64_t count = n - at < ROWS ? n - at : ROWS;
-        st = ctx->be->download(ctx, rows, srf__model_at(m, m->slot_logits, at * ld),
-                               (size_t)count * row);
-        for (int64_t i = 0; i < count && st == SRF_OK; i++)
+        SRF_TRY(ctx->be->download(ctx, m->room, srf__model_at(m, m->slot_logits, at * ld),
+                                  (size_t)count * row));
+#pragma omp parallel for if (count > 1)
+        for (int64_t i = 0; i < count; i++)
             srf_convert_to_f32(out + (at + i) * v, rows + (size_t)i * row, ctx->dtype, v);
     }
-    srf__free(rows);
-    return st;
+    return SRF_OK;
 }
 
 /* Logits, loss and gradients of rows [at, at + n) in one, where nothing else is made of the
