@@ -20,11 +20,11 @@
 #include "kernels/norm_linear.h"
 
 #define THREADS    256
-#define WARPS      (THREADS / 32)
 #define FOLD_COLS  32                     /* of a block of fold_kernel */
 #define FOLD_PACKS (FOLD_COLS / 8)        /* 16 bytes each */
 #define FOLD_ROWS  (THREADS / FOLD_PACKS) /* at once */
 #define FOLD_HELD  12
+#define PART_LANES 8
 #define MANY_ROWS  8192 /* from here on W' is small beside them */
 
 /* Eight columns of a row of w: w times the row's gamma, less `off`. */
@@ -155,31 +155,47 @@ static __global__ __launch_bounds__(THREADS) void fold_kernel(const struct fold_
     a.rows[row] = make_float2(a.by * rstd, -mean * (a.by * rstd));
 }
 
-/* moments of x (n, c): a warp for each part of a row. */
+/* Over PART_LANES neighbours, for each of them. */
+static __device__ __forceinline__ float part_sum(float x)
+{
+#pragma unroll
+    for (int o = PART_LANES / 2; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+
+/* moments of x (n, c): PART_LANES threads for each part of a row. */
 static __global__ __launch_bounds__(THREADS) void moments_kernel(int64_t n, int c,
                                                                  const bf16 *__restrict__ x,
                                                                  float2 *__restrict__ moments)
 {
-    int parts = (c + PRODUCT_COLS - 1) / PRODUCT_COLS, lane = threadIdx.x & 31;
-    int64_t step = (int64_t)gridDim.x * WARPS;
-    for (int64_t i = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32; i < n * parts; i += step) {
-        int64_t row = i / parts;
-        int first = (int)(i - row * parts) * PRODUCT_COLS, width = min(PRODUCT_COLS, c - first);
-        bool there = 8 * lane < width;
-        pack<bf16, 8> p =
-            there ? load_pack<bf16, 8>(x + row * c + first + 8 * lane) : zero_pack<bf16, 8>();
-        float sum = 0.0f, sq = 0.0f;
+    constexpr int PACKS = PRODUCT_COLS / 8 / PART_LANES;
+    int parts = (c + PRODUCT_COLS - 1) / PRODUCT_COLS, lane = threadIdx.x % PART_LANES;
+    int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / PART_LANES, row = i / parts;
+    if (i >= n * parts) row = 0; /* all of a warp's threads stay for its sums */
+    int first = (int)(i % parts) * PRODUCT_COLS, width = min(PRODUCT_COLS, c - first);
+    pack<bf16, 8> p[PACKS];
+    float sum = 0.0f, sq = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum += element(p, j);
-        float mean = warp_sum(sum) / (float)width;
+    for (int k = 0; k < PACKS; k++) {
+        int at = 8 * (lane + k * PART_LANES);
+        p[k] = at < width ? load_pack<bf16, 8>(x + row * c + first + at) : zero_pack<bf16, 8>();
+    }
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += element(p[k], j);
+    float mean = part_sum(sum) / (float)width;
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        if (8 * (lane + k * PART_LANES) >= width) continue;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float d = element(p, j) - mean;
-            if (there) sq = fmaf(d, d, sq);
+            float d = element(p[k], j) - mean;
+            sq = fmaf(d, d, sq);
         }
-        sq = warp_sum(sq);
-        if (lane == 0) moments[i] = make_float2(mean, sq);
     }
+    sq = part_sum(sq);
+    if (lane == 0 && i < n * parts) moments[i] = make_float2(mean, sq);
 }
 
 int64_t srf__moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c)
@@ -191,9 +207,11 @@ int64_t srf__moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c)
 
 srf_status srf__moments(struct srf_ctx *ctx, int64_t n, int64_t c, const void *x, void *moments)
 {
-    unsigned grid = grid_for(ctx, n * div_up(c, PRODUCT_COLS), WARPS, 8);
-    moments_kernel<<<grid, THREADS, 0, stream_of(ctx)>>>(n, (int)c, (const bf16 *)x,
-                                                         (float2 *)moments);
+    int64_t grid = div_up(n * div_up(c, PRODUCT_COLS) * PART_LANES, THREADS);
+    SRF_FAIL_IF(grid > INT32_MAX, SRF_INVALID, "moments of (%lld, %lld): too many", (long long)n,
+                (long long)c);
+    moments_kernel<<<(unsigned)grid, THREADS, 0, stream_of(ctx)>>>(n, (int)c, (const bf16 *)x,
+                                                                   (float2 *)moments);
     return srf__cuda_launched("moments");
 }
 
