@@ -11,7 +11,7 @@
  *     turn[g]    warpgroup g may start on its next tile: the other has seen all its stages full.
  *                Without it a warpgroup could wait for a stage's phase while the one before has not
  *                ended, and take the end of the last but one, of the same parity, for it.
- *     came[g]    the slope that warpgroup g multiplies with, or the residual that its warps add:
+ *     came[g]    the slope that warpgroup g's warps multiply with, or the residual that they add:
  *                product_wgmma_ends.h
  *
  * Floor: tensor cores, 2 m n k flops at 990 Tflop/s; and the bytes of A, B, y, slope, once. */
@@ -148,13 +148,13 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
             struct place p = place_of(&w, item, rank);
             float c[2][COLS / 2];
             struct row_norms rows = {};
-            if (END == PRODUCT_SLOPE && thread == 0) { /* while the tile's products run */
-                bulk_store_wait<0>();
-                for (int j = 0; j < BUFFERS; j++) ask_slope(&f, p, j);
-            }
-            if (END == PRODUCT_ADD && thread % 32 == 0) {
-                bulk_store_wait<0>();
-                for (int j = 0; j < HALF_BUFFERS; j++) ask_residual(&f, p, j);
+            if ((END == PRODUCT_SLOPE || END == PRODUCT_ADD) && thread % 32 == 0) {
+                bulk_store_wait<0>(); /* while the tile's products run */
+                for (int j = 0; j < HALF_BUFFERS; j++)
+                    if (END == PRODUCT_SLOPE)
+                        ask_slope(&f, p, j);
+                    else
+                        ask_residual(&f, p, j);
             }
             if (NORM) rows = take_norms(&w, p);
             if (BIAS || NORM) {
@@ -253,15 +253,13 @@ srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p)
 {
     struct operands m;
     bool b_rows = p->end == PRODUCT_EXP || p->end == PRODUCT_SLOPE;
-    bool strips = p->end == PRODUCT_ADD || p->end == PRODUCT_NORM || p->end == PRODUCT_NORM_GELU;
-    int box = strips ? STRIP : ROWS; /* rows that leave at once */
     SRF_TRY(make_map(&m.a, p->a, p->m, p->k, ROWS));
     if (b_rows)
         SRF_TRY(make_map(&m.b, p->b, p->n, p->k, COLS / BLOCKS));
     else
         SRF_TRY(make_map(&m.b, p->b, p->k, p->n, DEPTH / BLOCKS));
-    SRF_TRY(make_map(&m.y, p->y, p->m, p->n, box));
-    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, box));
+    SRF_TRY(make_map(&m.y, p->y, p->m, p->n, STRIP));
+    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, STRIP));
     struct work w = {};
     w.m = (int)p->m, w.n = (int)p->n, w.k = (int)p->k, w.v = (int)p->v;
     w.pairs = (int)div_up(p->m, BLOCKS * ROWS), w.columns = (int)div_up(p->n, COLS);

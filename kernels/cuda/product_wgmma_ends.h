@@ -4,9 +4,9 @@
  * and from there by bulk copy. A slope that y is multiplied with comes to a buffer by bulk copy
  * while the tile's products run; the result takes its place.
  *
- * With a residual, or behind a norm, the warps of a warpgroup do so each for itself, strips of 16
- * rows that no other warp has to wait for: an end must not last longer than the other warpgroup's
- * products, and those keep shared memory so busy that each wait for it costs. */
+ * The warps of a warpgroup do so each for itself, strips of 16 rows that no other warp has to wait
+ * for: an end must not last longer than the other warpgroup's products, and those keep shared memory
+ * so busy that each wait for it costs. */
 #pragma once
 #include "kernels/cuda/gelu.h"
 #include "kernels/cuda/product.h"
@@ -77,9 +77,8 @@ struct finish {
     float *sums;      /* SLOPE: (GROUP_WARPS - 1, PIECE_COLS), EXTRA_BYTES in shared memory */
     uint32_t bias;    /* GELU, ADD: bf16 (COLS), in the same place */
     uint32_t columns; /* NORM: t of the columns, fp32 (COLS), in the same place */
-    uint32_t came;    /* SLOPE: a barrier for each buffer; ADD: a warp's for each half of one */
+    uint32_t came;    /* SLOPE, ADD: a warp's barrier for each half of a buffer */
     int id;           /* of the warpgroup's barrier */
-    int next;         /* buffer that is filled next */
     int parity;       /* bit i: of came[i]'s phase that is waited for next */
 };
 
@@ -88,13 +87,6 @@ __device__ __forceinline__ int row_at(int j)
 {
     int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
     return (j >> 1) * 64 + (j & 1) * 8 + 16 * warp + (lane >> 2);
-}
-/* Address of the words of a piece that a thread has for columns 8 nt .. 8 nt + 7: two in row j. */
-__device__ __forceinline__ uint32_t word_at(uint32_t piece, int nt, int j)
-{
-    int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
-    uint32_t base = piece + tile_at<PIECE_COLS>(16 * warp + (lane >> 2), 0) + (lane & 3) * 4;
-    return (base ^ (nt * 16)) + ((j >> 1) * 64 + (j & 1) * 8) * (PIECE_COLS * 2);
 }
 /* Address that a thread gives for four 8 x 8 tiles at once (mma.h): 16 rows of its warp, columns
  * 8 nt .. 8 nt + 15, nt even; from row 0 or 64 of the piece on. Its words then are those of columns
@@ -127,11 +119,46 @@ __device__ __forceinline__ float2 products_at(const float c[2][COLS / 2], int pi
     return make_float2(u[0], u[1]);
 }
 
+/* ---- strips: this warp's 16 rows of half a piece ---------------------------------------------- */
+
+/* One of the slope or the residual comes, to where y will be; by one thread of each warp. */
+__device__ __forceinline__ void ask_strip(const struct finish *f, struct place p, int i, int half,
+                                          int buffer)
+{
+    int warp = threadIdx.x % GROUP / 32;
+    uint32_t bar = f->came + 8 * (warp * HALF_BUFFERS + buffer);
+    barrier_expect(bar, STRIP_BYTES);
+    bulk_load(f->pieces + buffer * HALF_BYTES + warp * STRIP_BYTES, &f->m->slope,
+              p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP, bar);
+}
+/* One of y leaves; by the same thread. */
+__device__ __forceinline__ void put_strip(const struct finish *f, struct place p, int i, int half,
+                                          int buffer)
+{
+    int warp = threadIdx.x % GROUP / 32;
+    bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP,
+               f->pieces + buffer * HALF_BYTES + warp * STRIP_BYTES);
+}
+__device__ __forceinline__ void wait_strip(struct finish *f, int buffer)
+{
+    int warp = threadIdx.x % GROUP / 32;
+    barrier_wait(f->came + 8 * (warp * HALF_BUFFERS + buffer), f->parity >> buffer & 1);
+    f->parity ^= 1 << buffer;
+}
+
+/* Eight numbers are ready at the same time. Else the compiler, short of registers, would take one
+ * after the other through a special function, which takes its time. */
+__device__ __forceinline__ void hold(float x[8])
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++) asm volatile("" : "+f"(x[i]));
+}
+
 /* ---- exp ------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], struct place p)
 {
-    int thread = threadIdx.x % GROUP, lane = thread & 31;
+    int lane = threadIdx.x & 31;
     float sum[4] = {}, shift[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -145,24 +172,37 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
             if (col >= f->w->v) c[k / (COLS / 2)][k % (COLS / 2)] = -1e30f;
         }
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        uint32_t piece = f->pieces + f->next * PIECE_BYTES;
-        if (thread == 0) bulk_store_wait<BUFFERS - 1>();
-        group_sync(f->id, GROUP);
-        f->next ^= 1;
+    for (int h = 0; h < 2 * PIECES; h++) {
+        int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
+        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
+        asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
+        if (lane == 0 && h == 0) bulk_store_wait<0>();
+        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
+        __syncwarp();
 #pragma unroll
-        for (int nt = 0; nt < PIECE_COLS / 8; nt++)
+        for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
+            uint32_t y[4];
+            float e[8];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 u = products_at(c, i, nt, j);
-                u.x = exp2_fast(fmaf(u.x, LOG2E, -shift[j]));
-                u.y = exp2_fast(fmaf(u.y, LOG2E, -shift[j]));
-                sum[j] += u.x + u.y;
-                store_shared(word_at(piece, nt, j), pack_bf16(u.x, u.y));
+            for (int q = 0; q < 4; q++) {
+                float2 u = products_at(c, i, nt + q / 2, 2 * half + q % 2);
+                e[2 * q] = fmaf(u.x, LOG2E, -shift[2 * half + q % 2]);
+                e[2 * q + 1] = fmaf(u.y, LOG2E, -shift[2 * half + q % 2]);
             }
+            hold(e);
+#pragma unroll
+            for (int k = 0; k < 8; k++) e[k] = exp2_fast(e[k]);
+            hold(e);
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                sum[2 * half + q % 2] += e[2 * q] + e[2 * q + 1];
+                y[q] = pack_bf16(e[2 * q], e[2 * q + 1]);
+            }
+            stmatrix_x4(tiles ^ nt * 16, y);
+        }
         bulk_fence();
-        group_sync(f->id, GROUP);
-        if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
+        __syncwarp();
+        if (lane == 0) put_strip(f, p, i, half, buffer);
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -191,117 +231,173 @@ __device__ __forceinline__ float tanh_fast(float x)
     return y;
 }
 
-/* x = gelu(u), *slope = gelu'(u), with one tanh, to 2^-11 of 1: what follows rounds to bf16. */
-__device__ __forceinline__ float gelu_and_slope(float u, float *slope)
+/* u becomes gelu(u), slope gelu'(u), with one tanh, to 2^-11 of 1: what follows rounds to bf16. */
+__device__ __forceinline__ void gelu_and_slope(float u[8], float slope[8])
 {
-    float u2 = fminf(u * u, 1e4f), h = 0.5f * u; /* beyond, tanh is 1 and no slope is left of it */
-    float t = tanh_fast(u * fmaf(0.5f * GELU_SCALE * GELU_CUBIC, u2, 0.5f * GELU_SCALE));
-    float dz = fmaf(1.5f * GELU_SCALE * GELU_CUBIC, u2, 0.5f * GELU_SCALE);
-    *slope = fmaf(h * dz, fmaf(-t, t, 1.0f), fmaf(0.5f, t, 0.5f));
-    return fmaf(h, t, h);
+    float t[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float u2 = fminf(u[i] * u[i], 1e4f); /* beyond, tanh is 1 and no slope is left of it */
+        t[i] = u[i] * fmaf(0.5f * GELU_SCALE * GELU_CUBIC, u2, 0.5f * GELU_SCALE);
+        u[i] *= 0.5f;
+        slope[i] = u[i] * fmaf(1.5f * GELU_SCALE * GELU_CUBIC, u2, 0.5f * GELU_SCALE);
+    }
+    hold(t);
+#pragma unroll
+    for (int i = 0; i < 8; i++) t[i] = tanh_fast(t[i]);
+    hold(t);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        slope[i] = fmaf(slope[i], fmaf(-t[i], t[i], 1.0f), fmaf(0.5f, t[i], 0.5f));
+        u[i] = fmaf(u[i], t[i], u[i]);
+    }
 }
 
-/* A buffer each for y and the slope. */
-__device__ __forceinline__ void put_gelu(struct finish *f, float c[2][COLS / 2], struct place p)
+/* Every warp for itself, 16 rows at a time, which take two halves of a buffer: y and the slope. */
+__device__ __forceinline__ void put_gelu(struct finish *f, const float c[2][COLS / 2],
+                                         struct place p)
 {
-    int thread = threadIdx.x % GROUP, lane = thread & 31;
-    uint32_t y = f->pieces, slope = f->pieces + PIECE_BYTES;
+    int lane = threadIdx.x & 31, warp = threadIdx.x % GROUP / 32;
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        if (thread == 0) bulk_store_wait<0>();
-        group_sync(f->id, GROUP); /* and, the first time, the bias has come */
+    for (int h = 0; h < 2 * PIECES; h++) {
+        int i = h / 2, half = h % 2;
+        uint32_t piece = f->pieces + h % BUFFERS * PIECE_BYTES, tiles = tiles_at(piece);
+        uint32_t bias_at = f->bias + i * PIECE_COLS * 2 + (lane & 3) * 4;
+        asm volatile("" : "+r"(tiles), "+r"(bias_at)); /* no room to keep addresses made of them */
+        if (lane == 0) bulk_store_wait<2 * (BUFFERS - 1)>();
+        __syncwarp();
+        uint32_t b[2][2] = {{load_shared(bias_at), load_shared(bias_at + 16)}}; /* and the next */
 #pragma unroll
-        for (int nt = 0; nt < PIECE_COLS / 8; nt++) {
-            float2 b =
-                unpack_bf16(load_shared(f->bias + (i * PIECE_COLS + 8 * nt) * 2 + (lane & 3) * 4));
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 u = products_at(c, i, nt, j), s;
-                u.x = gelu_and_slope(u.x + b.x, &s.x);
-                u.y = gelu_and_slope(u.y + b.y, &s.y);
-                store_shared(word_at(y, nt, j), pack_bf16(u.x, u.y));
-                store_shared(word_at(slope, nt, j), pack_bf16(s.x, s.y));
+        for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
+            int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
+            uint32_t y[4], slope[4];
+            float u[8], s[8];
+            if (next < PIECE_COLS / 8) {
+                b[then][0] = load_shared(bias_at + 16 * next);
+                b[then][1] = load_shared(bias_at + 16 * next + 16);
             }
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                float2 x = products_at(c, i, nt + q / 2, 2 * half + q % 2);
+                float2 bias = unpack_bf16(b[now][q / 2]);
+                u[2 * q] = x.x + bias.x, u[2 * q + 1] = x.y + bias.y;
+            }
+            gelu_and_slope(u, s);
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                y[q] = pack_bf16(u[2 * q], u[2 * q + 1]);
+                slope[q] = pack_bf16(s[2 * q], s[2 * q + 1]);
+            }
+            stmatrix_x4(tiles ^ nt * 16, y);
+            stmatrix_x4((tiles ^ nt * 16) + HALF_BYTES, slope);
         }
         bulk_fence();
-        group_sync(f->id, GROUP);
-        if (thread == 0) {
-            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, y);
-            bulk_store(&f->m->slope, p.col + i * PIECE_COLS, p.row, slope);
-        }
+        __syncwarp();
+        if (lane > 0) continue;
+        int row = p.row + half * (ROWS / 2) + warp * STRIP, col = p.col + i * PIECE_COLS;
+        bulk_store(&f->m->y, col, row, piece + warp * STRIP_BYTES);
+        bulk_store(&f->m->slope, col, row, piece + HALF_BYTES + warp * STRIP_BYTES);
     }
 }
 
 /* ---- times a slope --------------------------------------------------------------------------- */
 
-/* Piece i of the slope; by one thread. */
-__device__ __forceinline__ void ask_slope(const struct finish *f, struct place p, int i)
+/* Halves of pieces come one below the other. */
+__device__ __forceinline__ void ask_slope(const struct finish *f, struct place p, int h)
 {
-    uint32_t bar = f->came + 8 * (i % BUFFERS);
-    barrier_expect(bar, PIECE_BYTES);
-    bulk_load(f->pieces + i % BUFFERS * PIECE_BYTES, &f->m->slope, p.col + i * PIECE_COLS, p.row,
-              bar);
+    ask_strip(f, p, h / 2, h % 2, h % HALF_BUFFERS);
 }
 
-/* Column sums of piece i as it was rounded: a warp takes a quarter of its rows, a lane two
- * columns. Rows past the end are zeros. */
-__device__ __forceinline__ void put_sums(const struct finish *f, struct place p, int i)
+/* Sums over the warp's rows, which lanes of the same lane % 4 hold: x[nt] are a thread's own, of
+ * columns 8 nt + 2 (lane % 4) and the next; what it gets is of columns 2 lane and the next. */
+__device__ __forceinline__ float2 column_sums(const float2 x[8])
+{
+    int lane = threadIdx.x & 31;
+    float2 y[8];
+#pragma unroll
+    for (int nt = 0; nt < 8; nt++) y[nt] = x[nt];
+#pragma unroll
+    for (int n = 4; n; n >>= 1) {
+        bool upper = lane & 4 * n;
+#pragma unroll
+        for (int nt = 0; nt < n; nt++) {
+            float2 own = upper ? y[nt + n] : y[nt], other = upper ? y[nt] : y[nt + n];
+            y[nt].x = own.x + __shfl_xor_sync(0xffffffffu, other.x, 4 * n);
+            y[nt].y = own.y + __shfl_xor_sync(0xffffffffu, other.y, 4 * n);
+        }
+    }
+    return y[0];
+}
+/* The tile's column sums from those of its warps, of each piece. Rows past the end are zeros. */
+__device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
+                                         const float2 own[PIECES])
 {
     int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
-    uint32_t piece = f->pieces + i % BUFFERS * PIECE_BYTES;
-    float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-    for (int r = 0; r < ROWS / GROUP_WARPS; r++) {
-        int row = warp * (ROWS / GROUP_WARPS) + r;
-        float2 x =
-            unpack_bf16(load_shared(piece + tile_at<PIECE_COLS>(row, lane >> 2) + (lane & 3) * 4));
-        sum.x += x.x, sum.y += x.y;
-    }
     float2 *others = (float2 *)f->sums + lane;
-    if (warp > 0) others[(warp - 1) * (PIECE_COLS / 2)] = sum;
-    group_sync(f->id, GROUP);
-    int col = p.col + i * PIECE_COLS + 2 * lane;
-    if (warp == 0 && p.row < f->w->m && col < f->w->n) {
-        for (int j = 0; j < GROUP_WARPS - 1; j++) {
-            float2 more = others[j * (PIECE_COLS / 2)];
-            sum.x += more.x, sum.y += more.y;
-        }
-        *(float2 *)(f->w->sums + (int64_t)(p.row / ROWS) * f->w->n + col) = sum;
-    }
-    group_sync(f->id, GROUP); /* read: the next piece's sums may come */
-}
-
-__device__ __forceinline__ void put_times_slope(struct finish *f, float c[2][COLS / 2],
-                                                struct place p)
-{
-    int thread = threadIdx.x % GROUP;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        int buffer = i % BUFFERS;
-        uint32_t piece = f->pieces + buffer * PIECE_BYTES;
-        barrier_wait(f->came + 8 * buffer, f->parity >> buffer & 1);
-        f->parity ^= 1 << buffer;
+        if (warp > 0) others[(warp - 1) * (PIECE_COLS / 2)] = own[i];
+        group_sync(f->id, GROUP);
+        int col = p.col + i * PIECE_COLS + 2 * lane;
+        if (warp == 0 && p.row < f->w->m && col < f->w->n) {
+            float2 sum = own[i];
+            for (int j = 0; j < GROUP_WARPS - 1; j++) {
+                float2 more = others[j * (PIECE_COLS / 2)];
+                sum.x += more.x, sum.y += more.y;
+            }
+            *(float2 *)(f->w->sums + (int64_t)(p.row / ROWS) * f->w->n + col) = sum;
+        }
+        group_sync(f->id, GROUP); /* read: the next piece's sums may come */
+    }
+}
+
+/* Every warp for itself, 16 rows at a time. */
+__device__ __forceinline__ void put_times_slope(struct finish *f, const float c[2][COLS / 2],
+                                                struct place p)
+{
+    int lane = threadIdx.x & 31;
+    float2 sums[PIECE_COLS / 8], own[PIECES];
 #pragma unroll
-        for (int nt = 0; nt < PIECE_COLS / 8; nt++) {
-            float2 slope[4]; /* under way at once */
+    for (int h = 0; h < 2 * PIECES; h++) {
+        int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
+        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES), r[2][4]; /* and the next */
+        asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
+        wait_strip(f, buffer);
+        ldmatrix_x4(r[0], tiles);
 #pragma unroll
-            for (int j = 0; j < 4; j++) slope[j] = unpack_bf16(load_shared(word_at(piece, nt, j)));
+        for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
+            int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
+            uint32_t y[4];
+            float2 u[4];
+            if (next < PIECE_COLS / 8) ldmatrix_x4(r[then], tiles ^ next * 16);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 u = products_at(c, i, nt, j);
-                store_shared(word_at(piece, nt, j), pack_bf16(u.x * slope[j].x, u.y * slope[j].y));
+            for (int q = 0; q < 4; q++) {
+                float2 slope = unpack_bf16(r[now][q]);
+                u[q] = products_at(c, i, nt + q / 2, 2 * half + q % 2);
+                u[q].x *= slope.x, u[q].y *= slope.y;
+                y[q] = pack_bf16(u[q].x, u[q].y);
+            }
+            stmatrix_x4(tiles ^ nt * 16, y);
+#pragma unroll
+            for (int q = 0; q < 4; q += 2) {
+                float2 *sum = &sums[nt + q / 2];
+                float2 both = make_float2(u[q].x + u[q + 1].x, u[q].y + u[q + 1].y);
+                sum->x = half ? sum->x + both.x : both.x, sum->y = half ? sum->y + both.y : both.y;
             }
         }
         bulk_fence();
-        group_sync(f->id, GROUP);
-        if (thread == 0) bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row, piece);
-        /* into the buffer of the piece before, which its copy has had the time to read */
-        if (thread == 0 && i > 0 && i - 1 + BUFFERS < PIECES) {
-            bulk_store_wait<1>();
-            ask_slope(f, p, i - 1 + BUFFERS);
+        __syncwarp();
+        if (lane == 0) {
+            put_strip(f, p, i, half, buffer);
+            if (h > 0 && h - 1 + HALF_BUFFERS < 2 * PIECES) {
+                bulk_store_wait<1>(); /* the one before has been read */
+                ask_slope(f, p, h - 1 + HALF_BUFFERS);
+            }
         }
-        if (f->w->sums) put_sums(f, p, i);
+        __syncwarp();
+        if (half) own[i] = column_sums(sums);
     }
+    if (f->w->sums) put_sums(f, p, own);
 }
 
 /* ---- plus a residual ------------------------------------------------------------------------- */
@@ -337,32 +433,25 @@ __device__ __forceinline__ void put_moments(const struct finish *f, struct place
     }
 }
 
-/* Of half a piece of the residual, 64 rows, this warp's 16, to the buffer that they share with y;
- * by one thread of each warp. The upper halves come first: their products' registers are free for
- * the lower ones. */
+/* The upper halves come first: their products' registers are free for the lower ones. */
 __device__ __forceinline__ void ask_residual(const struct finish *f, struct place p, int h)
 {
-    int warp = threadIdx.x % GROUP / 32;
-    uint32_t bar = f->came + 8 * (warp * HALF_BUFFERS + h % HALF_BUFFERS);
-    barrier_expect(bar, STRIP_BYTES);
-    bulk_load(f->pieces + h % HALF_BUFFERS * HALF_BYTES + warp * STRIP_BYTES, &f->m->slope,
-              p.col + h % PIECES * PIECE_COLS, p.row + h / PIECES * (ROWS / 2) + warp * STRIP, bar);
+    ask_strip(f, p, h % PIECES, h / PIECES, h % HALF_BUFFERS);
 }
 
 /* Every warp for itself, 16 rows at a time: none waits for another's. */
 __device__ __forceinline__ void put_sum(struct finish *f, const float c[2][COLS / 2],
                                         struct place p)
 {
-    int lane = threadIdx.x & 31, warp = threadIdx.x % GROUP / 32;
+    int lane = threadIdx.x & 31;
     struct row_sums sums[2] = {};
 #pragma unroll
     for (int h = 0; h < 2 * PIECES; h++) {
         int buffer = h % HALF_BUFFERS, i = h % PIECES, half = h / PIECES;
-        uint32_t piece = f->pieces + buffer * HALF_BYTES, tiles = tiles_at(piece);
+        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
         uint32_t bias_at = f->bias + i * PIECE_COLS * 2 + (lane & 3) * 4;
         asm volatile("" : "+r"(tiles), "+r"(bias_at)); /* no room to keep addresses made of them */
-        barrier_wait(f->came + 8 * (warp * HALF_BUFFERS + buffer), f->parity >> buffer & 1);
-        f->parity ^= 1 << buffer;
+        wait_strip(f, buffer);
         uint32_t r[2][4], b[2][2]; /* of these columns and of the next */
         ldmatrix_x4(r[0], tiles);
         b[0][0] = load_shared(bias_at), b[0][1] = load_shared(bias_at + 16);
@@ -390,8 +479,7 @@ __device__ __forceinline__ void put_sum(struct finish *f, const float c[2][COLS 
         bulk_fence();
         __syncwarp();
         if (lane == 0) {
-            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP,
-                       piece + warp * STRIP_BYTES);
+            put_strip(f, p, i, half, buffer);
             if (h > 0 && h - 1 + HALF_BUFFERS < 2 * PIECES) {
                 bulk_store_wait<1>(); /* the one before has been read */
                 ask_residual(f, p, h - 1 + HALF_BUFFERS);
@@ -461,13 +549,7 @@ __device__ __forceinline__ void take_means(const struct finish *f, float c[2][CO
     }
 }
 
-__device__ __forceinline__ void hold(float x[8])
-{
-#pragma unroll
-    for (int i = 0; i < 8; i++) asm volatile("" : "+f"(x[i]));
-}
-/* h = gelu(2 h): rows and columns of NORM_GELU are given by halves. Eight at a time, as tanh takes
- * its time and the compiler, short of registers, would do one after the other. */
+/* h = gelu(2 h): rows and columns of NORM_GELU are given by halves. */
 __device__ __forceinline__ void gelu_twice(float h[8])
 {
     float z[8];
@@ -487,7 +569,7 @@ template <int END>
 __device__ __forceinline__ void put_normed(struct finish *f, float c[2][COLS / 2], struct place p,
                                            const struct row_norms *r)
 {
-    int lane = threadIdx.x & 31, warp = threadIdx.x % GROUP / 32;
+    int lane = threadIdx.x & 31;
     if (r->far) take_means(f, c, p);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -527,8 +609,7 @@ __device__ __forceinline__ void put_normed(struct finish *f, float c[2][COLS / 2
         __syncwarp();
         if (lane > 0) continue;
         for (int half = 0; half < 2; half++)
-            bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP,
-                       piece + half * HALF_BYTES + warp * STRIP_BYTES);
+            put_strip(f, p, i, half, i % BUFFERS * (HALF_BUFFERS / BUFFERS) + half);
     }
 }
 #endif
