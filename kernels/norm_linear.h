@@ -48,6 +48,9 @@ static inline srf_status srf__norm_linear_one_by_one(struct srf_ctx *ctx,
                                                      const struct srf_norm_linear_fwd_args *a)
 {
     const int64_t most = SRF__NORM_LINEAR_ROWS;
+    SRF_FAIL_IF(a->ld && a->ld != a->out, SRF_UNSUPPORTED,
+                "norm_linear_fwd: %lld columns of %lld: only as one product", (long long)a->out,
+                (long long)a->ld);
     for (int64_t begin = 0; begin < a->n; begin += most) {
         int64_t rows = a->n - begin < most ? a->n - begin : most;
         struct srf__norm_linear o = srf__norm_linear_of(ctx, a, begin, rows);

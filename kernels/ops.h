@@ -125,6 +125,9 @@ struct srf_norm_linear_fwd_args {
     const void *w, *b;            /* T (in, out), (out); b may be NULL */
     enum srf_act act;
     void *y; /* out T (n, out) */
+    /* Leading dimension of w and y, the columns being some of a wider layer's; 0: out. Only where
+     * srf_moments_count is not 0. */
+    int64_t ld;
 };
 /* What linear_fwd may hand to norm_linear_fwd beside its y (n, c): values of A. 0 where the backend
  * has no use for it: norm_linear_fwd then is the two ops indeed. */

@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#define FEW_QUERIES 64 /* a copy each */
+
 /* Rows of the tensor table: four outside the blocks, then twelve a block. */
 enum { WTE, WPE, LNF_W, LNF_B, N_GLOBAL };
 enum { LN1_W, LN1_B, QKV_W, QKV_B, O_W, O_B, LN2_W, LN2_B, FC_W, FC_B, PROJ_W, PROJ_B, N_BLOCK };
@@ -317,6 +319,41 @@ static int64_t rows_behind(const struct srf_model *m, const struct srf_batch *ba
     return l + 1 < m->config.n_layers ? srf_batch_rows(batch) : srf_batch_hidden_rows(batch);
 }
 
+/* Whether q, k, v of block l are made as few_queries makes them. */
+static bool has_few_queries(const struct srf_model *m, const struct srf_batch *batch, int64_t l)
+{
+    int64_t n = srf_batch_rows(batch), few = rows_behind(m, batch, l);
+    return l > 0 && few < n && few <= FEW_QUERIES && 4 * few * m->config.c <= n * m->config.d_ff &&
+           folds_norm(m, n) && !folds_norm(m, few);
+}
+
+/* q, k, v of a block that only the last rows of sequences leave: k and v of all, q of these alone,
+ * by way of the MLP's room. The other rows' q stay those of the block before; what attention makes
+ * of them is not used. */
+static srf_status few_queries(struct srf_model *m, const struct srf_batch *batch, int64_t l)
+{
+    struct srf_ctx *ctx = m->ctx;
+    const struct block *k = &((const struct acts *)m->acts)->blocks[l];
+    int64_t n = srf_batch_rows(batch), few = rows_behind(m, batch, l), c = m->config.c;
+    size_t size = srf_dtype_bytes(ctx->dtype);
+    char *qkv = PTR(k->qkv), *last = PTR(k->fc), *own = COLUMN(last, few * c);
+    char *w = PARAM(l, QKV_W), *b = PARAM(l, QKV_B);
+    SRF_TRY(SRF_RUN(ctx, norm_linear_fwd, .n = n, .in = c, .out = 2 * c, .ld = 3 * c,
+                    .eps = m->config.ln_eps, .x = PTR(k->res1), .moments = PTR(k->moments),
+                    .gamma = PARAM(l, LN1_W), .beta = PARAM(l, LN1_B), .w = COLUMN(w, c),
+                    .b = COLUMN(b, c), .y = COLUMN(qkv, c)));
+    SRF_TRY(srf__model_note_last(m, batch));
+    SRF_TRY(srf__model_gather_last(m, batch, PTR(k->res1), last));
+    SRF_TRY(norm_linear(m, few, last, NULL, row(l, LN1_W), PTR(k->ln), PTR(k->mean1), PTR(k->rstd1),
+                        row(l, QKV_W), (struct srf_linear_fwd_args){.out = 3 * c, .y = own}));
+    for (int64_t i = 0, end = 0; i < few && !ctx->plan; i++) {
+        end += srf_batch_sequence_rows(batch, i);
+        SRF_TRY(ctx->be->copy(ctx, qkv + (size_t)((end - 1) * 3 * c) * size,
+                              own + (size_t)(i * 3 * c) * size, (size_t)c * size));
+    }
+    return SRF_OK;
+}
+
 /* Block l up to the MLP's activation. */
 static srf_status block_inside(struct srf_model *m, const struct srf_batch *batch, int64_t l)
 {
@@ -327,9 +364,12 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     void *qkv = PTR(k->qkv), *att = PTR(k->att), *res1 = PTR(k->res1), *res2 = PTR(k->res2);
     void *ln = PTR(k->ln);
 
-    SRF_TRY(norm_linear(m, n, res1, l > 0 ? PTR(k->moments) : NULL, row(l, LN1_W), ln,
-                        PTR(k->mean1), PTR(k->rstd1), row(l, QKV_W),
-                        (struct srf_linear_fwd_args){.out = 3 * c, .y = qkv}));
+    if (has_few_queries(m, batch, l))
+        SRF_TRY(few_queries(m, batch, l));
+    else
+        SRF_TRY(norm_linear(m, n, res1, l > 0 ? PTR(k->moments) : NULL, row(l, LN1_W), ln,
+                            PTR(k->mean1), PTR(k->rstd1), row(l, QKV_W),
+                            (struct srf_linear_fwd_args){.out = 3 * c, .y = qkv}));
     SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
                              PTR(k->stat), PTR(k->carry)));
     if (rows_behind(m, batch, l) < n) {

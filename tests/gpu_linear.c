@@ -162,6 +162,7 @@ struct norm_case {
     int64_t n, in, out;
     bool bias, act, chained; /* x comes of a layer, with moments */
     enum { PLAIN, FAR_MEAN, ONE_CHANNEL, ONE_NAN } rows;
+    int64_t more; /* columns of the layer beside these */
     bool light;
 };
 
@@ -184,9 +185,10 @@ static void test_norm(void **state)
     enum { BEHIND = 72 };
     struct twins s = twins_new_on(gpu_device(), k->dtype);
     int64_t n = k->n, in = k->in, out = k->out;
-    struct twin x = norm_rows(&s, k), w = twin_normal(&s, in * out, 1);
+    int64_t ld = out + k->more;
+    struct twin x = norm_rows(&s, k), w = twin_normal(&s, in * ld, 1);
     struct twin gamma = twin_normal(&s, in, 1), beta = twin_normal(&s, in, 1);
-    struct twin b = twin_normal(&s, out, 1), y = twin_fill(&s, n * out, NAN);
+    struct twin b = twin_normal(&s, out, 1), y = twin_fill(&s, n * ld, k->more ? 7 : NAN);
     struct twin moments = twin_acc_fill(&s, srf_moments_count(s.ctx, n, in), NAN);
     if (k->chained) {
         struct twin u = twin_normal(&s, n * BEHIND, 1), v = twin_normal(&s, BEHIND * in, 0.1);
@@ -206,7 +208,7 @@ static void test_norm(void **state)
 #define ARGS(side)                                                                                 \
     .n = n, .in = in, .out = out, .eps = 1e-5, .x = x.side, .gamma = gamma.side,                   \
     .beta = beta.side, .w = w.side, .b = k->bias ? b.side : NULL,                                  \
-    .act = k->act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .y = y.side
+    .act = k->act ? SRF_ACT_GELU_TANH : SRF_ACT_NONE, .y = y.side, .ld = k->more ? ld : 0
     twin_run(&s, norm_linear_fwd, ARGS(dev), .moments = k->chained ? moments.dev : NULL);
     ref_norm_linear_fwd(&(struct srf_norm_linear_fwd_args){ARGS(ref)});
 #undef ARGS
@@ -233,6 +235,7 @@ static void add_norms(struct gpu_suite *suite, enum srf_dtype dtype)
     static const char *const rows[] = {"", " far mean", " one channel", " NaN"};
     for (int i = 0; i < (int)(sizeof sizes / sizeof *sizes); i++)
         for (int turn = 0; turn < 8; turn++) {
+            bool many = dtype == SRF_BF16 && i > 0 && sizes[i][1] % 8 == 0 && sizes[i][2] % 8 == 0;
             struct norm_case k = {.dtype = dtype,
                                   .n = sizes[i][0],
                                   .in = sizes[i][1],
@@ -241,13 +244,14 @@ static void add_norms(struct gpu_suite *suite, enum srf_dtype dtype)
                                   .act = (turn >> 2 ^ turn) & 1,
                                   .chained = turn >= 4,
                                   .rows = turn & 3,
+                                  .more = many && turn == 5 ? 64 : 0,
                                   .light = i < 2 && turn % 5 == 0};
             if (i > 3 && k.rows == ONE_NAN) continue;
             double work = k.light ? GPU_LIGHT : (double)k.n * (double)k.in * (double)k.out;
             gpu_add(suite, test_norm, &k, sizeof k, work,
-                    "norm_linear_fwd %s n=%d in=%d out=%d%s%s%s%s", srf_dtype_name(dtype), (int)k.n,
-                    (int)k.in, (int)k.out, k.bias ? " bias" : "", k.act ? " gelu" : "",
-                    k.chained ? " moments" : "", rows[k.rows]);
+                    "norm_linear_fwd %s n=%d in=%d out=%d%s%s%s%s%s", srf_dtype_name(dtype),
+                    (int)k.n, (int)k.in, (int)k.out, k.bias ? " bias" : "", k.act ? " gelu" : "",
+                    k.chained ? " moments" : "", rows[k.rows], k.more ? " of a wider layer" : "");
         }
 }
 

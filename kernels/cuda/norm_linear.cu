@@ -56,7 +56,7 @@ static __device__ __forceinline__ void fold_row(pack<bf16, 8> *w, float gamma, c
 
 /* folded = W'; columns = s and t (product.h). A thread has 8 columns of every FOLD_ROWS-th row;
  * those of the first FOLD_HELD it makes while the kernel before is still running. */
-static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ w,
+static __device__ void fold(int in, int out, int64_t ld, float by, const bf16 *__restrict__ w,
                             const bf16 *__restrict__ b, const bf16 *__restrict__ gamma,
                             const bf16 *__restrict__ beta, bf16 *__restrict__ folded,
                             float *__restrict__ columns)
@@ -69,7 +69,7 @@ static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ 
 #pragma unroll
     for (int k = 0; k < FOLD_HELD; k++) {
         int i = first + k * FOLD_ROWS;
-        held[k] = i < rows ? load_pack<bf16, 8>(w + (int64_t)i * out + col) : zero_pack<bf16, 8>();
+        held[k] = i < rows ? load_pack<bf16, 8>(w + i * ld + col) : zero_pack<bf16, 8>();
     }
 #pragma unroll
     for (int k = 0; k < FOLD_HELD; k++) {
@@ -77,7 +77,7 @@ static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ 
         if (i < rows) add_row(s, t, &held[k], to_float(gamma[i]), to_float(beta[i]));
     }
     for (int i = first + FOLD_HELD * FOLD_ROWS; i < rows; i += FOLD_ROWS) {
-        pack<bf16, 8> p = load_pack<bf16, 8>(w + (int64_t)i * out + col);
+        pack<bf16, 8> p = load_pack<bf16, 8>(w + i * ld + col);
         add_row(s, t, &p, to_float(gamma[i]), to_float(beta[i]));
     }
 #pragma unroll
@@ -103,7 +103,7 @@ static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ 
         if (i < rows) store_pack<bf16, 8>(folded + (int64_t)i * out + col, held[k]);
     }
     for (int i = first + FOLD_HELD * FOLD_ROWS; i < rows; i += FOLD_ROWS) {
-        pack<bf16, 8> p = load_pack<bf16, 8>(w + (int64_t)i * out + col);
+        pack<bf16, 8> p = load_pack<bf16, 8>(w + i * ld + col);
         fold_row(&p, to_float(gamma[i]), mean, s);
         store_pack<bf16, 8>(folded + (int64_t)i * out + col, p);
     }
@@ -120,7 +120,7 @@ static __device__ void fold(int in, int out, float by, const bf16 *__restrict__ 
 }
 
 struct fold_args {
-    int64_t n;
+    int64_t n, ld;       /* ld: of w */
     int in, out, strips; /* blocks that fold */
     float eps, by;       /* by: rows and t are multiplied with it */
     const bf16 *w, *b, *gamma, *beta;
@@ -135,7 +135,7 @@ static __global__ __launch_bounds__(THREADS) void fold_kernel(const struct fold_
 {
     chain_next();
     if ((int)blockIdx.x < a.strips) {
-        fold(a.in, a.out, a.by, a.w, a.b, a.gamma, a.beta, a.folded, a.columns);
+        fold(a.in, a.out, a.ld, a.by, a.w, a.b, a.gamma, a.beta, a.folded, a.columns);
         return;
     }
     chain_wait();
@@ -244,11 +244,12 @@ extern "C" srf_status cuda_norm_linear_fwd(struct srf_ctx *ctx,
     p.end = a->act == SRF_ACT_NONE ? PRODUCT_NORM : PRODUCT_NORM_GELU;
     p.m = a->n, p.n = a->out, p.k = a->in;
     p.a = a->x, p.b = at.folded, p.y = a->y;
+    p.ld = a->ld ? a->ld : a->out;
     p.rows = at.rows, p.columns = at.columns;
-    bool fold = srf__moments_count(ctx, a->n, a->in) > 0 && is_aligned(a->w, 16);
+    bool fold = srf__moments_count(ctx, a->n, a->in) > 0 && is_aligned(a->w, 16) && p.ld % 8 == 0;
     if (!fold || !srf__product_takes(ctx, &p)) return srf__norm_linear_one_by_one(ctx, a);
     struct fold_args f = {};
-    f.n = a->n, f.in = (int)a->in, f.out = (int)a->out, f.eps = (float)a->eps;
+    f.n = a->n, f.ld = p.ld, f.in = (int)a->in, f.out = (int)a->out, f.eps = (float)a->eps;
     f.by = p.end == PRODUCT_NORM_GELU ? 0.5f : 1.0f;
     f.strips = (int)div_up(a->out, FOLD_COLS);
     f.w = (const bf16 *)a->w, f.b = (const bf16 *)a->b;

@@ -21,6 +21,7 @@ struct wgmma_product {
     const void *a; /* bf16 (m, k) */
     const void *b; /* bf16 (n, k) of EXP and SLOPE, else (k, n) */
     void *y;       /* out bf16 (m, n) */
+    int64_t ld;    /* of y, NORM; 0: n */
     int64_t v;
     const float *shift; /* (m), in log2 units */
     const void *bias;   /* bf16 (n), or NULL */

@@ -187,8 +187,8 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
-/* A row-major (rows, cols) bf16; boxes of box_rows and 64 columns. */
-static srf_status make_map(CUtensorMap *map, const void *p, int64_t rows, int64_t cols,
+/* A row-major (rows, cols) bf16, leading dimension ld; boxes of box_rows and 64 columns. */
+static srf_status make_map(CUtensorMap *map, const void *p, int64_t rows, int64_t cols, int64_t ld,
                            int box_rows)
 {
     void *encode = NULL;
@@ -197,7 +197,7 @@ static srf_status make_map(CUtensorMap *map, const void *p, int64_t rows, int64_
                                               cudaEnableDefault, &found));
     SRF_FAIL_IF(!encode, SRF_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
     cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows};
-    cuuint64_t stride[1] = {(cuuint64_t)cols * sizeof(bf16)};
+    cuuint64_t stride[1] = {(cuuint64_t)ld * sizeof(bf16)};
     cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, step[2] = {1, 1};
     CUresult st = ((decltype(&cuTensorMapEncodeTiled))encode)(
         map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, size, stride, box, step,
@@ -253,13 +253,13 @@ srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p)
 {
     struct operands m;
     bool b_rows = p->end == PRODUCT_EXP || p->end == PRODUCT_SLOPE;
-    SRF_TRY(make_map(&m.a, p->a, p->m, p->k, ROWS));
+    SRF_TRY(make_map(&m.a, p->a, p->m, p->k, p->k, ROWS));
     if (b_rows)
-        SRF_TRY(make_map(&m.b, p->b, p->n, p->k, COLS / BLOCKS));
+        SRF_TRY(make_map(&m.b, p->b, p->n, p->k, p->k, COLS / BLOCKS));
     else
-        SRF_TRY(make_map(&m.b, p->b, p->k, p->n, DEPTH / BLOCKS));
-    SRF_TRY(make_map(&m.y, p->y, p->m, p->n, STRIP));
-    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, STRIP));
+        SRF_TRY(make_map(&m.b, p->b, p->k, p->n, p->n, DEPTH / BLOCKS));
+    SRF_TRY(make_map(&m.y, p->y, p->m, p->n, p->ld ? p->ld : p->n, STRIP));
+    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, p->n, STRIP));
     struct work w = {};
     w.m = (int)p->m, w.n = (int)p->n, w.k = (int)p->k, w.v = (int)p->v;
     w.pairs = (int)div_up(p->m, BLOCKS * ROWS), w.columns = (int)div_up(p->n, COLS);

@@ -47,14 +47,15 @@ void ref_norm_linear_fwd(const struct srf_norm_linear_fwd_args *a)
 #pragma omp parallel for
     for (int64_t r = 0; r < a->n; r++) {
         const double *x = (const double *)a->x + r * a->in;
-        double *y = (double *)a->y + r * a->out, mean = 0, var = 0;
+        int64_t ld = a->ld ? a->ld : a->out;
+        double *y = (double *)a->y + r * ld, mean = 0, var = 0;
         for (int64_t i = 0; i < a->in; i++) mean += x[i] / (double)a->in;
         for (int64_t i = 0; i < a->in; i++) var += (x[i] - mean) * (x[i] - mean) / (double)a->in;
         double rstd = 1 / sqrt(var + a->eps);
         for (int64_t j = 0; j < a->out; j++) y[j] = b ? b[j] : 0;
         for (int64_t i = 0; i < a->in; i++)
             for (int64_t j = 0; j < a->out; j++)
-                y[j] += ((x[i] - mean) * rstd * gamma[i] + beta[i]) * w[i * a->out + j];
+                y[j] += ((x[i] - mean) * rstd * gamma[i] + beta[i]) * w[i * ld + j];
         for (int64_t j = 0; j < a->out && a->act == SRF_ACT_GELU_TANH; j++) y[j] = ref_gelu(y[j]);
     }
 }
