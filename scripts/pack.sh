@@ -21,7 +21,12 @@ for program in $(cd "$build" && echo ${PROGRAMS:-srf tests/test_*}); do
         { grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda|libcudart|libcublas|libcublasLt|libcurand)\.so' || true; } |
         while read -r lib; do cp -Lu "$lib" "$folder/lib/"; done
 done
-for lib in "$folder"/lib/libsrf.so*; do [ ! -f "$lib" ] || strip --strip-unneeded "$lib"; done
+# Programs ask for libsrf.so.MAJOR.MINOR, scripts/srf_attention.py for the name without.
+for lib in "$folder"/lib/libsrf.so.*; do
+    [ -f "$lib" ] || continue
+    strip --strip-unneeded "$lib"
+    ln -s "$(basename "$lib")" "$folder/lib/libsrf.so"
+done
 for file in "$@"; do
     case "$file" in
     /*) cp "$file" "$folder/more/" ;;

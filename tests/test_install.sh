@@ -38,12 +38,17 @@ works() {
 
 # shellcheck disable=SC2046 # words, not one
 works shared cc -std=c11 "${flags[@]}" example.c $(pkg-config --cflags --libs srf) -lm
-readelf -d shared | grep 'NEEDED.*libsrf' >/dev/null || fail "pkg-config --libs: not the shared library"
+readelf -d shared | grep 'NEEDED.*libsrf' >/dev/null ||
+    fail "pkg-config --libs: not the shared library"
+# What is linked asks for libsrf.so.MAJOR.MINOR, which is there as a link to the whole version.
+soname=$(readelf -d shared | sed -n 's/.*NEEDED.*\[\(libsrf.*\)\]/\1/p')
+[[ "$soname" =~ ^libsrf\.so\.[0-9]+\.[0-9]+$ && -L "$library/$soname" ]] ||
+    fail "linked against $soname of $(ls "$library")"
 mkdir static
-mv "$library"/libsrf.so static
+mv "$library"/libsrf.so* static
 # shellcheck disable=SC2046 # words, not one
 works alone cc -std=c11 "${flags[@]}" example.c $(pkg-config --static --cflags --libs srf)
-mv static/libsrf.so "$library"
+mv static/libsrf.so* "$library"
 
 cat >use.cc <<'END'
 #include <srf/attention.h>
