@@ -109,8 +109,8 @@ struct srf_model {
     int slot_hidden, slot_d_hidden, slot_tokens, slot_pos, slot_seq, slot_targets, slot_logits,
         slot_nll, slot_kl, slot_teacher_logits, slot_mse;
     void *acts; /* the architecture's slots; owned */
-    /* Host room for what goes to the device or comes from it: kept, since fresh pages cost more than
-     * what is done with them. Owned; NULL: none yet. */
+    /* Host room for what goes to the device or comes from it: kept, since fresh pages cost more
+     * than what is done with them. Owned; NULL: none yet. */
     void *room;
     size_t room_bytes;
     struct srf_model_shape shape;

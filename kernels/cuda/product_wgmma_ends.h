@@ -5,8 +5,8 @@
  * while the tile's products run; the result takes its place.
  *
  * The warps of a warpgroup do so each for itself, strips of 16 rows that no other warp has to wait
- * for: an end must not last longer than the other warpgroup's products, and those keep shared memory
- * so busy that each wait for it costs. */
+ * for: an end must not last longer than the other warpgroup's products, and those keep shared
+ * memory so busy that each wait for it costs. */
 #pragma once
 #include "kernels/cuda/gelu.h"
 #include "kernels/cuda/product.h"
@@ -119,7 +119,7 @@ __device__ __forceinline__ float2 products_at(const float c[2][COLS / 2], int pi
     return make_float2(u[0], u[1]);
 }
 
-/* ---- strips: this warp's 16 rows of half a piece ---------------------------------------------- */
+/* ---- strips: this warp's 16 rows of half a piece -------------------------------------------- */
 
 /* One of the slope or the residual comes, to where y will be; by one thread of each warp. */
 __device__ __forceinline__ void ask_strip(const struct finish *f, struct place p, int i, int half,
