@@ -96,22 +96,6 @@ __device__ __forceinline__ uint32_t tiles_at(uint32_t piece)
     int thread = threadIdx.x % GROUP, lane = thread & 31, warp = thread >> 5;
     return piece + tile_at<PIECE_COLS>(16 * warp + (lane & 15), lane >> 4);
 }
-__device__ __forceinline__ void store_shared_2(uint32_t addr, float x, float y)
-{
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
-}
-__device__ __forceinline__ float2 load_shared_2(uint32_t addr)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
-    return x;
-}
-__device__ __forceinline__ void stmatrix_x4(uint32_t addr, const uint32_t r[4])
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-}
 /* Its products there. */
 __device__ __forceinline__ float2 products_at(const float c[2][COLS / 2], int piece, int nt, int j)
 {
@@ -525,7 +509,7 @@ __device__ __forceinline__ void take_columns(const struct finish *f, struct plac
     int thread = threadIdx.x % GROUP;
     if (thread >= COLS / 2) return;
     float4 v = __ldg(f->w->column_norms + p.col / 2 + thread);
-    store_shared_2(f->columns + 8 * thread, v.z, v.w);
+    store_float2(f->columns + 8 * thread, v.z, v.w);
 }
 /* c - mean s */
 __device__ __forceinline__ void take_means(const struct finish *f, float c[2][COLS / 2],
@@ -580,13 +564,13 @@ __device__ __forceinline__ void put_normed(struct finish *f, float c[2][COLS / 2
         if (lane == 0 && i >= BUFFERS) bulk_store_wait<2 * (BUFFERS - 1)>();
         __syncwarp();
         float2 t[2][2]; /* of these columns and of the next */
-        t[0][0] = load_shared_2(t_at), t[0][1] = load_shared_2(t_at + 32);
+        t[0][0] = load_float2(t_at), t[0][1] = load_float2(t_at + 32);
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
             int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
             if (next < PIECE_COLS / 8) {
-                t[then][0] = load_shared_2(t_at + 32 * next);
-                t[then][1] = load_shared_2(t_at + 32 * next + 32);
+                t[then][0] = load_float2(t_at + 32 * next);
+                t[then][1] = load_float2(t_at + 32 * next + 32);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {

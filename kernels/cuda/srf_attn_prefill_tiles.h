@@ -289,13 +289,6 @@ static __device__ __forceinline__ void merge_row(float (&num)[D / 8][4], float d
     den[i] = den[i] * mine + other_den.x * with;
     r[i] = top;
 }
-/* To the last bit but one. */
-static __device__ __forceinline__ float reciprocal(float x)
-{
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 /* store_rows, where `to` is for the first 16 bytes that this thread stores. */
 static __device__ __forceinline__ void put_rows(bf16 *to, int64_t ld, const float (&c)[D / 8][4],
                                                 uint32_t tile, int warp, int lo, int hi, int lane)

@@ -457,7 +457,6 @@ static srf_status states_of(struct srf_ctx *ctx, const struct fwd_params *p, int
 srf_status srf__pure_states(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args *a, int first,
                             int count, const struct pure_plan *plan, float *states)
 {
-    if (srf__pure_wgmma_takes(ctx, &a->s)) return srf__pure_wgmma_states(ctx, a, plan, states);
     struct fwd_params p = params_of(&a->s, a->k, a->v, a->ld, a->w, a->bias, plan);
     int64_t heads = a->s.b * a->s.h;
     p.first = first;

@@ -210,13 +210,6 @@ static __device__ __forceinline__ float quad_max_nan(float x)
     x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
-/* To the last bit but one. */
-static __device__ __forceinline__ float reciprocal(float x)
-{
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 static __device__ __forceinline__ float log2_fast(float x)
 {
     float y;

@@ -219,11 +219,7 @@ __device__ __forceinline__ void put_rows(uint32_t tile, const uint32_t a[4][4], 
 {
     const uint32_t to = tile + warp * 2048 + tile_at<64>(lane & 15, lane >> 4);
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++)
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         tile_on<64>(to, 2 * kk)),
-                     "r"(a[kk][0]), "r"(a[kk][1]), "r"(a[kk][2]), "r"(a[kk][3])
-                     : "memory");
+    for (int kk = 0; kk < 4; kk++) stmatrix_x4(tile_on<64>(to, 2 * kk), a[kk]);
 }
 /* mma_bf16, or (!add) the same on zeros, which need no registers. */
 __device__ __forceinline__ void mma_add(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1,

@@ -44,21 +44,6 @@ __device__ __forceinline__ void clamp_large(uint32_t tile, uint32_t limit, int t
 #pragma unroll
         for (int j = 0; j < 4; j++) store_shared(at + 2048 * i + 4 * j, clamp_bf16(x[i][j], limit));
 }
-/* By address in shared memory: one register, where the compiler keeps others for pointers. */
-__device__ __forceinline__ float load_float(uint32_t addr)
-{
-    return __uint_as_float(load_shared(addr));
-}
-__device__ __forceinline__ float2 load_float2(uint32_t addr)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_float(uint32_t addr, float x)
-{
-    store_shared(addr, __float_as_uint(x));
-}
 /* -dO.o of this thread's two rows; o is what it has of them. */
 __device__ __forceinline__ void row_deltas(float delta[2], const uint4 (&o)[2][2], uint32_t do_tile,
                                            int row, int pair)

@@ -122,7 +122,7 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, const str
             const uint32_t own = q_tile + tile_at<D>(at.tid >> 3 & 15, at.tid & 7);
 #pragma unroll
             for (int i = 0; i < 4; i++) clamp_piece(own + i * (TILE / 4), p.limit);
-            fence_products();
+            async_fence();
             warpgroup_barrier(at.wg);
         }
         warpgroup_fence();
@@ -152,7 +152,7 @@ __device__ __forceinline__ void walk_queries(const struct wide_fwd &p, const str
                 }
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    const float2 shift = load_shared_8(top_row + 32 * j);
+                    const float2 shift = load_float2(top_row + 32 * j);
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         aq[4 * j + i] = fmaf(aq[4 * j + i], to_log2, i & 1 ? shift.y : shift.x);
@@ -300,7 +300,7 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
         store_shared_16(base + At::Z + 16 * tid, make_uint4(0, 0, 0, 0));
         put_ones(base + At::ONES, tid);
         cp_async_wait<0>();
-        fence_products();
+        async_fence();
     }
     __syncthreads();
     /* States before the segment: made of 128 features at a time, which a warpgroup owns. */
@@ -324,8 +324,8 @@ static __global__ WIDE_BOUNDS void wide_fwd_kernel(const __grid_constant__ struc
                     s[g][4 * j + 2 * i + 1] = x.y;
                 }
                 if (at.pair == 0) {
-                    store_f32(to + At::ZS, given ? from[64 * nf * D + f] : 0.0f);
-                    store_f32(to + At::M, given ? from[64 * nf * (D + 2) + f] : SRF__UNSET);
+                    store_float(to + At::ZS, given ? from[64 * nf * D + f] : 0.0f);
+                    store_float(to + At::M, given ? from[64 * nf * (D + 2) + f] : SRF__UNSET);
                 }
             }
         __syncwarp();

@@ -24,11 +24,6 @@
 #endif
 
 #if defined(__CUDACC__) && HAVE_WGMMA
-/* Writes to shared memory so far are seen by products after the next barrier. */
-__device__ __forceinline__ void fence_products()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 /* The threads of a warpgroup meet. */
 __device__ __forceinline__ void warpgroup_barrier(int wg)
 {
@@ -184,13 +179,6 @@ template <int n> __device__ __forceinline__ void wide_hold(float (&c)[n])
     for (int i = 0; i < n; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-/* 1 / x of an ordinary x, to a few units in the last place. */
-__device__ __forceinline__ float reciprocal(float x)
-{
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ uint4 load_shared_16(uint32_t addr)
 {
     uint4 x;
@@ -200,25 +188,11 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t addr)
                  : "memory");
     return x;
 }
-__device__ __forceinline__ float load_f32(uint32_t addr)
-{
-    return __uint_as_float(load_shared(addr));
-}
-__device__ __forceinline__ void store_f32(uint32_t addr, float x)
-{
-    store_shared(addr, __float_as_uint(x));
-}
 __device__ __forceinline__ void store_shared_16(uint32_t addr, uint4 x)
 {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(addr), "r"(x.x), "r"(x.y), "r"(x.z),
                  "r"(x.w)
                  : "memory");
-}
-__device__ __forceinline__ float2 load_shared_8(uint32_t addr)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
-    return x;
 }
 __device__ __forceinline__ uint4 clamp_16(uint4 x, uint32_t limit)
 {
@@ -232,11 +206,10 @@ __device__ __forceinline__ void put_tile(uint32_t tile, const uint32_t (&p)[8][2
 {
     const uint32_t at = tile + tile_at<64>(16 * warp + (lane & 7) + (lane & 8), lane >> 4);
 #pragma unroll
-    for (int j = 0; j < 8; j += 2)
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         tile_on<64>(at, j)),
-                     "r"(p[j][0]), "r"(p[j][1]), "r"(p[j + 1][0]), "r"(p[j + 1][1])
-                     : "memory");
+    for (int j = 0; j < 8; j += 2) {
+        const uint32_t four[4] = {p[j][0], p[j][1], p[j + 1][0], p[j + 1][1]};
+        stmatrix_x4(tile_on<64>(at, j), four);
+    }
 }
 /* A C as the A of the next product. */
 template <int n>
@@ -314,7 +287,7 @@ __device__ __forceinline__ void key_exponents(float (&a)[32], float (&top_now)[2
     float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 sub = load_shared_8(half_row + 4 * (2 * pair + 8 * j));
+        const float2 sub = load_float2(half_row + 4 * (2 * pair + 8 * j));
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             a[4 * j + i] = fmaf(a[4 * j + i], to_log2, i & 1 ? sub.y : sub.x);

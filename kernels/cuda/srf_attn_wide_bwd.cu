@@ -112,14 +112,14 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, const struct b
                 for (int lanes = 1; lanes < 8; lanes <<= 1)
                     sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
                 if ((at.tid & 7) == 0) {
-                    store_f32(base + At::DELTA + 4 * (CHUNK * b + row + 16 * i), sum);
+                    store_float(base + At::DELTA + 4 * (CHUNK * b + row + 16 * i), sum);
                     if (row + 16 * i < n) p.delta[token + row + 16 * i] = sum;
                 }
             }
-            fence_products();
+            async_fence();
             warpgroup_barrier(at.wg);
-            delta[0] = load_f32(base + At::DELTA + 4 * (CHUNK * b + at.row));
-            delta[1] = load_f32(base + At::DELTA + 4 * (CHUNK * b + at.row + 8));
+            delta[0] = load_float(base + At::DELTA + 4 * (CHUNK * b + at.row));
+            delta[1] = load_float(base + At::DELTA + 4 * (CHUNK * b + at.row + 8));
         }
         barrier_wait(base + At::FULL + 16 * b, turn >> 1 & 1);
         {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, const struct b
             /* psi; of rows outside the piece 0. */
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2 shift = load_shared_8(rows + At::TOP + 32 * j);
+                const float2 shift = load_float2(rows + At::TOP + 32 * j);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float e =
@@ -177,7 +177,7 @@ __device__ __forceinline__ void walk_dq(const struct wide_bwd &p, const struct b
             wide_hold(dphi);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2 z = load_shared_8(rows + At::Z + 32 * j);
+                const float2 z = load_float2(rows + At::Z + 32 * j);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     aq[4 * j + i] *= fmaf(delta[i >> 1], i & 1 ? z.y : z.x, dphi[4 * j + i]);
@@ -248,15 +248,15 @@ static __global__ WIDE_BOUNDS void wide_queries_kernel(const __grid_constant__ s
             for (int i = 0; i < 2; i++) {
                 const uint32_t to = base + 4 * (128 * at.wg + 64 * g + at.row + 8 * i);
                 if (at.pair == 0) {
-                    store_f32(to + At::ZS, 0.0f);
-                    store_f32(to + At::M, SRF__UNSET);
+                    store_float(to + At::ZS, 0.0f);
+                    store_float(to + At::M, SRF__UNSET);
                 }
             }
         }
         __syncwarp();
     };
     auto put = [&](float z, float top, int b, int f, const struct wide_piece &at) {
-        store_f32(base + At::Z + 4 * (WIDE_FEATURES * b + f), z);
+        store_float(base + At::Z + 4 * (WIDE_FEATURES * b + f), z);
         p.tops[((int64_t)blockIdx.x * n_chunks + at.c) * WIDE_FEATURES + f] = top;
     };
     auto load = [&](const CUtensorMap *map, uint32_t tile, int c, uint32_t bar) {

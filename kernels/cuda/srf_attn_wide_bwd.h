@@ -51,10 +51,10 @@ __device__ __forceinline__ void start_block(const struct wide_bwd &p, uint32_t w
     load_tile<D, WIDE_THREADS>(w, p.w + (set * p.m + p.first) * D, D, WIDE_FEATURES, p.count, tid);
     cp_async_commit();
     if (tid < WIDE_FEATURES)
-        store_f32(bias + 4 * tid,
-                  tid < p.count ? SRF__LOG2E * p.bias[set * p.m + p.first + tid] : -INFINITY);
+        store_float(bias + 4 * tid,
+                    tid < p.count ? SRF__LOG2E * p.bias[set * p.m + p.first + tid] : -INFINITY);
     cp_async_wait<0>();
-    fence_products();
+    async_fence();
 }
 /* A warpgroup's rows of a gradient, of this piece: with the sums over features before these, out as
  * bf16 or, if more features follow, as sums again. */

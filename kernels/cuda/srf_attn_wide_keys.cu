@@ -83,9 +83,9 @@ __device__ __forceinline__ float top_before(const struct wide_bwd &p, uint32_t b
         square = fminf(square * (0.5f * SRF__LOG2E * p.scale * p.scale), SRF__HALF_LIMIT);
         most = fmaxf(most, fmaf(dot, SRF__LOG2E * p.scale, -square));
     }
-    most += load_f32(base + At::BIAS + 4 * f);
+    most += load_float(base + At::BIAS + 4 * f);
     if (fabsf(most) > 1e7f) most += 1e-6f * fabsf(most);
-    return fminf(fmaxf(top, ceilf(most)), load_f32(base + At::M + 4 * f));
+    return fminf(fmaxf(top, ceilf(most)), load_float(base + At::M + 4 * f));
 }
 
 /* The owners of features. */
@@ -105,8 +105,8 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
     struct wide_piece piece = last_piece(p, (p.t + CHUNK - 1) / CHUNK - 1);
     {
         const int tid = wide_here().tid;
-        store_f32(base + At::US + 4 * tid, 0.0f);
-        store_f32(
+        store_float(base + At::US + 4 * tid, 0.0f);
+        store_float(
             base + At::M + 4 * tid,
             p.tops[((int64_t)blockIdx.x * ((p.t + CHUNK - 1) / CHUNK) + piece.c) * WIDE_FEATURES +
                    tid]);
@@ -130,15 +130,15 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
             if (tid < CHUNK) {
                 const bool is = tid >= piece.lo && tid < piece_end(piece, p.t);
                 const int64_t from = load_i64(base + At::PLACE + 16) + piece.c * CHUNK + tid;
-                store_f32(base + At::LSE + 4 * tid, is ? p.stat[from] : INFINITY);
-                store_f32(base + At::DELTA + 4 * (CHUNK * b + tid), is ? p.delta[from] : 0.0f);
+                store_float(base + At::LSE + 4 * tid, is ? p.stat[from] : INFINITY);
+                store_float(base + At::DELTA + 4 * (CHUNK * b + tid), is ? p.delta[from] : 0.0f);
             }
-            store_f32(base + At::BELOW + 4 * tid, top_before(p, base, tid, piece));
+            store_float(base + At::BELOW + 4 * tid, top_before(p, base, tid, piece));
             barrier_wait(base + At::Q_FULL, turn & 1);
             const uint32_t own = base + At::Q + tile_at<D>(tid >> 3, tid & 7);
             clamp_piece(own, p.limit);
             clamp_piece(own + TILE / 2, p.limit);
-            fence_products();
+            async_fence();
             owners_barrier();
         }
 #pragma unroll
@@ -153,12 +153,12 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
             warpgroup_commit();
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float bias = load_f32(row + At::BIAS + 32 * i);
-                const float top = load_f32(row + At::M + 32 * i);
+                const float bias = load_float(row + At::BIAS + 32 * i);
+                const float top = load_float(row + At::M + 32 * i);
                 shift[i] = bias + top;
                 if (at.pair == 0) {
-                    store_f32(row + At::TOP + 1024 * b + 32 * i, bias - top);
-                    store_f32(row + At::U + 1024 * b + 32 * i, load_f32(row + At::US + 32 * i));
+                    store_float(row + At::TOP + 1024 * b + 32 * i, bias - top);
+                    store_float(row + At::U + 1024 * b + 32 * i, load_float(row + At::US + 32 * i));
                 }
             }
             warpgroup_wait<0>();
@@ -170,8 +170,8 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const uint32_t token = base + 4 * (8 * j + 2 * at.pair);
-                const float2 sub = load_shared_8(token + At::LSE);
-                const float2 by = load_shared_8(token + At::DELTA + 4 * CHUNK * b);
+                const float2 sub = load_float2(token + At::LSE);
+                const float2 by = load_float2(token + At::DELTA + 4 * CHUNK * b);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float *x = a + 4 * j + 2 * i;
@@ -187,7 +187,7 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
             for (int i = 0; i < 2; i++) {
                 sum[i] = quad_sum(sum[i]);
                 if (at.pair == 0)
-                    store_f32(row + At::US + 32 * i, load_f32(row + At::US + 32 * i) + sum[i]);
+                    store_float(row + At::US + 32 * i, load_float(row + At::US + 32 * i) + sum[i]);
             }
         }
         barrier_wait(base + At::IN_FULL, turn & 1);
@@ -200,10 +200,10 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
                     clamp_key(base + At::K + b * TILE + tile_at<D>(key, tid & 7), p.scale, p.limit);
                 const bool is = key >= piece.lo && key < piece_end(piece, p.t);
                 if ((tid & 7) == 0)
-                    store_f32(base + At::HALF + 4 * (CHUNK * b + key), is ? half : -INFINITY);
+                    store_float(base + At::HALF + 4 * (CHUNK * b + key), is ? half : -INFINITY);
             }
         }
-        fence_products();
+        async_fence();
         owners_barrier();
         barrier_arrive(base + At::FULL + 8 * b);
         /* The piece's queries go into R and u, which then step back. */
@@ -223,8 +223,8 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
             float back[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float below = load_f32(row + At::BELOW + 32 * i);
-                back[i] = exp2_fast(below - load_f32(row + At::M + 32 * i));
+                const float below = load_float(row + At::BELOW + 32 * i);
+                back[i] = exp2_fast(below - load_float(row + At::M + 32 * i));
             }
             __syncwarp();
             if (__any_sync(0xffffffffu, back[0] != 1.0f || back[1] != 1.0f)) {
@@ -233,8 +233,9 @@ __device__ __forceinline__ void walk_features(const struct wide_bwd &p, const st
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     if (at.pair == 0) {
-                        store_f32(row + At::M + 32 * i, load_f32(row + At::BELOW + 32 * i));
-                        store_f32(row + At::US + 32 * i, back[i] * load_f32(row + At::US + 32 * i));
+                        store_float(row + At::M + 32 * i, load_float(row + At::BELOW + 32 * i));
+                        store_float(row + At::US + 32 * i,
+                                    back[i] * load_float(row + At::US + 32 * i));
                     }
             }
             __syncwarp();
@@ -251,7 +252,7 @@ __device__ __forceinline__ void keys_of(float (&a)[n], float to_log2, const floa
 {
 #pragma unroll
     for (int j = 0; j < n / 4; j++) {
-        const float2 shift = load_shared_8(top_row + 32 * j);
+        const float2 shift = load_float2(top_row + 32 * j);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             /* |y|^2 / 2 first: where it is huge, a has no bits left beside it. */
@@ -267,8 +268,8 @@ __device__ __forceinline__ void piece_dv(const struct wide_bwd &p, uint32_t base
 {
     using At = dk_at;
     float dv[32], weights[32], half[2];
-    half[0] = load_f32(base + At::HALF + 4 * (CHUNK * b + wide_here().row));
-    half[1] = load_f32(base + At::HALF + 4 * (CHUNK * b + wide_here().row + 8));
+    half[0] = load_float(base + At::HALF + 4 * (CHUNK * b + wide_here().row));
+    half[1] = load_float(base + At::HALF + 4 * (CHUNK * b + wide_here().row + 8));
 #pragma unroll
     for (int i = 0; i < 32; i++) dv[i] = weights[i] = 0.0f;
     /* 32 features at a time: registers are short. */
@@ -326,8 +327,8 @@ __device__ __forceinline__ void piece_dk(const struct wide_bwd &p, uint32_t base
     const uint32_t k_tile = base + At::K + b * TILE, v_tile = base + At::V + b * TILE;
     float dk[32], half[2], sum[2] = {0, 0};
     uint32_t x[4][4];
-    half[0] = load_f32(base + At::HALF + 4 * (CHUNK * b + wide_here().row));
-    half[1] = load_f32(base + At::HALF + 4 * (CHUNK * b + wide_here().row + 8));
+    half[0] = load_float(base + At::HALF + 4 * (CHUNK * b + wide_here().row));
+    half[1] = load_float(base + At::HALF + 4 * (CHUNK * b + wide_here().row + 8));
     {
         const struct wide_thread at = wide_here();
         float d[32];
@@ -338,8 +339,7 @@ __device__ __forceinline__ void piece_dk(const struct wide_bwd &p, uint32_t base
         wide_hold(d);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float2 by =
-                load_shared_8(base + At::DELTA + 4 * (CHUNK * b + 8 * j + 2 * at.pair));
+            const float2 by = load_float2(base + At::DELTA + 4 * (CHUNK * b + 8 * j + 2 * at.pair));
 #pragma unroll
             for (int i = 0; i < 4; i++) d[4 * j + i] += i & 1 ? by.y : by.x;
         }
@@ -372,7 +372,7 @@ __device__ __forceinline__ void piece_dk(const struct wide_bwd &p, uint32_t base
         wide_hold(dkf);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float2 u = load_shared_8(rows + At::U + 32 * j);
+            const float2 u = load_float2(rows + At::U + 32 * j);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t both =

@@ -156,7 +156,7 @@ __device__ __forceinline__ int walk_keys(const Params &p, uint32_t base,
                 store_shared(base + At::HALF + 4 * (b * CHUNK + key),
                              __float_as_uint(in ? half : -INFINITY));
         }
-        fence_products();
+        async_fence();
         owners_barrier();
 #pragma unroll
         for (int g = 0; g < 2; g++) {
@@ -175,8 +175,8 @@ __device__ __forceinline__ int walk_keys(const Params &p, uint32_t base,
             wide_hold(ak);
             wide_hold(s[0]);
             wide_hold(s[1]);
-            top[0] = load_f32(m_row);
-            top[1] = load_f32(m_row + 32);
+            top[0] = load_float(m_row);
+            top[1] = load_float(m_row + 32);
             key_exponents(ak, top_now, top, to_log2, base + At::HALF + 4 * b * CHUNK, bias_row,
                           at.row, at.pair);
             if (g == 0)
@@ -210,13 +210,13 @@ __device__ __forceinline__ int walk_keys(const Params &p, uint32_t base,
                 sum = quad_sum(sum);
                 __syncwarp(); /* all have read M */
                 if (at.pair == 0) {
-                    const float z = load_f32(z_row + 32 * i) * step[i];
+                    const float z = load_float(z_row + 32 * i) * step[i];
                     put(z, top_now[i], b, 64 * group + at.row + 8 * i, at_piece);
-                    store_f32(z_row + 32 * i, z + sum);
-                    store_f32(m_row + 32 * i, top_now[i]);
+                    store_float(z_row + 32 * i, z + sum);
+                    store_float(m_row + 32 * i, top_now[i]);
                 }
             }
-            fence_products();
+            async_fence();
             warpgroup_barrier(at.wg);
             if (g == 0) barrier_wait(base + At::V_FULL, turn & 1);
             warpgroup_fence();

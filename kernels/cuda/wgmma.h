@@ -199,6 +199,40 @@ __device__ __forceinline__ void bulk_sent()
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 /* It has arrived. */
+/* By address in shared memory: one register, where the compiler keeps others for pointers. */
+__device__ __forceinline__ float load_float(uint32_t addr)
+{
+    return __uint_as_float(load_shared(addr));
+}
+__device__ __forceinline__ void store_float(uint32_t addr, float x)
+{
+    store_shared(addr, __float_as_uint(x));
+}
+__device__ __forceinline__ float2 load_float2(uint32_t addr)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_float2(uint32_t addr, float x, float y)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
+}
+/* Four 8 x 8 tiles of bf16, whose rows lie where lanes say. */
+__device__ __forceinline__ void stmatrix_x4(uint32_t addr, const uint32_t r[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+/* 1 / x of an ordinary x, to the last bit but one. */
+__device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ void bulk_done()
 {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
