@@ -12,7 +12,9 @@
  * line, never a crash.
  */
 #pragma once
-#include "kernels/ops.h"
+#include "kernels/status.h"
+#include "kernels/types.h"
+#include <stdbool.h>
 
 struct srf_tensor_info {
     const char *name;     /* lives as long as the source */

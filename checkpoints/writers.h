@@ -10,12 +10,6 @@ struct srf_tensor_out {
     const float *data;
 };
 
-/* A file whose bytes appear under `path` whole or not at all (any text or binary file of ours). */
-srf_status srf_write_file_atomic(const char *path, const void *data, size_t n);
-
-/* A directory to write into, with those above it; one that is there is fine. */
-srf_status srf_make_dir(const char *path);
-
 /* .safetensors with dtype F32, F16 or BF16. metadata {"format": "pt"} as transformers expects. */
 srf_status srf_safetensors_write(const char *path, const struct srf_tensor_out *tensors, int64_t n,
                                  enum srf_dtype dtype);

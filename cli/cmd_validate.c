@@ -1,8 +1,7 @@
 /* srf validate: how well SRF attention stands in for a model's softmax attention, with pictures. */
-#include "checkpoints/file.h"
-#include "checkpoints/writers.h"
 #include "cli/common.h"
 #include "cli/validate_report.h"
+#include "files/file.h"
 
 #include <math.h>
 #include <string.h>

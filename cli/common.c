@@ -1,5 +1,5 @@
 #include "cli/common.h"
-#include "checkpoints/file.h"
+#include "files/file.h"
 #include "kernels/attn_fast.h"
 
 #include <errno.h>

@@ -1,6 +1,5 @@
 #include "cli/results.h"
-#include "checkpoints/file.h"
-#include "checkpoints/writers.h"
+#include "files/file.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,7 +1,6 @@
 #include "cli/training_page.h"
-#include "checkpoints/file.h"
-#include "checkpoints/writers.h"
 #include "cli/svg.h"
+#include "files/file.h"
 
 #include <errno.h>
 #include <jansson.h>

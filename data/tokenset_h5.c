@@ -4,8 +4,8 @@
  *
  * Ids are read by pread at the addresses HDF5 gives, not through it: a random window costs one
  * system call, and threads may read at once. */
-#include "checkpoints/h5_internal.h"
 #include "data/tokenset_internal.h"
+#include "files/h5_internal.h"
 
 #include <string.h>
 

@@ -1,7 +1,7 @@
 /* Inside of the token sets: every format on disk comes down to runs of ids in files. */
 #pragma once
-#include "checkpoints/file.h"
 #include "data/tokenset.h"
+#include "files/file.h"
 
 enum srf__id_type { SRF__ID_U16, SRF__ID_U32, SRF__ID_I32, SRF__ID_I64 };
 int srf__id_bytes(enum srf__id_type type);

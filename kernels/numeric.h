@@ -1,6 +1,7 @@
 /* Conversions between float types on the host, and its floating-point mode. */
 #pragma once
-#include "kernels/ops.h"
+#include "kernels/types.h"
+#include <stdint.h>
 
 /* Subnormal numbers count as 0 from here on, in this thread and in those that it starts: to be
  * called by a program before any other thread runs. They are not worth their time: where a

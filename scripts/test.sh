@@ -22,7 +22,7 @@ check() {
 }
 
 sources() {
-    find kernels model train infer checkpoints data cli tests -type f \
+    find kernels files data checkpoints model infer train cli tests -type f \
         \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def' \) "$@"
 }
 
@@ -33,6 +33,23 @@ formatted() {
 # clang-format breaks code, not comments.
 columns() {
     ! sources -print0 | LC_ALL=C.UTF-8 xargs -0 grep -nE '^.{101,}$'
+}
+
+# Includes go one way, down this list; only tests, which are not in it, take from all of it. Those
+# who know no op have but errors, memory and number types from kernels/.
+layers() {
+    local layer below="" status=0
+    for layer in kernels files data checkpoints model infer train cli; do
+        below="$below|$layer"
+        if grep -rnE '^#include "[a-z]+/' "$layer" | grep -vE ":#include \"(${below#|})/"; then
+            status=1
+        fi
+    done
+    if grep -rnE '^#include "kernels/' files data checkpoints |
+        grep -vE '/(status|types|numeric)\.h"'; then
+        status=1
+    fi
+    return $status
 }
 
 scripts_parse() {
@@ -90,6 +107,7 @@ else
     note "no clang-format 14 here: the layout of the code is not checked"
 fi
 check "no line beyond 100 columns" columns
+check "includes go down the layers" layers
 check "the scripts parse" scripts_parse
 
 # CUDA code, if any, for one architecture only: that halves its time.

@@ -1,8 +1,8 @@
 /* Readers and writers of checkpoints/: what is written comes back, by the format's definition and
  * not only by our own reader; nothing half-written is left; no allocation failure leaks. */
-#include "checkpoints/h5.h"
 #include "checkpoints/source.h"
 #include "checkpoints/writers.h"
+#include "files/h5.h"
 #include "kernels/numeric.h"
 #include "tests/scratch.h"
 

@@ -1,5 +1,5 @@
 /* The loop around the steps: metrics log, evaluations, checkpoints. */
-#include "checkpoints/writers.h"
+#include "files/file.h"
 #include "train/trainer_internal.h"
 
 #include <dirent.h>

@@ -7,7 +7,9 @@
  * during every call and as it was after it.
  */
 #pragma once
-#include "kernels/ops.h"
+#include "kernels/status.h"
+#include "kernels/types.h"
+#include <stdbool.h>
 
 struct srf_h5; /* opaque */
 

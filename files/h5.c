@@ -1,5 +1,5 @@
-#include "checkpoints/h5_internal.h"
-#include "checkpoints/file.h"
+#include "files/h5_internal.h"
+#include "files/file.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,5 +1,5 @@
 /* Datasets of HDF5 files, and walking over them. */
-#include "checkpoints/h5_internal.h"
+#include "files/h5_internal.h"
 
 #include <stdio.h>
 #include <string.h>

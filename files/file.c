@@ -1,5 +1,4 @@
-#include "checkpoints/file.h"
-#include "checkpoints/writers.h"
+#include "files/file.h"
 #include "kernels/numeric.h"
 
 #include <errno.h>

@@ -1,6 +1,6 @@
-/* Shared by the two halves of the HDF5 layer. */
+/* Shared by the parts of the HDF5 layer. */
 #pragma once
-#include "checkpoints/h5.h"
+#include "files/h5.h"
 
 #include <hdf5.h>
 

@@ -1,6 +1,7 @@
-/* Files of the host, under every format: bounded reading, atomic writing. Internal. */
+/* Files of the host, under every format: bounded reading, atomic writing. */
 #pragma once
-#include "kernels/ops.h"
+#include "kernels/status.h"
+#include "kernels/types.h"
 
 /* A regular file open for reading. Read by pread, not mapped: a file that shrinks under us is an
  * error then, not a SIGBUS. */
@@ -34,6 +35,11 @@ srf_status srf__out_floats(struct srf__out *o, const char *name, const float *da
                            enum srf_dtype dtype);
 srf_status srf__out_commit(struct srf__out *o);
 void srf__out_abort(struct srf__out *o); /* zeroed is fine */
+
+/* A file whose bytes appear under `path` whole or not at all (any text or binary file of ours). */
+srf_status srf_write_file_atomic(const char *path, const void *data, size_t n);
+/* A directory to write into, with those above it; one that is there is fine. */
+srf_status srf_make_dir(const char *path);
 
 /* "<path>.tmp.<pid>", without the slashes at the end of path; srf__free. */
 srf_status srf__temp_name(const char *path, char **out);
