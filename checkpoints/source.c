@@ -1,4 +1,5 @@
 #include "checkpoints/source_internal.h"
+#include "kernels/grow.h"
 #include "kernels/numeric.h"
 
 #include <errno.h>
@@ -30,14 +31,7 @@ int srf__tensor_name_cmp(const char *a, const char *b)
 
 srf_status srf__source_add_file(struct srf_source *s, const char *path, int *index)
 {
-    if (s->n_files == s->cap_files) {
-        int cap = s->cap_files ? 2 * s->cap_files : 4;
-        struct srf__file *p =
-            srf__realloc(s->files, (size_t)s->n_files, (size_t)cap, sizeof *s->files);
-        SRF_FAIL_IF(!p, SRF_NOMEM, "out of memory");
-        s->files = p;
-        s->cap_files = cap;
-    }
+    SRF_TRY(SRF_GROW(s->files, s->cap_files, s->n_files + 1));
     SRF_TRY(srf__file_open(path, &s->files[s->n_files]));
     *index = s->n_files++;
     return SRF_OK;
@@ -45,14 +39,7 @@ srf_status srf__source_add_file(struct srf_source *s, const char *path, int *ind
 
 srf_status srf__source_add(struct srf_source *s, const struct srf__source_tensor *t)
 {
-    if (s->n == s->cap) {
-        int64_t cap = s->cap ? 2 * s->cap : 64;
-        struct srf__source_tensor *p =
-            srf__realloc(s->tensors, (size_t)s->n, (size_t)cap, sizeof *s->tensors);
-        SRF_FAIL_IF(!p, SRF_NOMEM, "out of memory");
-        s->tensors = p;
-        s->cap = cap;
-    }
+    SRF_TRY(SRF_GROW(s->tensors, s->cap_tensors, s->n + 1));
     struct srf__source_tensor *to = &s->tensors[s->n];
     *to = *t;
     to->info.count = 1;

@@ -24,9 +24,11 @@ struct srf_source {
     enum srf_source_kind kind;
     char *config, *tokenizer;
     struct srf__source_tensor *tensors;
-    int64_t n, cap;
+    int64_t n;
+    size_t cap_tensors;
     struct srf__file *files;
-    int n_files, cap_files;
+    int n_files;
+    size_t cap_files;
     struct srf_h5 *h5;
 };
 

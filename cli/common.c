@@ -1,6 +1,7 @@
 #include "cli/common.h"
 #include "files/file.h"
 #include "kernels/attn_fast.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <math.h>
@@ -288,18 +289,14 @@ srf_status cli_read_text(const char *path, char **text)
     SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
     if (standard) path = "standard input";
     srf_status st = SRF_OK;
-    size_t cap = 1 << 16, n = 0;
-    char *p = srf__alloc(cap, 1);
-    SRF_FAIL_GO_IF(!p, SRF_NOMEM, "%s: out of memory", path);
+    size_t cap = 0, n = 0;
+    char *p = NULL;
     for (;;) {
+        SRF_TRY_GO(SRF_GROW(p, cap, n + (1 << 16)));
         n += fread(p + n, 1, cap - 1 - n, f);
         SRF_FAIL_GO_IF(ferror(f), SRF_IO, "%s: %s", path, strerror(errno));
         if (n < cap - 1) break;
         SRF_FAIL_GO_IF(cap > 1 << 26, SRF_FORMAT, "%s: larger than 64 MB", path);
-        char *q = srf__realloc(p, n, 2 * cap, 1);
-        SRF_FAIL_GO_IF(!q, SRF_NOMEM, "%s: out of memory", path);
-        p = q;
-        cap *= 2;
     }
     p[n] = '\0';
     SRF_FAIL_GO_IF(strlen(p) != n, SRF_FORMAT, "%s: holds a zero byte: not a text file", path);

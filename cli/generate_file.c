@@ -3,6 +3,7 @@
 #include "cli/prompts.h"
 #include "cli/results.h"
 #include "infer/serve.h"
+#include "kernels/grow.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -124,7 +125,7 @@ cleanup:
 
 static srf_status put_first(struct srf_ids *ids, int32_t id)
 {
-    struct srf_ids all = {.n = ids->n + 1, .cap = ids->n + 1};
+    struct srf_ids all = {.n = ids->n + 1, .cap = (size_t)ids->n + 1};
     SRF_TRY(SRF_ALLOC(all.ids, all.n));
     all.ids[0] = id;
     if (ids->n) memcpy(all.ids + 1, ids->ids, (size_t)ids->n * sizeof id);
@@ -240,18 +241,13 @@ static srf_status add_text(struct run *r, struct job *j, int32_t token)
     char *piece;
     size_t n;
     SRF_TRY(srf_bpe_decode(r->m.bpe, &token, 1, &piece, &n));
-    if (j->cap_text - j->n_text < n + 1) {
-        size_t cap = 2 * (j->n_text + n + 1);
-        char *grown = srf__realloc(j->text, j->cap_text, cap, 1);
-        if (!grown) srf__free(piece);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %zu bytes of text", cap);
-        j->text = grown;
-        j->cap_text = cap;
+    srf_status st = SRF_GROW(j->text, j->cap_text, j->n_text + n + 1);
+    if (st == SRF_OK) {
+        memcpy(j->text + j->n_text, piece, n);
+        j->n_text += n;
     }
-    memcpy(j->text + j->n_text, piece, n);
-    j->n_text += n;
     srf__free(piece);
-    return SRF_OK;
+    return st;
 }
 
 static srf_status token(void *user, const struct srf_request *request, int32_t id, bool *stop)
@@ -259,13 +255,7 @@ static srf_status token(void *user, const struct srf_request *request, int32_t i
     struct run *r = user;
     struct job *j = request->user;
     struct srf_ids *made = &j->made;
-    if (made->n == made->cap) {
-        int64_t cap = made->cap ? 2 * made->cap : 64;
-        int32_t *grown = srf__realloc(made->ids, (size_t)made->cap, (size_t)cap, sizeof *grown);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %lld tokens", (long long)cap);
-        made->ids = grown;
-        made->cap = cap;
-    }
+    SRF_TRY(SRF_GROW(made->ids, made->cap, made->n + 1));
     made->ids[made->n++] = id;
     r->n_tokens++;
     if (!r->stop && !j->prompt.stop) return SRF_OK;

@@ -1,4 +1,5 @@
 #include "cli/prompts.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -50,10 +51,7 @@ static srf_status read_more(struct cli_prompts *in)
     if (in->to == in->cap) {
         SRF_FAIL_IF(in->cap >= MAX_LINE, SRF_IO, "%s: line %lld is longer than %d MB", in->path,
                     (long long)in->line + 1, MAX_LINE >> 20);
-        char *grown = srf__realloc(in->buffer, in->cap, 2 * in->cap, 1);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: line %lld", (long long)in->line + 1);
-        in->buffer = grown;
-        in->cap *= 2;
+        SRF_TRY(SRF_GROW(in->buffer, in->cap, in->to + 1));
     }
     do got = read(in->fd, in->buffer + in->to, in->cap - in->to);
     while (got < 0 && errno == EINTR && !cli_interrupted());
@@ -125,7 +123,7 @@ static srf_status get_tokens(const json_t *list, int64_t vocab, struct srf_ids *
     SRF_FAIL_IF(!json_is_array(list) || n == 0, SRF_FORMAT,
                 "\"tokens\": expected a list of token ids");
     SRF_TRY(SRF_ALLOC(ids->ids, n));
-    ids->cap = (int64_t)n;
+    ids->cap = n;
     for (size_t i = 0; i < n; i++) {
         const json_t *v = json_array_get(list, i);
         SRF_FAIL_IF(!json_is_integer(v), SRF_FORMAT,

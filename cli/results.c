@@ -1,5 +1,6 @@
 #include "cli/results.h"
 #include "files/file.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -29,12 +30,10 @@ static srf_status id_hash(const json_t *id, uint32_t *hash)
 static srf_status mark(struct cli_results *r, int64_t line, uint32_t hash)
 {
     if (line >= r->n_done) {
-        int64_t n = line + 1 > 2 * r->n_done ? line + 1 : 2 * r->n_done;
-        uint32_t *grown = srf__realloc(r->done, (size_t)r->n_done, (size_t)n, sizeof *r->done);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %lld lines", (long long)n);
-        memset(grown + r->n_done, 0, (size_t)(n - r->n_done) * sizeof *grown);
-        r->done = grown;
-        r->n_done = n;
+        size_t cap = (size_t)r->n_done, before = cap;
+        SRF_TRY(SRF_GROW(r->done, cap, line + 1));
+        memset(r->done + before, 0, (cap - before) * sizeof *r->done);
+        r->n_done = (int64_t)cap;
     }
     SRF_FAIL_IF(r->done[line], SRF_FORMAT, "%s: answers line %lld twice", r->path, (long long)line);
     r->done[line] = hash;
@@ -200,13 +199,7 @@ srf_status cli_results_check(const struct cli_results *r, int64_t line, const js
 
 static srf_status append(struct cli_results *r, const char *text, size_t n)
 {
-    if (r->cap_pending - r->n_pending < n + 1) {
-        size_t cap = 2 * (r->n_pending + n + 1);
-        char *grown = srf__realloc(r->pending, r->cap_pending, cap, 1);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %zu bytes of results", cap);
-        r->pending = grown;
-        r->cap_pending = cap;
-    }
+    SRF_TRY(SRF_GROW(r->pending, r->cap_pending, r->n_pending + n + 1));
     memcpy(r->pending + r->n_pending, text, n);
     r->n_pending += n;
     r->pending[r->n_pending++] = '\n';

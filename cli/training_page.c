@@ -1,6 +1,7 @@
 #include "cli/training_page.h"
 #include "cli/svg.h"
 #include "files/file.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <jansson.h>
@@ -15,23 +16,14 @@ enum column { LOSS, KL, GRAD_NORM, RATE, VAL_LOSS, TEACHER_LOSS };
 
 struct log {
     double *step, *column[N_COLUMNS]; /* (n); NaN where a line does not say */
-    int64_t n, cap;
+    int64_t n;
+    size_t cap;
 };
 
 static void free_log(struct log *l)
 {
     srf__free(l->step);
     for (int i = 0; i < N_COLUMNS; i++) srf__free(l->column[i]);
-}
-
-static srf_status larger(double **x, int64_t n, int64_t cap)
-{
-    double *new;
-    SRF_TRY(SRF_ALLOC(new, cap));
-    if (n) memcpy(new, *x, (size_t)n * sizeof *new);
-    srf__free(*x);
-    *x = new;
-    return SRF_OK;
 }
 
 static double value_of(const json_t *row, const char *key)
@@ -45,12 +37,13 @@ static srf_status add_row(struct log *l, const json_t *row)
     static const char *const keys[N_COLUMNS] = {"loss", "kl",      "grad_norm",
                                                 "lr",   "val_ppl", "teacher_val_ppl"};
     if (!isfinite(value_of(row, "step"))) return SRF_OK;
-    if (l->n == l->cap) {
-        int64_t cap = 2 * l->cap + 256;
-        SRF_TRY(larger(&l->step, l->n, cap));
-        for (int i = 0; i < N_COLUMNS; i++) SRF_TRY(larger(&l->column[i], l->n, cap));
-        l->cap = cap;
+    size_t cap = l->cap;
+    SRF_TRY(SRF_GROW(l->step, cap, l->n + 1));
+    for (int i = 0; i < N_COLUMNS; i++) {
+        size_t column = l->cap;
+        SRF_TRY(SRF_GROW(l->column[i], column, l->n + 1));
     }
+    l->cap = cap;
     l->step[l->n] = value_of(row, "step");
     for (int i = 0; i < N_COLUMNS; i++) l->column[i][l->n] = value_of(row, keys[i]);
     for (int i = VAL_LOSS; i <= TEACHER_LOSS; i++) l->column[i][l->n] = log(l->column[i][l->n]);

@@ -1,5 +1,6 @@
 /* The tokenizer's tables: built from checked parts, looked up, hashed, decoded. */
 #include "data/bpe_internal.h"
+#include "kernels/grow.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -437,12 +438,5 @@ void srf_ids_free(struct srf_ids *ids)
 
 srf_status srf__ids_reserve(struct srf_ids *ids, int64_t more)
 {
-    if (more <= ids->cap - ids->n) return SRF_OK;
-    int64_t cap = ids->cap ? ids->cap : 64;
-    while (cap < ids->n + more) cap *= 2;
-    int32_t *grown = srf__realloc(ids->ids, (size_t)ids->cap, (size_t)cap, sizeof *grown);
-    SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %lld token ids", (long long)cap);
-    ids->ids = grown;
-    ids->cap = cap;
-    return SRF_OK;
+    return SRF_GROW(ids->ids, ids->cap, ids->n + more);
 }

@@ -20,7 +20,8 @@ struct srf_bpe; /* opaque */
 /* A growing array of ids; owner frees ids by srf_ids_free. Starts zeroed. */
 struct srf_ids {
     int32_t *ids;
-    int64_t n, cap;
+    int64_t n;
+    size_t cap;
 };
 void srf_ids_free(struct srf_ids *ids);
 

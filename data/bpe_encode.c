@@ -9,6 +9,7 @@
  *    followed by white space or not), or three behind an apostrophe: LOOKAHEAD bytes.
  * A piece longer than the buffer makes the buffer grow: merging must see all of it. */
 #include "data/bpe_internal.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <string.h>
@@ -233,12 +234,7 @@ srf_status srf__bpe_encode_stream(const struct srf_bpe *bpe, FILE *in, bool adde
     if (cap >= CACHE_FROM_BYTES) SRF_TRY_GO(srf__bpe_scratch_cache(&e.scratch));
     SRF_TRY_GO(SRF_ALLOC(buffer, cap));
     for (bool open = true; open;) {
-        if (n == cap) {
-            char *grown = srf__realloc(buffer, cap, 2 * cap, 1);
-            SRF_FAIL_GO_IF(!grown, SRF_NOMEM, "out of memory: a word of %zu bytes and more", cap);
-            buffer = grown;
-            cap *= 2;
-        }
+        SRF_TRY_GO(SRF_GROW(buffer, cap, n + 1)); /* full: a word longer than it */
         size_t got = fread(buffer + n, 1, cap - n, in), done;
         open = got == cap - n;
         SRF_FAIL_GO_IF(!open && ferror(in), SRF_IO, "text: %s", strerror(errno));

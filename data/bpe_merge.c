@@ -5,6 +5,7 @@
  * of n bytes takes O(n log n). Entries whose pair has changed meanwhile stay in the heap and are
  * known by their rank: a symbol remembers the rank of the pair that it now begins. */
 #include "data/bpe_internal.h"
+#include "kernels/grow.h"
 
 #include <string.h>
 
@@ -34,17 +35,6 @@ void srf__bpe_scratch_free(struct srf__bpe_scratch *s)
 srf_status srf__bpe_scratch_cache(struct srf__bpe_scratch *s)
 {
     return s->words ? SRF_OK : SRF_CALLOC(s->words, CACHE_WORDS);
-}
-
-static srf_status reserve(void **p, size_t *cap, size_t n, size_t size)
-{
-    if (n <= *cap) return SRF_OK;
-    size_t want = n < 64 ? 64 : n + n / 2;
-    void *grown = srf__realloc(*p, *cap, want, size);
-    SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: a word of %zu bytes", n);
-    *p = grown;
-    *cap = want;
-    return SRF_OK;
 }
 
 static int32_t pair_rank(const struct srf_bpe *bpe, int32_t left, int32_t right)
@@ -94,9 +84,9 @@ static srf_status merge_word(const struct srf_bpe *bpe, struct srf__bpe_scratch 
 {
     SRF_FAIL_IF(n > INT32_MAX / 4, SRF_UNSUPPORTED,
                 "a single word of %zu bytes, expected at most %d", n, INT32_MAX / 4);
-    SRF_TRY(reserve((void **)&s->symbols, &s->cap_symbols, n, sizeof *s->symbols));
+    SRF_TRY(SRF_GROW(s->symbols, s->cap_symbols, n));
     /* n - 1 pairs at first, at most 2 more for each of at most n - 1 merges. */
-    SRF_TRY(reserve((void **)&s->heap, &s->cap_heap, 3 * n, sizeof *s->heap));
+    SRF_TRY(SRF_GROW(s->heap, s->cap_heap, 3 * n));
     SRF_TRY(srf__ids_reserve(ids, (int64_t)n));
     struct srf__bpe_symbol *symbols = s->symbols;
     size_t n_heap = 0;

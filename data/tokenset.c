@@ -1,5 +1,6 @@
 /* Token sets: which format a file has, and reading ids from it. */
 #include "data/tokenset_internal.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <glob.h>
@@ -25,21 +26,10 @@ int srf__id_bytes(enum srf__id_type type)
 
 /* ---- runs in files --------------------------------------------------------------------------- */
 
-static srf_status grow(void **p, int64_t *cap, int64_t n, size_t size)
-{
-    if (n < *cap) return SRF_OK;
-    int64_t want = *cap ? 2 * *cap : 4;
-    void *grown = srf__realloc(*p, (size_t)*cap, (size_t)want, size);
-    SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: a token set of %lld parts", (long long)want);
-    *p = grown;
-    *cap = want;
-    return SRF_OK;
-}
-
 srf_status srf__tokenset_add_file(struct srf_tokenset *ts, const char *path,
                                   struct srf__file **file)
 {
-    SRF_TRY(grow((void **)&ts->files, &ts->cap_files, ts->n_files, sizeof *ts->files));
+    SRF_TRY(SRF_GROW(ts->files, ts->cap_files, ts->n_files + 1));
     SRF_TRY(srf__file_open(path, &ts->files[ts->n_files]));
     *file = &ts->files[ts->n_files++];
     return SRF_OK;
@@ -53,7 +43,7 @@ srf_status srf__tokenset_add_run(struct srf_tokenset *ts, int64_t n, int64_t off
                 SRF_FORMAT, "%s: %lld tokens of %d bytes from byte %lld: the file has %lld bytes",
                 f->path, (long long)n, width, (long long)offset, (long long)f->size);
     if (n == 0) return SRF_OK;
-    SRF_TRY(grow((void **)&ts->runs, &ts->cap_runs, ts->n_runs, sizeof *ts->runs));
+    SRF_TRY(SRF_GROW(ts->runs, ts->cap_runs, ts->n_runs + 1));
     ts->runs[ts->n_runs++] = (struct srf__run){
         .first = ts->count, .n = n, .offset = offset, .file = (int32_t)(ts->n_files - 1)};
     ts->count += n;
@@ -129,13 +119,7 @@ srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, 
 static srf_status keep_ids(void *user, const int32_t *ids, int64_t n)
 {
     struct srf_ids *all = user;
-    while (all->cap - all->n < n) {
-        int64_t cap = all->cap ? 2 * all->cap : 1 << 16;
-        int32_t *grown = srf__realloc(all->ids, (size_t)all->cap, (size_t)cap, sizeof *grown);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %lld tokens of text", (long long)cap);
-        all->ids = grown;
-        all->cap = cap;
-    }
+    SRF_TRY(SRF_GROW(all->ids, all->cap, all->n + n));
     memcpy(all->ids + all->n, ids, (size_t)n * sizeof *ids);
     all->n += n;
     return SRF_OK;

@@ -6,6 +6,7 @@
  * system call, and threads may read at once. */
 #include "data/tokenset_internal.h"
 #include "files/h5_internal.h"
+#include "kernels/grow.h"
 
 #include <string.h>
 
@@ -211,7 +212,8 @@ struct srf_tokenset_writer {
     unsigned char *chunk; /* (CHUNK ids) not written yet */
     int64_t n_chunk;
     int64_t *documents; /* (n_documents) */
-    int64_t n_documents, cap_documents;
+    int64_t n_documents;
+    size_t cap_documents;
     bool starts; /* the next token starts a document */
 };
 
@@ -275,14 +277,7 @@ static srf_status flush_chunk(struct srf_tokenset_writer *w)
 
 static srf_status start_document(struct srf_tokenset_writer *w)
 {
-    if (w->n_documents == w->cap_documents) {
-        int64_t cap = w->cap_documents ? 2 * w->cap_documents : 64;
-        int64_t *grown =
-            srf__realloc(w->documents, (size_t)w->cap_documents, (size_t)cap, sizeof *grown);
-        SRF_FAIL_IF(!grown, SRF_NOMEM, "out of memory: %lld documents", (long long)cap);
-        w->documents = grown;
-        w->cap_documents = cap;
-    }
+    SRF_TRY(SRF_GROW(w->documents, w->cap_documents, w->n_documents + 1));
     w->documents[w->n_documents++] = w->count;
     w->starts = false;
     return SRF_OK;

@@ -19,7 +19,8 @@ struct srf_tokenset {
     enum srf__id_type type;
     struct srf__file *files; /* (n_files) */
     struct srf__run *runs;   /* (n_runs), ascending, without gaps */
-    int64_t n_files, cap_files, n_runs, cap_runs;
+    int64_t n_files, n_runs;
+    size_t cap_files, cap_runs;
     struct srf_ids text; /* the ids of plain text: no files then */
 };
 

@@ -1,4 +1,5 @@
 #include "kernels/arena.h"
+#include "kernels/grow.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -16,8 +17,8 @@ struct slot {
 struct srf_arena {
     struct srf_ctx *ctx;
     struct slot *slots;
-    int n, cap;
-    size_t total, workspace;
+    int n;
+    size_t cap, total, workspace;
     unsigned char *base;
 };
 
@@ -45,13 +46,7 @@ srf_status srf_arena_add(struct srf_arena *a, const char *cls, const char *name,
                     bytes > SIZE_MAX / 4 - a->total,
                 SRF_NOMEM, "%s '%s': %lld elements are more than memory can hold", cls, name,
                 (long long)count);
-    if (a->n == a->cap) {
-        int cap = a->cap ? 2 * a->cap : 64;
-        struct slot *s = srf__realloc(a->slots, (size_t)a->n, (size_t)cap, sizeof *s);
-        SRF_FAIL_IF(!s, SRF_NOMEM, "out of memory: table of %d tensors", cap);
-        a->slots = s;
-        a->cap = cap;
-    }
+    SRF_TRY(SRF_GROW(a->slots, a->cap, a->n + 1));
     a->slots[a->n] = (struct slot){cls, name, a->total, bytes};
     *slot = a->n++;
     size_t guard = 0;

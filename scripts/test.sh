@@ -46,7 +46,7 @@ layers() {
         fi
     done
     if grep -rnE '^#include "kernels/' files data checkpoints |
-        grep -vE '/(status|types|numeric)\.h"'; then
+        grep -vE '/(grow|numeric|status|types)\.h"'; then
         status=1
     fi
     return $status
