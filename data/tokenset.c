@@ -1,5 +1,6 @@
 /* Token sets: which format a file has, and reading ids from it. */
 #include "data/tokenset_internal.h"
+#include "files/checksum.h"
 #include "kernels/grow.h"
 
 #include <errno.h>
@@ -63,52 +64,84 @@ static int64_t id_at(enum srf__id_type type, const unsigned char *p)
     return (int64_t)((uint64_t)high << 32 | low);
 }
 
-static srf_status read_run(const struct srf_tokenset *ts, const struct srf__run *run, int64_t start,
-                           int64_t n, int32_t *ids)
+/* The run that holds a token. */
+static const struct srf__run *run_of(const struct srf_tokenset *ts, int64_t token)
 {
-    const struct srf__file *f = &ts->files[run->file];
-    unsigned char block[8 * 1024];
-    int width = srf__id_bytes(ts->type);
-    int64_t limit = ts->vocab_size ? ts->vocab_size : INT32_MAX;
-    for (int64_t done = 0; done < n;) {
-        int64_t some = (int64_t)sizeof block / width;
-        if (some > n - done) some = n - done;
-        int64_t at = start + done - run->first;
-        SRF_TRY(srf__file_read(f, run->offset + at * width, block, some * width));
-        for (int64_t i = 0; i < some; i++) {
-            int64_t id = id_at(ts->type, block + i * width);
-            SRF_FAIL_IF(id < 0 || id >= limit, SRF_MISMATCH,
-                        "%s: token %lld has id %lld, expected 0 to %lld", f->path,
-                        (long long)(start + done + i), (long long)id, (long long)limit - 1);
-            ids[done + i] = (int32_t)id;
-        }
-        done += some;
+    int64_t low = 0, high = ts->n_runs - 1;
+    while (low < high) {
+        int64_t mid = (low + high + 1) / 2;
+        if (ts->runs[mid].first <= token)
+            low = mid;
+        else
+            high = mid - 1;
     }
+    return &ts->runs[low];
+}
+
+/* Ids as they are stored. */
+static srf_status read_stored(const struct srf_tokenset *ts, int64_t start, int64_t n,
+                              unsigned char *bytes)
+{
+    int width = srf__id_bytes(ts->type);
+    for (const struct srf__run *run = run_of(ts, start); n > 0; run++) {
+        int64_t at = start - run->first, some = run->n - at < n ? run->n - at : n;
+        SRF_TRY(
+            srf__file_read(&ts->files[run->file], run->offset + at * width, bytes, some * width));
+        start += some;
+        n -= some;
+        bytes += some * width;
+    }
+    return SRF_OK;
+}
+
+/* That the i-th SRF__CHUNK tokens are what was written. */
+static srf_status check_sum(struct srf_tokenset *ts, int64_t i)
+{
+    int64_t first = i * SRF__CHUNK, n = ts->count - first;
+    unsigned char *bytes;
+    if (atomic_load_explicit(&ts->checked[i], memory_order_relaxed)) return SRF_OK;
+    if (n > SRF__CHUNK) n = SRF__CHUNK;
+    int64_t size = n * srf__id_bytes(ts->type);
+    SRF_TRY(SRF_ALLOC(bytes, size));
+    srf_status st = read_stored(ts, first, n, bytes);
+    if (st == SRF_OK && srf__checksum(bytes, (size_t)size) != (uint64_t)ts->sums[i])
+        st = srf__fail(__FILE__, __LINE__, SRF_FORMAT,
+                       "%s: tokens %lld to %lld are not what was written, by their checksum: the "
+                       "file is damaged (or was edited: then delete /checksums of it)",
+                       ts->files[0].path, (long long)first, (long long)(first + n - 1));
+    srf__free(bytes);
+    SRF_TRY(st);
+    atomic_store_explicit(&ts->checked[i], true, memory_order_relaxed);
     return SRF_OK;
 }
 
 srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, int32_t *ids)
 {
+    unsigned char block[8 * 1024];
+    int64_t limit = ts->vocab_size ? ts->vocab_size : INT32_MAX;
     SRF_FAIL_IF(start < 0 || n < 0 || start > ts->count || n > ts->count - start, SRF_INVALID,
                 "tokens %lld and %lld more asked for, the set has %lld", (long long)start,
                 (long long)n, (long long)ts->count);
+    if (n == 0) return SRF_OK;
     if (ts->n_runs == 0) {
-        if (n) memcpy(ids, ts->text.ids + start, (size_t)n * sizeof *ids);
+        memcpy(ids, ts->text.ids + start, (size_t)n * sizeof *ids);
         return SRF_OK;
     }
-    int64_t low = 0, high = ts->n_runs - 1; /* the run that holds start */
-    while (low < high) {
-        int64_t mid = (low + high + 1) / 2;
-        if (ts->runs[mid].first <= start)
-            low = mid;
-        else
-            high = mid - 1;
-    }
-    for (int64_t done = 0; done < n; low++) {
-        const struct srf__run *run = &ts->runs[low];
-        int64_t at = start + done, some = run->first + run->n - at;
+    for (int64_t i = start / SRF__CHUNK; ts->sums && i <= (start + n - 1) / SRF__CHUNK; i++)
+        SRF_TRY(check_sum(ts, i));
+    int width = srf__id_bytes(ts->type);
+    for (int64_t done = 0; done < n;) {
+        int64_t at = start + done, some = (int64_t)sizeof block / width;
         if (some > n - done) some = n - done;
-        SRF_TRY(read_run(ts, run, at, some, ids + done));
+        SRF_TRY(read_stored(ts, at, some, block));
+        for (int64_t i = 0; i < some; i++) {
+            int64_t id = id_at(ts->type, block + i * width);
+            SRF_FAIL_IF(id < 0 || id >= limit, SRF_MISMATCH,
+                        "%s: token %lld has id %lld, expected 0 to %lld",
+                        ts->files[run_of(ts, at + i)->file].path, (long long)(at + i),
+                        (long long)id, (long long)limit - 1);
+            ids[done + i] = (int32_t)id;
+        }
         done += some;
     }
     return SRF_OK;
@@ -238,6 +271,8 @@ void srf_tokenset_close(struct srf_tokenset *ts)
     for (int64_t i = 0; i < ts->n_files; i++) srf__file_close(&ts->files[i]);
     srf__free(ts->files);
     srf__free(ts->runs);
+    srf__free(ts->sums);
+    srf__free(ts->checked);
     srf_ids_free(&ts->text);
     srf__free(ts);
 }

@@ -1,17 +1,18 @@
 /* The native token set. Root attributes format "srf", version 1, kind "tokens", tokenizer_hash,
  * vocab_size, max_id, creator; /tokens: u16 (vocabularies up to 65536) or u32, little endian, no
- * filters; /documents: i64, the token at which each document starts.
+ * filters; /documents: i64, the token at which each document starts; /checksums: i64, of each 2^18
+ * tokens' bytes (files of older versions have none).
  *
  * Ids are read by pread at the addresses HDF5 gives, not through it: a random window costs one
  * system call, and threads may read at once. */
 #include "data/tokenset_internal.h"
+#include "files/checksum.h"
 #include "files/h5_internal.h"
 #include "kernels/grow.h"
 
 #include <string.h>
 
-/* Tokens to a chunk; a set of fewer is stored in one piece. */
-enum { CHUNK = 1 << 18, U16_VOCAB = 1 << 16 };
+enum { U16_VOCAB = 1 << 16 };
 
 /* ---- reading --------------------------------------------------------------------------------- */
 
@@ -114,23 +115,39 @@ cleanup:
     return st;
 }
 
+/* All of a dataset of at most `most` whole numbers; srf__free. */
+static srf_status read_plain(struct srf_h5 *f, const char *name, int64_t most, int64_t **values,
+                             int64_t *n)
+{
+    hid_t set, dcpl, type;
+    int64_t *all = NULL;
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(open_plain(f, name, &set, &dcpl, &type, n));
+    SRF_FAIL_GO_IF(*n > most, SRF_FORMAT, "%s: %s: %lld of them, expected at most %lld", f->path,
+                   name, (long long)*n, (long long)most);
+    SRF_FAIL_GO_IF(H5Dget_storage_size(set) > (hsize_t)f->size, SRF_FORMAT,
+                   "%s: %s: does not fit into the file", f->path, name);
+    SRF_TRY_GO(SRF_ALLOC(all, *n));
+    SRF_FAIL_GO_IF(
+        H5Tget_class(type) != H5T_INTEGER ||
+            (*n && H5Dread(set, H5T_NATIVE_INT64, H5S_ALL, H5S_ALL, H5P_DEFAULT, all) < 0),
+        SRF_FORMAT, "%s: %s: expected whole numbers", f->path, name);
+    SRF_TRY_GO(srf__h5_check_checksum(f, name, all, (size_t)*n * sizeof *all));
+    *values = all;
+    all = NULL;
+cleanup:
+    srf__free(all);
+    close_plain(set, dcpl, type);
+    return st;
+}
+
 /* Starts of documents: ascending, inside the set, the first at 0. */
 static srf_status check_documents(struct srf_h5 *f, struct srf_tokenset *ts)
 {
-    hid_t set, dcpl, type;
-    int64_t n, *starts = NULL;
+    int64_t n, *starts;
     srf_status st = SRF_OK;
     if (!srf__h5_exists(f, "/documents")) return SRF_OK;
-    SRF_TRY_GO(open_plain(f, "/documents", &set, &dcpl, &type, &n));
-    SRF_FAIL_GO_IF(n > ts->count, SRF_FORMAT, "%s: /documents: %lld of them in %lld tokens",
-                   f->path, (long long)n, (long long)ts->count);
-    SRF_FAIL_GO_IF(H5Dget_storage_size(set) > (hsize_t)f->size, SRF_FORMAT,
-                   "%s: /documents: does not fit into the file", f->path);
-    SRF_TRY_GO(SRF_ALLOC(starts, n));
-    SRF_FAIL_GO_IF(
-        H5Tget_class(type) != H5T_INTEGER ||
-            (n && H5Dread(set, H5T_NATIVE_INT64, H5S_ALL, H5S_ALL, H5P_DEFAULT, starts) < 0),
-        SRF_FORMAT, "%s: /documents: expected whole numbers", f->path);
+    SRF_TRY(read_plain(f, "/documents", ts->count, &starts, &n));
     for (int64_t i = 0; i < n; i++)
         SRF_FAIL_GO_IF(i == 0 ? starts[i] != 0
                               : starts[i] <= starts[i - 1] || starts[i] >= ts->count,
@@ -139,8 +156,17 @@ static srf_status check_documents(struct srf_h5 *f, struct srf_tokenset *ts)
     ts->documents = n;
 cleanup:
     srf__free(starts);
-    close_plain(set, dcpl, type);
     return st;
+}
+
+static srf_status read_sums(struct srf_h5 *f, struct srf_tokenset *ts)
+{
+    int64_t n, expected = (ts->count + SRF__CHUNK - 1) / SRF__CHUNK;
+    if (!srf__h5_exists(f, "/checksums")) return SRF_OK;
+    SRF_TRY(read_plain(f, "/checksums", expected, &ts->sums, &n));
+    SRF_FAIL_IF(n != expected, SRF_FORMAT, "%s: /checksums: %lld of %lld tokens, expected %lld",
+                f->path, (long long)n, (long long)ts->count, (long long)expected);
+    return SRF_CALLOC(ts->checked, n);
 }
 
 static srf_status expect_str(struct srf_h5 *f, const char *name, const char *expected)
@@ -195,6 +221,7 @@ srf_status srf__tokenset_open_h5(const char *path, const struct srf_bpe *bpe,
     SRF_TRY_GO(read_attributes(f, bpe, ts));
     SRF_TRY_GO(find_tokens(f, ts));
     SRF_TRY_GO(check_documents(f, ts));
+    SRF_TRY_GO(read_sums(f, ts));
 cleanup:
     srf__unhush(hush, st);
     srf_h5_close(f);
@@ -209,11 +236,13 @@ struct srf_tokenset_writer {
     enum srf__id_type type;
     int64_t count, max_id, vocab_size;
     char hash[17];
-    unsigned char *chunk; /* (CHUNK ids) not written yet */
+    unsigned char *chunk; /* (SRF__CHUNK ids) not written yet */
     int64_t n_chunk;
     int64_t *documents; /* (n_documents) */
     int64_t n_documents;
-    size_t cap_documents;
+    int64_t *sums; /* (n_sums) of what is written */
+    int64_t n_sums;
+    size_t cap_documents, cap_sums;
     bool starts; /* the next token starts a document */
 };
 
@@ -235,7 +264,7 @@ srf_status srf_tokenset_writer_create(const char *path, const struct srf_bpe *bp
     w->max_id = -1;
     w->starts = true;
     srf_bpe_hash(bpe, w->hash);
-    SRF_TRY_GO(SRF_ALLOC(w->chunk, CHUNK * srf__id_bytes(w->type)));
+    SRF_TRY_GO(SRF_ALLOC(w->chunk, SRF__CHUNK * srf__id_bytes(w->type)));
     SRF_TRY_GO(srf_h5_create(path, &w->file));
     *out = w;
     return SRF_OK;
@@ -244,12 +273,23 @@ cleanup:
     return st;
 }
 
+/* The checksum of what is in the chunk buffer. */
+static srf_status add_sum(struct srf_tokenset_writer *w)
+{
+    if (w->n_chunk == 0) return SRF_OK;
+    SRF_TRY(SRF_GROW(w->sums, w->cap_sums, w->n_sums + 1));
+    size_t size = (size_t)(w->n_chunk * srf__id_bytes(w->type));
+    w->sums[w->n_sums++] = (int64_t)srf__checksum(w->chunk, size);
+    return SRF_OK;
+}
+
 /* Write the n ids in the chunk buffer behind those written. */
 static srf_status flush_chunk(struct srf_tokenset_writer *w)
 {
     hsize_t n = (hsize_t)w->n_chunk, size = (hsize_t)w->count, start = size - n,
-            unlimited = H5S_UNLIMITED, chunk = CHUNK;
+            unlimited = H5S_UNLIMITED, chunk = SRF__CHUNK;
     bool ok = true;
+    SRF_TRY(add_sum(w));
     struct srf__hush hush = srf__hush();
     if (w->set < 0) {
         hsize_t none = 0;
@@ -291,7 +331,7 @@ srf_status srf_tokenset_writer_append(struct srf_tokenset_writer *w, const int32
                     "token %lld has id %d, expected 0 to %lld", (long long)w->count, (int)ids[i],
                     (long long)w->vocab_size - 1);
         /* Full and more to come: in this order a set of exactly one chunk is not chunked. */
-        if (w->n_chunk == CHUNK) SRF_TRY(flush_chunk(w));
+        if (w->n_chunk == SRF__CHUNK) SRF_TRY(flush_chunk(w));
         uint32_t id = (uint32_t)ids[i];
         int width = srf__id_bytes(w->type);
         unsigned char *p = w->chunk + w->n_chunk * width;
@@ -328,13 +368,24 @@ static srf_status put_plain(struct srf_tokenset_writer *w, const char *name, hid
     return srf__unhush(hush, st);
 }
 
+/* Whole numbers, with their checksum. */
+static srf_status put_numbers(struct srf_tokenset_writer *w, const char *name, int64_t n,
+                              const int64_t *values)
+{
+    SRF_TRY(put_plain(w, name, H5T_STD_I64LE, n, values));
+    return srf__h5_put_checksum(w->file, name, values, (size_t)n * sizeof *values);
+}
+
 static srf_status write_rest(struct srf_tokenset_writer *w)
 {
-    if (w->set < 0)
+    if (w->set < 0) {
+        SRF_TRY(add_sum(w));
         SRF_TRY(put_plain(w, "/tokens", file_type(w), w->n_chunk, w->chunk));
-    else
+    } else {
         SRF_TRY(flush_chunk(w));
-    SRF_TRY(put_plain(w, "/documents", H5T_STD_I64LE, w->n_documents, w->documents));
+    }
+    SRF_TRY(put_numbers(w, "/documents", w->n_documents, w->documents));
+    SRF_TRY(put_numbers(w, "/checksums", w->n_sums, w->sums));
     SRF_TRY(srf_h5_put_str(w->file, "/", "format", "srf"));
     SRF_TRY(srf_h5_put_i64(w->file, "/", "version", 1));
     SRF_TRY(srf_h5_put_str(w->file, "/", "kind", "tokens"));
@@ -365,5 +416,6 @@ void srf_tokenset_writer_abort(struct srf_tokenset_writer *w)
     srf_h5_close(w->file);
     srf__free(w->chunk);
     srf__free(w->documents);
+    srf__free(w->sums);
     srf__free(w);
 }

@@ -3,6 +3,12 @@
 #include "data/tokenset.h"
 #include "files/file.h"
 
+#include <stdatomic.h>
+#include <stdbool.h>
+
+/* Tokens to a chunk of a native set, and to a checksum. */
+enum { SRF__CHUNK = 1 << 18 };
+
 enum srf__id_type { SRF__ID_U16, SRF__ID_U32, SRF__ID_I32, SRF__ID_I64 };
 int srf__id_bytes(enum srf__id_type type);
 
@@ -21,7 +27,11 @@ struct srf_tokenset {
     struct srf__run *runs;   /* (n_runs), ascending, without gaps */
     int64_t n_files, n_runs;
     size_t cap_files, cap_runs;
-    struct srf_ids text; /* the ids of plain text: no files then */
+    /* (ceil(count / SRF__CHUNK)) of the bytes of so many tokens each, looked at when the first of
+     * them is read: a set may be large, and few of it asked for. NULL: the file has none. */
+    int64_t *sums;
+    atomic_bool *checked; /* the same number of them: threads may read at once */
+    struct srf_ids text;  /* the ids of plain text: no files then */
 };
 
 /* Readers of one format each: fill a zeroed set, whose owner frees what was there at a failure. */

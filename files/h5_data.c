@@ -1,4 +1,5 @@
 /* Datasets of HDF5 files, and walking over them. */
+#include "files/checksum.h"
 #include "files/h5_internal.h"
 
 #include <stdio.h>
@@ -30,46 +31,20 @@ static void close_dataset(struct dataset *d)
 /* ---- checksums ------------------------------------------------------------------------------- */
 
 /* Of a dataset's bytes, in an attribute of it: HDF5 has checksums for its metadata, and for data in
- * chunks only, which are read in pieces through a filter. Every step is one to one in the word and
- * in the sum before, so that a change of one word always shows; four sums run side by side, at the
- * speed of memory. */
+ * chunks only, which are read in pieces through a filter. */
 #define CHECKSUM "checksum"
 
-enum { LANES = 4 };
-
-static void add_words(uint64_t lane[LANES], const void *data)
+srf_status srf__h5_put_checksum(struct srf_h5 *f, const char *path, const void *data, size_t n)
 {
-    uint64_t word[LANES];
-    memcpy(word, data, sizeof word);
-    for (int i = 0; i < LANES; i++) {
-        lane[i] = (lane[i] ^ word[i]) * 0x9e3779b97f4a7c15u;
-        lane[i] = lane[i] << 29 | lane[i] >> 35;
-    }
+    return srf_h5_put_i64(f, path, CHECKSUM, (int64_t)srf__checksum(data, n));
 }
 
-static uint64_t checksum(const void *data, size_t n)
-{
-    uint64_t lane[LANES] = {1, 2, 3, 4}, sum = n, last[LANES] = {0};
-    const char *at = data, *end = at + n / sizeof last * sizeof last;
-    for (; at < end; at += sizeof last) add_words(lane, at);
-    if (n % sizeof last) {
-        memcpy(last, at, n % sizeof last);
-        add_words(lane, last);
-    }
-    for (int i = 0; i < LANES; i++) {
-        sum = (sum ^ lane[i]) * 0x9e3779b97f4a7c15u;
-        sum ^= sum >> 32;
-    }
-    return sum;
-}
-
-/* data: n bytes as they are stored. Files of older versions and of other programs have no sum. */
-static srf_status check_checksum(struct srf_h5 *f, const char *path, const void *data, size_t n)
+srf_status srf__h5_check_checksum(struct srf_h5 *f, const char *path, const void *data, size_t n)
 {
     int64_t sum;
     if (!srf_h5_has_attr(f, path, CHECKSUM)) return SRF_OK;
     SRF_TRY(srf_h5_get_i64(f, path, CHECKSUM, &sum));
-    SRF_FAIL_IF((uint64_t)sum != checksum(data, n), SRF_FORMAT,
+    SRF_FAIL_IF((uint64_t)sum != srf__checksum(data, n), SRF_FORMAT,
                 "%s: %s is not what was written, by its checksum: the file is damaged (or was "
                 "edited: then delete the attribute %s of it)",
                 f->path, path, CHECKSUM);
@@ -154,8 +129,7 @@ static srf_status put(struct srf_h5 *f, const char *path, hid_t type, int ndim,
     if (space >= 0) H5Sclose(space);
     SRF_TRY(srf__h5_check(f));
     SRF_TRY(st);
-    size_t bytes = (size_t)count * H5Tget_size(type);
-    return srf_h5_put_i64(f, path, CHECKSUM, (int64_t)checksum(data, bytes));
+    return srf__h5_put_checksum(f, path, data, (size_t)count * H5Tget_size(type));
 }
 
 /* The types that datasets of numbers have in memory, or -1. */
@@ -204,7 +178,7 @@ static srf_status get(struct srf_h5 *f, const char *path, enum srf_dtype type, i
     SRF_FAIL_GO_IF(H5Dread(d.id, memory_type(type), H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0,
                    SRF_FORMAT, "%s: %s: %s", f->path, path, srf__h5_why().text);
     if (H5Tequal(d.type, memory_type(type)) > 0)
-        st = check_checksum(f, path, data, (size_t)d.count * d.element);
+        st = srf__h5_check_checksum(f, path, data, (size_t)d.count * d.element);
 cleanup:
     close_dataset(&d);
     return st;
@@ -225,7 +199,7 @@ static srf_status get_text(struct srf_h5 *f, const char *path, char **text)
     SRF_TRY_GO(SRF_CALLOC(buf, d.element + 1));
     SRF_FAIL_GO_IF(H5Dread(d.id, d.type, H5S_ALL, H5S_ALL, H5P_DEFAULT, buf) < 0, SRF_FORMAT,
                    "%s: %s: %s", f->path, path, srf__h5_why().text);
-    SRF_TRY_GO(check_checksum(f, path, buf, d.element));
+    SRF_TRY_GO(srf__h5_check_checksum(f, path, buf, d.element));
     *text = buf;
     buf = NULL;
 cleanup:

@@ -42,5 +42,9 @@ struct srf__reason srf__h5_why(void);
 bool srf__h5_exists(struct srf_h5 *f, const char *path);
 /* Makes the groups on the way to path, and path itself if `whole`. */
 srf_status srf__h5_make_groups(struct srf_h5 *f, const char *path, bool whole);
+/* The checksum of a dataset, whose n bytes are `data` as they are stored, and whether it is that.
+ * Files of older versions and of other programs have none: fine. */
+srf_status srf__h5_put_checksum(struct srf_h5 *f, const char *path, const void *data, size_t n);
+srf_status srf__h5_check_checksum(struct srf_h5 *f, const char *path, const void *data, size_t n);
 /* A fixed-length string type of `size` bytes; H5Tclose. */
 hid_t srf__h5_string_type(size_t size);

@@ -1,5 +1,5 @@
 /* The native token set: written and read back from any window, by HDF5 too; another tokenizer, a
- * vocabulary too small, and files that are not what they should be are refused. */
+ * vocabulary too small, damage, and files that are not what they should be are refused. */
 #include "tests/tokenset_case.h"
 
 #include <hdf5.h>
@@ -107,6 +107,96 @@ static void mismatches(void **state)
     srf_bpe_free(other);
 }
 
+/* The place in a file of n bytes that occur in it once. */
+static size_t find_once(const unsigned char *raw, size_t size, const void *bytes, size_t n)
+{
+    const unsigned char *at = memmem(raw, size, bytes, n);
+    assert_non_null(at);
+    assert_null(memmem(at + 1, size - (size_t)(at + 1 - raw), bytes, n));
+    return (size_t)(at - raw);
+}
+
+/* One bit of a token, of a document's start or of a checksum: said when that is read, and not
+ * before. A file without checksums, of an older version, is read as it is. */
+static void damaged(void **state)
+{
+    (void)state;
+    enum { N = (1 << 18) + 1000, LAST = 1 << 18 }; /* two checksums */
+    struct srf_bpe *bpe = make_bpe(1, 0);
+    int32_t *ids = malloc(N * sizeof *ids), *got = malloc(N * sizeof *got);
+    uint16_t stored[16];
+    char path[128];
+    test_at(path, "native.h5");
+    for (int64_t n = 1000; n <= N; n += N - 1000) {
+        struct srf_tokenset_writer *w;
+        struct srf_tokenset *ts;
+        size_t size, at;
+        int64_t token = n - 500, first = token / LAST * LAST;
+        random_ids(8, ids, n, srf_bpe_vocab_size(bpe));
+        test_ok(srf_tokenset_writer_create(path, bpe, &w));
+        test_ok(srf_tokenset_writer_append(w, ids, 77));
+        test_ok(srf_tokenset_writer_document(w));
+        test_ok(srf_tokenset_writer_append(w, ids + 77, n - 77));
+        test_ok(srf_tokenset_writer_finish(w));
+        unsigned char *raw = test_slurp(path, &size);
+        hid_t f = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
+        hid_t set = H5Dopen2(f, "/checksums", H5P_DEFAULT);
+        int64_t sums[2] = {0};
+        assert_true(H5Dread(set, H5T_NATIVE_INT64, H5S_ALL, H5S_ALL, H5P_DEFAULT, sums) >= 0);
+        H5Dclose(set);
+        H5Fclose(f);
+
+        for (int i = 0; i < 16; i++) stored[i] = (uint16_t)ids[token + i];
+        at = find_once(raw, size, stored, sizeof stored);
+        raw[at] ^= 1;
+        test_spit(path, raw, size);
+        char says[128];
+        snprintf(says, sizeof says, "tokens %lld to %lld are not what was written",
+                 (long long)first, (long long)n - 1);
+        test_ok(srf_tokenset_open(path, bpe, 0, &ts));
+        test_ok(srf_tokenset_read(ts, 0, first, got)); /* the chunks before it */
+        assert_memory_equal(got, ids, (size_t)first * sizeof *got);
+        for (int again = 0; again < 2; again++) {
+            test_fails(srf_tokenset_read(ts, n - 1, 1, got), SRF_FORMAT, says);
+            test_fails(srf_tokenset_read(ts, 0, n, got), SRF_FORMAT, says);
+        }
+        test_ok(srf_tokenset_read(ts, n, 0, got));
+        srf_tokenset_close(ts);
+        f = H5Fopen(path, H5F_ACC_RDWR, H5P_DEFAULT);
+        H5Ldelete(f, "/checksums", H5P_DEFAULT);
+        H5Fclose(f);
+        test_ok(srf_tokenset_open(path, bpe, 0, &ts));
+        test_ok(srf_tokenset_read(ts, 0, n, got));
+        ids[token] ^= 1;
+        assert_memory_equal(got, ids, (size_t)n * sizeof *got);
+        ids[token] ^= 1;
+        srf_tokenset_close(ts);
+        raw[at] ^= 1;
+
+        at = find_once(raw, size, (int64_t[]){0, 77}, 16);
+        raw[at + 8] ^= 1;
+        test_spit(path, raw, size);
+        test_fails(srf_tokenset_open(path, bpe, 0, &ts), SRF_FORMAT,
+                   "/documents is not what was written");
+        raw[at + 8] ^= 1;
+        at = find_once(raw, size, sums, n > LAST ? 16 : 8);
+        raw[at + 7] ^= 128;
+        test_spit(path, raw, size);
+        test_fails(srf_tokenset_open(path, bpe, 0, &ts), SRF_FORMAT,
+                   "/checksums is not what was written");
+        raw[at + 7] ^= 128;
+        test_spit(path, raw, size);
+        test_ok(srf_tokenset_open(path, bpe, 0, &ts));
+        expect_windows(ts, ids, n);
+        srf_tokenset_close(ts);
+        free(raw);
+    }
+    unlink(path);
+    free(ids);
+    free(got);
+    srf_bpe_free(bpe);
+}
+
 /* An old file survives whatever happens to the new one. */
 static void abandoned(void **state)
 {
@@ -208,6 +298,8 @@ enum fault {
     TOO_MANY_DOCUMENTS,
     DOCUMENTS_DESCEND,
     DOCUMENT_OUTSIDE,
+    FEW_SUMS,
+    FLOAT_SUMS,
     FIRST_DOCUMENT_LATE,
     FLOAT_DOCUMENTS,
     N_FAULTS
@@ -257,6 +349,11 @@ static void make_faulty(const char *path, const char *other, enum fault fault)
     else
         put_set(f, "/documents", H5T_STD_I64LE, 1, &n_documents, H5P_DEFAULT, H5T_NATIVE_INT64,
                 documents);
+    if (fault == FEW_SUMS || fault == FLOAT_SUMS) {
+        hsize_t n_sums = fault == FLOAT_SUMS;
+        put_set(f, "/checksums", fault == FLOAT_SUMS ? H5T_IEEE_F64LE : H5T_STD_I64LE, 1, &n_sums,
+                H5P_DEFAULT, H5T_NATIVE_DOUBLE, n_sums ? starts : NULL);
+    }
     H5Pclose(dcpl);
     H5Fclose(f);
 }
@@ -282,9 +379,11 @@ static void bad_native(void **state)
         [COMPACT] = "/tokens: expected it contiguous or chunked",
         [EXTERNAL] = "/tokens: is in another file",
         [LINK_OUT] = "/tokens is missing",
-        [TOO_MANY_DOCUMENTS] = "/documents: 7 of them in 6 tokens",
+        [TOO_MANY_DOCUMENTS] = "/documents: 7 of them, expected at most 6",
         [DOCUMENTS_DESCEND] = "document 2 starts at token 1",
         [DOCUMENT_OUTSIDE] = "document 2 starts at token 6 of 6",
+        [FEW_SUMS] = "/checksums: 0 of 6 tokens, expected 1",
+        [FLOAT_SUMS] = "/checksums: expected whole numbers",
         [FIRST_DOCUMENT_LATE] = "document 0 starts at token 1",
         [FLOAT_DOCUMENTS] = "/documents: expected whole numbers",
     };
@@ -324,8 +423,8 @@ static void bad_native(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(native),    cmocka_unit_test(native_by_hdf5), cmocka_unit_test(mismatches),
-        cmocka_unit_test(abandoned), cmocka_unit_test(bad_native),
+        cmocka_unit_test(native),  cmocka_unit_test(native_by_hdf5), cmocka_unit_test(mismatches),
+        cmocka_unit_test(damaged), cmocka_unit_test(abandoned),      cmocka_unit_test(bad_native),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }
