@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -144,8 +143,7 @@ static srf_status open_file(struct cli_results *r, json_t *settings, bool resume
         SRF_FAIL_IF(resume, SRF_INVALID, "%s: --resume needs a regular file", r->path);
         return SRF_OK;
     }
-    SRF_FAIL_IF(flock(r->fd, LOCK_EX | LOCK_NB) != 0, SRF_IO, "%s: %s", r->path,
-                errno == EWOULDBLOCK ? "another srf writes it" : strerror(errno));
+    SRF_TRY(srf__file_lock(r->fd, r->path));
     SRF_FAIL_IF(info.st_size > 0 && !resume, SRF_INVALID,
                 "%s: holds something already: --resume goes on with it, or choose another path",
                 r->path);

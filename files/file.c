@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -129,6 +130,13 @@ srf_status srf__sync_dir_of(const char *path)
     int error = fsync(fd) != 0 && errno != EINVAL ? errno : 0;
     close(fd);
     SRF_FAIL_IF(error, SRF_IO, "%s: %s", dir, strerror(error));
+    return SRF_OK;
+}
+
+srf_status srf__file_lock(int fd, const char *path)
+{
+    SRF_FAIL_IF(flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK, SRF_IO,
+                "%s: another srf writes it", path);
     return SRF_OK;
 }
 

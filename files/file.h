@@ -43,5 +43,8 @@ srf_status srf_make_dir(const char *path);
 
 /* "<path>.tmp.<pid>", without the slashes at the end of path; srf__free. */
 srf_status srf__temp_name(const char *path, char **out);
+/* Takes the file for this process until it is closed, or says that another srf has it. Where files
+ * cannot be locked (some network file systems) nothing happens. */
+srf_status srf__file_lock(int fd, const char *path);
 /* fsync of the directory that holds path, so that a rename in it survives a power cut. */
 srf_status srf__sync_dir_of(const char *path);

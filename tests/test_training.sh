@@ -12,6 +12,11 @@ resume=("$SRF" retrofit --resume --data text.txt --out run --threads 1)
 sum=$(cksum run/*)
 refuse 1 "run/last.h5 is there" "${retrofit[@]}" --out run
 [ "$(cksum run/*)" = "$sum" ] || fail "a refused run changed the files of another"
+exec 9<run/metrics.jsonl
+flock 9 # as another run that is still at it does
+refuse 1 "run/metrics.jsonl: another srf writes it" "${resume[@]}" --quiet
+exec 9<&-
+[ "$(cksum run/*)" = "$sum" ] || fail "a resume beside a run changed its files"
 refuse 2 "--out" "${retrofit[@]}" --out ''
 refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.txt --out text.txt
 

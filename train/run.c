@@ -4,6 +4,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -89,13 +90,15 @@ static srf_status keep_metrics(FILE *f, const char *path, int64_t step, bool *ev
     return SRF_OK;
 }
 
-static srf_status open_metrics(const char *path, int64_t step, FILE **out, bool *evaluated)
+/* Its lock is the folder's: two runs at once would remove each other's unfinished files. Changes
+ * nothing yet. */
+static srf_status open_metrics(const char *path, FILE **out)
 {
-    *evaluated = false;
-    *out = step > 0 ? fopen(path, "r+") : NULL;
-    if (!*out) *out = fopen(path, "w");
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    *out = fd >= 0 ? fdopen(fd, "r+") : NULL;
+    if (!*out && fd >= 0) close(fd);
     SRF_FAIL_IF(!*out, SRF_IO, "%s: cannot write: %s", path, strerror(errno));
-    srf_status st = step > 0 ? keep_metrics(*out, path, step, evaluated) : SRF_OK;
+    srf_status st = srf__file_lock(fd, path);
     if (st == SRF_OK) return SRF_OK;
     fclose(*out);
     *out = NULL;
@@ -191,14 +194,17 @@ srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
 {
     struct paths p;
     FILE *log;
-    bool evaluated;
+    bool evaluated = false;
+    srf_status st = SRF_OK;
     *val_ppl = 0;
     SRF_TRY(set_paths(dir, &p));
     if (!t->resumed) SRF_TRY(srf_run_check_new(dir));
     SRF_TRY(srf_make_dir(dir));
-    remove_unfinished(dir);
-    SRF_TRY(open_metrics(p.metrics, t->step, &log, &evaluated));
-    srf_status st = start(t, &p, log, hooks, evaluated, val_ppl);
+    SRF_TRY(open_metrics(p.metrics, &log));
+    if (!t->resumed) st = srf_run_check_new(dir); /* one that has just ended */
+    if (st == SRF_OK) remove_unfinished(dir);
+    if (st == SRF_OK) st = keep_metrics(log, p.metrics, t->step, &evaluated);
+    if (st == SRF_OK) st = start(t, &p, log, hooks, evaluated, val_ppl);
     while (st == SRF_OK && t->step < t->config.steps)
         st = step_and_save(t, &p, log, hooks, val_ppl);
     fclose(log);
