@@ -1,5 +1,7 @@
 /* srf tokenize: texts to a token set, and a token set back to text (--decode). */
 #include "cli/common.h"
+#include "cli/prompts.h"
+#include "kernels/grow.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -11,7 +13,7 @@
 struct inputs {
     const char **texts;
     int n_texts;
-    const char *tokenizer, *out, *holdout_out;
+    const char *tokenizer, *jsonl, *out, *holdout_out;
     int64_t holdout_every;
     bool decode, json, quiet;
 };
@@ -25,10 +27,11 @@ struct part {
 struct run {
     const struct inputs *in;
     struct srf_bpe *bpe;
-    struct part kept, held; /* held: every holdout_every-th document */
-    struct part *now;       /* of the document being written, NULL between documents */
-    int32_t end;            /* id of <|endoftext|>, -1 = none */
-    int64_t bytes, file_bytes, total_bytes; /* read of earlier texts, of this one; to be read */
+    struct part kept, held;         /* held: every holdout_every-th document */
+    struct part *now;               /* of the document being written, NULL between documents */
+    int32_t end;                    /* id of <|endoftext|>, -1 = none */
+    int64_t read, file_read, total; /* bytes: of earlier files, of this one; of all */
+    int64_t text_bytes;
     struct cli_progress progress;
 };
 
@@ -59,9 +62,8 @@ static srf_status on_ids(void *user, const int32_t *ids, int64_t n)
     }
     char note[64];
     snprintf(note, sizeof note, "%.1f MB/s",
-             1e-6 * (double)(r->bytes + r->file_bytes) / (cli_now() - r->progress.start));
-    cli_progress_update(&r->progress, (double)(r->bytes + r->file_bytes), (double)r->total_bytes,
-                        note);
+             1e-6 * (double)(r->read + r->file_read) / (cli_now() - r->progress.start));
+    cli_progress_update(&r->progress, (double)(r->read + r->file_read), (double)r->total, note);
     return SRF_OK;
 }
 
@@ -79,19 +81,130 @@ static ssize_t read_standard(void *cookie, char *to, size_t n)
     }
 }
 
-static srf_status tokenize_one(struct run *r, const char *path)
+/* A text as it is, from where the stream stands. */
+static srf_status tokenize_stream(struct run *r, FILE *f)
 {
+    r->now = NULL;
+    srf_status st = srf_bpe_encode_stream(r->bpe, f, true, on_ids, r, &r->file_read);
+    r->text_bytes += r->file_read;
+    return st;
+}
+
+static srf_status tokenize_text(struct run *r, const char *path)
+{
+    enum { SNIFF = 1 << 16 };
     bool standard = strcmp(path, "-") == 0;
     FILE *f = standard ? fopencookie(NULL, "rb", (cookie_io_functions_t){.read = read_standard})
                        : fopen(path, "rb");
+    char *head = NULL;
+    srf_status st = SRF_OK;
     SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
-    r->now = NULL;
-    r->file_bytes = 0;
-    srf_status st = srf_bpe_encode_stream(r->bpe, f, true, on_ids, r, &r->file_bytes);
-    r->bytes += r->file_bytes;
-    r->file_bytes = 0;
-    fclose(f);
+    if (!standard && ftell(f) == 0) { /* not a pipe, whose bytes are read once */
+        SRF_TRY_GO(SRF_ALLOC(head, SNIFF));
+        const char *found = srf_tokenset_not_text(path, head, fread(head, 1, SNIFF, f));
+        SRF_FAIL_GO_IF(found, SRF_FORMAT, "%s: expected a text, found %s", path, found);
+        SRF_FAIL_GO_IF(fseek(f, 0, SEEK_SET) != 0, SRF_IO, "%s: %s", path, strerror(errno));
+    }
+    st = tokenize_stream(r, f);
     if (st != SRF_OK) srf__error_prefix("%s", standard ? "standard input" : path);
+cleanup:
+    srf__free(head);
+    fclose(f);
+    return st;
+}
+
+/* ---- JSON lines ------------------------------------------------------------------------------ */
+
+/* The keys that an object has instead, as far as there is room. */
+static srf_status no_key(const char *key, json_t *object)
+{
+    char found[200] = "";
+    const char *other;
+    json_t *value;
+    json_object_foreach(object, other, value)
+    {
+        size_t n = strlen(found);
+        snprintf(found + n, sizeof found - n, "%s%.60s", n ? ", " : "", other);
+    }
+    SRF_FAIL(SRF_FORMAT, "no \"%s\" (--jsonl): found %s", key, found[0] ? found : "no keys");
+}
+
+static srf_status append_ids(const json_t *list, int64_t vocab, struct srf_ids *ids)
+{
+    size_t n = json_array_size(list);
+    SRF_TRY(SRF_GROW(ids->ids, ids->cap, (int64_t)n));
+    for (size_t i = 0; i < n; i++) {
+        const json_t *v = json_array_get(list, i);
+        SRF_FAIL_IF(
+            !json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) >= vocab,
+            SRF_MISMATCH, "item %zu: expected a token's id, 0 to %lld", i, (long long)vocab - 1);
+        ids->ids[ids->n++] = (int32_t)json_integer_value(v);
+    }
+    return SRF_OK;
+}
+
+/* The ids of a line's text, or those that it lists. */
+static srf_status line_ids(struct run *r, const char *line, size_t n, struct srf_ids *ids)
+{
+    json_error_t error;
+    json_t *object = json_loadb(line, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &error);
+    srf_status st = SRF_OK;
+    ids->n = 0;
+    SRF_FAIL_GO_IF(!object, SRF_FORMAT, "column %d: %s", error.column, error.text);
+    SRF_FAIL_GO_IF(!json_is_object(object), SRF_FORMAT, "expected a JSON object");
+    const json_t *value = json_object_get(object, r->in->jsonl);
+    if (!value) {
+        st = no_key(r->in->jsonl, object);
+    } else if (json_is_string(value)) {
+        r->text_bytes += (int64_t)json_string_length(value);
+        st = srf_bpe_encode(r->bpe, json_string_value(value), json_string_length(value), true, ids);
+    } else {
+        SRF_FAIL_GO_IF(!json_is_array(value), SRF_FORMAT,
+                       "\"%s\": expected a text or a list of token ids", r->in->jsonl);
+        st = append_ids(value, srf_bpe_vocab_size(r->bpe), ids);
+        if (st != SRF_OK) srf__error_prefix("\"%s\"", r->in->jsonl);
+    }
+cleanup:
+    json_decref(object);
+    return st;
+}
+
+/* Each line is a document, and ends as one: its text does not say so. */
+static srf_status tokenize_lines(struct run *r, const char *path)
+{
+    struct cli_prompts in;
+    struct srf_ids ids = {0};
+    srf_status st = cli_prompts_open(path, &in);
+    while (st == SRF_OK) {
+        const char *line;
+        size_t n;
+        SRF_TRY_GO(cli_prompts_line(&in, &line, &n));
+        if (!line) break;
+        r->file_read += (int64_t)n + 1;
+        r->now = NULL;
+        st = line_ids(r, line, n, &ids);
+        if (st != SRF_OK) srf__error_prefix("%s: line %lld", in.path, (long long)in.line);
+        if (st != SRF_OK || ids.n == 0) continue;
+        if (r->end >= 0 && ids.ids[ids.n - 1] != r->end) {
+            SRF_TRY_GO(SRF_GROW(ids.ids, ids.cap, ids.n + 1));
+            ids.ids[ids.n++] = r->end;
+        }
+        st = on_ids(r, ids.ids, ids.n);
+    }
+cleanup:
+    srf_ids_free(&ids);
+    cli_prompts_close(&in);
+    return st;
+}
+
+/* ---- the outputs ----------------------------------------------------------------------------- */
+
+static srf_status tokenize_one(struct run *r, const char *path)
+{
+    r->file_read = 0;
+    srf_status st = r->in->jsonl ? tokenize_lines(r, path) : tokenize_text(r, path);
+    r->read += r->file_read;
+    r->file_read = 0;
     return st;
 }
 
@@ -107,7 +220,7 @@ static srf_status check_inputs(struct run *r)
         if (strcmp(path, "-") == 0) continue;
         SRF_FAIL_IF(stat(path, &text) != 0, SRF_IO, "%s: %s", path, strerror(errno));
         SRF_FAIL_IF(S_ISDIR(text.st_mode), SRF_IO, "%s: expected a text, found a directory", path);
-        r->total_bytes += text.st_size;
+        r->total += text.st_size;
         for (int k = 0; k < 2; k++)
             if (outs[k]) SRF_TRY(cli_check_apart(path, outs[k]));
     }
@@ -153,9 +266,9 @@ static srf_status tokenize(struct run *r)
 static void report(const struct run *r)
 {
     double seconds = cli_now() - r->progress.start;
-    double mb_per_s = seconds > 0 ? 1e-6 * (double)r->bytes / seconds : 0;
+    double mb_per_s = seconds > 0 ? 1e-6 * (double)r->read / seconds : 0;
     int64_t tokens = r->kept.tokens + r->held.tokens;
-    double bytes_per_token = (double)r->bytes / (double)tokens;
+    double bytes_per_token = (double)r->text_bytes / (double)tokens;
     char hash[17];
     srf_bpe_hash(r->bpe, hash);
     if (r->in->json) {
@@ -163,7 +276,7 @@ static void report(const struct run *r)
                "\"holdout_documents\": %lld, \"bytes\": %lld, \"bytes_per_token\": %.4f, "
                "\"mb_per_s\": %.2f, \"seconds\": %.3f, \"tokenizer_hash\": \"%s\"}\n",
                (long long)r->kept.tokens, (long long)r->kept.documents, (long long)r->held.tokens,
-               (long long)r->held.documents, (long long)r->bytes, bytes_per_token, mb_per_s,
+               (long long)r->held.documents, (long long)r->text_bytes, bytes_per_token, mb_per_s,
                seconds, hash);
         return;
     }
@@ -172,7 +285,8 @@ static void report(const struct run *r)
     if (r->in->holdout_out)
         printf("%s: %lld tokens in %lld documents\n", r->in->holdout_out, (long long)r->held.tokens,
                (long long)r->held.documents);
-    printf("%.3f bytes/token, %.1f MB/s, tokenizer %s\n", bytes_per_token, mb_per_s, hash);
+    if (r->text_bytes) printf("%.3f bytes/token, ", bytes_per_token); /* not of lists of ids */
+    printf("%.1f MB/s, tokenizer %s\n", mb_per_s, hash);
 }
 
 static int run_tokenize(const struct inputs *in)
@@ -229,8 +343,9 @@ static int check(const struct inputs *in)
     if (!in->tokenizer) return cli_usage_error("tokenize needs --tokenizer");
     if (in->decode) {
         if (in->n_texts != 1) return cli_usage_error("--decode takes one token set");
-        if (in->out || in->holdout_out || in->holdout_every)
-            return cli_usage_error("--decode prints: --out and --holdout belong to tokenizing");
+        if (in->out || in->holdout_out || in->holdout_every || in->jsonl)
+            return cli_usage_error(
+                "--decode prints: --out, --holdout and --jsonl belong to tokenizing");
         return EXIT_OK;
     }
     if (!in->out) return cli_usage_error("tokenize needs --out");
@@ -247,6 +362,8 @@ int cmd_tokenize(int argc, char **argv)
     const struct cli_option options[] = {
         {"tokenizer", 0, CLI_STRING, &in.tokenizer, "T",
          "tokenizer.json, a directory, vocab.json, or a checkpoint", 0, 0},
+        {"jsonl", 0, CLI_STRING, &in.jsonl, "KEY",
+         "TEXT has a JSON object a line; its KEY is a document's text, or its token ids", 0, 0},
         {"out", 'o', CLI_STRING, &in.out, "D.h5", "the token set", 0, 0},
         {"holdout-every", 0, CLI_INT, &in.holdout_every, "N", "keep every N-th document apart ...",
          2, 1e9},
@@ -263,7 +380,8 @@ int cmd_tokenize(int argc, char **argv)
     if (!in.texts) return cli_usage_error("out of memory");
     if (cli_parse(argc, argv, "srf tokenize TEXT... --tokenizer T --out D.h5 [options]",
                   "Turns texts into a token set. - is standard input. Each text starts a document, "
-                  "and each\n" SRF_END_OF_TEXT " in one ends a document.",
+                  "and each\n" SRF_END_OF_TEXT
+                  " in one ends a document; --jsonl puts it after each.",
                   options, in.texts, 1, argc, &in.n_texts, NULL, &code)) {
         code = check(&in);
         if (code == EXIT_OK) code = in.decode ? run_decode(&in) : run_tokenize(&in);

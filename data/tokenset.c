@@ -158,22 +158,49 @@ static srf_status keep_ids(void *user, const int32_t *ids, int64_t n)
     return SRF_OK;
 }
 
-/* Something that is meant to be another format should not be read as text. */
-static srf_status looks_like_text(const char *path, const char *head, size_t n)
+static bool ends_in(const char *path, const char *end)
 {
-    static const char *const binary[] = {".bin", ".npy", ".npz", ".h5",  ".hdf5", ".safetensors",
-                                         ".pt",  ".gz",  ".xz",  ".zst", ".zip"};
-    bool is = !memchr(head, '\0', n);
-    size_t len = strlen(path);
-    for (size_t i = 0; i < sizeof binary / sizeof *binary; i++) {
-        size_t k = strlen(binary[i]);
-        if (len > k && strcmp(path + len - k, binary[i]) == 0) is = false;
-    }
-    SRF_FAIL_IF(!is, SRF_FORMAT,
-                "%s: expected a token set of srf, llm.c tokens, a .npy or plain text, found "
-                "something else",
-                path);
-    return SRF_OK;
+    size_t n = strlen(path), k = strlen(end);
+    return n > k && strcmp(path + n - k, end) == 0;
+}
+
+const char *srf_tokenset_not_text(const char *path, const char *head, size_t n)
+{
+    static const char packed[] = "a compressed file: unpack it, or pipe its text to srf tokenize -";
+    static const char table[] =
+        "a table (Parquet or Arrow): write it as JSON lines for srf tokenize --jsonl KEY";
+    static const char lines[] = "JSON lines: srf tokenize --jsonl KEY takes the texts under KEY";
+    static const char zip[] = "a zip archive (of .npz: save each array with np.save)";
+    static const char raw[] =
+        "no text (ids without a header, as nanoGPT's: save them as .npy by np.save)";
+    static const char ids[] = "ids: give them to --data as they are";
+    static const struct {
+        const char *bytes;
+        size_t n;
+        const char *what;
+    } starts[] = {{"\x1f\x8b", 2, packed},
+                  {"\xfd\x37zXZ", 5, packed},
+                  {"\x28\xb5\x2f\xfd", 4, packed},
+                  {"BZh", 3, packed},
+                  {"PAR1", 4, table},
+                  {"ARROW1", 6, table},
+                  {"\xff\xff\xff\xff", 4, table}, /* Arrow's stream */
+                  {"PK\3\4", 4, zip},
+                  {"\x93NUMPY", 6, ids},
+                  {"\x89HDF\r\n\x1a\n", 8, "HDF5: give a token set to --data as it is"}};
+    static const char *const binary[] = {".npy", ".npz", ".h5", ".hdf5", ".safetensors",
+                                         ".pt",  ".gz",  ".xz", ".zst",  ".zip"};
+    int64_t magic = n >= 4 ? id_at(SRF__ID_U32, (const unsigned char *)head) : 0;
+    if (magic == SRF__LLMC_MAGIC_U16 || magic == SRF__LLMC_MAGIC_U32) return ids;
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++)
+        if (n >= starts[i].n && memcmp(head, starts[i].bytes, starts[i].n) == 0)
+            return starts[i].what;
+    if (ends_in(path, ".jsonl") || ends_in(path, ".ndjson")) return lines;
+    if (ends_in(path, ".parquet") || ends_in(path, ".arrow")) return table;
+    if (ends_in(path, ".bin")) return raw;
+    for (size_t i = 0; i < sizeof binary / sizeof *binary; i++)
+        if (ends_in(path, binary[i])) return "something else";
+    return memchr(head, '\0', n) ? raw : NULL;
 }
 
 static srf_status open_text(const char *path, const struct srf_bpe *bpe, struct srf_tokenset *ts)
@@ -221,7 +248,11 @@ static srf_status open_one(const char *path, const struct srf_bpe *bpe, struct s
     else if (n >= 4 && (magic == SRF__LLMC_MAGIC_U16 || magic == SRF__LLMC_MAGIC_U32))
         SRF_TRY_GO(srf__tokenset_add_llmc(path, ts));
     else {
-        SRF_TRY_GO(looks_like_text(path, head, (size_t)n));
+        const char *found = srf_tokenset_not_text(path, head, (size_t)n);
+        SRF_FAIL_GO_IF(found, SRF_FORMAT,
+                       "%s: expected a token set of srf, llm.c tokens, a .npy or plain text, found "
+                       "%s",
+                       path, found);
         SRF_TRY_GO(open_text(path, bpe, ts));
     }
 cleanup:

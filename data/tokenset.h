@@ -25,6 +25,10 @@ int64_t srf_tokenset_documents(const struct srf_tokenset *ts);  /* 0 where unkno
 /* ids[0..n) = tokens start .. start + n - 1; SRF_INVALID outside the set. */
 srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, int32_t *ids);
 
+/* What a file is that by its name or its first n bytes is no text, and what to do with it, for a
+ * message "found ..."; NULL for a text. */
+const char *srf_tokenset_not_text(const char *path, const char *head, size_t n);
+
 /* Writing the native form: to a temporary name, renamed by finish. abort (or a failure) removes it.
  */
 struct srf_tokenset_writer; /* opaque */

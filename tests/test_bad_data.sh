@@ -88,7 +88,7 @@ decode 'a .npy header of 65535 bytes' bad.npy
 } >bad.npy
 decode 'token 0 has id 65535' bad.npy
 printf '\030\330\064\001\001\000\000\000\377\377\377\377' >shard.bin
-decode 'found something else' shard.bin
+decode 'found no text' shard.bin
 printf '\210\330\064\001\001\000\000\000\377\377\377\377' >shard.bin
 decode 'ends inside the llm.c header' shard.bin
 head -c 1012 /dev/zero >>shard.bin

@@ -55,6 +55,64 @@ make_tiny_model
 succeed "$SRF" tokenize ten.txt one.txt --tokenizer model.h5 --out inside.h5
 cmp -s all.h5 inside.h5 || fail "the checkpoint's tokenizer gives another token set"
 
+# JSON lines: each a document that ends as one, by its text or by its ids.
+cat >lines.jsonl <<'end'
+{"text": "In the beginning", "id": 1}
+{"text": ""}
+
+{"id": 2, "text": "God caf\u00e9.<|endoftext|>"}
+end
+printf 'In the beginning<|endoftext|>God caf\303\251.<|endoftext|>' >lines.txt
+succeed "$SRF" tokenize lines.jsonl --jsonl text --tokenizer "$T" --out lines.h5 --json
+[ "$(json documents) $(json bytes)" = "2 $(($(wc -c <lines.txt) - 13))" ] ||
+    fail "JSON lines: $(cat stdout)"
+succeed "$SRF" tokenize lines.txt --tokenizer "$T" --out plain.h5
+cmp -s lines.h5 plain.h5 || fail "JSON lines give another token set than their text"
+"$SRF" tokenize - --jsonl text --tokenizer "$T" --out piped.h5 <lines.jsonl >/dev/null 2>stderr ||
+    fail "JSON lines on standard input: $(cat stderr)"
+cmp -s lines.h5 piped.h5 || fail "standard input gives another token set than the file"
+printf '{"ids": [5, 6]}\n{"ids": []}\n{"ids": [7]}' >ids.jsonl
+succeed "$SRF" tokenize ids.jsonl --jsonl ids --tokenizer "$T" --out ids.h5 --json
+[ "$(json documents) $(json tokens)" = "2 5" ] || fail "lists of ids: $(cat stdout)"
+# refuse_line MESSAGE LINE: as the second line, under the key "text".
+refuse_line() {
+    printf '{"text": "a"}\n%s\n' "$2" >bad.jsonl
+    refuse 1 "bad.jsonl: line 2: $1" "$SRF" tokenize bad.jsonl --jsonl text --tokenizer "$T" \
+        --out none.h5
+}
+refuse_line 'no "text" (--jsonl): found id, body' '{"id": 1, "body": "b"}'
+refuse_line 'expected a JSON object' '["text"]'
+refuse_line 'column ' '{"text": '
+refuse_line '"text": expected a text or a list of token ids' '{"text": 5}'
+refuse_line "\"text\": item 1: expected a token's id, 0 to 2047" '{"text": [5, 2048]}'
+refuse_line "\"text\": item 0: expected a token's id" '{"text": [-1]}'
+refuse_line "\"text\": item 0: expected a token's id" '{"text": ["a"]}'
+refuse 2 '--jsonl belong' "$SRF" tokenize --decode lines.h5 --jsonl text --tokenizer "$T"
+
+# What is no text is not taken for one; its line says what to do.
+# refuse_file FOUND NAME: for tokenize and as data.
+refuse_file() {
+    refuse 1 "$2: expected a text, found $1" "$SRF" tokenize ten.txt "$2" --tokenizer "$T" \
+        --out none.h5
+    [ "${3-}" = good ] || refuse 1 "or plain text, found $1" \
+        "$SRF" eval --model model.h5 --data "$2" --quiet
+}
+refuse_file 'JSON lines: srf tokenize --jsonl' lines.jsonl
+gzip -c one.txt >packed
+refuse_file 'a compressed file: unpack it' packed
+printf 'PAR1....' >table
+refuse_file 'a table (Parquet or Arrow)' table
+printf 'PK\003\004' >archive
+refuse_file 'a zip archive' archive
+printf '\001\000\002\000' >raw
+refuse_file 'no text (ids without a header' raw
+cp one.txt one.bin
+refuse_file 'no text (ids without a header' one.bin
+printf '\210\330\064\001\001\000\000\000' >shard # llm.c's
+refuse_file 'ids: give them to --data' shard good
+refuse_file 'HDF5: give a token set to --data' lines.h5 good
+[ ! -e none.h5 ] || fail "a refused text leaves an output"
+
 # Ctrl-C in the middle of a stream: no output, no temporary file, the old file as it was.
 echo old >stopped.h5
 mkfifo pipe
