@@ -5,12 +5,15 @@
  * The forms are those of srf_attn_pure.cu: chunks of 64 tokens, S, z, M before them, everything in
  * log2 units, M_i an integer. A block of threads, one a multiprocessor, has a head of one sequence,
  * or a part of it, and four warpgroups that work on different chunks:
- *     keys     a = W K^T, the maxima M, kf = 2^(a - M); z; gives kf, z, M to the others through
- *              shared memory, two buffers for each warpgroup of queries
- *     sums     loads k, v and makes |k|^2 for the keys; gives S (bf16) to the queries; S += kf V,
- *              in registers
- *     queries  two, every other chunk: a = Q W^T, r = max_i (a_i + M_i), qf = 2^(a + M - r);
- *              P = qf kf^T below the diagonal; o = (qf S + P V) / (qf z + sum P)
+ *     keys     a = W K^T, kf = 2^(a - M); z; gives kf, z, M to the others through shared memory,
+ *              two buffers for each warpgroup of queries
+ *     sums     loads k, v; gives S (bf16) to the queries; S += kf V, in registers
+ *     queries  two, every other chunk: loads q; a = Q W^T, qf = 2^(a + M - r); P = qf kf^T below
+ *              the diagonal; o = (qf S + P V) / (qf z + sum P)
+ * As in training (srf_attn_pure_wgmma.h) M is put above the exponents and stays, and r is one
+ * number for a chunk, while no weights are too large or too small. W's products with a chunk are
+ * begun at the end of the one before. |k|^2 is made by the queries, who wait most, at the end of
+ * their chunk, for the one four on.
  * All products are wgmma: a warpgroup reads B once for 64 rows. Only keys and sums have to go in
  * order, and a chunk is with each of them no longer than it must.
  *
@@ -40,31 +43,45 @@
 
 /* What the keys give out to a warpgroup of queries, beside tiles: two of it, in turns. */
 struct prefill_given {
-    float top[2][64];  /* bias + M */
+    /* z as a sum of two: rows of 64 bf16, a piece apart from what banks repeat by. */
+    uint16_t z[2][2][72];
+    float top[2][64];  /* bias + M - level */
     float step[2][64]; /* 2^(M before - M), for the sums */
-    bf16 z[2][2][64];  /* z as a sum of two */
+    float level[2];    /* what r is relative to */
     int piece[2];      /* rows lo + 256 hi of a chunk */
     /* All of it is there; weights alone are; nobody needs it any more. */
     uint64_t full[2], weights[2], empty[2];
 };
+/* A chunk's queries: the first row, the head, how many (0: there are no more). */
+struct __align__(16) prefill_rows
+{
+    int row, head, n, unused;
+};
 /* Behind the tiles. */
 struct prefill_small {
-    float half[4][64]; /* log2(e) |y|^2 / 2 of the keys of chunks c % 4 */
-    float piece[64];   /* the same of a piece of a chunk, infinite outside it */
     struct prefill_given given[2];
-    uint64_t loads[4]; /* keys and values number i % 4 have come */
-    uint64_t keys[4];  /* keys, and their norms, are as they are used */
+    /* Of chunks c % 16: those of the first two may be read long after they were given. */
+    struct prefill_rows rows[16];
+    uint32_t none[4];    /* zeros */
+    float half[4][64];   /* log2(e) |y|^2 / 2 of the keys of chunks c % 4 */
+    float piece[64];     /* the same of a piece of a chunk, infinite outside it */
+    float level[4];      /* of chunks c % 4 */
+    uint64_t loads[5];   /* keys number i % 5 have come */
+    uint64_t values[4];  /* values number i % 4 have */
+    uint64_t keys[4];    /* keys, and their norms, are as they are used */
+    uint64_t queries[2]; /* a warpgroup's queries of the next chunk have come */
+    uint64_t begun;      /* rows of the first five chunks are known */
 };
 
 /* Shared memory, from a multiple of 1024. V of chunks that queries may still want (three behind the
- * sums' own), and of four ahead: two with the keys, two on their way. */
+ * sums' own), and of four ahead; K of five: three with the keys, two on their way. */
 template <bool parts> struct pure_form {
     using small_parts = struct prefill_small;
     static constexpr int groups = 4, key_groups = 2; /* keys, sums, two of queries */
-    static constexpr int k_tiles = 4, v_tiles = 8;
-    static constexpr int k = 0, v = k + k_tiles * TILE;
-    static constexpr int w = v + v_tiles * TILE, q = w + 2 * TILE; /* of queries: (2), (2, 2) */
-    static constexpr int kf = q + 4 * TILE, s = kf + 4 * TILE;     /* to queries: (2, 2) */
+    static constexpr int k_tiles = 5, v_tiles = 8;
+    static constexpr int k = 0, v = k + k_tiles * TILE, q = v + v_tiles * TILE;
+    static constexpr int w = q + 2 * TILE, out = w + 2 * TILE;   /* q, w, out: of queries, (2) */
+    static constexpr int kf = out + 2 * TILE, s = kf + 4 * TILE; /* to queries: (2, 2) */
     static constexpr int small = s + 4 * TILE;
 
     template <bool totals>
@@ -75,17 +92,7 @@ template <bool parts> struct pure_form {
 #if HAVE_WGMMA
 static __device__ __forceinline__ bool group_any(int id, bool x)
 {
-    uint32_t any;
-    asm volatile("{\n"
-                 ".reg .pred p, q;\n"
-                 "setp.ne.b32 p, %1, 0;\n"
-                 "bar.red.or.pred q, %2, %3, p;\n"
-                 "selp.u32 %0, 1, 0, q;\n"
-                 "}\n"
-                 : "=r"(any)
-                 : "r"((uint32_t)x), "r"(id), "n"(GROUP)
-                 : "memory");
-    return any;
+    return __any_sync(0xffffffffu, meet_or(id, GROUP, x));
 }
 /* This thread of a warpgroup has filled, or emptied, what is given out as number i. All arrive: a
  * checker of races does not see what a warp's barrier orders. */
@@ -105,28 +112,35 @@ static __device__ __forceinline__ void wait_empty(struct prefill_given *given, i
 /* Barriers, by all threads of the block; arrivals of warpgroups. */
 static __device__ __forceinline__ void start_barriers(struct prefill_small *sm, int full, int empty)
 {
+    if (threadIdx.x < 4) sm->none[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; i++) {
             struct prefill_given *given = &sm->given[i >> 1];
             barrier_init(smem_addr(&given->full[i & 1]), full * GROUP);
             barrier_init(smem_addr(&given->weights[i & 1]), GROUP);
             barrier_init(smem_addr(&given->empty[i & 1]), empty * GROUP);
-            barrier_init(smem_addr(&sm->loads[i]), GROUP);
+            barrier_init(smem_addr(&sm->values[i]), GROUP);
             barrier_init(smem_addr(&sm->keys[i]), GROUP);
         }
+        for (int i = 0; i < 5; i++) barrier_init(smem_addr(&sm->loads[i]), GROUP);
+        for (int i = 0; i < 2; i++) barrier_init(smem_addr(&sm->queries[i]), 1);
+        barrier_init(smem_addr(&sm->begun), GROUP);
         barrier_init_done();
     }
     __syncthreads();
 }
-/* c (64, 64) += P B: P a tile of 64 rows, B another's 64 rows. */
-static __device__ __forceinline__ void mix_tiles(float c[32], uint32_t p, uint32_t tile)
+/* a = X Y^T, X packed, Y a tile's rows: of its own, as begin_scores. */
+static __device__ __forceinline__ void begin_products(float (&a)[8][4], const uint32_t x[4][4],
+                                                      uint32_t tile)
 {
+    warpgroup_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++)
-        wgmma_64_tiles<false, true>(c, tile_on_by(p, 2 * kk), tile_on_by(tile, 128 * kk), true);
+    for (int kk = 0; kk < 4; kk++) wgmma_64<false>(&a[0][0], x[kk], tile_by(tile, 2 * kk), kk > 0);
+    warpgroup_commit();
 }
 
-/* The warpgroup of keys. */
+/* The warpgroup of keys. A chunk's product with W is begun while what comes of the chunk before is
+ * given out; what a turn's last chunk so begins is not used. */
 template <bool totals>
 static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_t items,
                                                  uint32_t base, struct prefill_small *sm)
@@ -135,26 +149,34 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
     const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
     const float to_log2 = SRF__LOG2E * p.scale;
-    struct place now = {};
+    struct prefill_place now = {};
     now.item = blockIdx.x;
+    auto k_tile = [&](int i) { return base + at::k + i % at::k_tiles * TILE; };
+    auto wait_keys = [&](int i) { barrier_wait(smem_addr(&sm->keys[i & 3]), i >> 2 & 1); };
     int i = 0, item[2] = {0, 0}; /* chunks before this one; of what has been given out */
     for (; find_place(p, &now, items, segs); now.item += gridDim.x) {
         int turn;
         const struct work w = turn_of(p, now.item, items, segs, &turn);
         struct key_features f;
         struct pure_state<D> st;
+        float a[8][4];
         read_features(&f, p, w, f0, pair);
-        float late[4] = {0, 0, 0, 0}; /* to z, of the piece before: no need to wait for it */
+        float late[2][4] = {}; /* to z, of the piece before: no need to wait for it */
         begin_turn<TOPS, totals>(&st, p, w, turn, 2, f0, tid, 1);
+        float less[2] = {st.top[0] - f.bias[0], st.top[1] - f.bias[1]}; /* M - bias */
+        if (!totals) {
+            if (tid == 0) sm->level[i & 3] = sm->level[(i + 1) & 3] = level_of(st.top[0]);
+            group_barrier(1);
+        }
+        wait_keys(i);
+        products(&a[0][0], f.w, k_tile(i));
         for (; now.c < now.end; now.c++, i++) {
             const int n = min(CHUNK, now.stop - now.c * CHUNK), to = i & 1;
-            const uint32_t k_tile = base + at::k + i % at::k_tiles * TILE;
             struct prefill_given *given = &sm->given[to];
-            barrier_wait(smem_addr(&sm->keys[i & 3]), i >> 2 & 1);
             for (int lo = 0, size = CHUNK; lo < n;) {
-                struct pure_keys keys;
-                uint32_t kf[4][4];
-                float a[32];
+                struct chunk_keys keys = {{st.top[0], st.top[1]}, {1.0f, 1.0f}, {less[0], less[1]}};
+                uint32_t kf[4][4], most[2];
+                float2 sub[8];
                 const float *half = sm->half[i & 3];
                 if (UNLIKELY(size < CHUNK)) {
                     group_barrier(1); /* all are done with the piece before */
@@ -162,38 +184,95 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p, int64_
                         sm->piece[tid] = tid >= lo && tid < lo + size ? half[tid] : INFINITY;
                     group_barrier(1);
                     half = sm->piece;
+                    products(&a[0][0], f.w, k_tile(i));
                 }
-                products(a, f.w, k_tile);
-                key_exponents(a, half, to_log2);
-                const bool fits = key_tops(&keys, &st, a, f.bias, lo, pair);
-                if (!totals && UNLIKELY(group_any(1, !fits) && size > 1)) {
+                key_halves(sub, half, pair);
+                /* Of what was known two chunks before, so that all threads know. */
+                const float level = totals ? 0.0f : sm->level[i & 3];
+#pragma unroll
+                for (int e = 0; e < 2; e++) st.z[e] += late[0][2 * e] + late[1][2 * e];
+                bool fits = true;
+                if (UNLIKELY(!standing_weights(kf, most, a, sub, less, to_log2) || size < CHUNK)) {
+                    float first[2] = {a[0][0], a[0][2]};
+                    if (size < CHUNK) take_piece(first, a, half, lo, pair);
+                    key_exponents(a, sub, to_log2);
+                    key_tops(&keys, st.top, a, f.bias, HEADROOM);
+                    fits = keys_fit(&keys, st.top, first, half, to_log2, f.bias, lo, lane);
+                    chunk_weights(kf, &keys, a);
+                }
+                add_ones(late, kf, false, lane);
+                if (!totals && UNLIKELY(group_any(1, !fits && size > 1))) {
                     size >>= 1;
+                    late[0][0] = late[1][0] = late[0][2] = late[1][2] = 0;
                     continue;
                 }
-                key_weights(kf, &keys, a, f.bias);
                 const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
-                wait_empty(given, number);
-                publish_weights(kf, base + at::kf + (2 * to + buffer) * TILE, f0, pair);
-                st.z[0] += late[0], st.z[1] += late[2];
-                scale_tops(&st, &keys);
-                publish_tops(&st, 0, f.bias, given->top[buffer], given->z[buffer], f0, pair);
-                if (pair == 0) {
-                    given->step[buffer][f0] = keys.step[0];
-                    given->step[buffer][f0 + 8] = keys.step[1];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    st.z[e] *= keys.step[e];
+                    st.top[e] = keys.top[e];
+                    less[e] = keys.less[e];
                 }
-                if (tid == 0) given->piece[buffer] = lo + 256 * min(lo + size, n);
+                if (now.c + 1 < now.end && lo + size >= n) wait_keys(i + 1);
+                begin_products(a, f.w, k_tile(i + 1));
+                wait_empty(given, number);
+                put_rows(base + at::kf + (2 * to + buffer) * TILE, kf, warp, lane);
+                if (pair == 0) {
+                    const uint32_t z = pack_bf16(st.z[0], st.z[1]);
+                    const float2 z_most = unpack_bf16(z);
+                    const uint32_t rest = pack_bf16(st.z[0] - z_most.x, st.z[1] - z_most.y);
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        given->step[buffer][f0 + 8 * e] = keys.step[e];
+                        if (totals) continue;
+                        given->top[buffer][f0 + 8 * e] = f.bias[e] + (st.top[e] - level);
+                        given->z[buffer][0][f0 + 8 * e] = (uint16_t)(z >> 16 * e);
+                        given->z[buffer][1][f0 + 8 * e] = (uint16_t)(rest >> 16 * e);
+                    }
+                    if (tid == 0) {
+                        given->piece[buffer] = lo + 256 * min(lo + size, n);
+                        given->level[buffer] = level;
+                        sm->level[(i + 2) & 3] = level_of(st.top[0]);
+                    }
+                }
                 async_fence();
                 arrive(given->weights, number);
                 if (!totals) arrive(given->full, number);
-                for (int e = 0; e < 4; e++) late[e] = 0.0f;
-                add_ones(late, kf, lane);
+                warpgroup_wait<0>();
+                wgmma_hold(&a[0][0]);
                 lo += size;
                 size = lo < CHUNK ? lo & -lo : size;
             }
         }
-        st.z[0] += late[0], st.z[1] += late[2];
+        st.z[0] += late[0][0] + late[1][0], st.z[1] += late[0][2] + late[1][2];
         end_turn<TOPS, totals>(&st, p, w, now.end == w.end, f0, tid, 1);
     }
+}
+
+/* Zeros in those of a warp's 16 rows that are row n or behind it (clear_rows). */
+static __device__ __forceinline__ void clear_tile(uint32_t tile, int n, int warp, int lane)
+{
+    for (int row = max(n, 16 * warp) * 32 + lane; row < (16 * warp + 16) * 32; row += 32)
+        store_shared(tile + 4 * row, 0);
+    __syncwarp();
+}
+
+/* |k|^2 of chunk number i of the block's way, for the keys; by a warpgroup. */
+static __device__ __forceinline__ void make_norms(const struct prefill &p, uint32_t base,
+                                                  struct prefill_small *sm, int i, int warp,
+                                                  int lane)
+{
+    using at = pure_form<false>;
+    const struct key_scales by = key_scales_of(p.scale, p.limit);
+    const int slot = i % at::k_tiles;
+    const uint32_t k_tile = base + at::k + slot * TILE;
+    barrier_wait(smem_addr(&sm->loads[slot]), i / at::k_tiles & 1);
+    const int n = sm->rows[i & 15].n;
+    const bool tail = n < CHUNK;
+    if (UNLIKELY(tail)) clear_tile(k_tile, n, warp, lane);
+    if (UNLIKELY(diagonal_norms(k_tile, sm->half[i & 3], by, 0, n, warp, lane) || tail))
+        async_fence();
+    barrier_arrive(smem_addr(&sm->keys[i & 3]));
 }
 
 /* The warpgroup of sums, which loads keys and values too. */
@@ -203,38 +282,54 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
                                                  uint32_t base, struct prefill_small *sm)
 {
     using at = pure_form<false>;
-    const int tid = threadIdx.x - GROUP, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
+    const int tid = threadIdx.x - GROUP, lane = tid & 31, warp = tid >> 5;
     const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
-    struct place now = {}, ahead;
+    struct prefill_place now = {}, ahead;
     now.item = blockIdx.x;
     ahead = now;
     bool more = find_place(p, &ahead, items, segs);
-    int loads = 0, normed = 0, n[2] = {0, 0}; /* n: rows of the chunks on their way */
-    auto load_next = [&] {
-        if (!more) return;
-        n[1] = min(CHUNK, ahead.stop - ahead.c * CHUNK);
-        load_keys(m, base + at::k + loads % at::k_tiles * TILE,
-                  base + at::v + loads % at::v_tiles * TILE, ahead, &sm->loads[loads & 3], tid);
-        more = next_place(p, &ahead, items, segs);
-        loads++;
+    int loads = 0, normed = 0;
+    struct prefill_rows next = {}; /* of the chunk whose values come next */
+    /* Of the chunk number i of the block's way keys, of the one before values. Each call of the
+     * copy engine costs its thread some 300 cycles: they are of different warps. */
+    auto load_next = [&](int i) {
+        if (next.n > 0) {
+            const uint32_t bar = smem_addr(&sm->values[(i - 1) & 3]);
+            if (tid == 32) {
+                barrier_expect(bar, TILE);
+                bulk_tile(base + at::v + (i - 1) % at::v_tiles * TILE, &m.v, next.head * D,
+                          next.row, 0, bar);
+            } else {
+                barrier_arrive(bar);
+            }
+        }
+        next = {};
+        if (more) {
+            const uint32_t bar = smem_addr(&sm->loads[i % at::k_tiles]);
+            next = {(int)ahead.row + ahead.c * CHUNK, ahead.head,
+                    min(CHUNK, ahead.stop - ahead.c * CHUNK), 0};
+            if (tid == 0) {
+                barrier_expect(bar, TILE);
+                bulk_tile(base + at::k + i % at::k_tiles * TILE, &m.k, next.head * D, next.row, 0,
+                          bar);
+            } else {
+                if (tid == 64) sm->rows[i & 15] = next;
+                barrier_arrive(bar);
+            }
+            more = next_place(p, &ahead, items, segs);
+            loads++;
+        } else if (tid == 64) {
+            sm->rows[i & 15].n = 0;
+        }
     };
-    /* The older of two chunks on their way goes to the keys. */
     auto give_keys = [&] {
-        if (normed >= loads) return;
-        const uint32_t k_tile = base + at::k + normed % at::k_tiles * TILE;
-        barrier_wait(smem_addr(&sm->loads[normed & 3]), normed >> 2 & 1);
-        const bool tail = n[0] < CHUNK;
-        if (UNLIKELY(tail))
-            clear_rows(k_tile, base + at::v + normed % at::v_tiles * TILE, n[0], warp, lane);
-        if (diagonal_norms(k_tile, sm->half[normed & 3], p, n[0], warp, lane) || tail)
-            async_fence();
-        barrier_arrive(smem_addr(&sm->keys[normed++ & 3]));
+        if (totals && normed < loads) make_norms(p, base, sm, normed++, warp, lane);
     };
 #pragma unroll 1
-    for (int i = 0; i < 4; i++) {
-        n[0] = n[1];
-        load_next();
-        if (i == 1 || i == 2) give_keys();
+    for (int i = 0; i < 5; i++) {
+        load_next(i);
+        if (i == 4) barrier_arrive(smem_addr(&sm->begun));
+        if (i >= 3) give_keys();
     }
 
     int i = 0, item[2] = {0, 0};
@@ -248,6 +343,12 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
             const uint32_t v_tile = base + at::v + i % at::v_tiles * TILE;
             struct prefill_given *given = &sm->given[to];
             give_keys();
+            barrier_wait(smem_addr(&sm->values[i & 3]), i >> 2 & 1);
+            if (UNLIKELY(rows < CHUNK)) {
+                clear_tile(v_tile, rows, warp, lane);
+                async_fence();
+                group_barrier(4);
+            }
             for (int hi = 0; hi < rows;) {
                 const int number = to ? item[1]++ : item[0]++, buffer = number & 1;
                 const int tile = (2 * to + buffer) * TILE;
@@ -256,151 +357,207 @@ static __device__ __forceinline__ void sums_role(const struct prefill &p,
                 const float step[2] = {given->step[buffer][f0], given->step[buffer][f0 + 8]};
                 scale_sums(&st, step);
                 if (!totals) {
-                    publish_sums(&st, base + at::s + tile, f0, pair);
+                    uint32_t x[4][4];
+                    pack_rows(x, st.s);
+                    put_rows(base + at::s + tile, x, warp, lane);
                     async_fence();
                     arrive(given->full, number);
                 }
-                warpgroup_fence();
-                mix_tiles(&st.s[0][0], base + at::kf + tile, v_tile);
-                warpgroup_commit();
+                begin_sums(st.s, base + at::kf + tile, v_tile);
+                /* The keys are done with this chunk's tile; queries are at most three behind. */
+                if (hi >= rows) load_next(i + 5);
                 warpgroup_wait<0>();
                 wgmma_hold(&st.s[0][0]);
                 arrive(given->empty, number);
             }
-            /* The keys are done with this chunk's tile; queries are at most three behind. */
-            n[0] = n[1];
-            load_next();
         }
         end_turn<SUMS, totals>(&st, p, w, now.end == w.end, f0, tid, 4);
     }
 }
 
-/* qf of this warp's 16 tokens, r_t taken out. */
-static __device__ __forceinline__ void query_weights(uint32_t qf[4][4], float r[2], float a[32],
-                                                     const float *top, float to_log2, int pair)
+/* a = this warp's queries, n of a chunk's from row `first` on, times W: once more, with all that is
+ * large clamped. tile: of one warpgroup. */
+static __device__ __forceinline__ void own_products(float (&a)[8][4], const struct prefill &p,
+                                                    const struct prefill_rows &rows, uint32_t tile,
+                                                    uint32_t w_tile, int warp, int lane)
 {
-    r[0] = r[1] = -INFINITY;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        float2 shift = *(const float2 *)(top + 8 * j + 2 * pair);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            a[4 * j + e] = fmaf(a[4 * j + e], to_log2, e & 1 ? shift.y : shift.x);
-            r[e >> 1] = fmaxf(r[e >> 1], a[4 * j + e]);
-        }
+    const bf16 *from = p.q + rows.row * p.ld + rows.head * D + (lane & 7) * 8;
+    for (int r = 16 * warp + (lane >> 3); r < 16 * warp + 16; r += 4) {
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (r < rows.n) x = *(const uint4 *)(from + r * p.ld);
+        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(tile + tile_at<D>(r, lane & 7)),
+                     "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                     : "memory");
     }
-    r[0] = quad_max(r[0]);
-    r[1] = quad_max(r[1]);
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            qf[j >> 1][(j & 1) * 2 + i] = pack_bf16(exp2_fast(a[4 * j + 2 * i] - r[i]),
-                                                    exp2_fast(a[4 * j + 2 * i + 1] - r[i]));
+    __syncwarp();
+    token_products<D>(a, tile, w_tile, p.limit, warp, 0, lane);
+    __syncwarp();
 }
 
-/* What warp `warp` keeps of the weights that its 16 tokens give a chunk's keys: those not behind
- * them. edge: of the thread's pairs on the diagonal. */
-template <int warp>
-static __device__ __forceinline__ void causal(uint32_t weight[4][4], const float seen[32],
-                                              uint32_t edge)
-{
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int at = 2 * warp + i;
-            const uint32_t x =
-                j <= at ? pack_bf16(seen[4 * j + 2 * i], seen[4 * j + 2 * i + 1]) : 0;
-            weight[j >> 1][(j & 1) * 2 + i] = j == at ? x & edge : x;
-        }
-}
-
-/* One of two warpgroups of queries, for every other chunk. parts: these are not all features. */
+/* One of two warpgroups of queries, for every other chunk. parts: these are not all features.
+ * Queries are multiplied with W at the end of the chunk before. */
 template <bool parts>
-static __device__ __forceinline__ void queries_role(const struct prefill &p, int64_t items,
-                                                    uint32_t base, struct prefill_small *sm,
-                                                    int group)
+static __device__ __forceinline__ void queries_role(const struct prefill &p,
+                                                    const struct prefill_maps &m, uint32_t base,
+                                                    struct prefill_small *sm, int group)
 {
     using at = pure_form<false>;
     const int tid = threadIdx.x & (GROUP - 1), lane = tid & 31, warp = tid >> 5, pair = lane & 3;
-    const int id = 2 + group, ahead_of = (lane >> 2) - 2 * pair;
-    const uint32_t edge = ahead_of > 0 ? 0xffffffffu : ahead_of == 0 ? 0xffffu : 0;
+    const int id = 2 + group, row = 16 * warp + (lane >> 2);
+    const uint32_t diagonal = lower_mask(lane >> 2, pair);
     const float to_log2 = SRF__LOG2E * p.scale;
-    const uint32_t w_tile = base + at::w + group * TILE;
+    const uint32_t w_tile = base + at::w + group * TILE, out_tile = base + at::out + group * TILE;
+    const uint32_t q_tile = base + at::q + group * TILE, loaded = smem_addr(&sm->queries[group]);
     struct prefill_given *given = &sm->given[group];
-    struct place ahead = {};
-    ahead.item = blockIdx.x;
-    bool more = find_place(p, &ahead, items, p.n_seg);
-    if (more && group) more = next_place(p, &ahead, items, p.n_seg);
-    int loads = 0, first[2] = {0, 0}, head[2] = {0, 0}, n[2]; /* of this chunk and of the next */
-    auto load_next = [&] {
-        n[1] = 0;
-        if (!more) return;
-        first[1] = (int)ahead.row + ahead.c * CHUNK;
-        head[1] = ahead.head;
-        n[1] = min(CHUNK, ahead.stop - ahead.c * CHUNK);
-        load_tile<D, GROUP>(base + at::q + (2 * group + (loads & 1)) * TILE,
-                            p.q + first[1] * p.ld + head[1] * D, p.ld, CHUNK, n[1], tid);
-        cp_async_commit();
-        more = next_place(p, &ahead, items, p.n_seg, 2);
-        loads++;
-    };
-    load_next();
+    struct prefill_rows rows;
+    float aq[8][4];
     int features = -1;
-    for (int i = 0, item = 0; n[1] > 0; i++) {
-        first[0] = first[1], head[0] = head[1], n[0] = n[1];
-        const uint32_t q_tile = base + at::q + (2 * group + (i & 1)) * TILE;
-        const uint32_t v_tile = base + at::v + (2 * i + group) % at::v_tiles * TILE;
-        if (UNLIKELY((int)features_of(p, head[0]) != features)) {
-            features = (int)features_of(p, head[0]);
-            group_barrier(id); /* all are done with the old ones */
-            load_tile<D, GROUP>(w_tile, p.w + (int64_t)features * D, D, 64, p.count, tid);
-            cp_async_commit();
-            cp_async_wait<0>();
-            async_fence();
+    /* Of this warpgroup's chunk number i, of whose rows is known: four of all chunks ahead of the
+     * one that is given out. All are done with what was there. */
+    auto load_queries = [&](int i) {
+        const struct prefill_rows *next = &sm->rows[(2 * i + group) & 15];
+        if (tid == 0 && next->n > 0) {
+            barrier_expect(loaded, TILE);
+            bulk_tile(q_tile, &m.q, next->head * D, next->row, 0, loaded);
         }
-        cp_async_wait<0>();
-        group_barrier(id);
-        load_next();
-        for (int hi = 0; hi < n[0]; item++) {
+    };
+    /* The next chunk's rows; queries are there then, as is W. */
+    auto next_rows = [&](int i) {
+        rows = sm->rows[(2 * i + group) & 15];
+        if (rows.n > 0) {
+            barrier_wait(loaded, i & 1);
+            if (UNLIKELY((int)features_of(p, rows.head) != features)) {
+                features = (int)features_of(p, rows.head);
+                group_barrier(id); /* all are done with the old ones */
+                load_tile<D, GROUP>(w_tile, p.w + (int64_t)features * D, D, 64, p.count, tid);
+                cp_async_commit();
+                cp_async_wait<0>();
+                async_fence();
+                group_barrier(id);
+            }
+        }
+    };
+    auto give_keys = [&](int i) {
+        if (sm->rows[i & 15].n > 0) make_norms(p, base, sm, i, warp, lane);
+    };
+    barrier_wait(smem_addr(&sm->begun), 0);
+    load_queries(0);
+    give_keys(group);
+    give_keys(group + 2);
+    next_rows(0);
+    begin_scores(aq, q_tile, w_tile);
+    warpgroup_wait<0>();
+    wgmma_hold(&aq[0][0]);
+    group_barrier(id);
+    load_queries(1);
+    for (int i = 0, item = 0; rows.n > 0; i++) {
+        const struct prefill_rows now = rows;
+        const uint32_t v_tile = base + at::v + (2 * i + group) % at::v_tiles * TILE;
+        if (UNLIKELY(now.n < CHUNK)) { /* whatever lies behind a sequence */
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (row + 8 * (e >> 1) >= now.n) aq[j][e] = 0;
+        }
+        for (int hi = 0; hi < now.n; item++) {
             const int buffer = item & 1;
             const uint32_t tile = (2 * group + buffer) * TILE;
-            /* with qf kf^T in a as well the compiler would wait for each product */
-            float a[32], seen[32], num[D / 8][4], den[4] = {0, 0, 0, 0}, r[2];
-            uint32_t x[4][4], qf[4][4], weight[4][4];
-            query_rows(x, q_tile, p.limit, warp, lane);
-            products(a, x, w_tile);
+            float a[8][4], num[8][4], den[2][4], r[2] = {0, 0};
+            uint32_t x[4][4], z[8];
+            float2 shift[8];
+            const bool again = hi > 0; /* aq is no longer what it was */
             wait_for(given->full, item);
+            query_shifts(shift, given->top[buffer], pair);
             const int lo = given->piece[buffer] & 255;
             hi = given->piece[buffer] >> 8;
-            query_weights(qf, r, a, given->top[buffer], to_log2, pair);
-            warpgroup_fence();
-            mix(seen, qf, base + at::kf + tile, false);
-            warpgroup_commit();
-            mix(&num[0][0], qf, base + at::s + tile, false);
-            warpgroup_commit();
-            add_z(den, qf, given->z[buffer], lane);
+            const bool two = (lane & 7) < 2;
+            /* Columns 0 and 1 of a product are the two parts of z, others 0. */
+            const uint32_t z_lane =
+                smem_addr(two ? (void *)&given->z[buffer][lane & 1][(lane >> 3) * 8] : sm->none);
+            ldmatrix_x4(z, z_lane);
+            ldmatrix_x4(z + 4, z_lane + (two ? 64 : 0));
+            level_weights(x, aq, shift, to_log2);
+            if (UNLIKELY(again || !on_level(x))) {
+                query_tops(r, aq, shift, to_log2);
+                const bool fine = fabsf(r[0]) < SRF__X_LIMIT && fabsf(r[1]) < SRF__X_LIMIT;
+                if (again || __any_sync(0xffffffffu, !fine)) {
+                    own_products(aq, p, now, out_tile, w_tile, warp, lane);
+                    query_tops(r, aq, shift, to_log2);
+                }
+                query_weights(x, aq, r);
+            }
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+                mma_add(den[kk & 1], x[kk], z[2 * kk], z[2 * kk + 1], kk > 1);
+            begin_mix(a, x, base + at::kf + tile, false);
+            begin_mix(num, x, base + at::s + tile, false);
             warpgroup_wait<1>();
-            wgmma_hold(seen);
+            wgmma_hold(&a[0][0]);
             if (warp == 0)
-                causal<0>(weight, seen, edge);
+                causal<0>(x, a, diagonal);
             else if (warp == 1)
-                causal<1>(weight, seen, edge);
+                causal<1>(x, a, diagonal);
             else if (warp == 2)
-                causal<2>(weight, seen, edge);
+                causal<2>(x, a, diagonal);
             else
-                causal<3>(weight, seen, edge);
-            warpgroup_wait<0>();
-            wgmma_hold(&num[0][0]);
-            warpgroup_fence();
-            mix(&num[0][0], weight, v_tile, true);
-            warpgroup_commit();
-            add_ones(den, weight, lane);
-            warpgroup_wait<0>();
+                causal<3>(x, a, diagonal);
+            add_ones(den, x, true, lane);
+            begin_mix(num, x, v_tile, true);
+            const bool last = hi >= now.n;
+            if (last) next_rows(i + 1);
+            begin_scores(aq, q_tile, w_tile);
+            float sums[4] = {den[0][0] + den[1][0], den[0][1] + den[1][1], den[0][2] + den[1][2],
+                             den[0][3] + den[1][3]};
+            const float den_row[2] = {__shfl_sync(0xffffffffu, sums[0] + sums[1], lane & ~3),
+                                      __shfl_sync(0xffffffffu, sums[2] + sums[3], lane & ~3)};
+            const float by[2] = {reciprocal(den_row[0]), reciprocal(den_row[1])};
+            if (parts) r[0] += given->level[buffer], r[1] += given->level[buffer];
+            warpgroup_wait<1>();
             wgmma_hold(&num[0][0]);
             arrive(given->empty, item);
-            give_rows<parts>(p, first[0], head[0], num, den, r, q_tile, warp, lo, hi, lane);
+            if (parts) {
+                give_rows<true>(p, now.row, now.head, num, sums, r, out_tile, warp, lo, hi, lane);
+            } else {
+                bf16 *to = p.o + (int64_t)(now.row + 16 * warp) * p.ld_o + now.head * D;
+                scale_rows(num, by[0], by[1]);
+                pack_rows(x, num);
+                if (UNLIKELY(hi - lo < CHUNK)) {
+                    to += (lane >> 2) * p.ld_o + 2 * pair;
+#pragma unroll
+                    for (int e = 0; e < 2; e++)
+#pragma unroll
+                        for (int j = 0; j < 8; j++)
+                            if (row + 8 * e >= lo && row + 8 * e < hi)
+                                *(uint32_t *)(to + 8 * e * p.ld_o + 8 * j) =
+                                    x[j >> 1][(j & 1) * 2 + e];
+                } else {
+                    const uint32_t from = out_tile + warp * 2048 + tile_at<D>(lane >> 3, lane & 7);
+                    to += (lane >> 3) * p.ld_o + (lane & 7) * 8;
+                    put_rows(out_tile, x, warp, lane);
+                    __syncwarp();
+#pragma unroll
+                    for (int e = 0; e < 4; e++, to += 4 * p.ld_o) {
+                        uint4 y;
+                        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                                     : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+                                     : "r"((from ^ (e & 1) * 64) + e * 512)
+                                     : "memory");
+                        /* The compiler would make four stores of it. */
+                        asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(y.x),
+                                     "r"(y.y), "r"(y.z), "r"(y.w)
+                                     : "memory");
+                    }
+                    __syncwarp();
+                }
+            }
+            warpgroup_wait<0>();
+            wgmma_hold(&aq[0][0]);
+            if (last) {
+                group_barrier(id);
+                load_queries(i + 2);
+                give_keys(2 * i + group + 4);
+            }
         }
     }
 }
@@ -412,15 +569,15 @@ pure_form<parts>::run(const struct prefill &p, const struct prefill_maps &m, int
                       uint32_t base, struct prefill_small *sm, int group)
 {
     start_barriers(sm, 2, totals ? 1 : 2);
+    group = __shfl_sync(0xffffffffu, group, 0); /* known to be uniform */
     if (group == 0) {
-        if (!totals) asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
         keys_role<totals>(p, items, base, sm);
     } else if (totals || group == 1) {
-        if (!totals) asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+        if (!totals) asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
         sums_role<totals>(p, m, items, base, sm);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
-        queries_role<parts>(p, items, base, sm, group - 2);
+        queries_role<parts>(p, m, base, sm, group - 2);
     }
 }
 #endif
@@ -579,6 +736,7 @@ srf_status srf__prefill(struct srf_ctx *ctx, const struct srf_srf_attn_prefill_a
     int64_t rows = a->offsets ? a->rows : s->b * s->t;
     SRF_TRY(srf__tile_map(&m.k, a->k, 1, rows, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, 1, rows, s->h, a->ld, CHUNK));
+    SRF_TRY(srf__tile_map(&m.q, a->q, 1, rows, s->h, a->ld, CHUNK));
     for (p.first = 0; p.first < p.m; p.first += p.count) {
         p.count = p.m - p.first < 64 ? p.m - p.first : 64;
         if (p.n_seg > 1) {

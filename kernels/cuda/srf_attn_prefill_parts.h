@@ -4,13 +4,10 @@
  */
 #pragma once
 #include "kernels/cuda/srf_attn_prefill.h"
-#include "kernels/cuda/srf_attn_pure.h"
-#include "kernels/cuda/wgmma.h"
+#include "kernels/cuda/srf_attn_pure_wgmma.h"
 
-#define D      64
-#define GROUP  128 /* threads of a warpgroup */
-#define SPREAD 60  /* log2: what a feature's weights in a chunk may differ by */
-#define TILE   (CHUNK * D * 2)
+#define D     64
+#define GROUP 128 /* threads of a warpgroup */
 
 struct prefill {
     const bf16 *q, *k, *v, *w;
@@ -37,9 +34,9 @@ struct prefill {
     uint32_t limit;           /* the clamp of q and k, twice bf16 */
 };
 
-/* k and v as the copy engine sees them: all rows as one sequence. */
+/* As the copy engine sees them: all rows as one sequence. */
 struct prefill_maps {
-    CUtensorMap k, v;
+    CUtensorMap k, v, q;
 };
 
 /* srf_attn_prefill_window.cu: blocks of segments; keys of the caller's into the rings, where they
@@ -94,7 +91,7 @@ static __device__ __forceinline__ struct work work_of(const struct prefill &p, i
 
 /* A block's way through its turns: segments (or what a turn has of one) of all heads, the first
  * turns of all before the second of any. What else is to be known of one, turn_of says. */
-struct place {
+struct prefill_place {
     int64_t item; /* turn * segments of all heads + segment */
     int64_t row;  /* of position 0 */
     int64_t slot;
@@ -117,7 +114,7 @@ static __device__ __forceinline__ int first_seen(const struct prefill &p, int c)
 }
 /* The first chunk of place->item or of the block's next turn that has any; false: none is left.
  * segs: of a head. */
-static __device__ __forceinline__ bool find_place(const struct prefill &p, struct place *at,
+static __device__ __forceinline__ bool find_place(const struct prefill &p, struct prefill_place *at,
                                                   int64_t items, int segs)
 {
     for (; at->item < items; at->item += gridDim.x) {
@@ -137,7 +134,7 @@ static __device__ __forceinline__ bool find_place(const struct prefill &p, struc
     }
     return false;
 }
-static __device__ __forceinline__ bool next_place(const struct prefill &p, struct place *at,
+static __device__ __forceinline__ bool next_place(const struct prefill &p, struct prefill_place *at,
                                                   int64_t items, int segs, int step = 1)
 {
     at->before = max(0, at->before - step);

@@ -2,6 +2,7 @@
  * given out of them, rows of queries. See srf_attn_prefill.cu. */
 #pragma once
 #include "kernels/cuda/srf_attn_prefill_parts.h"
+#include "kernels/cuda/srf_attn_pure_queries.h"
 
 #if defined(__CUDACC__) && HAVE_WGMMA
 /* What wgmma_tile says of a tile's address, with `pieces` of 16 bytes more: the lower half of one
@@ -35,7 +36,7 @@ static __device__ __forceinline__ void mix(float c[32], const uint32_t p[4][4], 
  * have to come before each of its fences is passed. Rows of other sequences behind the end come
  * too. */
 static __device__ __forceinline__ void load_keys(const struct prefill_maps &m, uint32_t k_tile,
-                                                 uint32_t v_tile, const struct place &at,
+                                                 uint32_t v_tile, const struct prefill_place &at,
                                                  uint64_t *barrier, int tid)
 {
     const uint32_t bar = smem_addr(barrier);

@@ -121,7 +121,7 @@ static __device__ __forceinline__ uint4 read_ring(const struct prefill &p, const
 }
 /* Keys and values of a block of which rows are older than the call: those from the ring. */
 static __device__ __forceinline__ void load_older(const struct prefill &p, uint32_t k_tile,
-                                                  uint32_t v_tile, const struct place &at,
+                                                  uint32_t v_tile, const struct prefill_place &at,
                                                   uint64_t *barrier, int tid)
 {
     const int piece = tid % 8;
@@ -179,7 +179,7 @@ static __device__ __forceinline__ void keys_role(const struct prefill &p,
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = lane & 3;
     const int f0 = 16 * warp + (lane >> 2), segs = p.n_seg - totals;
     const float to_log2 = SRF__LOG2E * p.scale, log2_m = log2f((float)p.m);
-    struct place now = {}, ahead;
+    struct prefill_place now = {}, ahead;
     now.item = blockIdx.x;
     bool any = find_place(p, &now, items, segs), more = any;
     ahead = now;
@@ -448,7 +448,7 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p, int
     const float to_log2 = SRF__LOG2E * p.scale, exact = to_log2 * p.scale;
     const uint32_t w_tile = base + form::w + group * TILE, q_tile = base + form::q + group * TILE;
     /* Where the next chunk for this warpgroup is, and its number, as the keys count. */
-    struct place next = {};
+    struct prefill_place next = {};
     next.item = blockIdx.x;
     int number = 0, done = group;
     bool any = find_place(p, &next, items, p.n_seg);
