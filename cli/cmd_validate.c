@@ -34,6 +34,7 @@ struct run {
     struct srf_kernel_chance chance;
     double *closed, *tried, *tried_kl;
     struct srf_validate_place places[SRF_VALIDATE_PLACES];
+    struct srf_validate_distance all, *layers;
     double *draw_ppl;
     struct validate_text texts[MAX_TEXTS];
     int64_t n_texts;
@@ -57,6 +58,7 @@ static void free_run(struct run *r)
     srf__free(r->tried);
     srf__free(r->tried_kl);
     srf__free(r->draw_ppl);
+    srf__free(r->layers);
     for (int i = 0; i < MAX_TEXTS; i++) {
         struct validate_text *t = &r->texts[i];
         char *all[] = {t->prompt, t->original, t->same, t->teacher, t->student};
@@ -292,7 +294,7 @@ static srf_status write_texts(struct run *r, struct srf_validate_pair pair)
     return SRF_OK;
 }
 
-/* The model beside its teacher: by position, over draws, and in what they write. */
+/* The model beside its teacher: by position, by layer, over draws, and in what they write. */
 static srf_status measure_predictions(struct run *r)
 {
     const struct srf_validate_config *c = &r->config;
@@ -302,9 +304,15 @@ static srf_status measure_predictions(struct run *r)
                                      .tokens = r->tokens,
                                      .windows = c->windows,
                                      .seq_len = c->seq_len};
-    SRF_TRY(srf_validate_positions(r->ctx, &pair, r->places));
+    int64_t layers = r->ck->config.n_layers;
+    SRF_TRY(srf_validate_positions(r->ctx, &pair, r->places, &r->all));
     /* A divergence is not below 0, whatever rounding makes of it. */
     for (int i = 0; i < SRF_VALIDATE_PLACES; i++) r->places[i].kl = fmax(r->places[i].kl, 0);
+    if (layers <= SRF_LAYERS_MAX && c->seq_len <= SRF_WINDOW_MAX) {
+        SRF_TRY(SRF_ALLOC(r->layers, layers + 1));
+        SRF_TRY(srf_validate_layers(r->ctx, &pair, r->layers));
+        for (int64_t l = 0; l <= layers; l++) r->layers[l].kl = fmax(r->layers[l].kl, 0);
+    }
     SRF_TRY(SRF_ALLOC(r->draw_ppl, c->n_draws));
     SRF_TRY(srf_validate_draws(r->ctx, &pair, c->n_draws, r->draw_ppl));
     return write_texts(r, pair);
@@ -352,6 +360,8 @@ static srf_status report(const struct inputs *in, struct run *r)
         .tried = r->tried,
         .tried_kl = r->tried_kl,
         .places = r->places,
+        .all = r->all,
+        .layers = r->layers,
         .draw_ppl = r->draw_ppl,
         .texts = r->texts,
         .n_texts = r->n_texts,
@@ -407,9 +417,9 @@ int cmd_validate(int argc, char **argv)
     int code;
     if (!cli_parse(argc, argv, "srf validate --model M.h5 --data D.h5 --out DIR [options]",
                    "Error of SRF attention against the softmax attention of a model, on text:\n"
-                   "of predictions by position and by draw, of the text that it writes, of every "
-                   "head, of the\nkernel beside its closed forms, of the recurrent form. Pictures "
-                   "in DIR/validate.html, all\nnumbers in DIR/validate.json.",
+                   "of predictions by position, by layer and by draw, of the text that it writes, "
+                   "of every head, of\nthe kernel beside its closed forms, of the recurrent form. "
+                   "Pictures in DIR/validate.html,\nall numbers in DIR/validate.json.",
                    options, NULL, 0, 0, NULL, NULL, &code))
         return code;
     if (!in.model || !in.data || !in.out)

@@ -14,7 +14,7 @@ void svg_style(FILE *to)
           "body{background:var(--ground);color:var(--ink);margin:2rem auto;max-width:68rem;"
           "padding:0 1rem;font:16px/1.5 system-ui,sans-serif}\n"
           "h1{font-size:1.5rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}\n"
-          "p{max-width:46rem}p.quiet{color:var(--quiet);margin:.15rem 0}\n"
+          "p{max-width:46rem}p.quiet{color:var(--quiet);margin:.15rem 0}code{white-space:nowrap}\n"
           ".row{display:flex;flex-wrap:wrap;gap:.5rem 1rem}.wide{overflow-x:auto}\n"
           ".legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;color:var(--quiet);"
           "font-size:.85rem;align-items:center}.legend svg{vertical-align:-2px}\n"

@@ -1,4 +1,5 @@
-/* Of the report: the heads, how hard each is and how far its output is off. */
+/* Of the report: the layers, what each does to the predictions; the heads, how hard each is and how
+ * far its output is off. */
 #include "cli/validate_internal.h"
 
 #include <math.h>
@@ -39,6 +40,49 @@ static void histograms(const struct validate_report *r, double limit, FILE *to)
         "mostly noise: averages over many tokens, training, or an exact window must mend "
         "those.</p>\n",
         100 * past);
+}
+
+void validate_page_layers(const struct validate_report *r, FILE *to)
+{
+    double at[SRF_LAYERS_MAX], kl[SRF_LAYERS_MAX], low[SRF_LAYERS_MAX], high[SRF_LAYERS_MAX];
+    int64_t n = r->result->n_layers, worst = 0;
+    double sum = 0;
+    if (!r->layers) return;
+    for (int64_t l = 0; l < n; l++) {
+        double doubt = 2 * r->layers[l].kl_se;
+        if (!isfinite(doubt)) doubt = 0;
+        at[l] = (double)l;
+        kl[l] = r->layers[l].kl;
+        low[l] = fmax(kl[l] - doubt, 0);
+        high[l] = kl[l] + doubt;
+        sum += kl[l];
+        if (kl[l] > kl[worst]) worst = l;
+    }
+    struct svg_series series = {.name = "this layer alone by SRF",
+                                .look = SRF_SIMPLEX,
+                                .n = n,
+                                .x = at,
+                                .y = kl,
+                                .low = low,
+                                .high = high};
+    struct svg_chart chart = {.title = "distance of the predictions, KL(softmax ‖ SRF)",
+                              .x_label = "layer",
+                              .y_label = "nats a prediction",
+                              .width = 460,
+                              .height = 260,
+                              .series = &series,
+                              .n_series = 1};
+    fputs("<h2>Which layer matters</h2>\n", to);
+    svg_legend(to, &series, 1, "with two standard errors", NULL);
+    svg_line_chart(to, &chart);
+    fprintf(to,
+            "<p>How far the predictions go from those of softmax in all layers when this layer "
+            "alone has SRF attention. Good: all low; a layer that stands out wants more features "
+            "or a larger window (<code>--recipe planned</code> sees to that). The largest is layer "
+            "%lld with %.3g nats, perplexity %+.2g %%; the sum over layers is %.3g",
+            (long long)worst, kl[worst], 100 * expm1(r->layers[worst].nll), sum);
+    if (!r->teacher) fprintf(to, ", and all together have %.3g", validate_overall(r).kl);
+    fprintf(to, ". Rounding alone makes %.2g of it.</p>\n", r->layers[n].kl);
 }
 
 void validate_page_norms(const struct validate_report *r, FILE *to)

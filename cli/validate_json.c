@@ -140,6 +140,23 @@ static json_t *places_json(const struct validate_report *r)
     return rows;
 }
 
+/* One layer after another by its own form, all others exact. */
+static json_t *layers_json(const struct validate_report *r)
+{
+    const struct srf_attention_config *a = &r->config->attention;
+    json_t *rows = json_array();
+    for (int64_t l = 0; r->layers && l < r->result->n_layers; l++) {
+        const struct srf_validate_distance *d = &r->layers[l];
+        json_array_append_new(
+            rows, json_pack("{s:I, s:I, s:I, s:o, s:o, s:o, s:o}", "layer", (json_int_t)l, "window",
+                            (json_int_t)srf_attention_window(a, l), "m",
+                            (json_int_t)srf_attention_m(a, l), "kl", number(d->kl), "kl_se",
+                            number(d->kl_se), "nll_difference", number(d->nll), "nll_difference_se",
+                            number(d->nll_se)));
+    }
+    return rows;
+}
+
 srf_status validate_json(const struct validate_report *r, char **text)
 {
     const struct srf_validate_config *c = r->config;
@@ -168,6 +185,12 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "ppl", number(all.ppl));
     json_object_set_new(o, "ppl_softmax", number(all.ppl_softmax));
     json_object_set_new(o, "kl", number(all.kl));
+    json_object_set_new(o, "kl_se", number(r->all.kl_se));
+    json_object_set_new(o, "nll_difference", number(r->all.nll));
+    json_object_set_new(o, "nll_difference_se", number(r->all.nll_se));
+    json_object_set_new(o, "by_layer", layers_json(r));
+    json_object_set_new(o, "kl_of_rounding",
+                        r->layers ? number(r->layers[res->n_layers].kl) : json_null());
     json_object_set_new(o, "by_draw", draws_json(r));
     json_object_set_new(o, "texts", texts_json(r));
     json_object_set_new(o, "kernel", kernel_json(r));

@@ -95,24 +95,39 @@ const char *validate_teacher_name(const struct validate_report *r)
 
 /* ---- the page -------------------------------------------------------------------------------- */
 
+/* " ± 0.4": two standard errors; nothing where there are none. */
+static void put_doubt(FILE *to, double two_se)
+{
+    if (isfinite(two_se)) fprintf(to, " ± %.2g", two_se);
+}
+
 /* What a reader should know who reads no further. */
 static void in_short(const struct validate_report *r, FILE *to)
 {
     struct validate_overall all = validate_overall(r);
-    double mean, sd;
+    double mean, sd, ratio = all.ppl / all.ppl_softmax;
     cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
-    fprintf(
-        to,
-        "<h2>In short</h2>\n<p>On this text the perplexity is <b>%.4g</b> with SRF attention "
-        "and <b>%.4g</b> with %s (%+.2g %%); the predictions differ by a KL divergence of %.3g "
-        "nats. Over %lld draws of the features it is %.4g on average, with a standard deviation "
-        "of %.2g. %s</p>\n",
-        all.ppl, all.ppl_softmax, r->teacher ? "the teacher's softmax" : "softmax",
-        100 * (all.ppl / all.ppl_softmax - 1), all.kl, (long long)r->config->n_draws, mean, sd,
-        r->teacher ? "The other numbers compare the model's own weights with themselves, by "
-                     "softmax."
-                   : "These are the same weights with one attention and the other; training "
-                     "(<code>srf retrofit</code>) is there to close what is between them.");
+    fprintf(to,
+            "<h2>In short</h2>\n<p>On this text the perplexity is <b>%.4g</b> with SRF attention "
+            "and <b>%.4g</b> with %s: %+.2g",
+            all.ppl, all.ppl_softmax, r->teacher ? "the teacher's softmax" : "softmax",
+            100 * (ratio - 1));
+    put_doubt(to, 200 * ratio * r->all.nll_se);
+    fprintf(to, " %%. The predictions differ by a KL divergence of %.3g", all.kl);
+    put_doubt(to, 2 * r->all.kl_se);
+    fputs(" nats.", to);
+    if (isfinite(r->all.kl_se))
+        fputs(" (±: two standard errors; other text of this kind may differ by as much, and more "
+              "<code>--windows</code> narrow it.)",
+              to);
+    fprintf(to,
+            " Over %lld draws of the features the perplexity is %.4g on average, with a standard "
+            "deviation of %.2g. %s</p>\n",
+            (long long)r->config->n_draws, mean, sd,
+            r->teacher ? "The sections from the layers on compare the model's own weights with "
+                         "themselves, by softmax."
+                       : "These are the same weights with one attention and the other; training "
+                         "(<code>srf retrofit</code>) is there to close what is between them.");
 }
 
 srf_status validate_html(const struct validate_report *r, char **text)
@@ -144,6 +159,7 @@ srf_status validate_html(const struct validate_report *r, char **text)
     validate_page_positions(r, to);
     validate_page_draws(r, to);
     validate_page_texts(r, to);
+    validate_page_layers(r, to);
     validate_page_norms(r, to);
     validate_page_errors(r, to);
     validate_page_sweep(r, to);
@@ -189,8 +205,18 @@ void validate_print(const struct validate_report *r)
     double mean, sd;
     struct validate_overall all = validate_overall(r);
     cli_spread(r->draw_ppl, r->config->n_draws, &mean, &sd);
-    printf("perplexity %.4f, %s %.4f, KL %.4f\n", all.ppl, validate_teacher_name(r),
-           all.ppl_softmax, all.kl);
+    double ratio = all.ppl / all.ppl_softmax;
+    printf("perplexity %.4f, %s %.4f (%+.2f %%", all.ppl, validate_teacher_name(r), all.ppl_softmax,
+           100 * (ratio - 1));
+    put_doubt(stdout, 200 * ratio * r->all.nll_se);
+    printf("), KL %.4f", all.kl);
+    put_doubt(stdout, 2 * r->all.kl_se);
+    puts("");
+    for (int64_t l = 0; r->layers && l < r->result->n_layers; l++) {
+        printf("layer %lld alone: KL %.4f", (long long)l, r->layers[l].kl);
+        put_doubt(stdout, 2 * r->layers[l].kl_se);
+        puts("");
+    }
     printf("%lld draws: perplexity %.4f on average, standard deviation %.4f\n",
            (long long)r->config->n_draws, mean, sd);
     for (int i = 0; i < SRF_VALIDATE_PLACES && r->places[i].n; i++)

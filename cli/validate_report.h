@@ -34,8 +34,10 @@ struct validate_report {
     const double *tried;    /* (VALIDATE_TRIED, config->n_m): output error, mean over heads */
     const double *tried_kl; /* the same: KL of the attention weights */
     const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */
-    const double *draw_ppl;                  /* (config->n_draws) */
-    const struct validate_text *texts;       /* (n_texts); none without a tokenizer */
+    struct srf_validate_distance all;
+    const struct srf_validate_distance *layers; /* (layers + 1): one alone; or NULL */
+    const double *draw_ppl;                     /* (config->n_draws) */
+    const struct validate_text *texts;          /* (n_texts); none without a tokenizer */
     int64_t n_texts;
     bool trained; /* the model has features of its own, which it was trained with */
     double seconds;

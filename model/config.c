@@ -70,8 +70,9 @@ srf_status srf_attention_check(const struct srf_attention_config *a, int64_t d)
     SRF_TRY(check_rival(a));
     SRF_FAIL_IF(a->m < 1 || a->m > 65536, SRF_INVALID,
                 "attention: %lld features: expected 1 to 65536", (long long)a->m);
-    SRF_FAIL_IF(a->window < 0 || a->window > 65536, SRF_INVALID,
-                "attention: window %lld: expected 0 (pure SRF) to 65536", (long long)a->window);
+    SRF_FAIL_IF(a->window < 0 || a->window > SRF_WINDOW_MAX, SRF_INVALID,
+                "attention: window %lld: expected 0 (pure SRF) to %d", (long long)a->window,
+                SRF_WINDOW_MAX);
     for (int64_t i = 0; i < a->n_windows; i++)
         SRF_FAIL_IF(a->windows[i] < 0 || a->windows[i] > a->window, SRF_INVALID,
                     "attention: layer %lld has a window of %d: expected 0 to %lld", (long long)i,

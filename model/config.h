@@ -27,6 +27,7 @@ enum srf_attention_kind {
 
 /* The most layers of a model with windows or numbers of features by layer. */
 #define SRF_LAYERS_MAX 96
+#define SRF_WINDOW_MAX 65536
 
 struct srf_attention_config {
     enum srf_attention_kind kind;

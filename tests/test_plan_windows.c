@@ -79,11 +79,12 @@ static double measured(struct srf_ctx *ctx, const int32_t *tokens, int64_t windo
     for (int l = 0; l < L; l++) {
         struct srf_attention_config a = ck->attention;
         struct srf_validate_place places[SRF_VALIDATE_PLACES];
+        struct srf_validate_distance all;
         a.n_windows = L;
         a.window = T;
         for (int j = 0; j < L; j++) a.windows[j] = j == l ? (int32_t)window : T;
         struct srf_validate_pair pair = {ck, ck, &a, tokens, B, T};
-        test_ok(srf_validate_positions(ctx, &pair, places));
+        test_ok(srf_validate_positions(ctx, &pair, places, &all));
         for (int i = 0; i < SRF_VALIDATE_PLACES; i++)
             sum += places[i].kl * (double)places[i].n / (B * (T - 1));
     }

@@ -1,5 +1,5 @@
-/* What srf validate measures of predictions on a tiny random model: by position, over draws, and
- * continuations. */
+/* What srf validate measures of predictions on a tiny random model: by position, by layer, over
+ * draws, and continuations. */
 #include "tests/validate_case.h"
 
 #include <math.h>
@@ -17,25 +17,54 @@ static struct srf_validate_pair pair_of(const struct setting *s,
                                       .seq_len = T};
 }
 
+/* Means over all predictions are those of the places; the standard error is that of blocks, from
+ * the losses of rows with SRF and with softmax. */
+static void expect_distance(const struct srf_validate_place *p,
+                            const struct srf_validate_distance *all, const float *srf,
+                            const float *softmax)
+{
+    double nll = 0, kl = 0, squares = 0, n = B * (T - 1);
+    int blocks = 0;
+    for (int i = 0; p[i].n; i++) {
+        nll += (double)p[i].n * (p[i].nll - p[i].nll_softmax) / n;
+        kl += (double)p[i].n * p[i].kl / n;
+    }
+    test_close("mean loss", &all->nll, &nll, 1, 1e-9);
+    test_close("mean KL", &all->kl, &kl, 1, 1e-9);
+    for (int t = 0; t < B * T; blocks++) {
+        double off = 0;
+        do off += (double)srf[t] - (double)softmax[t] - nll;
+        while (++t % T % SRF_VALIDATE_BLOCK && t % T < T - 1);
+        squares += off * off;
+        if (t % T == T - 1) t++;
+    }
+    assert_int_equal(blocks, 2 * B);
+    double se = sqrt(squares * blocks / (blocks - 1)) / n;
+    test_close("standard error", &all->nll_se, &se, 1, 1e-5);
+    assert_true(all->kl_se > 0 && all->kl_se < all->kl);
+}
+
 /* A window that holds everything is softmax; places hold each prediction once, with the losses of
  * softmax and SRF by row that the model has. */
 static void positions(void **state)
 {
     (void)state;
     int32_t targets[B * T];
-    float nll[B * T];
+    float nll[B * T], exact[B * T];
     struct setting s;
     setting_new(&s, SRF_F64);
     for (int i = 0; i < B * T; i++) targets[i] = (i + 1) % T ? s.tokens[i + 1] : -1;
     struct srf_attention_config a = config_of(T, true, ms).attention;
     a.kind = SRF_ATTN_SRF;
     struct srf_validate_place p[SRF_VALIDATE_PLACES];
+    struct srf_validate_distance all;
     struct srf_validate_pair pair = pair_of(&s, &a);
-    test_ok(srf_validate_positions(s.ctx, &pair, p));
+    test_ok(srf_validate_positions(s.ctx, &pair, p, &all));
+    assert_true(fabs(all.nll) < 1e-9 && fabs(all.kl) < 1e-9 && all.nll_se < 1e-9);
     for (int i = 0; p[i].n; i++)
         assert_true(fabs(p[i].nll - p[i].nll_softmax) < 1e-9 && fabs(p[i].kl) < 1e-9);
     a.window = 4;
-    test_ok(srf_validate_positions(s.ctx, &pair, p));
+    test_ok(srf_validate_positions(s.ctx, &pair, p, &all));
     struct planned own = model_new(&s, &a, (struct srf_model_plan){.b = B, .t = T});
     struct srf_batch batch = {.b = B, .t = T, .tokens = s.tokens};
     struct srf_loss_args loss = {.n = B * T, .targets = targets, .nll = nll};
@@ -57,7 +86,53 @@ static void positions(void **state)
         n += p[i].n;
     }
     assert_int_equal(n, B * (T - 1));
+    struct srf_attention_config softmax = srf_attention_default();
+    struct planned one = model_new(&s, &softmax, (struct srf_model_plan){.b = B, .t = T});
+    loss.nll = exact;
+    test_ok(srf_model_forward(one.m, &batch));
+    test_ok(srf_model_loss(one.m, &loss));
+    expect_distance(p, &all, nll, exact);
     model_done(&own);
+    model_done(&one);
+    setting_free(&s);
+}
+
+/* A layer's place in the list is that of a model with all others exact; the last is softmax. A
+ * single block has no standard error. */
+static void layers(void **state)
+{
+    (void)state;
+    struct setting s;
+    setting_new(&s, SRF_F64);
+    struct srf_attention_config a = config_of(4, true, ms).attention, one = a;
+    struct srf_validate_pair pair = pair_of(&s, &a);
+    struct srf_validate_distance got[L + 1], want;
+    struct srf_validate_place p[SRF_VALIDATE_PLACES];
+    a.kind = one.kind = SRF_ATTN_SRF;
+    test_ok(srf_validate_layers(s.ctx, &pair, got));
+    one.n_windows = L;
+    one.window = T;
+    for (int l = 0; l < L; l++) {
+        for (int j = 0; j < L; j++) one.windows[j] = j == l ? 4 : T;
+        struct srf_validate_pair alone = pair_of(&s, &one);
+        test_ok(srf_validate_positions(s.ctx, &alone, p, &want));
+        test_close("one layer", &got[l].kl, &want.kl, 1, 1e-9);
+        test_close("its standard error", &got[l].kl_se, &want.kl_se, 1, 1e-7);
+        test_close("its loss", &got[l].nll, &want.nll, 1, 1e-7);
+        assert_true(got[l].kl > 1e-4 && got[l].kl_se > 0);
+    }
+    assert_true(fabs(got[0].kl - got[1].kl) > 1e-3 * got[0].kl);
+    assert_true(fabs(got[L].kl) < 1e-9 && fabs(got[L].nll) < 1e-9);
+    /* by layer already, one of them wider than the text */
+    a.n_windows = L;
+    a.windows[0] = 2 * T, a.windows[1] = 4, a.window = 2 * T;
+    test_ok(srf_validate_layers(s.ctx, &pair, got));
+    assert_true(fabs(got[0].kl) < 1e-9);
+    test_close("the second alone", &got[1].kl, &want.kl, 1, 1e-9);
+    pair.windows = 1;
+    pair.seq_len = 20;
+    test_ok(srf_validate_layers(s.ctx, &pair, got));
+    assert_true(got[1].kl > 0 && isnan(got[1].kl_se) && isnan(got[1].nll_se));
     setting_free(&s);
 }
 
@@ -74,7 +149,8 @@ static void draws(void **state)
     test_ok(srf_validate_draws(s.ctx, &pair, DRAWS, ppl));
     for (int i = 0; i < DRAWS; i++, a.draw++) {
         struct srf_validate_place p[SRF_VALIDATE_PLACES];
-        test_ok(srf_validate_positions(s.ctx, &pair, p));
+        struct srf_validate_distance all;
+        test_ok(srf_validate_positions(s.ctx, &pair, p, &all));
         double nll = 0;
         for (int k = 0; p[k].n; k++) nll += (double)p[k].n * p[k].nll;
         double want = exp(nll / (B * (T - 1)));
@@ -129,6 +205,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(positions),
+        cmocka_unit_test(layers),
         cmocka_unit_test(draws),
         cmocka_unit_test(continuations),
     };

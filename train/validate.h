@@ -105,9 +105,25 @@ struct srf_validate_pair {
     const int32_t *tokens;                          /* host (windows, seq_len) */
     int64_t windows, seq_len;
 };
+/* How far the student's predictions are from the teacher's: means over all predictions, with their
+ * standard errors, that is how much other text of this kind would change them. Predictions near
+ * each other are alike, so these come from the sums of blocks of SRF_VALIDATE_BLOCK predictions of
+ * a window; NaN where there is one block alone. */
+#define SRF_VALIDATE_BLOCK 32
+struct srf_validate_distance {
+    double nll, nll_se; /* nats: the student's loss over the teacher's */
+    double kl, kl_se;   /* KL(softmax || SRF) */
+};
 /* SRF_MISMATCH if the two do not belong together. */
 srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
-                                  struct srf_validate_place out[SRF_VALIDATE_PLACES]);
+                                  struct srf_validate_place out[SRF_VALIDATE_PLACES],
+                                  struct srf_validate_distance *all);
+/* What each layer does to them: the student with its own weights, and its form of attention in this
+ * layer alone, beside softmax in all: out (layers + 1), the last with softmax in all layers: what
+ * rounding does. The pair's teacher is not read. SRF_UNSUPPORTED for more than SRF_LAYERS_MAX
+ * layers or SRF_WINDOW_MAX tokens. */
+srf_status srf_validate_layers(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                               struct srf_validate_distance *out);
 /* The student's perplexity on all windows with n draws, from its own on: out (n). */
 srf_status srf_validate_draws(struct srf_ctx *ctx, const struct srf_validate_pair *pair, int64_t n,
                               double *out);

@@ -1,5 +1,5 @@
-/* What a swap does to a model's predictions: by position (does the error grow with the length?),
- * from one draw to another, and in the text that the model goes on to write. */
+/* What a swap does to a model's predictions: by position (does the error grow with the length?), in
+ * one layer alone, from one draw to another, and in the text that the model goes on to write. */
 #include "train/validate.h"
 
 #include <math.h>
@@ -35,25 +35,28 @@ static srf_status check(const struct srf_validate_pair *p, int64_t positions)
     return SRF_OK;
 }
 
-/* Both models, or the student alone, for b sequences of t tokens in one arena. */
+/* Which of the two models, for b sequences of t tokens in one arena. */
+enum { TEACHER = 1, STUDENT = 2 };
 static srf_status open_run(struct run *r, struct srf_ctx *ctx, const struct srf_validate_pair *p,
-                           int64_t b, int64_t t, bool with_teacher)
+                           int64_t b, int64_t t, int which)
 {
     struct srf_attention_config softmax = srf_attention_default();
     softmax.m = 1; /* of no use there */
     struct srf_model_plan plan = {.b = b, .t = t};
     SRF_TRY(check(p, t));
     SRF_TRY(srf_arena_create(ctx, &r->arena));
-    if (with_teacher) {
+    if (which & TEACHER) {
         SRF_TRY(srf_model_create(ctx, &p->teacher->config, &softmax, &r->teacher));
         SRF_TRY(srf_model_plan(r->teacher, r->arena, &plan));
     }
-    SRF_TRY(srf_model_create(ctx, &p->student->config, p->attention, &r->student));
-    plan.teacher = with_teacher;
-    SRF_TRY(srf_model_plan(r->student, r->arena, &plan));
+    if (which & STUDENT) {
+        SRF_TRY(srf_model_create(ctx, &p->student->config, p->attention, &r->student));
+        plan.teacher = true;
+        SRF_TRY(srf_model_plan(r->student, r->arena, &plan));
+    }
     SRF_TRY(srf_arena_commit(r->arena));
-    if (with_teacher) SRF_TRY(srf_model_upload(r->teacher, p->teacher));
-    SRF_TRY(srf_model_upload(r->student, p->student));
+    if (r->teacher) SRF_TRY(srf_model_upload(r->teacher, p->teacher));
+    if (r->student) SRF_TRY(srf_model_upload(r->student, p->student));
     SRF_TRY(SRF_ALLOC(r->targets, b * t));
     return SRF_ALLOC(r->nll, b * t);
 }
@@ -91,24 +94,82 @@ static srf_status take(const struct srf_model *m, int64_t windows, int64_t seq_l
     return SRF_OK;
 }
 
+static int64_t n_blocks(const struct srf_validate_pair *p)
+{
+    int64_t a_window = (p->seq_len - 1 + SRF_VALIDATE_BLOCK - 1) / SRF_VALIDATE_BLOCK;
+    return p->windows * a_window;
+}
+
+/* The losses that a model was last asked for, summed by blocks; kl: NULL without a teacher. */
+static srf_status sum_blocks(const struct srf_model *m, const struct srf_validate_pair *p,
+                             double *nll, double *kl)
+{
+    int64_t in_window = p->seq_len - 1, block = 0;
+    for (int64_t i = 0; i < p->windows; i++)
+        for (int64_t from = 0; from < in_window; from += SRF_VALIDATE_BLOCK, block++) {
+            int64_t n = in_window - from;
+            if (n > SRF_VALIDATE_BLOCK) n = SRF_VALIDATE_BLOCK;
+            SRF_TRY(srf_model_losses(m, i * p->seq_len + from, n, NULL, &nll[block],
+                                     kl ? &kl[block] : NULL));
+        }
+    return SRF_OK;
+}
+
+/* Mean over predictions of what has these sums in blocks, and its standard error. The last block of
+ * a window may be shorter: the mean is a ratio of two sums. */
+static void mean_of_blocks(const struct srf_validate_pair *p, const double *sums, double *mean,
+                           double *se)
+{
+    int64_t in_window = p->seq_len - 1, blocks = n_blocks(p), a_window = blocks / p->windows;
+    double n = (double)(p->windows * in_window), sum = 0, squares = 0;
+    for (int64_t i = 0; i < blocks; i++) sum += sums[i];
+    *mean = sum / n;
+    for (int64_t i = 0; i < blocks; i++) {
+        int64_t of = in_window - i % a_window * SRF_VALIDATE_BLOCK;
+        if (of > SRF_VALIDATE_BLOCK) of = SRF_VALIDATE_BLOCK;
+        squares += pow(sums[i] - *mean * (double)of, 2);
+    }
+    *se = blocks < 2 ? NAN : sqrt(squares * (double)blocks / (double)(blocks - 1)) / n;
+}
+
+/* The student's last losses beside the teacher's sums by block. */
+static srf_status take_distance(const struct srf_model *student, const struct srf_validate_pair *p,
+                                const double *teacher_nll, struct srf_validate_distance *out)
+{
+    int64_t blocks = n_blocks(p);
+    double *nll; /* and kl */
+    SRF_TRY(SRF_ALLOC(nll, 2 * blocks));
+    srf_status st = sum_blocks(student, p, nll, nll + blocks);
+    for (int64_t i = 0; i < blocks; i++) nll[i] -= teacher_nll[i];
+    mean_of_blocks(p, nll, &out->nll, &out->nll_se);
+    mean_of_blocks(p, nll + blocks, &out->kl, &out->kl_se);
+    srf__free(nll);
+    return st;
+}
+
 srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
-                                  struct srf_validate_place out[SRF_VALIDATE_PLACES])
+                                  struct srf_validate_place out[SRF_VALIDATE_PLACES],
+                                  struct srf_validate_distance *all)
 {
     struct run r = {0};
+    double *nll = NULL;
     srf_status st = SRF_OK;
     int64_t windows = pair->windows, seq_len = pair->seq_len, n = windows * seq_len;
     memset(out, 0, SRF_VALIDATE_PLACES * sizeof *out);
-    SRF_TRY_GO(open_run(&r, ctx, pair, windows, seq_len, true));
+    SRF_TRY_GO(open_run(&r, ctx, pair, windows, seq_len, TEACHER | STUDENT));
+    SRF_TRY_GO(SRF_ALLOC(nll, n_blocks(pair)));
     set_targets(&r, pair);
     struct srf_batch batch = {.b = windows, .t = seq_len, .tokens = pair->tokens};
     struct srf_loss_args loss = {.n = n, .targets = r.targets, .nll = r.nll};
     SRF_TRY_GO(srf_model_forward(r.teacher, &batch));
     SRF_TRY_GO(srf_model_loss(r.teacher, &loss));
     SRF_TRY_GO(take(r.teacher, windows, seq_len, false, out));
+    SRF_TRY_GO(sum_blocks(r.teacher, pair, nll, NULL));
     SRF_TRY_GO(srf_model_forward(r.student, &batch));
     loss.teacher = r.teacher;
     SRF_TRY_GO(srf_model_loss(r.student, &loss));
     SRF_TRY_GO(take(r.student, windows, seq_len, true, out));
+    SRF_TRY_GO(take_distance(r.student, pair, nll, all));
     for (int i = 0; i < SRF_VALIDATE_PLACES && out[i].n; i++) {
         out[i].nll /= (double)out[i].n;
         out[i].nll_softmax /= (double)out[i].n;
@@ -116,6 +177,76 @@ srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_validate
     }
 cleanup:
     free_run(&r);
+    srf__free(nll);
+    return st;
+}
+
+/* ---- by layer -------------------------------------------------------------------------------- */
+
+/* All layers exact, in a window as long as the text, a multiple of 64, which kernels like; but
+ * `layer`, which is as it was. */
+static struct srf_attention_config only_layer(const struct srf_validate_pair *p, int64_t layer)
+{
+    struct srf_attention_config a = *p->attention;
+    int64_t whole = (p->seq_len + 63) / 64 * 64;
+    a.n_windows = p->student->config.n_layers;
+    a.window = whole;
+    for (int64_t l = 0; l < a.n_windows; l++) {
+        int64_t window = l == layer ? srf_attention_window(p->attention, l) : whole;
+        a.windows[l] = (int32_t)window;
+        if (window > a.window) a.window = window;
+    }
+    return a;
+}
+
+/* A model of its own for each: what an op needs hangs on its window. */
+static srf_status one_layer(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                            struct srf_model *exact, const double *exact_nll, int64_t layer,
+                            struct srf_validate_distance *out)
+{
+    struct srf_attention_config a = only_layer(pair, layer);
+    struct srf_validate_pair own = *pair;
+    struct srf_batch batch = {.b = pair->windows, .t = pair->seq_len, .tokens = pair->tokens};
+    struct run r = {0};
+    srf_status st = SRF_OK;
+    own.attention = &a;
+    SRF_TRY_GO(open_run(&r, ctx, &own, batch.b, batch.t, STUDENT));
+    set_targets(&r, pair);
+    struct srf_loss_args loss = {
+        .n = batch.b * batch.t, .targets = r.targets, .nll = r.nll, .teacher = exact};
+    SRF_TRY_GO(srf_model_forward(r.student, &batch));
+    SRF_TRY_GO(srf_model_loss(r.student, &loss));
+    st = take_distance(r.student, pair, exact_nll, out);
+cleanup:
+    free_run(&r);
+    return st;
+}
+
+srf_status srf_validate_layers(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                               struct srf_validate_distance *out)
+{
+    int64_t layers = pair->student->config.n_layers;
+    struct srf_validate_pair own = *pair;
+    struct srf_batch batch = {.b = pair->windows, .t = pair->seq_len, .tokens = pair->tokens};
+    struct run r = {0};
+    double *nll = NULL;
+    srf_status st = SRF_OK;
+    SRF_FAIL_IF(layers > SRF_LAYERS_MAX || pair->seq_len > SRF_WINDOW_MAX, SRF_UNSUPPORTED,
+                "by layer: %lld layers and %lld tokens, expected at most %d and %d",
+                (long long)layers, (long long)pair->seq_len, SRF_LAYERS_MAX, SRF_WINDOW_MAX);
+    own.teacher = pair->student;
+    SRF_TRY_GO(open_run(&r, ctx, &own, batch.b, batch.t, TEACHER));
+    SRF_TRY_GO(SRF_ALLOC(nll, n_blocks(pair)));
+    set_targets(&r, pair);
+    struct srf_loss_args loss = {.n = batch.b * batch.t, .targets = r.targets, .nll = r.nll};
+    SRF_TRY_GO(srf_model_forward(r.teacher, &batch));
+    SRF_TRY_GO(srf_model_loss(r.teacher, &loss));
+    SRF_TRY_GO(sum_blocks(r.teacher, pair, nll, NULL));
+    for (int64_t l = 0; l <= layers; l++)
+        SRF_TRY_GO(one_layer(ctx, &own, r.teacher, nll, l, &out[l]));
+cleanup:
+    free_run(&r);
+    srf__free(nll);
     return st;
 }
 
@@ -126,7 +257,7 @@ srf_status srf_validate_draws(struct srf_ctx *ctx, const struct srf_validate_pai
 {
     struct run r = {0};
     srf_status st = SRF_OK;
-    SRF_TRY_GO(open_run(&r, ctx, pair, pair->windows, pair->seq_len, false));
+    SRF_TRY_GO(open_run(&r, ctx, pair, pair->windows, pair->seq_len, STUDENT));
     set_targets(&r, pair);
     struct srf_batch batch = {.b = pair->windows, .t = pair->seq_len, .tokens = pair->tokens};
     struct srf_loss_args loss = {.n = batch.b * batch.t, .targets = r.targets, .nll = r.nll};
@@ -178,7 +309,7 @@ srf_status srf_validate_continue(struct srf_ctx *ctx, const struct srf_validate_
     SRF_FAIL_IF(n_prompt < 1 || n_prompt > pair->seq_len || n_new < 1, SRF_INVALID,
                 "a prompt of %lld of a window's %lld tokens and %lld more: expected at least 1",
                 (long long)n_prompt, (long long)pair->seq_len, (long long)n_new);
-    SRF_TRY_GO(open_run(&r, ctx, pair, b, t, true));
+    SRF_TRY_GO(open_run(&r, ctx, pair, b, t, TEACHER | STUDENT));
     SRF_TRY_GO(SRF_ALLOC(r.rows, b * t));
     SRF_TRY_GO(SRF_ALLOC(r.logits, b * pair->student->config.vocab));
     SRF_TRY_GO(go_on(&r, r.teacher, pair, n_prompt, n_new, sampler, seed, teacher));
