@@ -130,7 +130,7 @@ static srf_status open_run(struct inputs *in, struct run *r)
     if (in->max_tokens && in->max_tokens < total) total = in->max_tokens;
     r->len = in->seq_len;
     r->windows = total / r->len;
-    SRF_FAIL_IF(r->windows < 1, SRF_INVALID, "--per-token: %lld tokens hold no window of %lld",
+    SRF_FAIL_IF(r->windows < 1, SRF_INVALID, "--per-token: %lld tokens hold no sequence of %lld",
                 (long long)total, (long long)r->len);
     SRF_TRY(SRF_ALLOC(r->nll, r->windows * (r->len - 1)));
     if (in->logits) SRF_TRY(SRF_ALLOC(r->logits, r->windows * r->len * r->ck->config.vocab));
@@ -269,9 +269,9 @@ int cmd_eval(int argc, char **argv)
         {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
          0},
         {"mode", 0, CLI_STRING, &in.mode, "MODE", "parallel or recurrent (parallel)", 0, 0},
-        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a window (the model's, up to 1024)", 2,
-         1 << 24},
-        {"batch", 0, CLI_INT, &in.batch, "N", "windows at once", 1, 1e6},
+        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens per sequence (the model's, up to 1024)",
+         2, 1 << 24},
+        {"batch", 0, CLI_INT, &in.batch, "N", "sequences at once", 1, 1e6},
         {"max-tokens", 0, CLI_INT, &in.max_tokens, "N", "stop after N tokens; 0 = all (0)", 0,
          1e15},
         CLI_HEADING_ROW("Attention, in place of the model's own:"),
@@ -281,8 +281,8 @@ int cmd_eval(int argc, char **argv)
          "also with the N - 1 draws of the features that follow: mean and spread (1)", 1, 1e6},
         CLI_POSITIONS_OPTIONS(in.positions),
         {"per-token", 0, CLI_STRING, &in.per_token, "F.h5",
-         "write nll (windows, T-1) of the whole windows", 0, 0},
-        {"logits", 0, CLI_FLAG, &in.logits, NULL, "... and logits (windows, T, V)", 0, 0},
+         "write nll (sequences, T-1) of the whole sequences", 0, 0},
+        {"logits", 0, CLI_FLAG, &in.logits, NULL, "... and logits (sequences, T, V)", 0, 0},
         {"recall", 0, CLI_FLAG, &in.recall, NULL,
          "also: tokens that stood behind the same one before, by how far back; known: p > 1/2", 0,
          0},
@@ -297,7 +297,7 @@ int cmd_eval(int argc, char **argv)
         {0}};
     int code;
     if (!cli_parse(argc, argv, "srf eval --model M.h5 --data D.h5 [options]",
-                   "Perplexity of a model on a token set, cut into windows of --seq-len "
+                   "Perplexity of a model on a token set, cut into sequences of --seq-len "
                    "tokens.\n" CLI_POSITIONS_HELP,
                    options, NULL, 0, 0, NULL, NULL, &code))
         return code;

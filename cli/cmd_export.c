@@ -36,7 +36,34 @@ static srf_status export_as(struct srf_checkpoint *ck, const char *out, enum for
     return srf_checkpoint_save(ck, out);
 }
 
-static int run(const char *in, const char *out, enum format format, enum srf_dtype dtype)
+static void report(const struct srf_checkpoint *ck, const char *in, const char *out,
+                   enum format format, enum srf_dtype dtype, bool json)
+{
+    char attention[200];
+    bool keeps = format == RECURRENT || ck->attention.kind == SRF_ATTN_SOFTMAX;
+    bool tokenizer = ck->tokenizer_json && format != LLMC;
+    srf_attention_describe(&ck->attention, attention, sizeof attention);
+    if (json) {
+        printf("{\"source\": ");
+        cli_json_string(stdout, in, strlen(in));
+        printf(", \"format\": \"%s\", \"dtype\": \"%s\", \"attention\": \"%s\", "
+               "\"tokenizer\": %s, \"out\": ",
+               formats[format].what, srf_dtype_name(dtype), keeps ? attention : "softmax",
+               tokenizer ? "true" : "false");
+        cli_json_string(stdout, out, strlen(out));
+        printf("}\n");
+        return;
+    }
+    printf("wrote %s (%s, %s)%s%s%s%s\n", out, formats[format].what, srf_dtype_name(dtype),
+           format == RECURRENT ? ": " : "", format == RECURRENT ? attention : "",
+           keeps ? ""
+                 : "; the format has no place for the attention kind, readers will use softmax: ",
+           keeps ? "" : attention);
+    if (ck->tokenizer_json && !tokenizer)
+        printf("the tokenizer is left out: the format has no place for it\n");
+}
+
+static int run(const char *in, const char *out, enum format format, enum srf_dtype dtype, bool json)
 {
     struct srf_checkpoint *ck = NULL;
     srf_status st = cli_check_apart(in, out);
@@ -44,20 +71,10 @@ static int run(const char *in, const char *out, enum format format, enum srf_dty
     if (st == SRF_OK) st = srf_checkpoint_load(in, NULL, &ck);
     if (st != SRF_OK) return cli_fail();
     int code = EXIT_OK;
-    if (export_as(ck, out, format, dtype) == SRF_OK) {
-        char attention[200];
-        srf_attention_describe(&ck->attention, attention, sizeof attention);
-        bool lost = format != RECURRENT && ck->attention.kind != SRF_ATTN_SOFTMAX;
-        printf("wrote %s (%s, %s)%s%s%s%s\n", out, formats[format].what, srf_dtype_name(dtype),
-               format == RECURRENT ? ": " : "", format == RECURRENT ? attention : "",
-               lost ? "; the format has no place for the attention kind, readers will use softmax: "
-                    : "",
-               lost ? attention : "");
-        if (format == LLMC && ck->tokenizer_json)
-            printf("the tokenizer is left out: the format has no place for it\n");
-    } else {
+    if (export_as(ck, out, format, dtype) == SRF_OK)
+        report(ck, in, out, format, dtype, json);
+    else
         code = cli_fail();
-    }
     srf_checkpoint_free(ck);
     return code;
 }
@@ -65,10 +82,15 @@ static int run(const char *in, const char *out, enum format format, enum srf_dty
 int cmd_export(int argc, char **argv)
 {
     const char *paths[2], *format_name = NULL, *dtype_name = "f32";
+    bool json = false;
     const struct cli_option options[] = {
         {"format", 0, CLI_STRING, &format_name, "FORMAT", "hf, llmc or recurrent", 0, 0},
         {"dtype", 0, CLI_STRING, &dtype_name, "T", "hf: f32, f16, bf16; llmc: f32, bf16 (f32)", 0,
          0},
+        {"json", 0, CLI_FLAG, &json, NULL,
+         "one JSON object: source, out, format, dtype, attention and tokenizer as readers find "
+         "them",
+         0, 0},
         {0}};
     int code, format = -1, dtype = -1;
     if (!cli_parse(
@@ -89,5 +111,5 @@ int cmd_export(int argc, char **argv)
     if (dtype < 0) return cli_usage_error("--dtype %s: expected f32, f16 or bf16", dtype_name);
     if (format == RECURRENT && dtype != SRF_F32)
         return cli_usage_error("--dtype %s: recurrent checkpoints are f32", dtype_name);
-    return run(paths[0], paths[1], (enum format)format, (enum srf_dtype)dtype);
+    return run(paths[0], paths[1], (enum format)format, (enum srf_dtype)dtype, json);
 }

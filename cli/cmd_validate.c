@@ -10,7 +10,7 @@
 
 struct inputs {
     const char *model, *teacher, *data, *out;
-    int64_t windows, seq_len, draws, kernel_draws;
+    int64_t max_tokens, seq_len, draws, kernel_draws;
     bool json, quiet;
     struct cli_device device;
     struct cli_attention attention;
@@ -90,13 +90,16 @@ static int64_t features_to_try(int64_t main_m, int64_t *m)
     return n;
 }
 
-/* Windows spread evenly over the whole set. */
+/* Sequences spread evenly over the whole set, four of them where --max-tokens does not say. */
 static srf_status read_tokens(const struct inputs *in, struct run *r)
 {
     struct srf_validate_config *c = &r->config;
     int64_t total = srf_tokenset_count(r->data);
-    SRF_FAIL_IF(total < c->seq_len, SRF_INVALID, "%s: %lld tokens are less than a window of %lld",
+    SRF_FAIL_IF(total < c->seq_len, SRF_INVALID, "%s: %lld tokens are less than a sequence of %lld",
                 in->data, (long long)total, (long long)c->seq_len);
+    c->windows = in->max_tokens == CLI_NONE ? 4 : in->max_tokens / c->seq_len;
+    SRF_FAIL_IF(c->windows < 1, SRF_INVALID, "--max-tokens %lld is less than a sequence of %lld",
+                (long long)in->max_tokens, (long long)c->seq_len);
     if (c->windows > total / c->seq_len) c->windows = total / c->seq_len;
     SRF_TRY(SRF_ALLOC(r->tokens, c->windows * c->seq_len));
     for (int64_t i = 0; i < c->windows; i++)
@@ -152,7 +155,6 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     c->main_m = a.m;
     c->m = r->m;
     c->n_m = features_to_try(a.m, r->m);
-    c->windows = in->windows;
     c->seq_len = in->seq_len;
     if (in->seq_len == CLI_NONE) c->seq_len = cfg->n_pos < 512 ? cfg->n_pos : 512;
     SRF_FAIL_IF(c->seq_len > cfg->n_pos, SRF_INVALID,
@@ -383,7 +385,7 @@ static srf_status report(const struct inputs *in, struct run *r)
 
 int cmd_validate(int argc, char **argv)
 {
-    struct inputs in = {.windows = 4,
+    struct inputs in = {.max_tokens = CLI_NONE,
                         .seq_len = CLI_NONE,
                         .draws = 8,
                         .kernel_draws = 64,
@@ -396,11 +398,11 @@ int cmd_validate(int argc, char **argv)
          0},
         {"data", 0, CLI_STRING, &in.data, "PATH", "token set, llm.c shard, .npy of ids, or text", 0,
          0},
-        {"out", 0, CLI_STRING, &in.out, "DIR", "where validate.json and validate.html go", 0, 0},
-        {"windows", 0, CLI_INT, &in.windows, "N", "windows of text, spread over the data (4)", 1,
-         4096},
-        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens a window (the model's, up to 512)", 2,
+        {"out", 'o', CLI_STRING, &in.out, "DIR", "where validate.json and validate.html go", 0, 0},
+        {"seq-len", 0, CLI_INT, &in.seq_len, "N", "tokens per sequence (the model's, up to 512)", 2,
          1 << 24},
+        {"max-tokens", 0, CLI_INT, &in.max_tokens, "N",
+         "tokens of text, in sequences spread over the data (four sequences)", 2, 1 << 24},
         {"draws", 0, CLI_INT, &in.draws, "N", "draws for the heads' errors and the perplexity (8)",
          2, 1e6},
         {"kernel-draws", 0, CLI_INT, &in.kernel_draws, "N", "draws for the kernel's error (64)", 2,

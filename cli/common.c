@@ -66,7 +66,7 @@ static const char *useless_setting(const struct cli_attention *a, enum srf_atten
     } options[] = {{"m", a->m != CLI_NONE, SRF | MAPS},
                    {"window", a->window != CLI_NONE, SRF | MAPS | WINDOW},
                    {"layer-windows", a->windows != NULL, SRF},
-                   {"layer-features", a->layer_m != NULL, SRF},
+                   {"layer-m", a->layer_m != NULL, SRF},
                    {"sinks", a->sinks != CLI_NONE, WINDOW},
                    {"features", a->features != NULL, SRF},
                    {"rotation", a->rotation != NULL, SRF},
@@ -115,7 +115,7 @@ srf_status cli_set_attention(const struct cli_attention *a, int64_t head_size,
     if (a->sinks != CLI_NONE) attention->sinks = a->sinks;
     if (a->features) SRF_TRY(srf_feature_kind_parse(a->features, &attention->features));
     if (a->rotation) SRF_TRY(srf_rotation_parse(a->rotation, &attention->rotation));
-    SRF_FAIL_IF(a->layer_m && a->m != CLI_NONE, SRF_INVALID, "--m or --layer-features, not both");
+    SRF_FAIL_IF(a->layer_m && a->m != CLI_NONE, SRF_INVALID, "--m or --layer-m, not both");
     if (a->m != CLI_NONE) attention->m = a->m, attention->n_layer_m = 0;
     if (a->layer_m) SRF_TRY(srf_attention_set_layer_m(attention, a->layer_m));
     SRF_FAIL_IF(a->windows && a->window != CLI_NONE, SRF_INVALID,

@@ -53,7 +53,7 @@ struct cli_attention {
      "block of N tokens attended exactly, with the one before it; 0 = pure SRF", 0, 65536},        \
     {"layer-windows", 0, CLI_STRING, &(a).windows, "W,W,...",                                      \
      "that of each layer, first to last, in place of one for all", 0, 0},                          \
-    {"layer-features", 0, CLI_STRING, &(a).layer_m, "M,M,...",                                     \
+    {"layer-m", 0, CLI_STRING, &(a).layer_m, "M,M,...",                                     \
      "random features of each layer, in place of --m", 0, 0},                                      \
     {"features", 0, CLI_STRING, &(a).features, "KIND",                                             \
      "iid, orthogonal, simplex or simplex+ (simplex)", 0, 0},                                      \

@@ -7,7 +7,7 @@
 struct generate_options {
     const char *model, *prompt, *prompt_file, *input, *output, *order, *on_error, *state_in,
         *state_out, *prefix;
-    int64_t n, batch, chunk;
+    int64_t n, batch, rows;
     uint64_t seed;
     bool json, quiet, ignore_eos, resume, ids, state_bf16;
     struct cli_strings stop;

@@ -254,9 +254,7 @@ static srf_status token(void *user, const struct srf_request *request, int32_t i
 {
     struct run *r = user;
     struct job *j = request->user;
-    struct srf_ids *made = &j->made;
-    SRF_TRY(SRF_GROW(made->ids, made->cap, made->n + 1));
-    made->ids[made->n++] = id;
+    SRF_TRY(srf_ids_append(&j->made, &id, 1));
     r->n_tokens++;
     if (!r->stop && !j->prompt.stop) return SRF_OK;
     size_t from = j->n_text;
@@ -308,6 +306,7 @@ static srf_status settings(const struct run *r, json_t **out)
     *out = json_pack("{s:s, s:s, s:o, s:s, s:s, s:s}", "creator", "srf " SRF_VERSION, "model", hash,
                      "attention", attention, "device", r->m.ctx->be->name, "dtype",
                      srf_dtype_name(r->m.ctx->dtype), "positions", in->positions.policy);
+    /* "chunk" is --rows: files keep the name that they began with */
     json_t *sampling = json_pack(
         "{s:f, s:I, s:f, s:I, s:I, s:I, s:b, s:b, s:O?, s:b, s:s}", "temperature",
         in->sampler.temperature, "top_k", (json_int_t)in->sampler.top_k, "top_p", in->sampler.top_p,

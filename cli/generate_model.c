@@ -31,13 +31,10 @@ static int64_t start_token(const struct generate_model *m)
 
 srf_status generate_start(const struct generate_model *m, struct srf_ids *ids)
 {
-    int64_t start = start_token(m);
+    int32_t start = (int32_t)start_token(m);
     SRF_FAIL_IF(start < 0, SRF_INVALID, "an empty prompt, and the model has no start token");
     srf_ids_free(ids);
-    SRF_TRY(SRF_ALLOC(ids->ids, 1));
-    ids->ids[0] = (int32_t)start;
-    ids->n = ids->cap = 1;
-    return SRF_OK;
+    return srf_ids_append(ids, &start, 1);
 }
 
 srf_status generate_room(const struct generate_model *m, int64_t n_prompt, int64_t *n)
@@ -56,7 +53,7 @@ struct srf_engine_config generate_config(const struct generate_options *in,
                                          const struct generate_model *m)
 {
     int64_t rows = strcmp(m->ctx->be->name, "cpu") == 0 ? 256 : 8192;
-    return (struct srf_engine_config){.prefill_rows = in->chunk != CLI_NONE ? in->chunk : rows,
+    return (struct srf_engine_config){.prefill_rows = in->rows != CLI_NONE ? in->rows : rows,
                                       .state_bf16 = in->state_bf16,
                                       .positions = m->positions,
                                       .sampler = in->sampler,

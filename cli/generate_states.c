@@ -20,16 +20,15 @@ srf_status generate_feed(struct srf_engine *e, int64_t slot, const struct srf_id
                          struct srf_state_info *info)
 {
     struct srf_ids all = {0};
-    int64_t pending = info->pending >= 0;
     srf_status st = SRF_OK;
-    SRF_TRY(SRF_ALLOC(all.ids, pending + ids->n));
-    if (pending) all.ids[all.n++] = info->pending;
-    for (int64_t i = 0; i < ids->n; i++) all.ids[all.n++] = ids->ids[i];
+    if (info->pending >= 0) SRF_TRY_GO(srf_ids_append(&all, &info->pending, 1));
+    SRF_TRY_GO(srf_ids_append(&all, ids->ids, ids->n));
     if (all.n > 0) info->pending = all.ids[all.n - 1];
     struct srf_engine_prompt p = {
         .slot = slot, .tokens = all.ids, .n_tokens = all.n - 1, .resume = true};
     if (p.n_tokens > 0) st = srf_engine_admit(e, 1, &p);
     info->position = srf_engine_position(e, slot);
+cleanup:
     srf_ids_free(&all);
     return st;
 }

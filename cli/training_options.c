@@ -43,7 +43,7 @@ static void say_recipe(struct cli_option *options, const struct srf_recipe *r,
             snprintf(*help, HELP_SIZE, "beyond the window: srf, or none, for comparisons (none)");
         else if (strcmp(o->name, "calibrate") == 0)
             snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->calibrate);
-        else if (strcmp(o->name, "plan-windows") == 0)
+        else if (strcmp(o->name, "plan") == 0)
             snprintf(*help, HELP_SIZE, "%s (%lld)", o->help, (long long)r->plan_windows);
         else if (strcmp(o->name, "fit-features") == 0 && r->fit)
             snprintf(*help, HELP_SIZE, "%s (on)", o->help);
@@ -93,9 +93,8 @@ static bool was_given(const struct cli_option *options, const bool *set, const c
 static void settle_recipe(struct training_inputs *in, const struct cli_option *options,
                           const bool *set)
 {
-    in->plan_given = was_given(options, set, "plan-windows") || in->state_budget;
-    if (in->state_budget && !was_given(options, set, "plan-windows"))
-        in->plan_windows = PLAN_TOKENS;
+    in->plan_given = was_given(options, set, "plan") || in->state_budget;
+    if (in->state_budget && !was_given(options, set, "plan")) in->plan_windows = PLAN_TOKENS;
     if (in->config.lora && !was_given(options, set, "lr")) in->config.lr = LORA_LR;
     in->features_lr_given = was_given(options, set, "features-lr");
     in->features_given = was_given(options, set, "train-features") || in->features_lr_given;
@@ -133,7 +132,7 @@ static int check_usage(const struct cli_training *defaults, const struct trainin
         return cli_usage_error("--fit-features and --best-of need --calibrate N, and keep their "
                                "features: --redraw-every 0");
     if (in->state_budget && !in->plan_windows)
-        return cli_usage_error("--state-budget is for --plan-windows N to spend");
+        return cli_usage_error("--state-budget is for --plan N to spend");
     if (in->config.lora && was_given(options, set, "rest-lr"))
         return cli_usage_error("--lora trains nothing but attention: --rest-lr means nothing");
     if (in->teacher && !srf_policy_needs_teacher(&in->config))
@@ -202,7 +201,7 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
          "part of the run after which the draw stays", 0, 1},
         {"train-features", 0, CLI_FLAG, &c->train_features, NULL,
          "train the features once they are frozen", 0, 0},
-        {"plan-windows", 0, CLI_INT, &in.plan_windows, "N",
+        {"plan", 0, CLI_INT, &in.plan_windows, "N",
          "each layer's own window and features, by their worth on N tokens; 0 = off", 0, 1 << 24},
         {"state-budget", 0, CLI_INT, &in.state_budget, "BYTES",
          "plan them for a state of a sequence of so many bytes in fp32; 0: as without a plan", 0,

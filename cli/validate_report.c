@@ -118,7 +118,7 @@ static void in_short(const struct validate_report *r, FILE *to)
     fputs(" nats.", to);
     if (isfinite(r->all.kl_se))
         fputs(" (±: two standard errors; other text of this kind may differ by as much, and more "
-              "<code>--windows</code> narrow it.)",
+              "<code>--max-tokens</code> narrow it.)",
               to);
     fprintf(to,
             " Over %lld draws of the features the perplexity is %.4g on average, with a standard "

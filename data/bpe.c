@@ -436,6 +436,15 @@ void srf_ids_free(struct srf_ids *ids)
     *ids = (struct srf_ids){0};
 }
 
+srf_status srf_ids_append(void *ids, const int32_t *more, int64_t n)
+{
+    struct srf_ids *all = ids;
+    SRF_TRY(srf__ids_reserve(all, n));
+    if (n) memcpy(all->ids + all->n, more, (size_t)n * sizeof *more);
+    all->n += n;
+    return SRF_OK;
+}
+
 srf_status srf__ids_reserve(struct srf_ids *ids, int64_t more)
 {
     return SRF_GROW(ids->ids, ids->cap, ids->n + more);

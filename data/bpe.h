@@ -24,6 +24,8 @@ struct srf_ids {
     size_t cap;
 };
 void srf_ids_free(struct srf_ids *ids);
+/* n more behind them; `ids` is a struct srf_ids: also a sink for srf_bpe_encode_stream. */
+srf_status srf_ids_append(void *ids, const int32_t *more, int64_t n);
 
 /* From text in memory. */
 srf_status srf_bpe_from_json(const char *text, size_t n, struct srf_bpe **out);

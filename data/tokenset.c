@@ -149,15 +149,6 @@ srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, 
 
 /* ---- plain text ------------------------------------------------------------------------------ */
 
-static srf_status keep_ids(void *user, const int32_t *ids, int64_t n)
-{
-    struct srf_ids *all = user;
-    SRF_TRY(SRF_GROW(all->ids, all->cap, all->n + n));
-    memcpy(all->ids + all->n, ids, (size_t)n * sizeof *ids);
-    all->n += n;
-    return SRF_OK;
-}
-
 static bool ends_in(const char *path, const char *end)
 {
     size_t n = strlen(path), k = strlen(end);
@@ -213,7 +204,7 @@ static srf_status open_text(const char *path, const struct srf_bpe *bpe, struct 
     SRF_FAIL_IF(!f, SRF_IO, "%s: %s", path, strerror(errno));
     ts->format = "text";
     srf_bpe_hash(bpe, ts->hash);
-    srf_status st = srf_bpe_encode_stream(bpe, f, true, keep_ids, &ts->text, NULL);
+    srf_status st = srf_bpe_encode_stream(bpe, f, true, srf_ids_append, &ts->text, NULL);
     fclose(f);
     if (st != SRF_OK) srf__error_prefix("%s", path);
     SRF_TRY(st);

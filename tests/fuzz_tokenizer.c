@@ -83,15 +83,6 @@ static srf_status load(const uint8_t **data, size_t *size, struct srf_bpe **bpe)
     return st;
 }
 
-static srf_status collect(void *user, const int32_t *ids, int64_t n)
-{
-    struct srf_ids *all = user;
-    SRF_TRY(srf__ids_reserve(all, n));
-    memcpy(all->ids + all->n, ids, (size_t)n * sizeof *ids);
-    all->n += n;
-    return SRF_OK;
-}
-
 static void same_ids(const struct srf_ids *a, const struct srf_ids *b)
 {
     if (a->n != b->n || (a->n && memcmp(a->ids, b->ids, (size_t)a->n * sizeof *a->ids) != 0))
@@ -108,7 +99,7 @@ static void check_text(const struct srf_bpe *bpe, const char *text, size_t n, bo
         if (n_back != n || (n && memcmp(back, text, n) != 0)) abort();
         srf__free(back);
         FILE *f = n ? fmemopen((char *)(uintptr_t)text, n, "rb") : fopen("/dev/null", "rb");
-        if (!f || srf__bpe_encode_stream(bpe, f, added, 5, collect, &pieces, NULL) != SRF_OK)
+        if (!f || srf__bpe_encode_stream(bpe, f, added, 5, srf_ids_append, &pieces, NULL) != SRF_OK)
             abort();
         fclose(f);
         same_ids(&whole, &pieces);

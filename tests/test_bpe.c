@@ -61,15 +61,6 @@ static void expect_round_trip(const struct srf_bpe *bpe, const char *text, int n
     srf__free(back);
 }
 
-static srf_status collect(void *user, const int32_t *ids, int64_t n)
-{
-    struct srf_ids *all = user;
-    SRF_TRY(srf__ids_reserve(all, n));
-    memcpy(all->ids + all->n, ids, (size_t)n * sizeof *ids);
-    all->n += n;
-    return SRF_OK;
-}
-
 static void expect_stream(const struct srf_bpe *bpe, const char *text, int n, bool added,
                           size_t buffer, const struct srf_ids *whole)
 {
@@ -77,7 +68,7 @@ static void expect_stream(const struct srf_bpe *bpe, const char *text, int n, bo
     int64_t total = 0;
     FILE *f = n ? fmemopen((char *)(uintptr_t)text, (size_t)n, "rb") : fopen("/dev/null", "rb");
     assert_non_null(f);
-    test_ok(srf__bpe_encode_stream(bpe, f, added, buffer, collect, &ids, &total));
+    test_ok(srf__bpe_encode_stream(bpe, f, added, buffer, srf_ids_append, &ids, &total));
     fclose(f);
     assert_int_equal(total, n);
     expect_ids("stream", text, n, ids.ids, ids.n, whole->ids, whole->n);

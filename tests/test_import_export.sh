@@ -57,7 +57,11 @@ grep -q "the tokenizer is left out" stdout || fail "llmc: no word on the tokeniz
 # 93056 parameters; a vocabulary of 16 * 128 needs no padding.
 [ "$(stat -c %s model.bin)" -eq $((1024 + 4 * 93056)) ] || fail "llmc: $(wc -c <model.bin) bytes"
 ok "$SRF" import model.bin llmc.h5
-ok "$SRF" export llmc.h5 hf-llmc --format hf
+ok "$SRF" export llmc.h5 hf-llmc --format hf --json
+for part in '"source": "llmc.h5"' '"format": "transformers directory"' '"dtype": "f32"' \
+    '"attention": "softmax"' '"tokenizer": false' '"out": "hf-llmc"'; do
+    grep -qF "$part" stdout || fail "export --json: no $part in $(cat stdout)"
+done
 same hf/model.safetensors hf-llmc/model.safetensors "llm.c and back: other weights"
 T="$SOURCE/checkpoints/tiny-gpt2/tokenizer.json"
 for tokenizer in "$T" "$(dirname "$T")" hf model.h5; do # the format has no place for one: it is attached
@@ -99,7 +103,8 @@ ok "$SRF" export run/model.h5 recurrent.h5 --format recurrent
 grep -q "m=8" stdout || fail "recurrent: no word on attention: $(cat stdout)"
 ok "$SRF" import recurrent.h5 back.h5
 same recurrent.h5 back.h5 "the recurrent kind and back: another file"
-ok "$SRF" export run/last.h5 last.h5 --format recurrent
+ok "$SRF" export run/last.h5 last.h5 --format recurrent --json
+grep -q '"attention": "srf .*m=8,.*"tokenizer": true' stdout || fail "export --json: $(cat stdout)"
 same recurrent.h5 last.h5 "recurrent from the training checkpoint: another file"
 ok "$SRF" export run/model.h5 hf-srf --format hf
 grep -q "readers will use softmax" stdout || fail "hf: no word on the lost attention: $(cat stdout)"
@@ -107,7 +112,7 @@ ok "$SRF" retrofit --model model.h5 --data text.txt --out by-layer --steps 2 --b
     --seq-len 32 --m 8 --layer-windows 8,2 --threads 1 --quiet
 ok "$SRF" export by-layer/model.h5 by-layer.h5 --format recurrent
 ok "$SRF" retrofit --model model.h5 --data text.txt --out features --steps 2 --batch 2 \
-    --seq-len 32 --layer-features 4,12 --layer-windows 8,2 --threads 1 --quiet
+    --seq-len 32 --layer-m 4,12 --layer-windows 8,2 --threads 1 --quiet
 ok "$SRF" export features/model.h5 features.h5 --format recurrent
 grep -q "m=4,12, " stdout || fail "features by layer: no word of them: $(cat stdout)"
 ok "$SRF" export features/model.h5 features-hf --format hf

@@ -48,7 +48,7 @@ refuse 1 "window, hedgehog, t2r" "${model[@]}" --attention linear
 
 # Of a model with windows and features by layer: what must be said, and that it is enough then.
 succeed "$SRF" retrofit --model model.h5 --data text.txt "${small[@]}" --steps 1 --out layers \
-    --layer-windows 4,8 --layer-features 8,6
+    --layer-windows 4,8 --layer-m 8,6
 layers=("$SRF" eval --model layers/model.h5 --data text.txt --seq-len 32 --threads 1)
 refuse 1 "one for all: add --window N" "${layers[@]}" --attention window
 refuse 1 "add --window N --m N" "${layers[@]}" --attention hedgehog

@@ -113,11 +113,11 @@ run "${retrofit[@]}" --out narrow --window 15
 grep -q warning stderr && fail "narrow window: $(cat stderr)"
 
 refuse 1 "windows of 3 layers" "${retrofit[@]/--window/--threads}" --out t --layer-windows 8,4,8
-refuse 1 "a plan of windows" "${retrofit[@]}" --out t --window 0 --plan-windows 512
+refuse 1 "a plan of windows" "${retrofit[@]}" --out t --window 0 --plan 512
 refuse 1 "not both" "${retrofit[@]}" --out t --layer-windows 8,4
-refuse 1 "features of 3 layers" "${retrofit[@]/%--m/--steps}" --out t --layer-features 8,4,8
-refuse 1 "features '8,0'" "${retrofit[@]/%--m/--steps}" --out t --layer-features 8,0
-refuse 1 "--m or --layer-features" "${retrofit[@]}" --out t --layer-features 8,4
+refuse 1 "features of 3 layers" "${retrofit[@]/%--m/--steps}" --out t --layer-m 8,4,8
+refuse 1 "features '8,0'" "${retrofit[@]/%--m/--steps}" --out t --layer-m 8,0
+refuse 1 "--m or --layer-m" "${retrofit[@]}" --out t --layer-m 8,4
 
 # The command after Ctrl-C can be pasted, whatever the names, and goes on in the same way.
 odd="it's a \$run; x"
@@ -194,11 +194,11 @@ recipe redrawn-untrained --window 8 --redraw-every 1 --features-lr 0
 [ "$(second_loss trained)" != "$(second_loss untrained)" ] || fail "hybrid: features not trained"
 [ "$(second_loss alone)" != "$(second_loss untrained)" ] || fail "--train-features: not trained"
 [ "$(second_loss drawn)" = "$(second_loss redrawn-untrained)" ] || fail "redrawn and trained"
-for how in '--window 4 --plan-windows 512' '--recipe hybrid --window 4 --plan-windows 512'; do
+for how in '--window 4 --plan 512' '--recipe hybrid --window 4 --plan 512'; do
     recipe "${how// /}" $how
     grep -qE "features by layer, on [0-9]+ tokens" stderr || fail "$how: $(cat stderr)"
 done
-for how in '' '--recipe planned' '--window 32 --plan-windows 512'; do # 32 is all of a sequence
+for how in '' '--recipe planned' '--window 32 --plan 512'; do # 32 is all of a sequence
     recipe "short${how// /}" $how
     grep -q "features by layer: nothing to choose" stderr || fail "$how: $(cat stderr)"
 done
@@ -210,13 +210,13 @@ for budget in 20000 40000; do
     grep -q "\"state_bytes_per_sequence\": $used\b" facts || fail "$used bytes? $(cat facts)"
 done
 refuse 1 "at least" "${retrofit[@]}" --out t --state-budget 100
-refuse 2 "--state-budget" "${retrofit[@]}" --out t --state-budget 100 --plan-windows 0
+refuse 2 "--state-budget" "${retrofit[@]}" --out t --state-budget 100 --plan 0
 recipe small-window --recipe planned --window 32
 ! grep -q "features by layer" stderr || fail "a window of 32: $(cat stderr)"
 recipe given --recipe planned --layer-windows 4,8
 ! grep -q "features by layer" stderr || fail "windows given: $(cat stderr)"
 run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 \
-    --threads 1 --out given-features --layer-features 8,16
+    --threads 1 --out given-features --layer-m 8,16
 [ $status -eq 0 ] && ! grep -q "features by layer" stderr || fail "features given: $(cat stderr)"
 recipe no-window --recipe planned --window 0
 ! grep -q "features by layer" stderr || fail "no window: $(cat stderr)"
@@ -228,7 +228,7 @@ refuse 2 "--recipe" "$SRF" train --model model.h5 --data text.txt --out t --reci
 # Parts of the weights. What is written is a model like any other; the run's file says what it was.
 refuse 2 "--rest-lr" "${retrofit[@]}" --out t --lora 2 --rest-lr 0.5
 # What the trainer refuses is said before the preparations, which would say more than a line.
-slow=("${retrofit[@]/--quiet/--plan-windows=512}" --out t)
+slow=("${retrofit[@]/--quiet/--plan=512}" --out t)
 refuse 1 "rank" "${slow[@]}" --lora 60000
 refuse 1 "multiple of micro-batch 2" "${slow[@]}" --batch 3 --micro-batch 2
 refuse 1 "positions end at 64" "${slow[@]}" --seq-len 65

@@ -63,7 +63,7 @@ grep -o '"by_draw":{[^}]*}' taught/validate.json | grep -F "\"ppl\":[${own%?}" >
 # Other settings, a number of features of its own, and names that HTML must escape.
 cp text.txt 'a<b>&.txt'
 run "$SRF" validate --model model.h5 --data 'a<b>&.txt' --out three -q --kernel-draws 4 \
-    --draws 2 --windows 2 --seq-len 48 -m 40 -W 8 --features orthogonal --share-heads
+    --draws 2 --max-tokens 100 --seq-len 48 -m 40 -W 8 --features orthogonal --share-heads
 [ $status -eq 0 ] || fail "srf validate with settings: exit $status: $(cat stderr)"
 has three/validate.html 'a&lt;b&gt;&amp;.txt' 'orthogonal m=40'
 has three/validate.json '"m":40' '"window":8' '"tokens":96' 'a<b>&.txt'
@@ -77,7 +77,8 @@ sed 's/2048/2050/' config.json >other.json
     --data text.txt --out other --steps 1 --batch 1 --seq-len 32 -q >/dev/null || die "srf train"
 reject 2 --model model.h5
 reject 2 --model model.h5 --data text.txt --draws 1
-reject 2 --model model.h5 --data text.txt --windows 0
+reject 2 --model model.h5 --data text.txt --max-tokens 0
+reject 1 --model model.h5 --data text.txt --max-tokens 31 --seq-len 32
 reject 1 --model model.h5 --data text.txt --seq-len 65
 reject 1 --model model.h5 --data text.txt --features best
 reject 1 --model model.h5 --data text.txt --teacher no-such-file
