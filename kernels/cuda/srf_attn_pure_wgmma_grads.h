@@ -115,7 +115,11 @@ __device__ __forceinline__ void store_chunk(bf16 *dst, int64_t ld, const float (
                      : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
                      : "r"((from ^ (i & 1) * 64) + i * 512)
                      : "memory");
-        if (row + 4 * i >= lo && row + 4 * i < hi) *(uint4 *)to = y;
+        /* The compiler makes four stores of an assignment. */
+        if (row + 4 * i >= lo && row + 4 * i < hi)
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(y.x), "r"(y.y),
+                         "r"(y.z), "r"(y.w)
+                         : "memory");
     }
     __syncwarp();
 }
