@@ -94,17 +94,15 @@ srf_status srf__pure_wgmma_suffix(struct srf_ctx *ctx, const struct bwd_params *
 srf_status srf__pure_wgmma_grads(struct srf_ctx *ctx, const struct bwd_params *p,
                                  const struct bwd_maps *m, int64_t heads);
 
+/* A chain (chain.h). Of the op's kernels the first lets no other begin before all that came before
+ * the op is complete, so that the others may read inputs before they wait. */
 typedef void kernel(const struct bwd_params, const struct bwd_maps);
 
 static inline srf_status launch(struct srf_ctx *ctx, kernel *f, int64_t blocks, int threads,
-                                int bytes, const struct bwd_params *p, const struct bwd_maps *m,
-                                bool first)
+                                int bytes, const struct bwd_params *p, const struct bwd_maps *m)
 {
     CUDA_TRY(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, 1024 + bytes));
     struct chain_shape shape = {dim3((unsigned)blocks), threads, (size_t)(1024 + bytes), 1};
-    if (first)
-        f<<<shape.grid, threads, shape.bytes, stream_of(ctx)>>>(*p, *m);
-    else
-        chain_launch(ctx, shape, f, *p, *m);
+    chain_launch(ctx, shape, f, *p, *m);
     return srf__cuda_launched("srf_attn_bwd");
 }

@@ -43,13 +43,13 @@ static __global__
         bulk_tile(base + s * TILE, &m.k, col, t0, seq, full);
         bulk_tile(base + at::v + s * TILE, &m.v, col, t0, seq, full);
     };
+    chain_wait();
+    chain_next();
     if (tid == 0) {
         init_barriers(base + at::bar, ENTRY_STAGES);
         for (int i = 0; i < min(ENTRY_STAGES - 1, count); i++) fill(i);
     }
     load_features(p, here.set, base + at::w, bias, tid);
-    chain_next();
-    chain_wait();
     if (p.n_seg == 1) clear_tickets(p, tid);
     struct pure_state<64> st;
     add_sums(&st, p.states + here.head_i * p.n_seg * pure_state_count(64, 1), here.seg, 1, tid);
@@ -104,8 +104,7 @@ static __global__
 srf_status srf__pure_wgmma_entries(struct srf_ctx *ctx, const struct bwd_params *p,
                                    const struct bwd_maps *m, int64_t heads)
 {
-    return launch(ctx, pure_entries_kernel, heads * p->n_seg, 128, entry_smem::bytes, p, m,
-                  p->n_seg == 1);
+    return launch(ctx, pure_entries_kernel, heads * p->n_seg, 128, entry_smem::bytes, p, m);
 }
 
 /* ---- what queries add to R, u ---------------------------------------------------------------- */
@@ -168,11 +167,11 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
     const int f0 = 16 * warp + g;
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
+    chain_wait();
     chain_next();
     /* Of the first segment nobody asks but for delta. */
     const unsigned heads = gridDim.x / (p.n_piece + (p.deltas ? p.seg_pieces : 0));
     if (blockIdx.x >= heads * p.n_piece) {
-        chain_wait();
         first_deltas(p, blockIdx.x - heads * p.n_piece, n_chunks, tid);
         clear_tickets(p, tid);
         return;
@@ -215,7 +214,6 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
     float u[2] = {0, 0}, row_lse;
     uint4 o[4];
     load_row(o, &row_lse, 0);
-    chain_wait();
     clear_tickets(p, tid);
     __syncthreads();
     const float own_bias[2] = {bias[f0], bias[f0 + 8]};
@@ -293,7 +291,7 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
  * thread two columns of R, or u of two features; n threads. */
 static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p, int64_t n)
 {
-    constexpr int ahead = 8; /* pieces whose loads are on their way at once */
+    constexpr int ahead = 12; /* pieces whose loads are on their way at once */
     constexpr int count = 64 * 65, add_count = 64 * 66;
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK;
     chain_next();
@@ -351,7 +349,7 @@ srf_status srf__pure_wgmma_adds(struct srf_ctx *ctx, const struct bwd_params *p,
                                 const struct bwd_maps *m, int64_t heads)
 {
     const int blocks = p->n_piece + (p->deltas ? p->seg_pieces : 0);
-    return launch(ctx, pure_adds_kernel, heads * blocks, 128, add_smem::bytes, p, m, p->carried);
+    return launch(ctx, pure_adds_kernel, heads * blocks, 128, add_smem::bytes, p, m);
 }
 srf_status srf__pure_wgmma_suffix(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads)
 {

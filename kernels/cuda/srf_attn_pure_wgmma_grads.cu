@@ -40,11 +40,14 @@ static __global__
     float *bias = (float *)(smem + at::bias), *half = (float *)(smem + at::half);
     float *all_marks = (float *)(smem + at::marks), *piece = all_marks + 2 * MARKS;
     if (threadIdx.x == 0) init_barriers(bar, 4);
-    chain_wait();
+    /* Where no unit waits for another they need no order, and with all chunks' S there only delta
+     * and R are the work of this op's kernels. */
+    const bool early = KIND == SUMMED && p.carried && p.head_units == p.n_seg;
+    if (!early) chain_wait();
     /* Units come last first: the one that this one waits for has begun. */
     if (threadIdx.x == 0) {
         /* All segments but the last, then the units of the last ones, level by level. */
-        unsigned i = atomicAdd(p.tickets, 1u);
+        unsigned i = early ? blockIdx.x : atomicAdd(p.tickets, 1u);
         const int n = p.n_seg - 1, heads = (int)(gridDim.x / p.head_units);
         const bool whole = i < (unsigned)(heads * n);
         if (!whole) i -= heads * n;
@@ -81,25 +84,31 @@ static __global__
         bulk_bytes(base + at::s, p.entry + (UNIT_I64(chunk) + c) * (CHUNK * 64), TILE,
                    base + at::bar + 8);
     };
-    auto fill_kd = [&](int c) {
+    auto fill_delta = [&](int c, uint32_t full) {
+        bulk_bytes(base + at::given + ((UNIT_INT(c_last) - c) & 1) * (CHUNK * 4),
+                   p.deltas + (UNIT_I64(chunk) + c) * CHUNK, CHUNK * 4, full);
+    };
+    auto fill_kd = [&](int c, bool with_delta) {
         const int s = (UNIT_INT(c_last) - c) & 1, col = UNIT_INT(col), seq = UNIT_INT(seq);
         const uint32_t full = base + at::bar + 16 + 8 * s;
         barrier_expect(full, 2 * TILE + (MARKS + (KIND == SUMMED ? CHUNK : 0)) * 4);
-        if (KIND == SUMMED)
-            bulk_bytes(base + at::given + s * (CHUNK * 4), p.deltas + (UNIT_I64(chunk) + c) * CHUNK,
-                       CHUNK * 4, full);
+        if (KIND == SUMMED && with_delta) fill_delta(c, full);
         bulk_tile(base + at::k + s * TILE, &m.k, col, c * CHUNK, seq, full);
         bulk_tile(base + at::d_o + s * TILE, &m.d_o, col, c * CHUNK, seq, full);
         bulk_bytes(base + at::marks + s * MARKS * 4, p.marks + (UNIT_I64(chunk) + c) * MARKS,
                    MARKS * 4, full);
     };
     if (threadIdx.x == 0) {
-        fill_kd(c_last);
+        fill_kd(c_last, !early);
         fill_q(c_last);
         fill_vs(c_last);
     }
     if (role == 1)
         load_features(p, p.n_sets == 1 ? 0 : UNIT_INT(col) / 64, base + at::w, bias, tid);
+    if (early) {
+        chain_wait();
+        if (threadIdx.x == 0) fill_delta(c_last, bar + 16);
+    }
     __syncthreads();
 
     float r[8][4], u[2] = {0, 0}; /* of the queries' owners */
@@ -424,7 +433,7 @@ static __global__
                 prefetch_rows(p, UNIT_I64(out), UNIT_I64(token), t0 - CHUNK, tid, KIND != SUMMED);
             const bool cut = meet_or(ALL_A, 256, false);
             if (tid == 0 && c > UNIT_INT(c_first)) {
-                if (!asked) fill_kd(c - 1);
+                if (!asked) fill_kd(c - 1, true);
                 if (!DW && !cut && lo == 0) fill_q(c - 1);
             }
             asked = true;
@@ -555,5 +564,5 @@ srf_status srf__pure_wgmma_grads(struct srf_ctx *ctx, const struct bwd_params *p
     kernel *f = p->dw           ? pure_grads_kernel<ANY, true>
                 : p->n_seg == 1 ? pure_grads_kernel<WHOLE, false>
                                 : pure_grads_kernel<SUMMED, false>;
-    return launch(ctx, f, heads * p->head_units, 256, grad_smem::bytes, p, m, false);
+    return launch(ctx, f, heads * p->head_units, 256, grad_smem::bytes, p, m);
 }
