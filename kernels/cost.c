@@ -60,19 +60,25 @@ struct srf_cost srf_layernorm_bwd_cost(const struct srf_ctx *ctx,
     return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, 2 * n + sums), flops * n * c};
 }
 
+/* As slope.h has them, without what fills the last tiles. */
+static double slope_bytes(const struct srf_ctx *ctx, double count)
+{
+    return ctx->dtype == SRF_BF16 ? count : t_bytes(ctx, count);
+}
+
 /* GELU: 9 with its exponential; the derivative 16. */
 struct srf_cost srf_linear_fwd_cost(const struct srf_ctx *ctx, const struct srf_linear_fwd_args *a)
 {
     double n = (double)a->n, in = (double)a->in, out = (double)a->out;
-    double count = n * in + in * out + n * out, flops = 2 * n * in * out;
+    double count = n * in + in * out + n * out, flops = 2 * n * in * out, slopes = 0;
     if (a->b) count += out, flops += n * out;
     if (a->residual) count += n * out, flops += n * out;
     if (a->act != SRF_ACT_NONE) {
         if (a->pre) count += n * out;
-        if (a->slope) count += n * out, flops += 7 * n * out;
+        if (a->slope) slopes = slope_bytes(ctx, n * out), flops += 7 * n * out;
         flops += 9 * n * out;
     }
-    return (struct srf_cost){t_bytes(ctx, count), flops};
+    return (struct srf_cost){t_bytes(ctx, count) + slopes, flops};
 }
 
 /* The norm's output need not be moved. */
@@ -89,17 +95,17 @@ struct srf_cost srf_norm_linear_fwd_cost(const struct srf_ctx *ctx,
 struct srf_cost srf_linear_bwd_cost(const struct srf_ctx *ctx, const struct srf_linear_bwd_args *a)
 {
     double n = (double)a->n, in = (double)a->in, out = (double)a->out;
-    double count = n * out, sums = 0, flops = 0; /* elements of T, of A */
+    double count = n * out, sums = 0, slopes = 0, flops = 0; /* elements of T, of A; bytes */
     if (a->dx) {
         count += in * out + n * in * (a->dx_accumulate ? 2 : 1);
         flops += 2 * n * in * out;
         if (a->x_act != SRF_ACT_NONE) count += n * in, flops += 17 * n * in;
-        if (a->x_slope) count += n * in, flops += n * in;
+        if (a->x_slope) slopes = slope_bytes(ctx, n * in), flops += n * in;
         if (a->dx_sum) sums += 2 * in, flops += n * in;
     }
     if (a->dw) count += n * in, sums += 2 * in * out, flops += 2 * n * in * out;
     if (a->db) sums += 2 * out, flops += n * out;
-    return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, sums), flops};
+    return (struct srf_cost){t_bytes(ctx, count) + a_bytes(ctx, sums) + slopes, flops};
 }
 
 struct srf_cost srf_act_fwd_cost(const struct srf_ctx *ctx, const struct srf_act_fwd_args *a)

@@ -111,7 +111,7 @@ struct srf_linear_fwd_args {
                            * or NULL */
     enum srf_act act;     /* GELU_TANH: 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3))) */
     void *pre;     /* out T (n, out): u = x W + b, kept for backward; only with act, may be NULL */
-    void *slope;   /* out T (n, out): act'(u), for the same; only with act, may be NULL */
+    void *slope;   /* out: act'(u) for the same, srf_slope_bytes(T, n, out) of slope.h; with act */
     void *y;       /* out T (n, out) */
     void *moments; /* out A (srf_moments_count(n, out)): of y's rows; without act; may be NULL */
 };
@@ -138,7 +138,7 @@ struct srf_linear_bwd_args {
     bool w_transposed;
     const void *x_pre;   /* T (n, in) or NULL: x was act(x_pre), and dx is to be d/dx_pre */
     enum srf_act x_act;  /* that act; NONE without x_pre */
-    const void *x_slope; /* T (n, in) or NULL: act'(x_pre), instead of the two */
+    const void *x_slope; /* act'(x_pre) as linear_fwd left it, instead of the two; or NULL */
     bool dx_accumulate;  /* dx += instead of dx = */
     void *dx;            /* out T (n, in), or NULL: not wanted */
     void *dx_sum; /* += A (in): column sums of dx as it is then, the bias gradient of the layer that

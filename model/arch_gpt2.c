@@ -5,6 +5,7 @@
  *     hidden = ln_f(x);  logits = hidden wte^T
  *
  * Weights keep transformers' Conv1D layout (in, out). */
+#include "kernels/slope.h"
 #include "model/arch.h"
 
 #include <math.h>
@@ -175,11 +176,12 @@ static srf_status write_config(const struct srf_model_config *cfg, json_t *root)
 /* ---- activations ----------------------------------------------------------------------------- */
 
 /* Arena slots of one block. While training every block has its own of what backward is to find;
- * the others are shared by all blocks. So is ln, what either norm gives: layernorm_bwd writes it
- * once more, beside what it does anyway, for the weights' gradient of the layer behind. moments:
- * of the residual stream, for the norm ahead, where no backward wants what a norm gives. */
+ * the others are shared by all blocks. Where what norms give (ln1, ln2) is one slot for all,
+ * layernorm_bwd writes it once more, beside what it does anyway, for the weights' gradient of the
+ * layer behind. moments: of the residual stream, for the norm ahead, where no backward wants what a
+ * norm gives. */
 struct block {
-    int ln, moments, res1, mean1, rstd1, qkv, att, stat, carry, res2, mean2, rstd2, pre, fc;
+    int ln1, ln2, moments, res1, mean1, rstd1, qkv, att, stat, carry, res2, mean2, rstd2, pre, fc;
 };
 
 struct acts {
@@ -193,6 +195,13 @@ static bool mlp_is_trained(const struct srf_model *m)
     return m->plan.trained == SRF_TRAINED_ALL;
 }
 
+/* Whether backward finds all that it wants: what norms have given and, in `pre`, the slope of the
+ * MLP's activation, else what the activation is taken of. */
+static bool keeps_all(const struct srf_model *m)
+{
+    return m->plan.recompute == SRF_RECOMPUTE_NONE;
+}
+
 static srf_status plan_block(struct srf_model *m, struct block *k, const struct block *shared)
 {
     const struct srf_model_config *cfg = &m->config;
@@ -202,10 +211,14 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
     /* What is kept: the block's input, what cheap ops cannot give again, all. */
     bool first = !shared, input = first || p->train;
     bool most = first || (p->train && p->recompute != SRF_RECOMPUTE_BLOCK);
-    bool all = first || (p->train && p->recompute == SRF_RECOMPUTE_NONE && mlp_is_trained(m));
+    bool norms = p->train && keeps_all(m), all = first || (norms && mlp_is_trained(m));
+    int64_t inside = n * cfg->d_ff;
+    int64_t slopes = (srf_slope_bytes(type, n, cfg->d_ff) + 3) / 4;
     if (!first) *k = *shared;
     const struct srf_arena_row rows[] = {
-        {"activations", "layer norm", n * c, type, first ? &k->ln : NULL},
+        {"activations", "ln_1", n * c, type, first || norms ? &k->ln1 : NULL},
+        {"activations", "ln_2", n * c, type,
+         norms && (first || mlp_is_trained(m)) ? &k->ln2 : NULL},
         {"activations", "moments", p->train ? 0 : srf_moments_count(m->ctx, n, c), acc,
          first ? &k->moments : NULL},
         {"activations", "residual 1", n * c, type, input ? &k->res1 : NULL},
@@ -219,10 +232,14 @@ static srf_status plan_block(struct srf_model *m, struct block *k, const struct 
         {"activations", "residual 2", n * c, type, most ? &k->res2 : NULL},
         {"activations", "ln_2 mean", n, acc, most ? &k->mean2 : NULL},
         {"activations", "ln_2 rstd", n, acc, most ? &k->rstd2 : NULL},
-        {"activations", "mlp before gelu", n * cfg->d_ff, type, most && p->train ? &k->pre : NULL},
-        {"activations", "mlp", n * cfg->d_ff, type, all ? &k->fc : NULL},
+        {"activations", keeps_all(m) ? "gelu's slope" : "mlp before gelu",
+         keeps_all(m) ? slopes : inside, keeps_all(m) ? SRF_I32 : type,
+         most && p->train ? &k->pre : NULL},
+        {"activations", "mlp", inside, type, all ? &k->fc : NULL},
     };
-    return srf_arena_add_rows(m->arena, rows, sizeof rows / sizeof *rows);
+    SRF_TRY(srf_arena_add_rows(m->arena, rows, sizeof rows / sizeof *rows));
+    if (!norms) k->ln2 = k->ln1;
+    return SRF_OK;
 }
 
 static srf_status plan(struct srf_model *m)
@@ -299,13 +316,6 @@ static srf_status norm_linear(struct srf_model *m, int64_t n, const void *x, con
     return srf_run_linear_fwd(m->ctx, &layer);
 }
 
-/* Whether `pre` keeps the slope of the MLP's activation, which is all that backward wants of it
- * where the activation itself is kept. */
-static bool keeps_slope(const struct srf_model *m)
-{
-    return m->plan.recompute == SRF_RECOMPUTE_NONE;
-}
-
 /* The MLP's activation, of what `pre` keeps. */
 static srf_status activate(struct srf_model *m, int64_t n, const struct block *k)
 {
@@ -344,8 +354,9 @@ static srf_status few_queries(struct srf_model *m, const struct srf_batch *batch
                     .b = COLUMN(b, c), .y = COLUMN(qkv, c)));
     SRF_TRY(srf__model_note_last(m, batch));
     SRF_TRY(srf__model_gather_last(m, batch, PTR(k->res1), last));
-    SRF_TRY(norm_linear(m, few, last, NULL, row(l, LN1_W), PTR(k->ln), PTR(k->mean1), PTR(k->rstd1),
-                        row(l, QKV_W), (struct srf_linear_fwd_args){.out = 3 * c, .y = own}));
+    SRF_TRY(norm_linear(m, few, last, NULL, row(l, LN1_W), PTR(k->ln1), PTR(k->mean1),
+                        PTR(k->rstd1), row(l, QKV_W),
+                        (struct srf_linear_fwd_args){.out = 3 * c, .y = own}));
     for (int64_t i = 0, end = 0; i < few && !ctx->plan; i++) {
         end += srf_batch_sequence_rows(batch, i);
         SRF_TRY(ctx->be->copy(ctx, qkv + (size_t)((end - 1) * 3 * c) * size,
@@ -362,12 +373,11 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     int64_t n = srf_batch_rows(batch), c = m->config.c, ff = m->config.d_ff;
     size_t size = srf_dtype_bytes(ctx->dtype);
     void *qkv = PTR(k->qkv), *att = PTR(k->att), *res1 = PTR(k->res1), *res2 = PTR(k->res2);
-    void *ln = PTR(k->ln);
 
     if (has_few_queries(m, batch, l))
         SRF_TRY(few_queries(m, batch, l));
     else
-        SRF_TRY(norm_linear(m, n, res1, l > 0 ? PTR(k->moments) : NULL, row(l, LN1_W), ln,
+        SRF_TRY(norm_linear(m, n, res1, l > 0 ? PTR(k->moments) : NULL, row(l, LN1_W), PTR(k->ln1),
                             PTR(k->mean1), PTR(k->rstd1), row(l, QKV_W),
                             (struct srf_linear_fwd_args){.out = 3 * c, .y = qkv}));
     SRF_TRY(srf_model_attend(m, l, batch, qkv, COLUMN(qkv, c), COLUMN(qkv, 2 * c), 3 * c, att, c,
@@ -375,19 +385,20 @@ static srf_status block_inside(struct srf_model *m, const struct srf_batch *batc
     if (rows_behind(m, batch, l) < n) {
         n = rows_behind(m, batch, l);
         SRF_TRY(srf__model_note_last(m, batch));
-        SRF_TRY(srf__model_gather_last(m, batch, att, ln));
+        SRF_TRY(srf__model_gather_last(m, batch, att, PTR(k->ln1)));
         SRF_TRY(srf__model_gather_last(m, batch, res1, qkv));
-        att = ln, res1 = qkv;
+        att = PTR(k->ln1), res1 = qkv;
     }
     SRF_TRY(SRF_RUN(ctx, linear_fwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
                     .b = PARAM(l, O_B), .residual = res1, .y = res2,
                     .moments = folds_norm(m, n) ? PTR(k->moments) : NULL));
     return norm_linear(
-        m, n, res2, PTR(k->moments), row(l, LN2_W), ln, PTR(k->mean2), PTR(k->rstd2), row(l, FC_W),
+        m, n, res2, PTR(k->moments), row(l, LN2_W), PTR(k->ln2), PTR(k->mean2), PTR(k->rstd2),
+        row(l, FC_W),
         (struct srf_linear_fwd_args){.out = ff,
                                      .act = SRF_ACT_GELU_TANH,
-                                     .pre = m->plan.train && !keeps_slope(m) ? PTR(k->pre) : NULL,
-                                     .slope = m->plan.train && keeps_slope(m) ? PTR(k->pre) : NULL,
+                                     .pre = m->plan.train && !keeps_all(m) ? PTR(k->pre) : NULL,
+                                     .slope = m->plan.train && keeps_all(m) ? PTR(k->pre) : NULL,
                                      .y = PTR(k->fc)});
 }
 
@@ -438,27 +449,27 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
         .dbeta = srf__model_norm_grad(m, LNF_W, true), .dx_sum = GRAD(cfg->n_layers - 1, PROJ_B)));
     for (int64_t l = cfg->n_layers - 1; l >= 0; l--) {
         const struct block *k = &a->blocks[l];
-        void *qkv = PTR(k->qkv), *att = PTR(k->att), *ln = PTR(k->ln);
+        void *qkv = PTR(k->qkv), *att = PTR(k->att);
         /* What is not kept, the last block has left where it is shared. */
-        bool again = l + 1 < cfg->n_layers, slope = keeps_slope(m), mlp = mlp_is_trained(m);
+        bool again = l + 1 < cfg->n_layers, kept = keeps_all(m), mlp = mlp_is_trained(m);
 
         if (again && recompute == SRF_RECOMPUTE_BLOCK) SRF_TRY(block_inside(m, batch, l));
         if (again && recompute == SRF_RECOMPUTE_CHEAP && mlp) SRF_TRY(activate(m, n, k));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = ff, .out = c, .x = PTR(k->fc),
-                        .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = slope ? NULL : PTR(k->pre),
-                        .x_act = slope ? SRF_ACT_NONE : SRF_ACT_GELU_TANH,
-                        .x_slope = slope ? PTR(k->pre) : NULL, .dx = d_fc, .dx_sum = GRAD(l, FC_B),
+                        .w = PARAM(l, PROJ_W), .dy = d_res, .x_pre = kept ? NULL : PTR(k->pre),
+                        .x_act = kept ? SRF_ACT_NONE : SRF_ACT_GELU_TANH,
+                        .x_slope = kept ? PTR(k->pre) : NULL, .dx = d_fc, .dx_sum = GRAD(l, FC_B),
                         .dw = GRAD(l, PROJ_W)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .w = PARAM(l, FC_W),
                         .dy = d_fc, .dx = d_ln));
-        SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2),
-                        .gamma = PARAM(l, LN2_W), .dy = d_ln, .mean = PTR(k->mean2),
-                        .rstd = PTR(k->rstd2), .dx = d_res,
-                        .dgamma = srf__model_norm_grad(m, row(l, LN2_W), false),
-                        .dbeta = srf__model_norm_grad(m, row(l, LN2_W), true),
-                        .dx_sum = GRAD(l, O_B), .beta = PARAM(l, LN2_B), .y = mlp ? ln : NULL));
+        SRF_TRY(
+            SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res2), .gamma = PARAM(l, LN2_W),
+                    .dy = d_ln, .mean = PTR(k->mean2), .rstd = PTR(k->rstd2), .dx = d_res,
+                    .dgamma = srf__model_norm_grad(m, row(l, LN2_W), false),
+                    .dbeta = srf__model_norm_grad(m, row(l, LN2_W), true), .dx_sum = GRAD(l, O_B),
+                    .beta = PARAM(l, LN2_B), .y = mlp && !kept ? PTR(k->ln2) : NULL));
         if (mlp)
-            SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = ln,
+            SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = ff, .x = PTR(k->ln2),
                             .w = PARAM(l, FC_W), .dy = d_fc, .dw = GRAD(l, FC_W)));
 
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = c, .x = att, .w = PARAM(l, O_W),
@@ -471,16 +482,16 @@ static srf_status backward(struct srf_model *m, const struct srf_batch *batch)
                                      att, d_att, c, PTR(k->stat), PTR(k->carry), d_qkv,
                                      COLUMN(d_qkv, c), COLUMN(d_qkv, 2 * c)));
         SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .w = PARAM(l, QKV_W),
-                        .dy = d_qkv, .dx = d_ln));
-        SRF_TRY(SRF_RUN(
-            ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1), .gamma = PARAM(l, LN1_W),
-            .dy = d_ln, .mean = PTR(k->mean1), .rstd = PTR(k->rstd1), .dx = d_res,
-            .dgamma = srf__model_norm_grad(m, row(l, LN1_W), false),
-            .dbeta = srf__model_norm_grad(m, row(l, LN1_W), true),
-            .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL, .beta = PARAM(l, LN1_B), .y = ln));
-        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = ln,
-                        .w = PARAM(l, QKV_W), .dy = d_qkv, .dw = GRAD(l, QKV_W),
-                        .db = GRAD(l, QKV_B)));
+                        .dy = d_qkv, .dx = d_ln, .db = GRAD(l, QKV_B)));
+        SRF_TRY(SRF_RUN(ctx, layernorm_bwd, .n = n, .c = c, .x = PTR(k->res1),
+                        .gamma = PARAM(l, LN1_W), .dy = d_ln, .mean = PTR(k->mean1),
+                        .rstd = PTR(k->rstd1), .dx = d_res,
+                        .dgamma = srf__model_norm_grad(m, row(l, LN1_W), false),
+                        .dbeta = srf__model_norm_grad(m, row(l, LN1_W), true),
+                        .dx_sum = l > 0 ? GRAD(l - 1, PROJ_B) : NULL, .beta = PARAM(l, LN1_B),
+                        .y = kept ? NULL : PTR(k->ln1)));
+        SRF_TRY(SRF_RUN(ctx, linear_bwd, .n = n, .in = c, .out = 3 * c, .x = PTR(k->ln1),
+                        .w = PARAM(l, QKV_W), .dy = d_qkv, .dw = GRAD(l, QKV_W)));
     }
     if (!srf_model_grad(m, WTE)) return SRF_OK;
     return SRF_RUN(ctx, embed_bwd, .n = n, .c = c, .v = cfg->vocab, .t = batch->t,

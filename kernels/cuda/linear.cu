@@ -9,11 +9,11 @@
  * (as beta C), GELU and its derivative. Where it cannot (GELU in fp32 mode, a derivative that is to
  * be added to dx, arrays not aligned to 16 bytes) the product goes to the workspace in fp32, some
  * rows at a time, and a kernel of ours does the rest.
- * Where act' is kept (slope), a product of our own makes act and act' of one tanh, and another
- * multiplies with it and adds up dx's columns: product.h.
- * db: a kernel reads dy once; its blocks leave partial sums in the workspace. Forward of a few
- * rows, as in decoding, has a kernel of its own (linear_few.cu), and so has fp32 with exact_rows
- * (linear_exact.cu).
+ * Products of our own (product.h) do what no epilogue does as well: act and its slope of one tanh,
+ * where that is kept; dx times a slope, with dx's column sums; of many rows, dx and with it db,
+ * sums of the dy that it reads. Where they cannot, a kernel reads dy once for db. Partial sums are
+ * left in the workspace and added in order. Forward of a few rows, as in decoding, has a kernel of
+ * its own (linear_few.cu), and so has fp32 with exact_rows (linear_exact.cu).
  *
  * What cuBLASLt answers to a question (which algorithm for these shapes, types, alignments) is kept
  * in ctx->impl->plans: a training step asks only the first time.
@@ -21,6 +21,7 @@
 #include "kernels/cuda/gelu.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/product.h"
+#include "kernels/cuda/slope.h"
 
 #include <string.h>
 
@@ -28,9 +29,10 @@
 #define PIECE_BYTES ((size_t)16 << 20) /* of the workspace: products that we finish */
 #define THREADS     256
 #define WARPS       (THREADS / 32)
-#define CANDIDATES  8   /* algorithms that cuBLASLt is asked for */
-#define SUM_BLOCKS  6   /* of a multiprocessor, for db */
-#define LIKE_ROWS   256 /* one algorithm for so many numbers of rows */
+#define CANDIDATES  8    /* algorithms that cuBLASLt is asked for */
+#define SUM_BLOCKS  6    /* of a multiprocessor, for db */
+#define LIKE_ROWS   256  /* one algorithm for so many numbers of rows */
+#define MANY_ROWS   8192 /* from here on dx with db may be a product of our own */
 
 /* ---- products ------------------------------------------------------------------------------- */
 
@@ -290,12 +292,38 @@ static srf_status multiply(struct srf_ctx *ctx, const struct product *p, bool *d
 
 /* ---- what no epilogue does ------------------------------------------------------------------- */
 
-/* y = act(u), pre = u, slope = act'(u), u = sums + b + residual. b, residual, pre, slope may be
- * NULL, residual may be y. */
+/* Slopes of a layer from row `first` on, as kernels/slope.h has them; all = NULL: none. */
+struct slopes {
+    void *all;
+    int64_t first, width;
+};
+static __device__ __forceinline__ void put_slope(const struct slopes *s, int64_t i, int64_t j,
+                                                 float slope, bf16)
+{
+    ((uint8_t *)s->all)[slope_place(s->first + i, j, s->width)] = (uint8_t)slope_code(slope);
+}
+static __device__ __forceinline__ void put_slope(const struct slopes *s, int64_t i, int64_t j,
+                                                 float slope, float)
+{
+    ((float *)s->all)[(s->first + i) * s->width + j] = slope;
+}
+static __device__ __forceinline__ float get_slope(const struct slopes *s, int64_t i, int64_t j,
+                                                  bf16)
+{
+    return slope_of(((const uint8_t *)s->all)[slope_place(s->first + i, j, s->width)], 0);
+}
+static __device__ __forceinline__ float get_slope(const struct slopes *s, int64_t i, int64_t j,
+                                                  float)
+{
+    return ((const float *)s->all)[(s->first + i) * s->width + j];
+}
+
+/* y = act(u), pre = u, slope = act'(u), u = sums + b + residual. b, residual, pre may be NULL,
+ * residual may be y. */
 template <typename T>
 static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(
     int64_t rows, int64_t out, const float *__restrict__ sums, const T *__restrict__ b,
-    const T *residual, bool act, T *__restrict__ pre, T *__restrict__ slope, T *y)
+    const T *residual, bool act, T *__restrict__ pre, const struct slopes slopes, T *y)
 {
     for (int64_t i = blockIdx.x; i < rows; i += gridDim.x)
         for (int64_t j = threadIdx.x; j < out; j += THREADS) {
@@ -304,7 +332,7 @@ static __global__ __launch_bounds__(THREADS) void finish_fwd_kernel(
             if (b) u += to_float(b[j]);
             if (residual) u += to_float(residual[at]);
             if (pre) pre[at] = from_float<T>(u);
-            if (slope) slope[at] = from_float<T>(gelu_derivative(u));
+            if (slopes.all) put_slope(&slopes, i, j, gelu_derivative(u), T());
             y[at] = from_float<T>(act ? gelu(u) : u);
         }
 }
@@ -314,12 +342,14 @@ template <typename T>
 static __global__ __launch_bounds__(THREADS) void finish_dx_kernel(int64_t count,
                                                                    const float *__restrict__ sums,
                                                                    const T *__restrict__ pre,
-                                                                   const T *__restrict__ slope,
+                                                                   const struct slopes slopes,
                                                                    bool add, T *__restrict__ dx)
 {
     int64_t step = (int64_t)gridDim.x * THREADS;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
-        float d = sums[i] * (slope ? to_float(slope[i]) : gelu_derivative(to_float(pre[i])));
+        float d =
+            sums[i] * (slopes.all ? get_slope(&slopes, i / slopes.width, i % slopes.width, T())
+                                  : gelu_derivative(to_float(pre[i])));
         dx[i] = from_float<T>(add ? to_float(dx[i]) + d : d);
     }
 }
@@ -446,17 +476,17 @@ static srf_status forward_pieces(struct srf_ctx *ctx, const struct srf_linear_fw
         SRF_TRY(multiply(ctx, &p, NULL));
         void *residual = row_of(ctx, a->residual, begin, a->out);
         void *pre = act ? row_of(ctx, a->pre, begin, a->out) : NULL;
-        void *slope = act ? row_of(ctx, a->slope, begin, a->out) : NULL;
+        struct slopes slopes = {act ? a->slope : NULL, begin, a->out};
         void *y = row_of(ctx, a->y, begin, a->out);
         unsigned grid = grid_for(ctx, rows, 1, 8);
         if (ctx->dtype == SRF_BF16)
             finish_fwd_kernel<bf16><<<grid, THREADS, 0, stream_of(ctx)>>>(
                 rows, a->out, sums, (const bf16 *)a->b, (const bf16 *)residual, act, (bf16 *)pre,
-                (bf16 *)slope, (bf16 *)y);
+                slopes, (bf16 *)y);
         else
             finish_fwd_kernel<float><<<grid, THREADS, 0, stream_of(ctx)>>>(
                 rows, a->out, sums, (const float *)a->b, (const float *)residual, act, (float *)pre,
-                (float *)slope, (float *)y);
+                slopes, (float *)y);
     }
     return srf__cuda_launched("linear_fwd");
 }
@@ -469,7 +499,7 @@ static srf_status forward_slope(struct srf_ctx *ctx, const struct srf_linear_fwd
     p.end = PRODUCT_GELU;
     p.m = a->n, p.n = a->out, p.k = a->in;
     p.a = a->x, p.b = a->w, p.y = a->y;
-    p.bias = a->b, p.slope = a->slope;
+    p.bias = a->b, p.slopes = (uint8_t *)a->slope;
     *done = !a->w_transposed && !a->pre && srf__product_takes(ctx, &p);
     return *done ? srf__product(ctx, &p) : SRF_OK;
 }
@@ -481,7 +511,7 @@ static srf_status forward_sum(struct srf_ctx *ctx, const struct srf_linear_fwd_a
     p.end = PRODUCT_ADD;
     p.m = a->n, p.n = a->out, p.k = a->in;
     p.a = a->x, p.b = a->w, p.y = a->y;
-    p.bias = a->b, p.slope = (void *)(uintptr_t)a->residual;
+    p.bias = a->b, p.residual = a->residual;
     p.moments = (float *)a->moments;
     *done = !a->w_transposed && a->residual && srf__product_takes(ctx, &p);
     return *done ? srf__product(ctx, &p) : SRF_OK;
@@ -547,17 +577,16 @@ static srf_status input_gradient_pieces(struct srf_ctx *ctx, const struct srf_li
         p.d = after_blas(ctx), p.d_f32 = true;
         SRF_TRY(multiply(ctx, &p, NULL));
         const void *pre = row_of(ctx, a->x_pre, begin, a->in);
-        const void *slope = row_of(ctx, a->x_slope, begin, a->in);
+        struct slopes slopes = {(void *)(uintptr_t)a->x_slope, begin, a->in};
         void *dx = row_of(ctx, a->dx, begin, a->in);
         int64_t count = rows * a->in;
         unsigned grid = grid_for(ctx, count, THREADS, 8);
         if (ctx->dtype == SRF_BF16)
             finish_dx_kernel<bf16><<<grid, THREADS, 0, stream_of(ctx)>>>(
-                count, sums, (const bf16 *)pre, (const bf16 *)slope, a->dx_accumulate, (bf16 *)dx);
+                count, sums, (const bf16 *)pre, slopes, a->dx_accumulate, (bf16 *)dx);
         else
             finish_dx_kernel<float><<<grid, THREADS, 0, stream_of(ctx)>>>(
-                count, sums, (const float *)pre, (const float *)slope, a->dx_accumulate,
-                (float *)dx);
+                count, sums, (const float *)pre, slopes, a->dx_accumulate, (float *)dx);
     }
     return srf__cuda_launched("linear_bwd");
 }
@@ -570,7 +599,7 @@ static srf_status gradient_slope(struct srf_ctx *ctx, const struct srf_linear_bw
     p.end = PRODUCT_SLOPE;
     p.m = a->n, p.n = a->in, p.k = a->out;
     p.a = a->dy, p.b = a->w, p.y = a->dx;
-    p.slope = (void *)(uintptr_t)a->x_slope;
+    p.slopes = (uint8_t *)(uintptr_t)a->x_slope;
     p.sums = a->dx_sum ? (float *)ctx->workspace : NULL;
     *done = !a->w_transposed && !a->dx_accumulate && srf__product_takes(ctx, &p);
     if (!*done) return SRF_OK;
@@ -578,6 +607,24 @@ static srf_status gradient_slope(struct srf_ctx *ctx, const struct srf_linear_bw
     if (a->dx_sum)
         srf__cuda_add_parts(ctx, p.sums, div_up(a->n, PRODUCT_ROWS), a->in, (float *)a->dx_sum,
                             NULL);
+    return srf__cuda_launched("linear_bwd");
+}
+
+/* dx = dy W^T in a product of our own, which sees all of dy, and db with it; *done: both are. */
+static srf_status gradient_sums(struct srf_ctx *ctx, const struct srf_linear_bwd_args *a,
+                                bool *done)
+{
+    struct wgmma_product p = {};
+    p.end = PRODUCT_PLAIN;
+    p.m = a->n, p.n = a->in, p.k = a->out;
+    p.a = a->dy, p.b = a->w, p.y = a->dx;
+    p.sums = (float *)ctx->workspace;
+    bool plain = !a->w_transposed && !a->dx_accumulate && !a->x_slope && a->x_act == SRF_ACT_NONE;
+    *done = plain && a->n >= MANY_ROWS && srf__product_takes(ctx, &p);
+    if (!*done) return SRF_OK;
+    SRF_TRY(srf__product(ctx, &p));
+    srf__cuda_add_parts(ctx, p.sums, div_up(a->n, PRODUCT_SUMS), a->out, (float *)a->db, NULL,
+                        NULL);
     return srf__cuda_launched("linear_bwd");
 }
 
@@ -648,12 +695,13 @@ extern "C" srf_status cuda_linear_bwd(struct srf_ctx *ctx, const struct srf_line
     SRF_FAIL_IF((a->x_act != SRF_ACT_NONE) != (a->x_pre != NULL), SRF_INVALID,
                 "linear_bwd: x_act and x_pre go together");
     SRF_FAIL_IF(a->x_pre && a->x_slope, SRF_INVALID, "linear_bwd: x_pre or x_slope, not both");
-    bool done = false;
+    bool done = false, summed = false;
     if (a->dx && a->x_slope) SRF_TRY(gradient_slope(ctx, a, &done));
-    if (a->dx && !done) SRF_TRY(input_gradient(ctx, a));
+    if (a->dx && a->db && !done) SRF_TRY(gradient_sums(ctx, a, &summed));
+    if (a->dx && !done && !summed) SRF_TRY(input_gradient(ctx, a));
     if (a->dx && a->dx_sum && !done) SRF_TRY(column_sums(ctx, a->n, a->in, a->dx, a->dx_sum));
     if (a->dw) SRF_TRY(weight_gradient(ctx, a));
-    if (a->db) SRF_TRY(column_sums(ctx, a->n, a->out, a->dy, a->db));
+    if (a->db && !summed) SRF_TRY(column_sums(ctx, a->n, a->out, a->dy, a->db));
     return SRF_OK;
 }
 
@@ -666,6 +714,10 @@ extern "C" size_t cuda_linear_bwd_workspace(const struct srf_ctx *ctx,
     size_t bytes = BLAS_BYTES + (size_t)floats * sizeof(float), sums = 0;
     int width = (int)(16 / srf_dtype_bytes(ctx->dtype)); /* the widest packs make the most parts */
     if (a->db) sums = sum_grid(ctx, a->n, a->out, width).y * (size_t)a->out;
+    if (a->db && a->dx) {
+        size_t pieces = (size_t)div_up(a->n, PRODUCT_SUMS) * (size_t)a->out;
+        sums = pieces > sums ? pieces : sums;
+    }
     if (a->dx && a->dx_sum) {
         size_t tiles = (size_t)div_up(a->n, PRODUCT_ROWS) * (size_t)a->in;
         size_t parts = sum_grid(ctx, a->n, a->in, width).y * (size_t)a->in;

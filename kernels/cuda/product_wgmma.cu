@@ -3,16 +3,18 @@
  *
  * A block stays, and takes tiles (128, 192) of y in turns: one warpgroup asks for operands, two
  * others have a tile each, so that one finishes its tile while the other's products run. Two blocks
- * are a cluster: their tiles lie one below the other, each loads half of B for both.
+ * are a cluster: their tiles lie one below the other, each loads half of B for both. Column sums
+ * of A are made of its stages by warps that have nothing else to do, each stage by the blocks of
+ * one of the tiles that it goes into.
  *
  * Barriers of a block:
  *     full[s]    stage s has its bytes, A's and B's
- *     empty[s]   the warps that used stage s, of both blocks, are done with it
+ *     empty[s]   the warps that used stage s, of both blocks, are done with it; and this block's
+ *                summing warps
  *     turn[g]    warpgroup g may start on its next tile: the other has seen all its stages full.
  *                Without it a warpgroup could wait for a stage's phase while the one before has not
  *                ended, and take the end of the last but one, of the same parity, for it.
- *     came[g]    the slope that warpgroup g's warps multiply with, or the residual that they add:
- *                product_wgmma_ends.h
+ *     came[g]    the residual that warpgroup g's warps add: product_wgmma_ends.h
  *
  * Floor: tensor cores, 2 m n k flops at 990 Tflop/s; and the bytes of A, B, y, slope, once. */
 #include "kernels/cuda/product_wgmma_ends.h"
@@ -75,6 +77,57 @@ __device__ __forceinline__ void release(uint32_t empty, int stage)
     if (lane < BLOCKS) barrier_arrive_at(empty + 8 * stage, lane);
 }
 
+/* Column sums of this block's rows of A, by SUMMERS warps, PRODUCT_SUMS rows of a stage each. */
+__device__ __forceinline__ void sum_operand(const struct work *w, uint32_t smem, uint32_t full,
+                                            uint32_t empty, int warp)
+{
+    int rank = cluster_rank(), clusters = gridDim.x / BLOCKS, depth = (w->k + DEPTH - 1) / DEPTH;
+    int lane = threadIdx.x & 31, group = lane >> 3;
+    uint32_t own = smem + (warp * PRODUCT_SUMS + group) * 128 + ((lane & 7) ^ group) * 16;
+    struct stage s = {0, 0};
+    for (int item = blockIdx.x / BLOCKS; item < w->pairs * w->columns; item += clusters) {
+        struct place p = place_of(w, item, rank);
+        int row = p.row + warp * PRODUCT_SUMS, next = p.col / COLS;
+        for (int i = 0; i < depth; i++, stage_next(&s)) {
+            barrier_wait(full + 8 * s.at, s.parity);
+            if (i == next) {
+                float sum[8] = {};
+#pragma unroll 4
+                for (int j = 0; j < PRODUCT_SUMS / 4; j++) { /* rows group + 4 j */
+                    uint32_t at = (own ^ (j & 1) * 64) + s.at * STAGE_BYTES + j * 512, x[4];
+                    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                                 : "r"(at)
+                                 : "memory");
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        float2 y = unpack_bf16(x[q]);
+                        sum[2 * q] += y.x, sum[2 * q + 1] += y.y;
+                    }
+                }
+                /* over the groups: each keeps half of the columns, then a quarter */
+#pragma unroll
+                for (int n = 4; n >= 2; n >>= 1) {
+                    bool upper = lane & 4 * n;
+#pragma unroll
+                    for (int q = 0; q < n; q++) {
+                        float kept = upper ? sum[q + n] : sum[q],
+                              sent = upper ? sum[q] : sum[q + n];
+                        sum[q] = kept + __shfl_xor_sync(0xffffffffu, sent, 4 * n);
+                    }
+                }
+                int col = i * DEPTH + (lane & 7) * 8 + (group & 2) * 2 + (group & 1) * 2;
+                if (row < w->m && col < w->k)
+                    *(float2 *)(w->sums + (int64_t)(row / PRODUCT_SUMS) * w->k + col) =
+                        make_float2(sum[0], sum[1]);
+                next += w->columns;
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * s.at);
+        }
+    }
+}
+
 /* c = the tile's products. */
 template <bool B_COLS>
 __device__ __forceinline__ void multiply_tile(float c[2][COLS / 2], int depth, struct stage s,
@@ -112,7 +165,8 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
     char *base = raw + (-smem_addr(raw) & 1023u);
     uint32_t smem = smem_addr(base), full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
     uint32_t turn = empty + 8 * STAGES, came = turn + 16; /* CAME for each warpgroup */
-    constexpr bool B_COLS = END != PRODUCT_EXP && END != PRODUCT_SLOPE;
+    constexpr bool PLAIN = END == PRODUCT_PLAIN;
+    constexpr bool B_COLS = END != PRODUCT_EXP && END != PRODUCT_SLOPE && !PLAIN;
     constexpr bool NORM = END == PRODUCT_NORM || END == PRODUCT_NORM_GELU;
     constexpr bool BIAS = END == PRODUCT_GELU || END == PRODUCT_ADD;
     /* Of one lane, so that the compiler knows it to be a warp's: stages, tiles and the descriptors
@@ -122,7 +176,7 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, BLOCKS * GROUP_WARPS);
+            barrier_init(empty + 8 * i, BLOCKS * GROUP_WARPS + (PLAIN ? SUMMERS : 0));
         }
         for (int i = 0; i < 2; i++) barrier_init(turn + 8 * i, GROUP_WARPS);
         for (int i = 0; i < 2 * CAME; i++) barrier_init(came + 8 * i, 1);
@@ -130,10 +184,12 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
     }
     cluster_sync();
     if (group == 2) {
-        registers_down<24>();
+        registers_down<PLAIN ? 40 : 24>();
         if (thread == 0) load_operands<B_COLS>(&w, &m, smem, full, empty);
+        int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+        if (PLAIN && warp > 0 && warp <= SUMMERS) sum_operand(&w, smem, full, empty, warp - 1);
     } else {
-        registers_up<240>();
+        registers_up<PLAIN ? 232 : 240>();
         int clusters = gridDim.x / BLOCKS, depth = (w.k + DEPTH - 1) / DEPTH;
         int rank = cluster_rank();
         struct finish f = {};
@@ -148,13 +204,11 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
             struct place p = place_of(&w, item, rank);
             float c[2][COLS / 2];
             struct row_norms rows = {};
-            if ((END == PRODUCT_SLOPE || END == PRODUCT_ADD) && thread % 32 == 0) {
+            struct slope_row slopes = {};
+            if (END == PRODUCT_SLOPE) slopes = take_slopes(&w, p);
+            if (END == PRODUCT_ADD && thread % 32 == 0) {
                 bulk_store_wait<0>(); /* while the tile's products run */
-                for (int j = 0; j < HALF_BUFFERS; j++)
-                    if (END == PRODUCT_SLOPE)
-                        ask_slope(&f, p, j);
-                    else
-                        ask_residual(&f, p, j);
+                for (int j = 0; j < HALF_BUFFERS; j++) ask_residual(&f, p, j);
             }
             if (NORM) rows = take_norms(&w, p);
             if (BIAS || NORM) {
@@ -174,9 +228,10 @@ static __global__ BOUNDS void product_kernel(const __grid_constant__ struct work
             release(empty, stage_of(i * depth + depth - 1).at);
             if (END == PRODUCT_EXP) put_exp(&f, c, p);
             if (END == PRODUCT_GELU) put_gelu(&f, c, p);
-            if (END == PRODUCT_SLOPE) put_times_slope(&f, c, p);
+            if (END == PRODUCT_SLOPE) put_times_slope(&f, c, p, &slopes);
             if (END == PRODUCT_ADD) put_sum(&f, c, p);
             if (NORM) put_normed<END>(&f, c, p, &rows);
+            if (PLAIN) put_plain(&f, c, p);
         }
         bulk_store_wait<0>();
     }
@@ -226,6 +281,8 @@ static kernel *kernel_of(enum product_end end)
         return product_kernel<PRODUCT_NORM>;
     case PRODUCT_NORM_GELU:
         return product_kernel<PRODUCT_NORM_GELU>;
+    case PRODUCT_PLAIN:
+        return product_kernel<PRODUCT_PLAIN>;
     }
     return NULL;
 }
@@ -244,28 +301,28 @@ bool srf__product_takes(const struct srf_ctx *ctx, const struct wgmma_product *p
     int64_t most = INT32_MAX / 2;
     return p->n % 8 == 0 && p->k % 8 == 0 && p->m > 0 && p->n > 0 && p->k > 0 && p->m < most &&
            p->n < most && p->k < most && is_aligned(p->a, 16) && is_aligned(p->b, 16) &&
-           is_aligned(p->y, 16) && is_aligned(p->slope, 16) && is_aligned(p->bias, 4) &&
-           is_aligned(p->moments, 8) && is_aligned(p->rows, 8) && is_aligned(p->columns, 16) &&
-           srf__product_here(ctx, p->end);
+           is_aligned(p->y, 16) && is_aligned(p->slopes, 16) && is_aligned(p->residual, 16) &&
+           is_aligned(p->bias, 4) && is_aligned(p->moments, 8) && is_aligned(p->rows, 8) &&
+           is_aligned(p->columns, 16) && srf__product_here(ctx, p->end);
 }
 
 srf_status srf__product(struct srf_ctx *ctx, const struct wgmma_product *p)
 {
     struct operands m;
-    bool b_rows = p->end == PRODUCT_EXP || p->end == PRODUCT_SLOPE;
+    bool b_rows = p->end == PRODUCT_EXP || p->end == PRODUCT_SLOPE || p->end == PRODUCT_PLAIN;
     SRF_TRY(make_map(&m.a, p->a, p->m, p->k, p->k, ROWS));
     if (b_rows)
         SRF_TRY(make_map(&m.b, p->b, p->n, p->k, p->k, COLS / BLOCKS));
     else
         SRF_TRY(make_map(&m.b, p->b, p->k, p->n, p->n, DEPTH / BLOCKS));
     SRF_TRY(make_map(&m.y, p->y, p->m, p->n, p->ld ? p->ld : p->n, STRIP));
-    SRF_TRY(make_map(&m.slope, p->slope ? p->slope : p->y, p->m, p->n, p->n, STRIP));
+    SRF_TRY(make_map(&m.residual, p->residual ? p->residual : p->y, p->m, p->n, p->n, STRIP));
     struct work w = {};
     w.m = (int)p->m, w.n = (int)p->n, w.k = (int)p->k, w.v = (int)p->v;
     w.pairs = (int)div_up(p->m, BLOCKS * ROWS), w.columns = (int)div_up(p->n, COLS);
     w.rows_first = p->n > p->m; /* the larger operand is read once */
     w.shift = p->shift, w.bias = (const bf16 *)p->bias, w.sums = p->sums;
-    w.moments = (float2 *)p->moments;
+    w.moments = (float2 *)p->moments, w.slopes = p->slopes;
     w.row_norms = (const float2 *)p->rows, w.column_norms = (const float4 *)p->columns;
     int64_t items = (int64_t)w.pairs * w.columns, clusters = cuda_of(ctx)->n_sm / BLOCKS;
     clusters = clusters < items ? clusters : items;

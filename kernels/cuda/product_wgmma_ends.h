@@ -1,8 +1,9 @@
 /* The tiles of product_wgmma.cu: their sizes, what a launch is told, how a finished tile leaves.
  *
  * A tile goes in pieces of 64 columns through shared memory, where a warpgroup has BUFFERS of them,
- * and from there by bulk copy. A slope that y is multiplied with comes to a buffer by bulk copy
- * while the tile's products run; the result takes its place.
+ * and from there by bulk copy. A residual comes to a buffer by bulk copy while the tile's products
+ * run; the result takes its place. Slopes go and come past shared memory, which the products keep
+ * busy, in the order in which threads have them.
  *
  * The warps of a warpgroup do so each for itself, strips of 16 rows that no other warp has to wait
  * for: an end must not last longer than the other warpgroup's products, and those keep shared
@@ -11,6 +12,7 @@
 #include "kernels/cuda/gelu.h"
 #include "kernels/cuda/product.h"
 #include "kernels/cuda/product_wgmma.h"
+#include "kernels/cuda/slope.h"
 #include "kernels/cuda/tile.h"
 
 #define ROWS         PRODUCT_ROWS /* of a tile */
@@ -24,7 +26,8 @@
 #define THREADS      384
 #define GROUP        128 /* threads */
 #define GROUP_WARPS  4
-#define BLOCKS       2 /* of a cluster */
+#define SUMMERS      (ROWS / PRODUCT_SUMS) /* warps that add up A's columns */
+#define BLOCKS       2                     /* of a cluster */
 
 #define A_BYTES     (ROWS * DEPTH * (int)sizeof(bf16))
 #define B_BYTES     (COLS * DEPTH * (int)sizeof(bf16))
@@ -42,7 +45,7 @@
 #define SMEM        (1024 + BARRIERS_AT + BARRIERS * 8)
 
 struct operands {
-    CUtensorMap a, b, y, slope;
+    CUtensorMap a, b, y, residual;
 };
 
 struct work {
@@ -53,9 +56,14 @@ struct work {
     const bf16 *bias;
     float *sums;
     float2 *moments;
+    uint8_t *slopes;
     const float2 *row_norms;    /* wgmma_product's `rows` */
     const float4 *column_norms; /* and `columns` */
 };
+
+#if SRF__SLOPE_ROWS != ROWS || SRF__SLOPE_COLS != COLS
+#error "slopes lie in other tiles"
+#endif
 
 #if HAVE_WGMMA
 struct place {
@@ -77,7 +85,7 @@ struct finish {
     float *sums;      /* SLOPE: (GROUP_WARPS - 1, PIECE_COLS), EXTRA_BYTES in shared memory */
     uint32_t bias;    /* GELU, ADD: bf16 (COLS), in the same place */
     uint32_t columns; /* NORM: t of the columns, fp32 (COLS), in the same place */
-    uint32_t came;    /* SLOPE, ADD: a warp's barrier for each half of a buffer */
+    uint32_t came;    /* ADD: a warp's barrier for each half of a buffer */
     int id;           /* of the warpgroup's barrier */
     int parity;       /* bit i: of came[i]'s phase that is waited for next */
 };
@@ -105,14 +113,14 @@ __device__ __forceinline__ float2 products_at(const float c[2][COLS / 2], int pi
 
 /* ---- strips: this warp's 16 rows of half a piece -------------------------------------------- */
 
-/* One of the slope or the residual comes, to where y will be; by one thread of each warp. */
+/* One of the residual comes, to where y will be; by one thread of each warp. */
 __device__ __forceinline__ void ask_strip(const struct finish *f, struct place p, int i, int half,
                                           int buffer)
 {
     int warp = threadIdx.x % GROUP / 32;
     uint32_t bar = f->came + 8 * (warp * HALF_BUFFERS + buffer);
     barrier_expect(bar, STRIP_BYTES);
-    bulk_load(f->pieces + buffer * HALF_BYTES + warp * STRIP_BYTES, &f->m->slope,
+    bulk_load(f->pieces + buffer * HALF_BYTES + warp * STRIP_BYTES, &f->m->residual,
               p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP, bar);
 }
 /* One of y leaves; by the same thread. */
@@ -136,6 +144,37 @@ __device__ __forceinline__ void hold(float x[8])
 {
 #pragma unroll
     for (int i = 0; i < 8; i++) asm volatile("" : "+f"(x[i]));
+}
+
+/* ---- as it is -------------------------------------------------------------------------------- */
+
+/* Every warp for itself, 16 rows at a time. */
+__device__ __forceinline__ void put_plain(const struct finish *f, const float c[2][COLS / 2],
+                                          struct place p)
+{
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int h = 0; h < 2 * PIECES; h++) {
+        int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
+        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
+        asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
+        if (lane == 0 && h == 0) bulk_store_wait<0>();
+        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
+        __syncwarp();
+#pragma unroll
+        for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
+            uint32_t y[4];
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                float2 u = products_at(c, i, nt + q / 2, 2 * half + q % 2);
+                y[q] = pack_bf16(u.x, u.y);
+            }
+            stmatrix_x4(tiles ^ nt * 16, y);
+        }
+        bulk_fence();
+        __syncwarp();
+        if (lane == 0) put_strip(f, p, i, half, buffer);
+    }
 }
 
 /* ---- exp ------------------------------------------------------------------------------------- */
@@ -215,7 +254,8 @@ __device__ __forceinline__ float tanh_fast(float x)
     return y;
 }
 
-/* u becomes gelu(u), slope gelu'(u), with one tanh, to 2^-11 of 1: what follows rounds to bf16. */
+/* u becomes gelu(u), slope gelu'(u), with one tanh, to 2^-11 of 1: what follows rounds to more. As
+ * gelu.h has them, s by way of tanh. */
 __device__ __forceinline__ void gelu_and_slope(float u[8], float slope[8])
 {
     float t[8];
@@ -223,8 +263,7 @@ __device__ __forceinline__ void gelu_and_slope(float u[8], float slope[8])
     for (int i = 0; i < 8; i++) {
         float u2 = fminf(u[i] * u[i], 1e4f); /* beyond, tanh is 1 and no slope is left of it */
         t[i] = u[i] * fmaf(0.5f * GELU_SCALE * GELU_CUBIC, u2, 0.5f * GELU_SCALE);
-        u[i] *= 0.5f;
-        slope[i] = u[i] * fmaf(1.5f * GELU_SCALE * GELU_CUBIC, u2, 0.5f * GELU_SCALE);
+        slope[i] = u[i] * fmaf(3.0f * GELU_SCALE * GELU_CUBIC, u2, GELU_SCALE);
     }
     hold(t);
 #pragma unroll
@@ -232,29 +271,47 @@ __device__ __forceinline__ void gelu_and_slope(float u[8], float slope[8])
     hold(t);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        slope[i] = fmaf(slope[i], fmaf(-t[i], t[i], 1.0f), fmaf(0.5f, t[i], 0.5f));
-        u[i] = fmaf(u[i], t[i], u[i]);
+        float s = fmaf(0.5f, t[i], 0.5f);
+        slope[i] = fmaf(s, fmaf(-slope[i], s, slope[i]), s);
+        u[i] *= s;
     }
 }
 
-/* Every warp for itself, 16 rows at a time, which take two halves of a buffer: y and the slope. */
+/* Where this thread's slopes of a tile are, 32 pieces from one to the next. */
+__device__ __forceinline__ uint4 *slopes_at(const struct work *w, struct place p)
+{
+    int thread = threadIdx.x % GROUP;
+    int64_t tile = (int64_t)(p.row / ROWS) * w->columns + p.col / COLS;
+    return (uint4 *)(w->slopes + tile * SLOPE_TILE) + (thread & ~31) * SLOPE_VECTORS +
+           (thread & 31);
+}
+__device__ __forceinline__ uint32_t slope_word(const float s[4])
+{
+    uint32_t low = __byte_perm(slope_code(s[0]), slope_code(s[1]), 0x0040);
+    uint32_t high = __byte_perm(slope_code(s[2]), slope_code(s[3]), 0x0040);
+    return __byte_perm(low, high, 0x5410);
+}
+
+/* Every warp for itself, 16 rows at a time; slopes go straight from registers. */
 __device__ __forceinline__ void put_gelu(struct finish *f, const float c[2][COLS / 2],
                                          struct place p)
 {
-    int lane = threadIdx.x & 31, warp = threadIdx.x % GROUP / 32;
+    int lane = threadIdx.x & 31;
+    uint4 *slopes = slopes_at(f->w, p);
 #pragma unroll
     for (int h = 0; h < 2 * PIECES; h++) {
-        int i = h / 2, half = h % 2;
-        uint32_t piece = f->pieces + h % BUFFERS * PIECE_BYTES, tiles = tiles_at(piece);
+        int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
+        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES), codes[4];
         uint32_t bias_at = f->bias + i * PIECE_COLS * 2 + (lane & 3) * 4;
         asm volatile("" : "+r"(tiles), "+r"(bias_at)); /* no room to keep addresses made of them */
-        if (lane == 0) bulk_store_wait<2 * (BUFFERS - 1)>();
+        if (lane == 0 && h == 0) bulk_store_wait<0>();
+        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
         __syncwarp();
         uint32_t b[2][2] = {{load_shared(bias_at), load_shared(bias_at + 16)}}; /* and the next */
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
             int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
-            uint32_t y[4], slope[4];
+            uint32_t y[4];
             float u[8], s[8];
             if (next < PIECE_COLS / 8) {
                 b[then][0] = load_shared(bias_at + 16 * next);
@@ -268,28 +325,37 @@ __device__ __forceinline__ void put_gelu(struct finish *f, const float c[2][COLS
             }
             gelu_and_slope(u, s);
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                y[q] = pack_bf16(u[2 * q], u[2 * q + 1]);
-                slope[q] = pack_bf16(s[2 * q], s[2 * q + 1]);
-            }
+            for (int q = 0; q < 4; q++) y[q] = pack_bf16(u[2 * q], u[2 * q + 1]);
             stmatrix_x4(tiles ^ nt * 16, y);
-            stmatrix_x4((tiles ^ nt * 16) + HALF_BYTES, slope);
+            codes[2 * now] = slope_word(s), codes[2 * now + 1] = slope_word(s + 4);
+            if (now)
+                __stcs(slopes, make_uint4(codes[0], codes[1], codes[2], codes[3])), slopes += 32;
         }
         bulk_fence();
         __syncwarp();
-        if (lane > 0) continue;
-        int row = p.row + half * (ROWS / 2) + warp * STRIP, col = p.col + i * PIECE_COLS;
-        bulk_store(&f->m->y, col, row, piece + warp * STRIP_BYTES);
-        bulk_store(&f->m->slope, col, row, piece + HALF_BYTES + warp * STRIP_BYTES);
+        if (lane == 0) put_strip(f, p, i, half, buffer);
     }
 }
 
 /* ---- times a slope --------------------------------------------------------------------------- */
 
-/* Halves of pieces come one below the other. */
-__device__ __forceinline__ void ask_slope(const struct finish *f, struct place p, int h)
+/* The next of a thread's slopes, on their way. */
+struct slope_row {
+    const uint4 *from;
+    uint4 ahead[2];
+};
+/* Before a tile's products: the first come, all of the warp's are asked into L2. */
+__device__ __forceinline__ struct slope_row take_slopes(const struct work *w, struct place p)
 {
-    ask_strip(f, p, h / 2, h % 2, h % HALF_BUFFERS);
+    struct slope_row r;
+    r.from = slopes_at(w, p);
+    if (threadIdx.x % 32 == 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(r.from),
+                     "n"(SLOPE_VECTORS * 32 * 16)
+                     : "memory");
+    for (int i = 0; i < 2; i++) r.ahead[i] = __ldcs(r.from + 32 * i);
+    r.from += 64;
+    return r;
 }
 
 /* Sums over the warp's rows, which lanes of the same lane % 4 hold: x[nt] are a thread's own, of
@@ -337,28 +403,31 @@ __device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
 
 /* Every warp for itself, 16 rows at a time. */
 __device__ __forceinline__ void put_times_slope(struct finish *f, const float c[2][COLS / 2],
-                                                struct place p)
+                                                struct place p, struct slope_row *slopes)
 {
     int lane = threadIdx.x & 31;
     float2 sums[PIECE_COLS / 8], own[PIECES];
 #pragma unroll
     for (int h = 0; h < 2 * PIECES; h++) {
         int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
-        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES), r[2][4]; /* and the next */
+        uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
         asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
-        wait_strip(f, buffer);
-        ldmatrix_x4(r[0], tiles);
+        if (lane == 0 && h == 0) bulk_store_wait<0>();
+        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
+        __syncwarp();
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
-            int now = nt / 2 & 1, then = now ^ 1, next = nt + 2;
-            uint32_t y[4];
+            int vector = 2 * h + nt / 4;
+            uint4 *ahead = &slopes->ahead[vector % 2];
+            uint32_t y[4], now[2] = {nt & 2 ? ahead->z : ahead->x, nt & 2 ? ahead->w : ahead->y};
             float2 u[4];
-            if (next < PIECE_COLS / 8) ldmatrix_x4(r[then], tiles ^ next * 16);
+            if ((nt & 2) && vector + 2 < SLOPE_VECTORS)
+                *ahead = __ldcs(slopes->from), slopes->from += 32;
 #pragma unroll
             for (int q = 0; q < 4; q++) {
-                float2 slope = unpack_bf16(r[now][q]);
                 u[q] = products_at(c, i, nt + q / 2, 2 * half + q % 2);
-                u[q].x *= slope.x, u[q].y *= slope.y;
+                u[q].x *= slope_of(now[q / 2], q % 2 * 2);
+                u[q].y *= slope_of(now[q / 2], q % 2 * 2 + 1);
                 y[q] = pack_bf16(u[q].x, u[q].y);
             }
             stmatrix_x4(tiles ^ nt * 16, y);
@@ -371,14 +440,7 @@ __device__ __forceinline__ void put_times_slope(struct finish *f, const float c[
         }
         bulk_fence();
         __syncwarp();
-        if (lane == 0) {
-            put_strip(f, p, i, half, buffer);
-            if (h > 0 && h - 1 + HALF_BUFFERS < 2 * PIECES) {
-                bulk_store_wait<1>(); /* the one before has been read */
-                ask_slope(f, p, h - 1 + HALF_BUFFERS);
-            }
-        }
-        __syncwarp();
+        if (lane == 0) put_strip(f, p, i, half, buffer);
         if (half) own[i] = column_sums(sums);
     }
     if (f->w->sums) put_sums(f, p, own);
