@@ -107,7 +107,7 @@ static int store(const struct cli_option *o, const char *text)
         break;
     }
     if (o->min < o->max && !(x >= o->min && x <= o->max))
-        return cli_usage_error("--%s: %s is outside %g to %g", o->name, text, o->min, o->max);
+        return cli_usage_error("--%s: %s is outside %.9g to %.9g", o->name, text, o->min, o->max);
     return EXIT_OK;
 }
 

@@ -34,12 +34,13 @@ struct run {
     struct srf_kernel_chance chance;
     double *closed, *tried, *tried_kl;
     struct srf_validate_place places[SRF_VALIDATE_PLACES];
-    struct srf_validate_distance all, *layers;
+    struct srf_validate_distance all, *layers, *swaps;
     double *draw_ppl;
     struct validate_text texts[MAX_TEXTS];
     int64_t n_texts;
     char *json, *html;
     struct cli_progress progress;
+    double part_from, part_to; /* of the progress, for on_forms */
     double seconds;
     bool made_dir;
 };
@@ -59,6 +60,7 @@ static void free_run(struct run *r)
     srf__free(r->tried_kl);
     srf__free(r->draw_ppl);
     srf__free(r->layers);
+    srf__free(r->swaps);
     for (int i = 0; i < MAX_TEXTS; i++) {
         struct validate_text *t = &r->texts[i];
         char *all[] = {t->prompt, t->original, t->same, t->teacher, t->student};
@@ -68,13 +70,25 @@ static void free_run(struct run *r)
     srf__free(r->html);
 }
 
-/* The kernel's part of the time is about a third of the whole. */
-#define KERNEL_PART 0.3
+/* Where the parts of the work end, in parts of its time (gpt2-14m on a CPU). */
+#define KERNEL_TO 0.05
+#define HEADS_TO  0.15
+#define LAYERS_TO 0.27
+#define SWAPS_TO  0.52
+#define DRAWS_TO  0.62
+#define TEXTS_TO  0.7
 
-static void on_progress(void *user, double done)
+static void on_heads(void *user, double done)
 {
     struct run *r = user;
-    cli_progress_update(&r->progress, KERNEL_PART + (1 - KERNEL_PART) * done, 1, "heads");
+    cli_progress_update(&r->progress, KERNEL_TO + (HEADS_TO - KERNEL_TO) * done, 1, "heads");
+}
+
+static void on_forms(void *user, double done)
+{
+    struct run *r = user;
+    cli_progress_update(&r->progress, r->part_from + (r->part_to - r->part_from) * done, 1,
+                        "predictions");
 }
 
 /* The usual numbers of features, and the one asked for. */
@@ -161,7 +175,7 @@ static srf_status open_run(const struct inputs *in, struct run *r)
                 "--seq-len %lld: the model's learned positions end at %lld", (long long)c->seq_len,
                 (long long)cfg->n_pos);
     c->n_draws = in->draws;
-    c->progress = on_progress;
+    c->progress = on_heads;
     c->user = r;
     SRF_TRY(read_tokens(in, r));
     /* Before the work, which a folder that cannot be made would waste. */
@@ -189,7 +203,7 @@ static srf_status measure_kernel(const struct inputs *in, struct run *r)
                                                .rotation = c->attention.rotation,
                                                .seed = c->attention.seed,
                                                .d = d};
-        cli_progress_update(&r->progress, KERNEL_PART * kind / VALIDATE_KINDS, 1, "kernel");
+        cli_progress_update(&r->progress, KERNEL_TO * kind / VALIDATE_KINDS, 1, "kernel");
         SRF_TRY_GO(srf_kernel_error_measure(&draws, n, c->m, c->n_m, validate_v_sq, VALIDATE_V,
                                             r->kernel + kind * cells, of_kind));
         for (int64_t i = 0; i < n; i++)
@@ -230,6 +244,8 @@ static srf_status try_features(struct run *r)
     srf_status st = SRF_OK;
     for (int kind = 0; kind < VALIDATE_TRIED; kind++) {
         bool own = kind == VALIDATE_KINDS;
+        cli_progress_update(&r->progress, TEXTS_TO + (1 - TEXTS_TO) * kind / VALIDATE_TRIED, 1,
+                            "features");
         if (!own) c.attention.features = (enum srf_feature_kind)kind;
         if (own) c.attention.features = r->config.attention.features;
         if (own) c.attention.per_head = true;
@@ -296,6 +312,50 @@ static srf_status write_texts(struct run *r, struct srf_validate_pair pair)
     return SRF_OK;
 }
 
+/* n forms of attention, the part of the whole from `from` to `to`; forms is freed. */
+static srf_status measure_forms(struct run *r, const struct srf_validate_pair *pair,
+                                struct srf_attention_config *forms, int64_t n, double from,
+                                double to, struct srf_validate_distance **out)
+{
+    srf_status st = SRF_ALLOC(*out, n);
+    r->part_from = from;
+    r->part_to = to;
+    if (st == SRF_OK) st = srf_validate_forms(r->ctx, pair, forms, n, on_forms, r, *out);
+    for (int64_t i = 0; st == SRF_OK && i < n; i++) (*out)[i].kl = fmax((*out)[i].kl, 0);
+    srf__free(forms);
+    return st;
+}
+
+/* Each layer alone, and none. */
+static srf_status measure_layers(struct run *r, const struct srf_validate_pair *pair)
+{
+    int64_t layers = r->ck->config.n_layers;
+    struct srf_attention_config *forms;
+    if (layers > SRF_LAYERS_MAX || pair->seq_len > SRF_WINDOW_MAX) return SRF_OK;
+    SRF_TRY(SRF_ALLOC(forms, layers + 1));
+    srf_status st = SRF_OK;
+    for (int64_t l = 0; st == SRF_OK && l <= layers; l++)
+        st = srf_validate_only_layer(pair, l < layers ? l : -1, &forms[l]);
+    if (st != SRF_OK) srf__free(forms);
+    SRF_TRY(st);
+    return measure_forms(r, pair, forms, layers + 1, HEADS_TO, LAYERS_TO, &r->layers);
+}
+
+/* Every window with every number of features, in all layers. */
+static srf_status measure_swaps(struct run *r, const struct srf_validate_pair *pair)
+{
+    struct srf_attention_config *forms;
+    if (pair->attention->far_none) return SRF_OK;
+    SRF_TRY(SRF_ALLOC(forms, VALIDATE_SWAPS));
+    for (int64_t i = 0; i < VALIDATE_SWAPS; i++) {
+        forms[i] = *pair->attention;
+        forms[i].n_windows = forms[i].n_layer_m = 0;
+        forms[i].window = validate_swap_window[i / VALIDATE_SWAP_M];
+        forms[i].m = validate_swap_m[i % VALIDATE_SWAP_M];
+    }
+    return measure_forms(r, pair, forms, VALIDATE_SWAPS, LAYERS_TO, SWAPS_TO, &r->swaps);
+}
+
 /* The model beside its teacher: by position, by layer, over draws, and in what they write. */
 static srf_status measure_predictions(struct run *r)
 {
@@ -306,17 +366,14 @@ static srf_status measure_predictions(struct run *r)
                                      .tokens = r->tokens,
                                      .windows = c->windows,
                                      .seq_len = c->seq_len};
-    int64_t layers = r->ck->config.n_layers;
     SRF_TRY(srf_validate_positions(r->ctx, &pair, r->places, &r->all));
     /* A divergence is not below 0, whatever rounding makes of it. */
     for (int i = 0; i < SRF_VALIDATE_PLACES; i++) r->places[i].kl = fmax(r->places[i].kl, 0);
-    if (layers <= SRF_LAYERS_MAX && c->seq_len <= SRF_WINDOW_MAX) {
-        SRF_TRY(SRF_ALLOC(r->layers, layers + 1));
-        SRF_TRY(srf_validate_layers(r->ctx, &pair, r->layers));
-        for (int64_t l = 0; l <= layers; l++) r->layers[l].kl = fmax(r->layers[l].kl, 0);
-    }
+    SRF_TRY(measure_layers(r, &pair));
+    SRF_TRY(measure_swaps(r, &pair));
     SRF_TRY(SRF_ALLOC(r->draw_ppl, c->n_draws));
     SRF_TRY(srf_validate_draws(r->ctx, &pair, c->n_draws, r->draw_ppl));
+    cli_progress_update(&r->progress, DRAWS_TO, 1, "texts");
     return write_texts(r, pair);
 }
 
@@ -364,6 +421,7 @@ static srf_status report(const struct inputs *in, struct run *r)
         .places = r->places,
         .all = r->all,
         .layers = r->layers,
+        .swaps = r->swaps,
         .draw_ppl = r->draw_ppl,
         .texts = r->texts,
         .n_texts = r->n_texts,

@@ -85,6 +85,33 @@ void validate_page_layers(const struct validate_report *r, FILE *to)
     fprintf(to, ". Rounding alone makes %.2g of it.</p>\n", r->layers[n].kl);
 }
 
+void validate_page_swaps(const struct validate_report *r, FILE *to)
+{
+    if (!r->swaps) return;
+    fputs("<h2>What a swap costs</h2>\n<div class='wide'><table><tr><th>window</th>", to);
+    for (int k = 0; k < VALIDATE_SWAP_M; k++)
+        fprintf(to, "<th>m = %lld</th><th>state</th>", (long long)validate_swap_m[k]);
+    fputs("</tr>\n", to);
+    for (int i = 0; i < VALIDATE_SWAP_W; i++) {
+        fprintf(to, "<tr><td>%lld</td>", (long long)validate_swap_window[i]);
+        for (int k = 0; k < VALIDATE_SWAP_M; k++) {
+            const struct srf_validate_distance *d = &r->swaps[i * VALIDATE_SWAP_M + k];
+            fprintf(to, "<td>%.3g</td><td class='quiet'>%.4g kB</td>", d->kl,
+                    1e-3 * (double)d->state_bytes);
+        }
+        fputs("</tr>\n", to);
+    }
+    double most = 0;
+    for (int i = 0; i < VALIDATE_SWAPS; i++) most = fmax(most, r->swaps[i].kl_se / r->swaps[i].kl);
+    fputs("</table></div>\n<p>KL(softmax ‖ SRF) of the predictions, in nats, with one window and "
+          "one number of drawn features in all layers, before any training with them, and the "
+          "memory of a sequence. Good: small for little memory; training closes most of "
+          "what is left, the more the less there is.",
+          to);
+    if (isfinite(most)) fprintf(to, " Two standard errors: %.2g %% at most.", 200 * most);
+    fputs("</p>\n", to);
+}
+
 void validate_page_norms(const struct validate_report *r, FILE *to)
 {
     struct validate_summary s = validate_summarize(r, r->result->v_mean);

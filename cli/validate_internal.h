@@ -36,6 +36,7 @@ void validate_page_sweep(const struct validate_report *r, FILE *to);
 void validate_page_tried(const struct validate_report *r, FILE *to);
 void validate_page_positions(const struct validate_report *r, FILE *to);
 void validate_page_layers(const struct validate_report *r, FILE *to);
+void validate_page_swaps(const struct validate_report *r, FILE *to);
 void validate_page_draws(const struct validate_report *r, FILE *to);
 void validate_page_texts(const struct validate_report *r, FILE *to);
 void validate_page_forms(const struct validate_report *r, FILE *to);

@@ -157,6 +157,22 @@ static json_t *layers_json(const struct validate_report *r)
     return rows;
 }
 
+static json_t *swaps_json(const struct validate_report *r)
+{
+    json_t *rows = json_array();
+    for (int i = 0; r->swaps && i < VALIDATE_SWAPS; i++) {
+        const struct srf_validate_distance *d = &r->swaps[i];
+        json_array_append_new(rows,
+                              json_pack("{s:I, s:I, s:I, s:o, s:o, s:o, s:o}", "window",
+                                        (json_int_t)validate_swap_window[i / VALIDATE_SWAP_M], "m",
+                                        (json_int_t)validate_swap_m[i % VALIDATE_SWAP_M],
+                                        "state_bytes", (json_int_t)d->state_bytes, "kl",
+                                        number(d->kl), "kl_se", number(d->kl_se), "nll_difference",
+                                        number(d->nll), "nll_difference_se", number(d->nll_se)));
+    }
+    return rows;
+}
+
 srf_status validate_json(const struct validate_report *r, char **text)
 {
     const struct srf_validate_config *c = r->config;
@@ -189,6 +205,7 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "nll_difference", number(r->all.nll));
     json_object_set_new(o, "nll_difference_se", number(r->all.nll_se));
     json_object_set_new(o, "by_layer", layers_json(r));
+    json_object_set_new(o, "swaps", swaps_json(r));
     json_object_set_new(o, "kl_of_rounding",
                         r->layers ? number(r->layers[res->n_layers].kl) : json_null());
     json_object_set_new(o, "by_draw", draws_json(r));

@@ -160,6 +160,7 @@ srf_status validate_html(const struct validate_report *r, char **text)
     validate_page_draws(r, to);
     validate_page_texts(r, to);
     validate_page_layers(r, to);
+    validate_page_swaps(r, to);
     validate_page_norms(r, to);
     validate_page_errors(r, to);
     validate_page_sweep(r, to);

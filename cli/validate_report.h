@@ -6,6 +6,14 @@
 enum { VALIDATE_KINDS = 4, VALIDATE_V = 3 };
 /* Features tried on the heads: all kinds, and the model's own with OPRF's A for each head. */
 enum { VALIDATE_TRIED = VALIDATE_KINDS + 1, VALIDATE_TRIED_DRAWS = 2 };
+/* Windows and numbers of features of what swaps would cost. */
+enum {
+    VALIDATE_SWAP_W = 5,
+    VALIDATE_SWAP_M = 3,
+    VALIDATE_SWAPS = VALIDATE_SWAP_W * VALIDATE_SWAP_M
+};
+static const int64_t validate_swap_window[VALIDATE_SWAP_W] = {0, 16, 32, 64, 128};
+static const int64_t validate_swap_m[VALIDATE_SWAP_M] = {16, 64, 256};
 /* The texts that are written. */
 #define VALIDATE_TEMPERATURE 0.8
 #define VALIDATE_TOP_P       0.9
@@ -35,9 +43,11 @@ struct validate_report {
     const double *tried_kl; /* the same: KL of the attention weights */
     const struct srf_validate_place *places; /* (SRF_VALIDATE_PLACES) */
     struct srf_validate_distance all;
-    const struct srf_validate_distance *layers; /* (layers + 1): one alone; or NULL */
-    const double *draw_ppl;                     /* (config->n_draws) */
-    const struct validate_text *texts;          /* (n_texts); none without a tokenizer */
+    /* (layers + 1): one layer alone, and none; (VALIDATE_SWAP_W, VALIDATE_SWAP_M): drawn features
+     * in all. NULL where they do not apply. */
+    const struct srf_validate_distance *layers, *swaps;
+    const double *draw_ppl;            /* (config->n_draws) */
+    const struct validate_text *texts; /* (n_texts); none without a tokenizer */
     int64_t n_texts;
     bool trained; /* the model has features of its own, which it was trained with */
     double seconds;

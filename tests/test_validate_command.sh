@@ -24,13 +24,16 @@ has one/validate.json '"kernel_chance":' '"kernel":[{' '"kind":"simplex+"' \
     '"output_error_by_features":{"m":[16,' '"iid":[' '"v2_histogram":{"edges":[' '"by_draw":{' \
     '"texts":[{"prompt":' '"teacher":null' '"oprf":[' '"weights_kl":[[' '"step_error":[' \
     '"heads":2' '"head_size":16' '"kl_se":' '"nll_difference_se":' '"by_layer":[{"layer":0,' \
-    '"kl_of_rounding":'
+    '"kl_of_rounding":' '"swaps":[{"window":0,"m":16,"state_bytes":'
+[ "$(grep -o '"swaps":.*' one/validate.json | grep -o '"state_bytes"' | wc -l)" -eq 15 ] ||
+    fail "not all swaps"
 [ "$(grep -c '^layer [01] alone: KL [0-9.]* ± [0-9.e-]*$' stdout)" -eq 2 ] &&
     grep -qE '^perplexity .* \([-+][0-9.]+ % ± [0-9.]+\), KL [0-9.]+ ± ' stdout ||
     fail "no layers, or no standard errors: $(cat stdout)"
 [ "$(grep -o '"closed_form":null' one/validate.json | wc -l)" -eq 18 ] ||
     fail "simplex+ alone has no closed form"
-has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel' 'Which layer'
+has one/validate.html '<!DOCTYPE html>' '</html>' 'Recurrent against parallel' 'Which layer' \
+    'What a swap costs'
 [ "$(grep -c '<svg.*role=' one/validate.html)" -eq 11 ] || fail "a picture is missing"
 [ "$(grep -o '<svg' one/validate.html | wc -l)" -eq "$(grep -o '</svg>' one/validate.html | wc -l)" ] ||
     fail "an svg element is not closed"

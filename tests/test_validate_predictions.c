@@ -1,5 +1,5 @@
-/* What srf validate measures of predictions on a tiny random model: by position, by layer, over
- * draws, and continuations. */
+/* What srf validate measures of predictions on a tiny random model: by position, with
+ * other forms of attention, over draws, and continuations. */
 #include "tests/validate_case.h"
 
 #include <math.h>
@@ -97,42 +97,58 @@ static void positions(void **state)
     setting_free(&s);
 }
 
-/* A layer's place in the list is that of a model with all others exact; the last is softmax. A
- * single block has no standard error. */
-static void layers(void **state)
+static void count_progress(void *user, double done)
+{
+    assert_true(done > 0 && done <= 1);
+    ++*(int *)user;
+}
+
+/* Forms of attention, one layer after another: a layer alone is a model with all others exact; none
+ * is softmax. A single block has no standard error. */
+static void forms(void **state)
 {
     (void)state;
     struct setting s;
     setting_new(&s, SRF_F64);
-    struct srf_attention_config a = config_of(4, true, ms).attention, one = a;
+    struct srf_attention_config a = config_of(4, true, ms).attention, one, form[L + 2];
     struct srf_validate_pair pair = pair_of(&s, &a);
-    struct srf_validate_distance got[L + 1], want;
+    struct srf_validate_distance got[L + 2], want;
     struct srf_validate_place p[SRF_VALIDATE_PLACES];
-    a.kind = one.kind = SRF_ATTN_SRF;
-    test_ok(srf_validate_layers(s.ctx, &pair, got));
+    int calls = 0;
+    a.kind = SRF_ATTN_SRF;
+    one = a;
+    for (int l = -1; l < L; l++) test_ok(srf_validate_only_layer(&pair, l, &form[1 + l]));
+    form[L + 1] = a;
+    test_ok(srf_validate_forms(s.ctx, &pair, form, L + 2, count_progress, &calls, got));
+    assert_int_equal(calls, L + 2);
     one.n_windows = L;
     one.window = T;
+    struct srf_validate_pair alone = pair_of(&s, &one);
     for (int l = 0; l < L; l++) {
         for (int j = 0; j < L; j++) one.windows[j] = j == l ? 4 : T;
-        struct srf_validate_pair alone = pair_of(&s, &one);
         test_ok(srf_validate_positions(s.ctx, &alone, p, &want));
-        test_close("one layer", &got[l].kl, &want.kl, 1, 1e-9);
-        test_close("its standard error", &got[l].kl_se, &want.kl_se, 1, 1e-7);
-        test_close("its loss", &got[l].nll, &want.nll, 1, 1e-7);
-        assert_true(got[l].kl > 1e-4 && got[l].kl_se > 0);
+        test_close("one layer", &got[1 + l].kl, &want.kl, 1, 1e-9);
+        test_close("its standard error", &got[1 + l].kl_se, &want.kl_se, 1, 1e-7);
+        test_close("its loss", &got[1 + l].nll, &want.nll, 1, 1e-7);
+        assert_true(got[1 + l].kl > 1e-4 && got[1 + l].kl_se > 0);
     }
-    assert_true(fabs(got[0].kl - got[1].kl) > 1e-3 * got[0].kl);
-    assert_true(fabs(got[L].kl) < 1e-9 && fabs(got[L].nll) < 1e-9);
+    assert_true(fabs(got[1].kl - got[2].kl) > 1e-3 * got[1].kl);
+    assert_true(fabs(got[0].kl) < 1e-9 && fabs(got[0].nll) < 1e-9);
+    test_ok(srf_validate_positions(s.ctx, &pair, p, &want));
+    test_close("all layers", &got[L + 1].kl, &want.kl, 1, 1e-9);
+    /* (m, d + 1) and the maxima, and k, v of two windows */
+    assert_int_equal(got[L + 1].state_bytes, 8 * L * H * (a.m * (D + 2) + 2 * 4 * 2 * D));
     /* by layer already, one of them wider than the text */
     a.n_windows = L;
     a.windows[0] = 2 * T, a.windows[1] = 4, a.window = 2 * T;
-    test_ok(srf_validate_layers(s.ctx, &pair, got));
-    assert_true(fabs(got[0].kl) < 1e-9);
-    test_close("the second alone", &got[1].kl, &want.kl, 1, 1e-9);
+    for (int l = 0; l < L; l++) test_ok(srf_validate_only_layer(&pair, l, &form[l]));
     pair.windows = 1;
     pair.seq_len = 20;
-    test_ok(srf_validate_layers(s.ctx, &pair, got));
-    assert_true(got[1].kl > 0 && isnan(got[1].kl_se) && isnan(got[1].nll_se));
+    test_ok(srf_validate_forms(s.ctx, &pair, form, L, NULL, NULL, got));
+    assert_true(fabs(got[0].kl) < 1e-9 && got[1].kl > 0);
+    assert_true(isnan(got[1].kl_se) && isnan(got[1].nll_se));
+    pair.seq_len = SRF_WINDOW_MAX + 1;
+    assert_int_equal(srf_validate_only_layer(&pair, 0, &one), SRF_UNSUPPORTED);
     setting_free(&s);
 }
 
@@ -205,7 +221,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(positions),
-        cmocka_unit_test(layers),
+        cmocka_unit_test(forms),
         cmocka_unit_test(draws),
         cmocka_unit_test(continuations),
     };

@@ -111,19 +111,25 @@ struct srf_validate_pair {
  * a window; NaN where there is one block alone. */
 #define SRF_VALIDATE_BLOCK 32
 struct srf_validate_distance {
-    double nll, nll_se; /* nats: the student's loss over the teacher's */
-    double kl, kl_se;   /* KL(softmax || SRF) */
+    double nll, nll_se;  /* nats: the student's loss over the teacher's */
+    double kl, kl_se;    /* KL(softmax || SRF) */
+    int64_t state_bytes; /* of the student's recurrent state of a sequence */
 };
 /* SRF_MISMATCH if the two do not belong together. */
 srf_status srf_validate_positions(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
                                   struct srf_validate_place out[SRF_VALIDATE_PLACES],
                                   struct srf_validate_distance *all);
-/* What each layer does to them: the student with its own weights, and its form of attention in this
- * layer alone, beside softmax in all: out (layers + 1), the last with softmax in all layers: what
- * rounding does. The pair's teacher is not read. SRF_UNSUPPORTED for more than SRF_LAYERS_MAX
- * layers or SRF_WINDOW_MAX tokens. */
-srf_status srf_validate_layers(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
-                               struct srf_validate_distance *out);
+/* The student's own weights with n forms of attention, each beside softmax in all layers: out (n).
+ * The pair's teacher and attention are not read; progress may be NULL. */
+srf_status srf_validate_forms(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                              const struct srf_attention_config *forms, int64_t n,
+                              void (*progress)(void *user, double done), void *user,
+                              struct srf_validate_distance *out);
+/* Such a form: the student's attention in one layer alone (-1: in none) and all others exact, in a
+ * window as long as the text, a multiple of 64, which kernels like. SRF_UNSUPPORTED for more than
+ * SRF_LAYERS_MAX layers or SRF_WINDOW_MAX tokens. */
+srf_status srf_validate_only_layer(const struct srf_validate_pair *pair, int64_t layer,
+                                   struct srf_attention_config *out);
 /* The student's perplexity on all windows with n draws, from its own on: out (n). */
 srf_status srf_validate_draws(struct srf_ctx *ctx, const struct srf_validate_pair *pair, int64_t n,
                               double *out);

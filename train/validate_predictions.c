@@ -1,5 +1,6 @@
-/* What a swap does to a model's predictions: by position (does the error grow with the length?), in
- * one layer alone, from one draw to another, and in the text that the model goes on to write. */
+/* What a swap does to a model's predictions: by position (does the error grow with the length?),
+ * with other forms of attention, from one draw to another, and in the text that the model goes on
+ * to write. */
 #include "train/validate.h"
 
 #include <math.h>
@@ -143,6 +144,7 @@ static srf_status take_distance(const struct srf_model *student, const struct sr
     for (int64_t i = 0; i < blocks; i++) nll[i] -= teacher_nll[i];
     mean_of_blocks(p, nll, &out->nll, &out->nll_se);
     mean_of_blocks(p, nll + blocks, &out->kl, &out->kl_se);
+    out->state_bytes = srf_model_state_bytes(student, false);
     srf__free(nll);
     return st;
 }
@@ -181,35 +183,19 @@ cleanup:
     return st;
 }
 
-/* ---- by layer -------------------------------------------------------------------------------- */
-
-/* All layers exact, in a window as long as the text, a multiple of 64, which kernels like; but
- * `layer`, which is as it was. */
-static struct srf_attention_config only_layer(const struct srf_validate_pair *p, int64_t layer)
-{
-    struct srf_attention_config a = *p->attention;
-    int64_t whole = (p->seq_len + 63) / 64 * 64;
-    a.n_windows = p->student->config.n_layers;
-    a.window = whole;
-    for (int64_t l = 0; l < a.n_windows; l++) {
-        int64_t window = l == layer ? srf_attention_window(p->attention, l) : whole;
-        a.windows[l] = (int32_t)window;
-        if (window > a.window) a.window = window;
-    }
-    return a;
-}
+/* ---- other forms of attention ---------------------------------------------------------------- */
 
 /* A model of its own for each: what an op needs hangs on its window. */
-static srf_status one_layer(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
-                            struct srf_model *exact, const double *exact_nll, int64_t layer,
-                            struct srf_validate_distance *out)
+static srf_status one_form(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                           struct srf_model *exact, const double *exact_nll,
+                           const struct srf_attention_config *form,
+                           struct srf_validate_distance *out)
 {
-    struct srf_attention_config a = only_layer(pair, layer);
     struct srf_validate_pair own = *pair;
     struct srf_batch batch = {.b = pair->windows, .t = pair->seq_len, .tokens = pair->tokens};
     struct run r = {0};
     srf_status st = SRF_OK;
-    own.attention = &a;
+    own.attention = form;
     SRF_TRY_GO(open_run(&r, ctx, &own, batch.b, batch.t, STUDENT));
     set_targets(&r, pair);
     struct srf_loss_args loss = {
@@ -222,18 +208,16 @@ cleanup:
     return st;
 }
 
-srf_status srf_validate_layers(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
-                               struct srf_validate_distance *out)
+srf_status srf_validate_forms(struct srf_ctx *ctx, const struct srf_validate_pair *pair,
+                              const struct srf_attention_config *forms, int64_t n,
+                              void (*progress)(void *user, double done), void *user,
+                              struct srf_validate_distance *out)
 {
-    int64_t layers = pair->student->config.n_layers;
     struct srf_validate_pair own = *pair;
     struct srf_batch batch = {.b = pair->windows, .t = pair->seq_len, .tokens = pair->tokens};
     struct run r = {0};
     double *nll = NULL;
     srf_status st = SRF_OK;
-    SRF_FAIL_IF(layers > SRF_LAYERS_MAX || pair->seq_len > SRF_WINDOW_MAX, SRF_UNSUPPORTED,
-                "by layer: %lld layers and %lld tokens, expected at most %d and %d",
-                (long long)layers, (long long)pair->seq_len, SRF_LAYERS_MAX, SRF_WINDOW_MAX);
     own.teacher = pair->student;
     SRF_TRY_GO(open_run(&r, ctx, &own, batch.b, batch.t, TEACHER));
     SRF_TRY_GO(SRF_ALLOC(nll, n_blocks(pair)));
@@ -242,12 +226,32 @@ srf_status srf_validate_layers(struct srf_ctx *ctx, const struct srf_validate_pa
     SRF_TRY_GO(srf_model_forward(r.teacher, &batch));
     SRF_TRY_GO(srf_model_loss(r.teacher, &loss));
     SRF_TRY_GO(sum_blocks(r.teacher, pair, nll, NULL));
-    for (int64_t l = 0; l <= layers; l++)
-        SRF_TRY_GO(one_layer(ctx, &own, r.teacher, nll, l, &out[l]));
+    for (int64_t i = 0; i < n; i++) {
+        SRF_TRY_GO(one_form(ctx, &own, r.teacher, nll, &forms[i], &out[i]));
+        if (progress) progress(user, (double)(i + 1) / (double)n);
+    }
 cleanup:
     free_run(&r);
     srf__free(nll);
     return st;
+}
+
+srf_status srf_validate_only_layer(const struct srf_validate_pair *pair, int64_t layer,
+                                   struct srf_attention_config *out)
+{
+    int64_t layers = pair->student->config.n_layers, whole = (pair->seq_len + 63) / 64 * 64;
+    SRF_FAIL_IF(layers > SRF_LAYERS_MAX || whole > SRF_WINDOW_MAX, SRF_UNSUPPORTED,
+                "by layer: %lld layers and %lld tokens, expected at most %d and %d",
+                (long long)layers, (long long)pair->seq_len, SRF_LAYERS_MAX, SRF_WINDOW_MAX);
+    *out = *pair->attention;
+    out->n_windows = layers;
+    out->window = whole;
+    for (int64_t l = 0; l < layers; l++) {
+        int64_t window = l == layer ? srf_attention_window(pair->attention, l) : whole;
+        out->windows[l] = (int32_t)window;
+        if (window > out->window) out->window = window;
+    }
+    return SRF_OK;
 }
 
 /* ---- by draw --------------------------------------------------------------------------------- */
