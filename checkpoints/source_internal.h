@@ -1,8 +1,8 @@
 /* What the readers of the single formats fill in. */
 #pragma once
 #include "checkpoints/source.h"
-#include "files/file.h"
-#include "files/h5.h"
+#include "data/file.h"
+#include "data/h5.h"
 
 #include <jansson.h>
 

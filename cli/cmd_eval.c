@@ -1,6 +1,6 @@
 /* srf eval: perplexity, in the parallel or the recurrent form. */
 #include "cli/common.h"
-#include "files/h5.h"
+#include "data/h5.h"
 #include "infer/evaluate.h"
 #include "infer/recall.h"
 

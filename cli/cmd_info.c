@@ -1,6 +1,6 @@
 /* srf info: what a file holds. Facts are gathered as one JSON object, printed so or as lines. */
 #include "cli/common.h"
-#include "files/file.h"
+#include "data/file.h"
 #include "model/arch.h"
 #include "train/policy.h"
 

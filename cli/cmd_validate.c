@@ -1,7 +1,7 @@
 /* srf validate: how well SRF attention stands in for a model's softmax attention, with pictures. */
 #include "cli/common.h"
 #include "cli/validate_report.h"
-#include "files/file.h"
+#include "data/file.h"
 
 #include <math.h>
 #include <string.h>

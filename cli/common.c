@@ -1,5 +1,5 @@
 #include "cli/common.h"
-#include "files/file.h"
+#include "data/file.h"
 #include "kernels/attn_fast.h"
 #include "kernels/grow.h"
 

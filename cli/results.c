@@ -1,5 +1,5 @@
 #include "cli/results.h"
-#include "files/file.h"
+#include "data/file.h"
 #include "kernels/grow.h"
 
 #include <errno.h>

@@ -1,6 +1,6 @@
 #include "cli/training_page.h"
 #include "cli/svg.h"
-#include "files/file.h"
+#include "data/file.h"
 #include "kernels/grow.h"
 
 #include <errno.h>

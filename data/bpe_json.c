@@ -1,7 +1,7 @@
 /* The tokenizer's files: tokenizer.json in and out, vocab.json with merges.txt. What a file asks
  * for and bpe_encode.c does not do is refused here, by its key. */
 #include "data/bpe_internal.h"
-#include "files/file.h"
+#include "data/file.h"
 
 #include <errno.h>
 #include <jansson.h>

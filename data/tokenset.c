@@ -1,6 +1,6 @@
 /* Token sets: which format a file has, and reading ids from it. */
+#include "data/checksum.h"
 #include "data/tokenset_internal.h"
-#include "files/checksum.h"
 #include "kernels/grow.h"
 
 #include <errno.h>

@@ -5,9 +5,9 @@
  *
  * Ids are read by pread at the addresses HDF5 gives, not through it: a random window costs one
  * system call, and threads may read at once. */
+#include "data/checksum.h"
+#include "data/h5_internal.h"
 #include "data/tokenset_internal.h"
-#include "files/checksum.h"
-#include "files/h5_internal.h"
 #include "kernels/grow.h"
 
 #include <string.h>

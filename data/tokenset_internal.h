@@ -1,7 +1,7 @@
 /* Inside of the token sets: every format on disk comes down to runs of ids in files. */
 #pragma once
+#include "data/file.h"
 #include "data/tokenset.h"
-#include "files/file.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>

@@ -1,7 +1,7 @@
 /* A model on the host: what files contain, between a reader and a device or between two formats. */
 #pragma once
 #include "checkpoints/source.h"
-#include "files/h5.h"
+#include "data/h5.h"
 #include "model/tensors.h"
 
 enum srf_checkpoint_kind { SRF_CKPT_WEIGHTS, SRF_CKPT_TRAINING, SRF_CKPT_RECURRENT };

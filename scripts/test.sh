@@ -22,7 +22,7 @@ check() {
 }
 
 sources() {
-    find kernels files data checkpoints model infer train cli tests -type f \
+    find kernels data checkpoints model infer train cli tests -type f \
         \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def' \) "$@"
 }
 
@@ -35,17 +35,17 @@ columns() {
     ! sources -print0 | LC_ALL=C.UTF-8 xargs -0 grep -nE '^.{101,}$'
 }
 
-# Includes go one way, down this list; only tests, which are not in it, take from all of it. Those
-# who know no op have but errors, memory and number types from kernels/.
+# Includes go one way: a folder takes from itself and from those before it in this list; only tests
+# take from all. data/ and checkpoints/ know no op: of kernels/ they have what every layer shares.
 layers() {
     local layer below="" status=0
-    for layer in kernels files data checkpoints model infer train cli; do
+    for layer in kernels data checkpoints model infer train cli; do
         below="$below|$layer"
         if grep -rnE '^#include "[a-z]+/' "$layer" | grep -vE ":#include \"(${below#|})/"; then
             status=1
         fi
     done
-    if grep -rnE '^#include "kernels/' files data checkpoints |
+    if grep -rnE '^#include "kernels/' data checkpoints |
         grep -vE '/(grow|numeric|status|types)\.h"'; then
         status=1
     fi

@@ -1,6 +1,6 @@
 /* HDF5 is too far from random bytes: the input is a list of patches to a good file, and the
  * checksums of its metadata are made right again, so that the patches are looked at. */
-#include "files/h5.h"
+#include "data/h5.h"
 #include "tests/fuzz.h"
 #include "tests/h5_seal.h"
 

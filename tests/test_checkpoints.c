@@ -2,7 +2,7 @@
  * not only by our own reader; nothing half-written is left; no allocation failure leaks. */
 #include "checkpoints/source.h"
 #include "checkpoints/writers.h"
-#include "files/h5.h"
+#include "data/h5.h"
 #include "kernels/numeric.h"
 #include "tests/scratch.h"
 

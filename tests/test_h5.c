@@ -1,8 +1,8 @@
 /* The HDF5 layer: round trips, what it refuses in files from strangers, full disks. */
 #include "checkpoints/source.h"
 #include "checkpoints/writers.h"
-#include "files/file.h"
-#include "files/h5.h"
+#include "data/file.h"
+#include "data/h5.h"
 #include "tests/h5_seal.h"
 #include "tests/scratch.h"
 

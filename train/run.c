@@ -1,5 +1,5 @@
 /* The loop around the steps: metrics log, evaluations, checkpoints. */
-#include "files/file.h"
+#include "data/file.h"
 #include "train/trainer_internal.h"
 
 #include <dirent.h>

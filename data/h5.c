@@ -1,5 +1,5 @@
-#include "files/h5_internal.h"
-#include "files/file.h"
+#include "data/h5_internal.h"
+#include "data/file.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,6 +1,6 @@
 /* Shared by the parts of the HDF5 layer. */
 #pragma once
-#include "files/h5.h"
+#include "data/h5.h"
 
 #include <hdf5.h>
 

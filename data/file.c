@@ -1,4 +1,4 @@
-#include "files/file.h"
+#include "data/file.h"
 #include "kernels/numeric.h"
 
 #include <errno.h>

@@ -1,6 +1,6 @@
 /* Datasets of HDF5 files, and walking over them. */
-#include "files/checksum.h"
-#include "files/h5_internal.h"
+#include "data/checksum.h"
+#include "data/h5_internal.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -4,7 +4,7 @@
  * crashes when the program exits (1.10.8 does). So the driver remembers the first error, drops
  * what cannot be written and lets the library carry on; srf__h5_check after each call and the
  * commit report the error, and the file is thrown away. */
-#include "files/h5_internal.h"
+#include "data/h5_internal.h"
 
 #include <errno.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-#include "files/checksum.h"
+#include "data/checksum.h"
 
 #include <string.h>
 
