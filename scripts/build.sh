@@ -6,8 +6,8 @@ source "$(dirname "$0")/lib.sh"
 
 folder="${1:-build}"
 [ $# -eq 0 ] || shift
-# -U: the architectures of an earlier call, scripts/test.sh's say, do not stick.
-options=(-U SRF_CUDA_ARCH -DSRF_CUDA=AUTO "$@")
+# -U: what an earlier call asked of CUDA code does not stick.
+options=(-U SRF_CUDA_ARCH -U SRF_CUDA_QUICK -DSRF_CUDA=AUTO "$@")
 # A folder keeps the generator it was first configured with.
 if [ ! -f "$folder/CMakeCache.txt" ] && command -v ninja >/dev/null; then
     options+=(-G Ninja)

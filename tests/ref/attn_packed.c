@@ -78,15 +78,22 @@ static void far_state(const struct attn_case *c, int64_t b, int64_t h, int64_t n
 {
     const struct srf_attn_shape *s = &c->shape;
     double scale = pow((double)s->d, -0.25), *a = srf__calloc((size_t)n + 1, sizeof *a);
-    assert_non_null(a);
+    double *y = srf__alloc((size_t)(n * s->d), sizeof *y);
+    double *v = srf__alloc((size_t)(n * s->d), sizeof *v);
+    assert_true(a && y && v);
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t j = 0; j < s->d; j++) {
+            y[t * s->d + j] = scale * value(c, 1, b, t, h, j);
+            v[t * s->d + j] = value(c, 2, b, t, h, j);
+        }
     for (int64_t i = 0; i < s->m; i++) {
         int64_t row = (s->n_sets == 1 ? 0 : h) * s->m + i;
         double most = -INFINITY, z = 0;
         for (int64_t t = 0; t < n; t++) {
             a[t] = c->bias.ref[row];
             for (int64_t j = 0; j < s->d; j++) {
-                double y = scale * value(c, 1, b, t, h, j);
-                a[t] += c->w.ref[row * s->d + j] * y - y * y / 2;
+                double y_tj = y[t * s->d + j];
+                a[t] += c->w.ref[row * s->d + j] * y_tj - y_tj * y_tj / 2;
             }
             most = fmax(most, a[t]);
         }
@@ -94,12 +101,14 @@ static void far_state(const struct attn_case *c, int64_t b, int64_t h, int64_t n
         for (int64_t t = 0; t < n; t++) {
             double phi = exp(a[t] - most);
             z += phi;
-            for (int64_t j = 0; j < s->d; j++) mean[i * s->d + j] += phi * value(c, 2, b, t, h, j);
+            for (int64_t j = 0; j < s->d; j++) mean[i * s->d + j] += phi * v[t * s->d + j];
         }
         for (int64_t j = 0; j < s->d && n > 0; j++) mean[i * s->d + j] /= z;
         log_z[i] = n > 0 ? (most + log(z)) / log(2) : 0;
     }
     srf__free(a);
+    srf__free(y);
+    srf__free(v);
 }
 
 /* A stored state in the same terms. */

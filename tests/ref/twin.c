@@ -5,7 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GUARD = 64, GUARD_BYTE = 0xa5 };
+enum {
+    GUARD = 64,
+    GUARD_BYTE = 0xa5,
+    NAN_BYTES = 128 << 10, /* at once: memory that the sanitizers' allocator does not map anew */
+};
 
 static struct twins new_on(const char *device, enum srf_dtype dtype, int threads)
 {
@@ -232,15 +236,19 @@ double twin_tol(const struct twins *s, int64_t length)
 
 void twins_workspace(struct twins *s)
 {
-    size_t bytes = s->ctx->plan_workspace;
-    if (s->ctx->workspace) s->ctx->be->free(s->ctx, s->ctx->workspace);
-    s->ctx->workspace = NULL;
-    s->ctx->workspace_bytes = 0;
-    test_ok(srf_ctx_reserve_workspace(s->ctx, bytes));
+    size_t bytes = s->ctx->plan_workspace, most = bytes < NAN_BYTES ? bytes : NAN_BYTES;
+    if (s->ctx->workspace_bytes != bytes) {
+        if (s->ctx->workspace) s->ctx->be->free(s->ctx, s->ctx->workspace);
+        s->ctx->workspace = NULL;
+        s->ctx->workspace_bytes = 0;
+        test_ok(srf_ctx_reserve_workspace(s->ctx, bytes));
+    }
     if (bytes == 0) return;
-    void *nan = bytes_alloc(bytes);
-    memset(nan, 0xff, bytes); /* NaN in every float type */
-    test_ok(s->ctx->be->upload(s->ctx, s->ctx->workspace, nan, bytes));
+    char *nan = bytes_alloc(most), *workspace = s->ctx->workspace;
+    memset(nan, 0xff, most); /* NaN in every float type */
+    for (size_t at = 0; at < bytes; at += most)
+        test_ok(
+            s->ctx->be->upload(s->ctx, workspace + at, nan, bytes - at < most ? bytes - at : most));
     srf__free(nan);
 }
 
