@@ -4,8 +4,8 @@
  * merges.txt (also under OpenAI's names encoder.json, vocab.bpe). Every byte sequence encodes and
  * decodes to itself, invalid UTF-8 included (an invalid byte counts as one character outside every
  * class). What a tokenizer.json asks for and this code does not do (normalizers, other
- * pre-tokenizers, byte_fallback, ...) is refused by name. Immutable after loading: many threads may
- * share one.
+ * pre-tokenizers, byte_fallback, ...) is refused by name; truncation and padding are not for texts.
+ * Immutable after loading: many threads may share one.
  */
 #pragma once
 #include "kernels/status.h"

@@ -233,20 +233,45 @@ static srf_status check_pre_tokenizer(json_t *p)
                             n == 2 ? "pre_tokenizer[1]" : "pre_tokenizer[0]", n == 1);
 }
 
+/* A template without tokens of its own, which transformers writes for GPT-2: the text as it is. */
+static srf_status check_template(json_t *stage)
+{
+    json_t *single = json_object_get(stage, "single"), *part;
+    size_t i;
+    json_array_foreach(single, i, part)
+    {
+        json_t *token = json_object_get(json_object_get(part, "SpecialToken"), "id");
+        SRF_FAIL_IF(token, SRF_UNSUPPORTED,
+                    "post_processor: expected no token beside the text, found %.60s",
+                    json_is_string(token) ? json_string_value(token) : kind(token));
+    }
+    SRF_FAIL_IF(json_array_size(single) != 1 ||
+                    !json_object_get(json_array_get(single, 0), "Sequence"),
+                SRF_UNSUPPORTED, "post_processor: expected a template of one text");
+    return SRF_OK;
+}
+
 /* normalizer, post_processor, decoder: nothing (null, an empty Sequence), or for the last two
  * ByteLevel, which touches offsets only or is what decoding does anyhow. */
 static srf_status check_stage(json_t *root, const char *name, const char *list, bool byte_level)
 {
     json_t *stage = json_object_get(root, name);
+    bool post = strcmp(name, "post_processor") == 0;
     if (asks_nothing(stage)) return SRF_OK;
     const char *type = type_of(stage);
     if (byte_level && strcmp(type, "ByteLevel") == 0) return SRF_OK;
+    if (post && strcmp(type, "TemplateProcessing") == 0) return check_template(stage);
     if (strcmp(type, "Sequence") == 0) {
         json_t *steps = json_object_get(stage, list), *step;
         size_t i;
         bool nothing = json_is_array(steps);
-        json_array_foreach(steps, i, step) nothing &=
-            byte_level && strcmp(type_of(step), "ByteLevel") == 0;
+        json_array_foreach(steps, i, step)
+        {
+            if (post && strcmp(type_of(step), "TemplateProcessing") == 0)
+                SRF_TRY(check_template(step));
+            else
+                nothing &= byte_level && strcmp(type_of(step), "ByteLevel") == 0;
+        }
         if (nothing) return SRF_OK;
     }
     SRF_FAIL(SRF_UNSUPPORTED, "%s: expected null%s, found %.60s", name,
@@ -262,9 +287,10 @@ static void parts_free(struct srf__bpe_parts *parts)
 
 static srf_status from_root(json_t *root, struct srf_bpe **out)
 {
+    /* truncation and padding are for batches of the one who saved it: a text's ids are the same */
     static const char *const known[] = {
-        "version",        "added_tokens", "normalizer", "pre_tokenizer",
-        "post_processor", "decoder",      "model",      NULL};
+        "version", "added_tokens",   "normalizer", "pre_tokenizer", "truncation",
+        "padding", "post_processor", "decoder",    "model",         NULL};
     struct srf__bpe_parts parts = {0};
     srf_status st = SRF_OK;
     SRF_FAIL_IF(!json_is_object(root), SRF_FORMAT, "expected an object, found %s", kind(root));

@@ -114,7 +114,13 @@ static char *small_json(const char *more_vocab, const char *merges, const char *
     free(ref);
     return text;
 }
+
 #define BYTE_LEVEL "{\"type\": \"ByteLevel\", \"add_prefix_space\": false}"
+
+/* What transformers writes for a GPT-2. */
+#define TEMPLATE                                                                                   \
+    "{\"type\": \"TemplateProcessing\", \"single\": [{\"Sequence\": {\"id\": \"A\", "              \
+    "\"type_id\": 0}}], \"pair\": [], \"special_tokens\": {}}"
 
 /* What amounts to GPT-2's tokenizer is taken however it is said. */
 static void equivalent_files(void **state)
@@ -129,10 +135,13 @@ static void equivalent_files(void **state)
         "\\\\s+\"}, \"behavior\": \"Isolated\", \"invert\": false}, {\"type\": \"ByteLevel\", "
         "\"add_prefix_space\": false, \"use_regex\": false}]}"};
     static const char *const roots[] = {
-        "", "\"truncation\": null, \"padding\": null, \"normalizer\": null,",
+        "\"truncation\": null, \"padding\": null, \"normalizer\": null, \"post_processor\": "
+        "{\"type\": \"ByteLevel\", \"trim_offsets\": false},",
+        "\"truncation\": {\"max_length\": 20}, \"padding\": {\"pad_id\": 0}, "
+        "\"post_processor\": " TEMPLATE ",",
         "\"normalizer\": {\"type\": \"Sequence\", \"normalizers\": []}, \"post_processor\": "
-        "{\"type\": \"ByteLevel\", \"trim_offsets\": false}, \"decoder\": {\"type\": "
-        "\"ByteLevel\"},"};
+        "{\"type\": \"Sequence\", \"processors\": [{\"type\": \"ByteLevel\"}, " TEMPLATE
+        "]}, \"decoder\": {\"type\": \"ByteLevel\"},"};
     static const char *const models[] = {
         "", "\"dropout\": null, \"unk_token\": null, \"fuse_unk\": false,",
         "\"unk_token\": \"a\", \"continuing_subword_prefix\": \"\", \"byte_fallback\": false,"};
@@ -179,9 +188,13 @@ static void refused(void **state)
          "normalizer: expected null, found NFC", SRF_UNSUPPORTED},
         {"", "", "", "", "\"post_processor\": {\"type\": \"TemplateProcessing\"},", BYTE_LEVEL,
          "post_processor", SRF_UNSUPPORTED},
+        {"", "", "", "", "\"decoder\": " TEMPLATE ",", BYTE_LEVEL, "decoder", SRF_UNSUPPORTED},
         {"", "", "", "", "\"decoder\": {\"type\": \"WordPiece\"},", BYTE_LEVEL, "decoder",
          SRF_UNSUPPORTED},
-        {"", "", "", "", "\"truncation\": {\"max_length\": 5},", BYTE_LEVEL, "truncation",
+        {"", "", "", "",
+         "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": "
+         "{\"id\": \"<s>\"}}, {\"Sequence\": {\"id\": \"A\"}}]},",
+         BYTE_LEVEL, "post_processor: expected no token beside the text, found <s>",
          SRF_UNSUPPORTED},
         {"", "", "", "", "\"new_thing\": 1,", BYTE_LEVEL, "new_thing", SRF_UNSUPPORTED},
         {"", "", "", "\"dropout\": 0.1,", "", BYTE_LEVEL, "model.dropout", SRF_UNSUPPORTED},
