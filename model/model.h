@@ -45,12 +45,12 @@ int64_t srf_batch_sequence_rows(const struct srf_batch *batch, int64_t i);
 /* Rows of the hidden states that forward leaves: all, or with last_only one per sequence. */
 int64_t srf_batch_hidden_rows(const struct srf_batch *batch);
 
-/* What backward recomputes instead of keeping. Outputs of layer norms are never kept: layernorm_bwd
- * recomputes them at the cost of a store. Gradients do not depend on this, bit for bit, except for
- * CHEAP in bf16 on CUDA, where an activation is recomputed from its rounded input. */
+/* What backward recomputes instead of keeping. Gradients do not depend on this, bit for bit, except
+ * in bf16 on CUDA: NONE keeps the slope of the activation function, rounded, where the others take
+ * slope and activation of its rounded input. */
 enum srf_recompute {
     SRF_RECOMPUTE_NONE,
-    SRF_RECOMPUTE_CHEAP, /* outputs of the activation function */
+    SRF_RECOMPUTE_CHEAP, /* outputs of the activation function and of norms */
     SRF_RECOMPUTE_BLOCK  /* whole blocks: only the input of each is kept */
 };
 
