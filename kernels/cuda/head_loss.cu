@@ -19,7 +19,7 @@
 
 #define THREADS   256
 #define WARPS     (THREADS / 32)
-#define NORM_ROWS 32    /* of a block of norm_kernel */
+#define NORM_ROWS 8     /* of a block of norm_kernel */
 #define FAR_SUM   1e20f /* beyond it the row's factor would run out of exponents */
 
 /* ---- rows ------------------------------------------------------------------------------------ */
@@ -105,18 +105,21 @@ static __device__ float far_row(const struct norm_args *a, int64_t row, int targ
 static __global__
 __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ struct norm_args a)
 {
-    __shared__ float sums[WARPS][NORM_ROWS], z_of[NORM_ROWS];
+    constexpr int GROUPS = THREADS / NORM_ROWS;
+    __shared__ float sums[GROUPS][NORM_ROWS], z_of[NORM_ROWS];
     int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    int64_t first = (int64_t)blockIdx.x * NORM_ROWS, row = first + lane;
+    int own = threadIdx.x % NORM_ROWS, group = threadIdx.x / NORM_ROWS;
+    int64_t first = (int64_t)blockIdx.x * NORM_ROWS, row = first + own;
     float sum = 0.0f;
-    for (int64_t k = warp; k < a.n_parts && row < a.n; k += WARPS) sum += a.parts[k * a.n + row];
-    sums[warp][lane] = sum;
+#pragma unroll 4
+    for (int64_t k = group; k < a.n_parts && row < a.n; k += GROUPS) sum += a.parts[k * a.n + row];
+    sums[group][own] = sum;
     __syncthreads();
-    if (warp == 0 && row < a.n) {
+    if (group == 0 && row < a.n) {
         int target = a.targets[row];
         float z = 0.0f;
-        for (int k = 0; k < WARPS; k++) z += sums[k][lane];
-        z_of[lane] = z;
+        for (int k = 0; k < GROUPS; k++) z += sums[k][own];
+        z_of[own] = z;
         if (target < 0) {
             a.nll[row] = 0.0f;
         } else if (!(z > FAR_SUM)) {
