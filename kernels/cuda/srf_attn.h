@@ -36,7 +36,7 @@ srf_status srf__pure_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bwd_args
 /* What segments of seg_chunks chunks of 64 tokens add to the state, for heads of 64 with up to 64
  * features, on Hopper: for all but the last, at states + (head_i n_seg + segment)
  * SRF__STATES_COUNT, as add_sums (srf_attn_pure_wgmma.h) wants it, by teams of so many segments.
- * The first kernel of a chain (chain.h), launched as any; one that follows in the chain waits. */
+ * The first kernel of a chain (chain.h); one that follows in the chain waits. */
 bool srf__states_take(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 int srf__state_team(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int n_seg);
 srf_status srf__state_sums(struct srf_ctx *ctx, const struct srf_attn_shape *s, const void *k,

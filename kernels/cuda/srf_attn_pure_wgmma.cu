@@ -112,6 +112,7 @@ STATE_BOUNDS(N) void pure_states_kernel(const __grid_constant__ struct walk p,
     const int seq = (int)(head_i / p.h), head = (int)(head_i % p.h);
     const int64_t set = p.n_sets == 1 ? 0 : head;
     float *halves = (float *)(small + at::half);
+    chain_wait();
     chain_next();
     auto fill = [&](int i) {
         const int s = i % STATE_STAGES, t0 = (first + n - 1 - i) * CHUNK;
@@ -246,6 +247,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         bulk_tile(base + at::q + s * TILE, &m.q, head * 64, c * CHUNK, seq, full);
         bulk_tile(base + at::v + s * TILE, &m.v, head * 64, c * CHUNK, seq, full);
     };
+    if (p.n_seg == 1) chain_wait();
     load_tile<64, 128>(base + at::w, p.w + set * p.m * 64, 64, 64, p.m, tid);
     cp_async_commit();
     if (tid == 0) {
@@ -436,7 +438,10 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
                              : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
                              : "r"((from ^ (i & 1) * 64) + i * 512)
                              : "memory");
-                *(uint4 *)to = y;
+                /* The compiler makes four stores of an assignment. */
+                asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(y.x), "r"(y.y),
+                             "r"(y.z), "r"(y.w)
+                             : "memory");
             }
         }
         level = following;
@@ -499,7 +504,8 @@ static srf_status launch_team(struct srf_ctx *ctx, const struct walk *p, const s
     const unsigned blocks = (unsigned)(p->heads * div_up(p->n_seg - 1, N));
     CUDA_TRY(cudaFuncSetAttribute(pure_states_kernel<LOW, N>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    pure_states_kernel<LOW, N><<<blocks, 128 * N, bytes, stream_of(ctx)>>>(*p, *m);
+    const struct chain_shape shape = {dim3(blocks), 128 * N, bytes, 1};
+    chain_launch(ctx, shape, pure_states_kernel<LOW, N>, *p, *m);
     return srf__cuda_launched("srf_attn");
 }
 
@@ -565,11 +571,7 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     void (*kernel)(struct walk, struct walk_maps) =
         p.entry ? pure_walk_kernel<true> : pure_walk_kernel<false>;
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    if (p.n_seg > 1) {
-        struct chain_shape shape = {dim3((unsigned)(heads * p.n_seg)), 128, bytes, 1};
-        chain_launch(ctx, shape, kernel, p, m);
-    } else {
-        kernel<<<(unsigned)heads, 128, bytes, stream_of(ctx)>>>(p, m);
-    }
+    const struct chain_shape shape = {dim3((unsigned)(heads * p.n_seg)), 128, bytes, 1};
+    chain_launch(ctx, shape, kernel, p, m);
     return srf__cuda_launched("srf_attn_fwd");
 }

@@ -14,8 +14,9 @@
  * summed where they are made), and who begins with a segment adds up those before it (add_sums): a
  * kernel that made prefixes of them would take longer.
  *
- * The kernels of an op are a chain (chain.h) whose first is launched as any: once one of them runs,
- * all before that first one are complete, and inputs may be read before chain_wait.
+ * The kernels of an op are a chain (chain.h). The first waits before it lets the next one begin:
+ * once another of them runs, all that came before the op is complete, and inputs may be read before
+ * chain_wait.
  */
 #pragma once
 #include "kernels/cuda/chain.h"
