@@ -46,6 +46,15 @@ for option in '--top-k 1' '--top-p 1e-9' '--temperature 0 --seed 7'; do
     cmp -s stdout greedy || fail "$option: not the most likely tokens"
 done
 
+# The end token ends a text and is none of it.
+ok --prompt 'the king' --temperature 100 -n 62 --seed 1 --batch 99 --json
+python3 - <<'END' || fail "the end token: $(head -c 300 stdout)"
+import json
+result = json.load(open("stdout"))
+assert not any("<|endoftext|>" in text for text in result["texts"])
+assert result["tokens"] < 99 * 62, "the test wants texts that end"
+END
+
 # Prompts: from a file, empty, two of them.
 printf 'the king' >prompt.txt
 ok --prompt-file prompt.txt -n 3 --quiet
@@ -102,8 +111,12 @@ cat >long.json <<'END'
 END
 "$SRF" train --init long.json --tokenizer "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" \
     --data text.txt --out long --steps 1 --batch 1 --seq-len 8 --quiet >/dev/null || die "long"
-for form in stream json; do
-    [ $form = json ] && options=(--json) || options=()
+for form in stream json state; do
+    case $form in
+    stream) options=() ;;
+    json) options=(--json) ;;
+    state) options=(--state-out half.h5) ;;
+    esac
     "$SRF" generate --model long/model.h5 --attention srf --m 4 --window 0 --threads 1 \
         --ignore-eos --prompt 'the king' -n 900000 "${options[@]}" >stdout 2>stderr &
     pid=$!
@@ -127,6 +140,7 @@ for form in stream json; do
         [ "$(head -c 8 stdout)" = "the king" ] && [ "$(wc -c <stdout)" -gt 20 ] ||
             fail "Ctrl-C: the text is gone: $(head -c 100 stdout)"
     fi
+    [ ! -e half.h5 ] || fail "Ctrl-C: a state of half a text"
 done
 
 # A full disk.

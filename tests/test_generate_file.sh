@@ -105,6 +105,8 @@ for ((i = 1; i <= times; i++)); do
         if [ $signal = INT ] && [ $status -ne 0 ]; then
             [ $status -eq 1 ] && grep -q 'interrupted: --resume goes on' stderr ||
                 fail "Ctrl-C: exit $status: $(cat stderr)"
+        elif [ $signal = INT ]; then # it came too late
+            [ "$(wc -l <out.jsonl)" -eq 400 ] || fail "Ctrl-C: exit 0 with prompts left"
         fi
         python3 -c 'import json
 for l in open("out.jsonl"): l.endswith("\n") and json.loads(l)' ||

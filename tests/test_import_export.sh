@@ -127,6 +127,16 @@ for model in recurrent by-layer features; do
         fail "$model: perplexity parallel $(cat parallel), recurrent $(cat recurrent)"
 done
 
+# One --window is for all layers, of a model that has windows by layer, too.
+ppl() {
+    ok "$SRF" eval --model "$1" --data text.txt --attention srf --max-tokens 512 --seq-len 64 \
+        --threads 1 --quiet --json "${@:2}"
+    sed 's/.*"ppl": \([0-9.]*\).*/\1/' stdout
+}
+[ "$(ppl by-layer.h5 --window 2)" = "$(ppl by-layer.h5 --layer-windows 2,2)" ] &&
+    [ "$(ppl by-layer.h5 --window 2)" != "$(ppl by-layer.h5)" ] ||
+    fail "--window 2 is not a window of 2 in each layer"
+
 # info
 info model.h5 '"kind": "weights"' '"layers": 2' '"attention": "softmax"' '"tokenizer_tokens": 2048'
 info run/last.h5 '"kind": "training"' '"step": 2' '"features_stored": true'

@@ -59,7 +59,8 @@ static void lora_gradients(void **state)
     close_setup(&s);
 }
 
-/* A begins with variance 1 / in, B as 0; without a gradient, factors do nothing but decay. */
+/* A begins with variance 1 / in, in no row with numbers that a new model's weights begin with, B as
+ * 0; without a gradient, factors do nothing but decay. */
 static void lora_begins(void **state)
 {
     (void)state;
@@ -79,6 +80,12 @@ static void lora_begins(void **state)
         int at = i % LAYER;
         squares[at < A1 ? 0 : at < B1 ? 1 : at < A2 ? 2 : 3] += factors[i] * factors[i] / 512;
         want[i] = factors[i] * (1 - 0.5 * srf_policy_lr(&s.config, 0));
+    }
+    for (uint32_t row = 0; row < (uint32_t)t->model->table.n; row++) {
+        struct srf_rng weights = srf_rng_at(s.config.seed, SRF_RNG_INIT, 0, row, 0);
+        double x = srf_rng_normal(&weights) / 4;
+        for (int at = 0; at < 2 * LAYER; at += at % LAYER ? LAYER - B1 : B1)
+            assert_true(fabs(factors[at] - x) > 1e-6);
     }
     assert_true(squares[1] == 0 && squares[3] == 0);
     assert_true(fabs(16 * squares[0] - 1) < 0.3 && fabs(16 * squares[2] - 1) < 0.3);

@@ -59,13 +59,17 @@ static void check_piece(struct fixture *f, const char *name, double *values, con
     double *direction = srf__alloc((size_t)n, sizeof *direction);
     for (uint32_t k = 0; k < 2; k++) {
         test_normal(direction, n, 1 / sqrt((double)n), 100 + k);
-        double want = directional_difference(f, values, direction, n, 1e-3), got = 0, size = 0;
+        double want = 0, got = 0, size = 0, err = INFINITY;
         for (int64_t i = 0; i < n; i++) {
             got += grad[i] * direction[i];
             size += grad[i] * grad[i];
         }
-        /* relative to the gradient's size along a random direction */
-        double err = fabs(got - want) / (sqrt(size / (double)n) + 1e-6);
+        /* T2R has corners, and a smaller step is less likely to go over one. */
+        for (double h = 1e-3; h > 5e-6 && !(err <= 1e-6); h /= 10) {
+            want = directional_difference(f, values, direction, n, h);
+            /* relative to the gradient's size along a random direction */
+            err = fabs(got - want) / (sqrt(size / (double)n) + 1e-6);
+        }
         if (!(err <= 1e-6)) {
             print_error("%s: gradient %.12g, difference %.12g, relative %.3g\n", name, got, want,
                         err);

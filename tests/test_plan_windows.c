@@ -261,7 +261,7 @@ static void a_plan_of_features(void **state)
     /* Trained features are nearer. */
     *a = start;
     c.state_budget = 0;
-    c.train_steps = 40;
+    c.train_steps = 160;
     test_ok(srf_plan_windows(ctx, ck, tokens, &c, &result));
     print_message("KL of fitted features %.3g, of trained ones %.3g\n", before, result.before);
     assert_true(result.before < 0.97 * before && result.after <= result.before);

@@ -192,6 +192,12 @@ static void plain_text(void **state)
     assert_int_equal(srf_tokenset_documents(ts), 2);
     expect_windows(ts, ids.ids, ids.n);
     srf_tokenset_close(ts);
+    /* the last story goes on to the end of the file */
+    test_spit(path, text, sizeof text - sizeof SRF_END_OF_TEXT);
+    test_ok(srf_tokenset_open(path, bpe, srf_bpe_vocab_size(bpe), &ts));
+    assert_int_equal(srf_tokenset_documents(ts), 2);
+    srf_tokenset_close(ts);
+    test_spit(path, text, sizeof text - 1);
     test_fails(srf_tokenset_open(path, NULL, 0, &ts), SRF_INVALID, "no tokenizer");
     test_fails(srf_tokenset_open(path, bpe, srf_bpe_vocab_size(bpe) - 1, &ts), SRF_MISMATCH,
                "the tokenizer gives id");

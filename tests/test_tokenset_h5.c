@@ -46,6 +46,28 @@ static void native(void **state)
     free(ids);
 }
 
+/* Ids of two bytes end at 65,535: with one token more there are four. */
+static void widths(void **state)
+{
+    (void)state;
+    for (int vocab = 1 << 16; vocab <= (1 << 16) + 1; vocab++) {
+        const int32_t ids[] = {0, 1, 65534, 65535, vocab - 1};
+        struct srf_bpe *bpe = make_bpe(1, vocab);
+        struct srf_tokenset_writer *w;
+        struct srf_tokenset *ts;
+        char path[128];
+        test_ok(srf_tokenset_writer_create(test_at(path, "native.h5"), bpe, &w));
+        test_ok(srf_tokenset_writer_append(w, ids, 5));
+        test_fails(srf_tokenset_writer_append(w, &vocab, 1), SRF_INVALID, "expected 0 to");
+        test_ok(srf_tokenset_writer_finish(w));
+        test_ok(srf_tokenset_open(path, bpe, vocab, &ts));
+        expect_windows(ts, ids, 5);
+        srf_tokenset_close(ts);
+        srf_bpe_free(bpe);
+        unlink(path);
+    }
+}
+
 /* What the file looks like to others: HDF5's own reading gives the ids and the starts. */
 static void native_by_hdf5(void **state)
 {
@@ -423,8 +445,9 @@ static void bad_native(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(native),  cmocka_unit_test(native_by_hdf5), cmocka_unit_test(mismatches),
-        cmocka_unit_test(damaged), cmocka_unit_test(abandoned),      cmocka_unit_test(bad_native),
+        cmocka_unit_test(native),     cmocka_unit_test(widths),  cmocka_unit_test(native_by_hdf5),
+        cmocka_unit_test(mismatches), cmocka_unit_test(damaged), cmocka_unit_test(abandoned),
+        cmocka_unit_test(bad_native),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }

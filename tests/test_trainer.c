@@ -2,6 +2,7 @@
 #include "model/arch.h"
 #include "tests/training_case.h"
 
+#include <hdf5.h>
 #include <math.h>
 #include <string.h>
 
@@ -61,7 +62,9 @@ static void policies(void **state)
     assert_int_equal(srf_train_config_check(&c), SRF_INVALID);
 }
 
-/* Softmax, pure SRF and the hybrid all learn the language: well under the uniform guess of 16. */
+/* Softmax, pure SRF and the hybrid all learn the language. Who knows nothing of the order has
+ * perplexity 16, who knows the language 1.76 (the rule holds with 0.906); a fifth of the way, in
+ * logarithms, is at 10.3, several standard errors of 1000 tokens from where they come. */
 static void learns(void **state)
 {
     (void)state;
@@ -84,7 +87,7 @@ static void learns(void **state)
         }
         test_ok(srf_trainer_evaluate(t, NULL, &after));
         print_message("perplexity %.2f -> %.2f\n", before, after);
-        assert_true(before > 12 && after < (kind == 1 ? 11 : 8));
+        assert_true(before > 12 && after < 10.3);
         srf_trainer_free(t);
         close_setup(&s);
     }
@@ -296,6 +299,51 @@ static void resume_of_another_run(void **state)
     close_setup(&s);
 }
 
+static void put_number(const char *path, const char *name, int64_t value)
+{
+    hid_t f = H5Fopen(path, H5F_ACC_RDWR, H5P_DEFAULT), space = H5Screate(H5S_SCALAR);
+    assert_true(H5Adelete_by_name(f, "/trainer", name, H5P_DEFAULT) >= 0);
+    hid_t a = H5Acreate_by_name(f, "/trainer", name, H5T_NATIVE_INT64, space, H5P_DEFAULT,
+                                H5P_DEFAULT, H5P_DEFAULT);
+    assert_true(H5Awrite(a, H5T_NATIVE_INT64, &value) >= 0);
+    H5Aclose(a);
+    H5Sclose(space);
+    H5Fclose(f);
+}
+
+/* A run of another version, and steps that the run does not have. */
+static void resume_of_a_strange_file(void **state)
+{
+    (void)state;
+    const struct {
+        const char *name;
+        int64_t value;
+        srf_status status;
+        const char *words;
+    } cases[] = {
+        {"layout", 1000, SRF_UNSUPPORTED, "another version"},
+        {"step", -1, SRF_FORMAT, "step -1 of 12 steps"},
+        {"step", 13, SRF_FORMAT, "step 13 of 12 steps"},
+        {"step", 12, SRF_OK, ""},
+    };
+    struct setup s;
+    struct srf_trainer *t;
+    char last[96];
+    open_setup(&s, 0, false);
+    snprintf(last, sizeof last, "%s/last.h5", s.dir);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+        test_ok(srf_trainer_save(t, last));
+        srf_trainer_free(t);
+        put_number(last, cases[i].name, cases[i].value);
+        assert_int_equal(srf_trainer_resume(s.ctx, last, s.train, NULL, &t), cases[i].status);
+        if (cases[i].status != SRF_OK && !strstr(srf_error_message(), cases[i].words))
+            fail_msg("no '%s' in: %s", cases[i].words, srf_error_message());
+        srf_trainer_free(t);
+    }
+    close_setup(&s);
+}
+
 /* A teacher of another architecture is refused by the size that differs. */
 static void teacher_of_another_shape(void **state)
 {
@@ -417,6 +465,7 @@ int main(void)
         cmocka_unit_test(resume_is_exact),
         cmocka_unit_test(learning_rates),
         cmocka_unit_test(resume_of_another_run),
+        cmocka_unit_test(resume_of_a_strange_file),
         cmocka_unit_test(teacher_of_another_shape),
         cmocka_unit_test(non_finite_steps),
         cmocka_unit_test(non_finite_evaluation),

@@ -162,6 +162,8 @@ static const char *const atoms[] = {
     "'re",
     "'ll",
     "'ve",
+    "'d",
+    "'m",
     "n't",
     ".",
     ",",
@@ -204,6 +206,9 @@ static const char *const atoms[] = {
     "\x80",
     "\xff",
     "\xc0\x80",
+    "\xe0\x81\xa1", /* a letter, an overlong one */
+    "\xe0\x80\xa0", /* a space */
+    "\xf0\x80\x81\xa1",
     "\xc3",
     "\xe2\x80",
     "\xf0\x9f",
@@ -288,7 +293,7 @@ int ref_text(struct srf_rng *rng, const struct ref_bpe *bpe, int n, char *text)
         const char *atom = atoms[below(rng, N_ATOMS)];
         if (below(rng, 4) == 0) kind = below(rng, 3);
         if (kind == 1) atom = atoms[below(rng, 14)];      /* a stretch of plain words */
-        if (kind == 2) atom = atoms[32 + below(rng, 10)]; /* or of white space */
+        if (kind == 2) atom = atoms[34 + below(rng, 10)]; /* or of white space */
         int len = (int)strlen(atom);
         const struct ref_token *t = bpe->n_tokens ? &bpe->tokens[below(rng, bpe->n_tokens)] : NULL;
         if (t && t->added) { /* rare: one, or its beginning */
