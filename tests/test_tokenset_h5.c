@@ -63,6 +63,12 @@ static void widths(void **state)
         test_ok(srf_tokenset_open(path, bpe, vocab, &ts));
         expect_windows(ts, ids, 5);
         srf_tokenset_close(ts);
+        hid_t f = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
+        hid_t set = H5Dopen2(f, "/tokens", H5P_DEFAULT), type = H5Dget_type(set);
+        assert_int_equal(H5Tget_size(type), vocab > 1 << 16 ? 4 : 2);
+        H5Tclose(type);
+        H5Dclose(set);
+        H5Fclose(f);
         srf_bpe_free(bpe);
         unlink(path);
     }
