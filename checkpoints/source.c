@@ -162,26 +162,13 @@ static srf_status add_native(void *user, const char *path)
 
 static srf_status native_read(struct srf_source *s, const char *path)
 {
-    srf_status st = SRF_OK;
-    char *format = NULL;
-    int64_t version = 0;
     SRF_TRY(srf_h5_open(path, &s->h5));
-    SRF_FAIL_IF(!srf_h5_has_attr(s->h5, "/", "format"), SRF_FORMAT,
-                "%s: an HDF5 file, but not one of srf's (no attribute format)", path);
-    SRF_TRY(srf_h5_get_str(s->h5, "/", "format", &format));
-    SRF_FAIL_GO_IF(strcmp(format, "srf") != 0, SRF_FORMAT,
-                   "%s: expected attribute format srf, found %s", path, format);
-    SRF_TRY_GO(srf_h5_get_i64(s->h5, "/", "version", &version));
-    SRF_FAIL_GO_IF(version != 1, SRF_FORMAT, "%s: expected version 1, found %lld", path,
-                   (long long)version);
-    SRF_FAIL_GO_IF(!srf_h5_has(s->h5, "/weights"), SRF_FORMAT, "%s: holds no weights", path);
-    SRF_TRY_GO(srf_h5_get_text(s->h5, "/config", &s->config));
+    SRF_TRY(srf_h5_check_header(s->h5, NULL));
+    SRF_FAIL_IF(!srf_h5_has(s->h5, "/weights"), SRF_FORMAT, "%s: holds no weights", path);
+    SRF_TRY(srf_h5_get_text(s->h5, "/config", &s->config));
     if (srf_h5_has(s->h5, "/tokenizer"))
-        SRF_TRY_GO(srf_h5_get_text(s->h5, "/tokenizer", &s->tokenizer));
-    SRF_TRY_GO(srf_h5_each(s->h5, "/weights", add_native, s));
-cleanup:
-    srf__free(format);
-    return st;
+        SRF_TRY(srf_h5_get_text(s->h5, "/tokenizer", &s->tokenizer));
+    return srf_h5_each(s->h5, "/weights", add_native, s);
 }
 
 /* ---- opening --------------------------------------------------------------------------------- */

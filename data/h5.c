@@ -391,3 +391,39 @@ bool srf_h5_has_attr(struct srf_h5 *f, const char *object, const char *name)
     srf__unhush(h, SRF_OK);
     return found;
 }
+
+/* ---- what our files begin with --------------------------------------------------------------- */
+
+enum { VERSION = 1 };
+
+srf_status srf_h5_put_header(struct srf_h5 *f, const char *kind)
+{
+    SRF_TRY(srf_h5_put_str(f, "/", "format", "srf"));
+    SRF_TRY(srf_h5_put_i64(f, "/", "version", VERSION));
+    SRF_TRY(srf_h5_put_str(f, "/", "kind", kind));
+    return srf_h5_put_str(f, "/", "creator", "srf " SRF_VERSION);
+}
+
+static srf_status expect_attr(struct srf_h5 *f, const char *name, const char *expected)
+{
+    char *found;
+    SRF_TRY(srf_h5_get_str(f, "/", name, &found));
+    srf_status st = SRF_OK;
+    if (strcmp(found, expected) != 0)
+        st = srf__fail(__FILE__, __LINE__, SRF_FORMAT, "%s: expected attribute %s %s, found %.60s",
+                       f->path, name, expected, found);
+    srf__free(found);
+    return st;
+}
+
+srf_status srf_h5_check_header(struct srf_h5 *f, const char *kind)
+{
+    int64_t version;
+    SRF_FAIL_IF(!srf_h5_has_attr(f, "/", "format"), SRF_FORMAT,
+                "%s: an HDF5 file, but not one of srf's (no attribute format)", f->path);
+    SRF_TRY(expect_attr(f, "format", "srf"));
+    SRF_TRY(srf_h5_get_i64(f, "/", "version", &version));
+    SRF_FAIL_IF(version != VERSION, SRF_UNSUPPORTED, "%s: expected version %d, found %lld", f->path,
+                VERSION, (long long)version);
+    return kind ? expect_attr(f, "kind", kind) : SRF_OK;
+}

@@ -28,6 +28,11 @@ srf_status srf_h5_put_i64(struct srf_h5 *f, const char *object, const char *name
 /* SRF_FORMAT where it is missing or of another type. text: srf__free. */
 srf_status srf_h5_get_str(struct srf_h5 *f, const char *object, const char *name, char **text);
 srf_status srf_h5_get_i64(struct srf_h5 *f, const char *object, const char *name, int64_t *value);
+/* What every file of ours begins with: attributes of / that say format "srf", version, kind and
+ * creator. check: SRF_FORMAT, or SRF_UNSUPPORTED for another version; kind may be NULL, for any. */
+srf_status srf_h5_put_header(struct srf_h5 *f, const char *kind);
+srf_status srf_h5_check_header(struct srf_h5 *f, const char *kind);
+
 bool srf_h5_has(struct srf_h5 *f, const char *path); /* a group or dataset */
 /* Also true where the object is too broken to tell: reading it says why. */
 bool srf_h5_has_attr(struct srf_h5 *f, const char *object, const char *name);

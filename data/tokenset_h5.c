@@ -169,29 +169,13 @@ static srf_status read_sums(struct srf_h5 *f, struct srf_tokenset *ts)
     return SRF_CALLOC(ts->checked, n);
 }
 
-static srf_status expect_str(struct srf_h5 *f, const char *name, const char *expected)
-{
-    char *text;
-    SRF_TRY(srf_h5_get_str(f, "/", name, &text));
-    srf_status st = SRF_OK;
-    SRF_FAIL_GO_IF(strcmp(text, expected) != 0, SRF_FORMAT, "%s: %s: expected %s, found %.60s",
-                   f->path, name, expected, text);
-cleanup:
-    srf__free(text);
-    return st;
-}
-
 static srf_status read_attributes(struct srf_h5 *f, const struct srf_bpe *bpe,
                                   struct srf_tokenset *ts)
 {
-    int64_t version, max_id;
+    int64_t max_id;
     char *hash = NULL, model[17] = "";
     srf_status st = SRF_OK;
-    SRF_TRY(expect_str(f, "format", "srf"));
-    SRF_TRY(srf_h5_get_i64(f, "/", "version", &version));
-    SRF_FAIL_IF(version != 1, SRF_UNSUPPORTED, "%s: version: expected 1, found %lld", f->path,
-                (long long)version);
-    SRF_TRY(expect_str(f, "kind", "tokens"));
+    SRF_TRY(srf_h5_check_header(f, "tokens"));
     SRF_TRY(srf_h5_get_str(f, "/", "tokenizer_hash", &hash));
     SRF_FAIL_GO_IF(strlen(hash) != 16 && strlen(hash) != 0, SRF_FORMAT,
                    "%s: tokenizer_hash: expected 16 digits, found %.60s", f->path, hash);
@@ -386,10 +370,7 @@ static srf_status write_rest(struct srf_tokenset_writer *w)
     }
     SRF_TRY(put_numbers(w, "/documents", w->n_documents, w->documents));
     SRF_TRY(put_numbers(w, "/checksums", w->n_sums, w->sums));
-    SRF_TRY(srf_h5_put_str(w->file, "/", "format", "srf"));
-    SRF_TRY(srf_h5_put_i64(w->file, "/", "version", 1));
-    SRF_TRY(srf_h5_put_str(w->file, "/", "kind", "tokens"));
-    SRF_TRY(srf_h5_put_str(w->file, "/", "creator", "srf " SRF_VERSION));
+    SRF_TRY(srf_h5_put_header(w->file, "tokens"));
     SRF_TRY(srf_h5_put_str(w->file, "/", "tokenizer_hash", w->hash));
     SRF_TRY(srf_h5_put_i64(w->file, "/", "vocab_size", w->vocab_size));
     return srf_h5_put_i64(w->file, "/", "max_id", w->max_id);

@@ -37,10 +37,7 @@ static srf_status put_header(struct srf_h5 *f, const struct srf_checkpoint *ck,
     srf_status st = srf_h5_put_str(f, "/", "attention", attention);
     srf__free(attention);
     SRF_TRY(st);
-    SRF_TRY(srf_h5_put_str(f, "/", "format", "srf"));
-    SRF_TRY(srf_h5_put_i64(f, "/", "version", 1));
-    SRF_TRY(srf_h5_put_str(f, "/", "kind", "states"));
-    SRF_TRY(srf_h5_put_str(f, "/", "creator", "srf " SRF_VERSION));
+    SRF_TRY(srf_h5_put_header(f, "states"));
     SRF_TRY(srf_h5_put_str(f, "/", "model", hash));
     SRF_TRY(srf_h5_put_str(f, "/", "dtype", srf_dtype_name(srf_engine_state_dtype(e))));
     SRF_TRY(srf_h5_put_str(f, "/", "positions", positions_names[srf_engine_config(e)->positions]));
@@ -91,15 +88,16 @@ struct srf_states {
     enum srf_positions positions;
 };
 
-static srf_status expect(struct srf_h5 *f, const char *path, const char *name, const char *expected,
-                         srf_status otherwise, const char *what)
+static srf_status check_model(struct srf_h5 *f, const char *path, const struct srf_checkpoint *ck)
 {
-    char *found;
-    SRF_TRY(srf_h5_get_str(f, "/", name, &found));
+    char expected[17], *found;
+    SRF_TRY(srf_checkpoint_hash(ck, expected));
+    SRF_TRY(srf_h5_get_str(f, "/", "model", &found));
     srf_status st = SRF_OK;
     if (strcmp(found, expected) != 0)
-        st = srf__fail(__FILE__, __LINE__, otherwise, "%s: %s: expected %s, found %.60s", path,
-                       what, expected, found);
+        st = srf__fail(__FILE__, __LINE__, SRF_MISMATCH,
+                       "%s: a state of another model: expected %s, found %.60s", path, expected,
+                       found);
     srf__free(found);
     return st;
 }
@@ -131,16 +129,10 @@ cleanup:
 static srf_status read_header(struct srf_states *s, const struct srf_checkpoint *ck)
 {
     struct srf_h5 *f = s->file;
-    int64_t version;
-    char hash[17], *positions;
-    SRF_TRY(expect(f, s->path, "format", "srf", SRF_FORMAT, "format"));
-    SRF_TRY(expect(f, s->path, "kind", "states", SRF_FORMAT, "kind"));
-    SRF_TRY(srf_h5_get_i64(f, "/", "version", &version));
-    SRF_FAIL_IF(version != 1, SRF_UNSUPPORTED, "%s: version: expected 1, found %lld", s->path,
-                (long long)version);
+    char *positions;
+    SRF_TRY(srf_h5_check_header(f, "states"));
     SRF_TRY(check_attention(f, s->path, ck));
-    SRF_TRY(srf_checkpoint_hash(ck, hash));
-    SRF_TRY(expect(f, s->path, "model", hash, SRF_MISMATCH, "a state of another model"));
+    SRF_TRY(check_model(f, s->path, ck));
     SRF_TRY(srf_h5_get_i64(f, "/", "count", &s->count));
     SRF_FAIL_IF(s->count < 1 || s->count > MAX_STATES, SRF_FORMAT,
                 "%s: count: expected 1 to %d, found %lld", s->path, MAX_STATES,

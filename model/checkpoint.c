@@ -317,10 +317,7 @@ srf_status srf_checkpoint_stretch_positions(struct srf_checkpoint *ck, int64_t n
 
 srf_status srf_checkpoint_put(const struct srf_checkpoint *ck, struct srf_h5 *f)
 {
-    SRF_TRY(srf_h5_put_str(f, "/", "format", "srf"));
-    SRF_TRY(srf_h5_put_i64(f, "/", "version", 1));
-    SRF_TRY(srf_h5_put_str(f, "/", "kind", kind_names[ck->kind]));
-    SRF_TRY(srf_h5_put_str(f, "/", "creator", "srf " SRF_VERSION));
+    SRF_TRY(srf_h5_put_header(f, kind_names[ck->kind]));
     char *text;
     SRF_TRY(srf_model_config_to_json(&ck->config, &text));
     srf_status st = srf_h5_put_text(f, "/config", text);

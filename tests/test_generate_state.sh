@@ -104,7 +104,7 @@ run "$SRF" generate --model other/model.h5 --attention srf --window 8 --state-in
 [ $status -eq 1 ] && grep -q 'a state of another model: expected' stderr || fail "$(cat stderr)"
 head -c 1000 p.h5 >cut.h5
 bad 1 'cut.h5' --state-in cut.h5 -n 3
-bad 1 "kind: expected states, found weights" --state-in model.h5 -n 3 --attention srf
+bad 1 "expected attribute kind states, found weights" --state-in model.h5 -n 3 --attention srf
 bad 1 'No such file' --state-in nowhere.h5 -n 3
 bad 1 'holds 3 states, expected one or as many' --state-in b.h5 -n 3 --batch 2
 bad 1 'holds 3 states, expected one for all' --state-in b.h5 --input short.jsonl --output x.out

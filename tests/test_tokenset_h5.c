@@ -390,10 +390,10 @@ static void bad_native(void **state)
 {
     (void)state;
     static const char *const says[N_FAULTS] = {
-        [NO_FORMAT] = "attribute format of / is missing",
-        [WRONG_FORMAT] = "format: expected srf, found else",
-        [WRONG_VERSION] = "version: expected 1, found 2",
-        [WRONG_KIND] = "kind: expected tokens, found weights",
+        [NO_FORMAT] = "not one of srf's (no attribute format)",
+        [WRONG_FORMAT] = "expected attribute format srf, found else",
+        [WRONG_VERSION] = "expected version 1, found 2",
+        [WRONG_KIND] = "expected attribute kind tokens, found weights",
         [LONG_HASH] = "tokenizer_hash: expected 16 digits",
         [NO_MAX_ID] = "attribute max_id of / is missing",
         [NO_TOKENS] = "/tokens is missing",
