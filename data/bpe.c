@@ -50,8 +50,7 @@ static int code_of_byte(unsigned char byte)
     return 256 + 67; /* 173, the soft hyphen */
 }
 
-/* It in UTF-8; the length, 1 or 2. */
-static int symbol_of_byte(unsigned char byte, char utf8[2])
+int srf__bpe_symbol_of_byte(unsigned char byte, char utf8[2])
 {
     int c = code_of_byte(byte);
     if (c < 128) {
@@ -192,7 +191,7 @@ static srf_status add_vocab(struct srf_bpe *bpe, const struct srf__bpe_parts *pa
     }
     for (int b = 0; b < 256; b++) {
         char symbol[2];
-        int n = symbol_of_byte((unsigned char)b, symbol);
+        int n = srf__bpe_symbol_of_byte((unsigned char)b, symbol);
         bpe->byte_id[b] = find_key(bpe, symbol, (size_t)n);
         SRF_FAIL_IF(bpe->byte_id[b] < 0 && parts->has_unk, SRF_UNSUPPORTED,
                     "model.unk_token: expected null (or a vocabulary with all 256 bytes), "

@@ -73,6 +73,9 @@ struct srf__bpe_parts {
     bool has_unk; /* the file names an unknown token: allowed only where it cannot occur */
 };
 srf_status srf__bpe_build(const struct srf__bpe_parts *parts, struct srf_bpe **out);
+/* GPT-2's alphabet: every byte has a printable code point of its own (< 512), in UTF-8. Returns the
+ * length, 1 or 2. For fuzzing, too, which makes a vocabulary of all bytes. */
+int srf__bpe_symbol_of_byte(unsigned char byte, char utf8[2]);
 
 static inline uint64_t srf__bpe_pair_hash(uint64_t pair)
 {
