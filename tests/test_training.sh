@@ -83,6 +83,8 @@ awk "BEGIN { d = $teacher / $softmax - 1; exit !(d < 1e-6 && d > -1e-6) }" ||
     fail "the teacher has $teacher, and by itself $softmax"
 [ "$(grep -c teacher_val_ppl beside/metrics.jsonl)" = 2 ] || fail "metrics.jsonl: no teacher"
 grep -q 'teacher, validation' beside/training.html || fail "training.html: no teacher"
+! command -v python3 >/dev/null || python3 "$SOURCE/tests/check_pages.py" beside ||
+    fail "training.html shows other numbers than metrics.jsonl"
 
 # Nothing left to do: success, and no loss is made up.
 run "${resume[@]}" --quiet
