@@ -1,5 +1,5 @@
-"""That reports show the numbers they are made of: check_pages.py FOLDER (of a run of training, or of
-srf validate). Curves are read back from their pixels by the labels of the axes."""
+"""That reports show the numbers they are made of: check_pages.py FOLDER (of a run of training), or
+FOLDER PRINTED (of srf validate, and what it printed). Curves are read back from their pixels by the labels of the axes."""
 import json
 import math
 import os
@@ -81,7 +81,7 @@ def of_training(folder):
         sys.exit(f"validation: {marks}, expected {expected}")
 
 
-def of_validation(folder):
+def of_validation(folder, printed):
     page = open(f"{folder}/validate.html", encoding="utf-8").read()
     r = json.load(open(f"{folder}/validate.json", encoding="utf-8"))
     heads = sorted(v for row in r["output_error"] for v in row)
@@ -105,11 +105,27 @@ def of_validation(folder):
     mean = sum(draws) / len(draws)
     near(r["by_draw"]["mean"], mean, "mean of draws", 1e-6)
     sd = math.sqrt(sum((p - mean) ** 2 for p in draws) / (len(draws) - 1))
-    near(r["by_draw"]["sd"], sd, "their deviation", 1e-4, 1e-6 * mean)
+    near(r["by_draw"]["sd"], sd, "their deviation", 1e-4, 1e-8 * mean)
     near(len(draws), r["draws"], "draws", 0)
-    for layer in r["v2_histogram"]["heads"]:
-        for head in layer:
+    near(r["by_draw"]["first"], 0, "the first draw", 0)
+    edges = r["v2_histogram"]["edges"]
+    for layer, medians in zip(r["v2_histogram"]["heads"], r["v2_quantiles"]["q50"]):
+        for head, median in zip(layer, medians):
             near(sum(head), 1, "a histogram", 1e-6)
+            below = [sum(head[:i]) for i in range(len(edges))]
+            inside = [i for i in range(len(head)) if edges[i] <= median <= edges[i + 1]]
+            if not below[inside[0]] - 0.1 <= 0.5 <= below[inside[-1] + 1] + 0.1:
+                sys.exit(f"a median of {median} by a histogram of {head}")
+    for key in ("output_error_by_features", "weights_kl_by_features"):
+        tried = r[key]
+        if any(len(v) != len(tried["m"]) for v in tried.values()) or tried["iid"] == tried["simplex"]:
+            sys.exit(f"{key}: {tried}")
+    for line in open(printed, encoding="utf-8"):
+        found = re.match(r"output error, m = (\d+) .* worst ([\d.]+) \(layer (\d) head (\d)\)", line)
+        if not found:
+            continue
+        errors = [e["heads"] for e in r["output_error_by_m"] if e["m"] == int(found[1])][0]
+        near(float(found[2]), errors[int(found[3])][int(found[4])], "worst, printed", 0, 6e-4)
     for swap in r["swaps"]:  # fp32: S, z and M of the features; keys and values of two windows
         count = swap["m"] * (r["head_size"] + 2) + 4 * swap["window"] * r["head_size"]
         near(swap["state_bytes"], 4 * count * r["layers"] * r["heads"], "state", 0)
@@ -125,4 +141,4 @@ if __name__ == "__main__":
     if os.path.exists(sys.argv[1] + "/metrics.jsonl"):
         of_training(sys.argv[1])
     else:
-        of_validation(sys.argv[1])
+        of_validation(sys.argv[1], sys.argv[2])

@@ -83,10 +83,21 @@ awk "BEGIN { d = $teacher / $softmax - 1; exit !(d < 1e-6 && d > -1e-6) }" ||
     fail "the teacher has $teacher, and by itself $softmax"
 [ "$(grep -c teacher_val_ppl beside/metrics.jsonl)" = 2 ] || fail "metrics.jsonl: no teacher"
 grep -q 'teacher, validation' beside/training.html || fail "training.html: no teacher"
+# The loss that is shown is a running mean; the last line compares with the teacher.
+mean=$(awk -F'"loss": ' '{ x = $2 + 0; mean = NR > 1 ? 0.9 * mean + 0.1 * x : x } END { print mean }' \
+    beside-json/metrics.jsonl)
+sed 's/.*"loss": \([0-9.]*\), "val_ppl": \([0-9.]*\),.*/\1 \2/' stdout |
+    awk "{ exit !(\$1 / $mean - 1 < 1e-4 && 1 - \$1 / $mean < 1e-4) }" ||
+    fail "not the running mean, $mean: $(cat stdout)"
+sed -n 's/^step 20:.*perplexity \([0-9.]*\) (teacher \([0-9.]*\): \([-+][0-9.]*\) %)$/\1 \2 \3/p' \
+    stderr | awk '{ d = 100 * ($1 / $2 - 1) - $3; good = d < 0.06 && d > -0.06 } END { exit !good }' ||
+    fail "not the part over the teacher: $(cat stderr)"
 ! command -v python3 >/dev/null || python3 "$SOURCE/tests/check_pages.py" beside ||
     fail "training.html shows other numbers than metrics.jsonl"
 
 # Nothing left to do: success, and no loss is made up.
+run "${resume[@]}"
+grep -q '^resumed after step 20 from run/last.h5; 0 tokens to go' stderr || fail "$(cat stderr)"
 run "${resume[@]}" --quiet
 [ $status -eq 0 ] || fail "resume of a finished run: exit $status: $(cat stderr)"
 grep -q 'all 20 steps were done' stdout || fail "resume of a finished run says: $(cat stdout)"
@@ -126,7 +137,8 @@ odd="it's a \$run; x"
 mkdir "$odd"
 cp text.txt "$odd/my text.txt"
 "$SRF" retrofit --model model.h5 --data "$odd/my text.txt" --steps 4000 --batch 2 --seq-len 32 \
-    --m 8 --window 8 --threads 1 --dtype f64 --quiet --out "$odd/run" >stdout 2>stderr &
+    --m 8 --window 8 --threads 1 --dtype f64 --quiet --val "$odd/my text.txt" --eval-tokens 64 \
+    --out "$odd/run" >stdout 2>stderr &
 pid=$!
 for ((i = 0; i < 500; i++)); do
     [ ! -s "$odd/run/metrics.jsonl" ] || break
@@ -135,7 +147,7 @@ done
 kill -INT $pid
 wait $pid
 command=$(sed -n 's/.*go on with: //p' stderr)
-[[ "$command" == *" --threads 1"* && "$command" == *" --dtype f64"* ]] ||
+[[ "$command" == *" --threads 1"* && "$command" == *" --dtype f64"* && "$command" == *" --val "* ]] ||
     fail "the way on: $command"
 eval "words=($command)"
 start=$(wc -l <"$odd/run/metrics.jsonl")
