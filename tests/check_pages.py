@@ -1,5 +1,6 @@
 """That reports show the numbers they are made of: check_pages.py FOLDER (of a run of training), or
-FOLDER PRINTED (of srf validate, and what it printed). Curves are read back from their pixels by the labels of the axes."""
+FOLDER PRINTED (of srf validate, and what it printed). Curves are read back from their pixels by
+the labels of the axes."""
 import json
 import math
 import os
@@ -118,10 +119,12 @@ def of_validation(folder, printed):
                 sys.exit(f"a median of {median} by a histogram of {head}")
     for key in ("output_error_by_features", "weights_kl_by_features"):
         tried = r[key]
-        if any(len(v) != len(tried["m"]) for v in tried.values()) or tried["iid"] == tried["simplex"]:
+        short = any(len(v) != len(tried["m"]) for v in tried.values())
+        if short or tried["iid"] == tried["simplex"]:
             sys.exit(f"{key}: {tried}")
+    pattern = r"output error, m = (\d+) .* worst ([\d.]+) \(layer (\d+) head (\d+)\)"
     for line in open(printed, encoding="utf-8"):
-        found = re.match(r"output error, m = (\d+) .* worst ([\d.]+) \(layer (\d) head (\d)\)", line)
+        found = re.match(pattern, line)
         if not found:
             continue
         errors = [e["heads"] for e in r["output_error_by_m"] if e["m"] == int(found[1])][0]
