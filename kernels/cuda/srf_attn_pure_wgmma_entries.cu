@@ -30,7 +30,8 @@ static __global__
     const uint32_t base = smem_addr(smem);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, pair = lane & 3;
     const int f0 = 16 * warp + g;
-    const struct place here = place_of(p, blockIdx.x / p.n_seg, blockIdx.x % p.n_seg, 64);
+    const unsigned heads = gridDim.x / p.n_seg;
+    const struct place here = place_of(p, blockIdx.x % heads, (int)(blockIdx.x / heads), 64);
     const int n_chunks = (p.t + CHUNK - 1) / CHUNK, first = here.seg * p.seg_chunks;
     const int count = min(p.seg_chunks, n_chunks - first);
     const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
@@ -128,12 +129,12 @@ static __device__ __forceinline__ float add_dot(float sum, uint4 x, uint4 y)
     }
     return sum;
 }
-/* delta of piece i of the heads' first segments; two threads a row. */
-static __device__ __forceinline__ void first_deltas(const struct bwd_params &p, unsigned i,
-                                                    int n_chunks, int tid)
+/* delta of piece i of a head's first segment; two threads a row. */
+static __device__ __forceinline__ void first_deltas(const struct bwd_params &p, unsigned head,
+                                                    int i, int n_chunks, int tid)
 {
-    const struct place here = place_of(p, i / p.seg_pieces, 0, 64);
-    const int first = (int)(i % p.seg_pieces) * p.piece_chunks;
+    const struct place here = place_of(p, head, 0, 64);
+    const int first = i * p.piece_chunks;
     const int end = min(first + p.piece_chunks, p.seg_chunks);
 #pragma unroll 2
     for (int c = first; c < end; c++) {
@@ -172,12 +173,12 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
     /* Of the first segment nobody asks but for delta. */
     const unsigned heads = gridDim.x / (p.n_piece + (p.deltas ? p.seg_pieces : 0));
     if (blockIdx.x >= heads * p.n_piece) {
-        first_deltas(p, blockIdx.x - heads * p.n_piece, n_chunks, tid);
+        first_deltas(p, blockIdx.x % heads, (int)(blockIdx.x / heads) - p.n_piece, n_chunks, tid);
         clear_tickets(p, tid);
         return;
     }
-    const int piece = (int)(blockIdx.x % p.n_piece), seg = piece / p.seg_pieces + 1;
-    const struct place here = place_of(p, blockIdx.x / p.n_piece, seg, 64);
+    const int piece = (int)(blockIdx.x / heads), seg = piece / p.seg_pieces + 1;
+    const struct place here = place_of(p, blockIdx.x % heads, seg, 64);
     const int first = seg * p.seg_chunks + piece % p.seg_pieces * p.piece_chunks;
     const int count = min(min(p.piece_chunks, (seg + 1) * p.seg_chunks - first), n_chunks - first);
     const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
@@ -271,7 +272,7 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
         /* All have read the tiles and the rows' numbers. */
         __syncthreads();
     }
-    float *to = p.adds + (int64_t)blockIdx.x * 64 * 66;
+    float *to = p.adds + (here.head_i * p.n_piece + piece) * 64 * 66;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int f = f0 + 8 * i;

@@ -51,9 +51,9 @@ static __global__
         const int n = p.n_seg - 1, heads = (int)(gridDim.x / p.head_units);
         const bool whole = i < (unsigned)(heads * n);
         if (!whole) i -= heads * n;
-        const int s = whole ? (int)(i % n) : n;
+        const int s = whole ? (int)(i / heads) : n;
         const int order = whole ? s : p.head_units - 1 - (int)(i / heads);
-        const struct place here = place_of(p, whole ? i / n : i % heads, s, 64);
+        const struct place here = place_of(p, i % heads, s, 64);
         struct unit *unit = (struct unit *)(smem + at::unit);
         unit->in = here.in;
         unit->out = here.out;
