@@ -163,6 +163,26 @@ grep -q '"mean": [0-9.]*, "sd": [0-9.]*, "ppl"' stdout || fail "--draws 2: no sp
 # So many tokens: three windows of 32, and one of what is left.
 run "${eval_srf[@]}" --max-tokens 100 --seq-len 32
 grep -q '"tokens": 96,' stdout || fail "--max-tokens 100: $(cat stdout)"
+run "${eval_srf[@]}" --max-tokens 66 --seq-len 64 # two are left: one prediction
+grep -q '"tokens": 64,' stdout || fail "--max-tokens 66: $(cat stdout)"
+# 64 learned positions: the 65th prediction is made past them.
+for len in 65 66; do
+    run "${eval_srf[@]}" --max-tokens 660 --seq-len $len --positions wrap
+    [ "$(grep -c '"ppl_past_learned": [1-9]' stdout)" -eq $((len - 65)) ] ||
+        fail "past the learned positions, --seq-len $len: $(cat stdout)"
+done
+
+# Per token: as many as there are whole windows of, in their places whatever runs at once.
+for batch in 1 3; do
+    run "${eval_srf[@]}" --max-tokens 230 --seq-len 32 --batch $batch --logits \
+        --per-token batch$batch.h5
+    [ $status -eq 0 ] || fail "--per-token, batch $batch: $(cat stderr)"
+done
+cmp batch1.h5 batch3.h5 || fail "--per-token: other numbers in batches of 3"
+size=$(stat -c %s batch1.h5) numbers=$((7 * 31 + 7 * 32 * 2048))
+[ "$size" -gt $((4 * numbers)) ] && [ "$size" -lt $((4 * numbers + 20000)) ] ||
+    fail "--per-token: $size bytes for $numbers numbers"
+rm batch1.h5 batch3.h5
 
 # Each setting reaches the features: none has the perplexity of another.
 for option in '' '--features iid' '--rotation hd' --share-heads --normalize-rows '--oprf-a -0.1' \

@@ -168,12 +168,24 @@ for i, words in {4: "object", 5: "both", 6: "neither", 7: "2048", 10: "positions
                  11: '"sede"', 14: "uplicate"}.items():
     assert words in records[i - 1]["error"], (i, records[i - 1])
 END
-printf '\357\273\277{"prompt": "the king"}\r\n' >bom.jsonl
+printf '\357\273\277{"prompt": "the king"}\r\n\r\n' >bom.jsonl
 printf '{"prompt": "the king"}' >plain.jsonl
 for name in bom plain; do
     "${generate[@]}" --input $name.jsonl --output $name.out || fail "$name: exit $?"
 done
 cmp bom.out plain.out || fail "a byte order mark changes the text"
+# The seed 0 is one, too; names of tokens are those tokens.
+cat >named.jsonl <<'END'
+{"prompt": "<|endoftext|>the", "n": 8, "seed": 0}
+{"prompt": "<|endoftext|>the", "n": 8, "seed": 0}
+{"prompt": "the", "n": 8, "seed": 0}
+END
+"${generate[@]}" --input named.jsonl --output named.out --seed 5
+python3 - <<'END' || fail "seed 0, or a token's name: $(cat named.out)"
+import json
+texts = [json.loads(line)["text"] for line in open("named.out")]
+assert texts[0] == texts[1]
+END
 head -c 67200000 /dev/zero | tr '\0' x >long.jsonl
 bad 1 'line 1 is longer than 64 MB' --input long.jsonl --output long.out
 rm long.jsonl
