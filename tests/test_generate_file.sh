@@ -176,9 +176,8 @@ done
 cmp bom.out plain.out || fail "a byte order mark changes the text"
 # The seed 0 is one, too; names of tokens are those tokens.
 cat >named.jsonl <<'END'
-{"prompt": "<|endoftext|>the", "n": 8, "seed": 0}
-{"prompt": "<|endoftext|>the", "n": 8, "seed": 0}
-{"prompt": "the", "n": 8, "seed": 0}
+{"prompt": "<|endoftext|>", "n": 8, "seed": 0}
+{"tokens": [0], "n": 8, "seed": 0}
 END
 "${generate[@]}" --input named.jsonl --output named.out --seed 5
 python3 - <<'END' || fail "seed 0, or a token's name: $(cat named.out)"
