@@ -121,7 +121,6 @@ static __global__
         bulk_tile(base + at::v + s * TILE, &m.v, col, c * CHUNK, seq, full);
         if (c >= w.begin) bulk_tile(base + at::q + s * TILE, &m.q, col, c * CHUNK, seq, full);
     };
-    if (!p.given) chain_wait(); /* the op's first kernel */
     load_tile<64, 128>(base + at::w, p.w + w.set * p.w_step, 64, 64, p.m, tid);
     cp_async_commit();
     if (tid == 0) {
@@ -237,5 +236,5 @@ srf_status srf__hybrid_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_
     struct hybrid_maps m;
     SRF_TRY(maps_of(&m, &a->s, a->q, a->k, a->v, a->ld, p));
     m.d_o = m.q; /* not used */
-    return launch_walk(ctx, hybrid_fwd_kernel, a->s.b * a->s.h, fwd_tiles::bytes, p, &m, true);
+    return launch_walk(ctx, hybrid_fwd_kernel, a->s.b * a->s.h, fwd_tiles::bytes, p, &m, p->given);
 }

@@ -40,7 +40,7 @@ __device__ __forceinline__ float bias_of(const struct hybrid &p, int64_t set, in
 
 typedef void walk(const struct hybrid, const struct hybrid_maps);
 
-/* chained: srf__state_sums has begun a chain, or the kernel waits before it reads anything. */
+/* chained: srf__state_sums has begun a chain. */
 static inline srf_status launch_walk(struct srf_ctx *ctx, walk *kernel, int64_t heads, int bytes,
                                      const struct hybrid *p, const struct hybrid_maps *m,
                                      bool chained)
