@@ -263,6 +263,12 @@ static srf_status tokenize(struct run *r)
     return finish(r);
 }
 
+static void report_part(const char *path, int64_t tokens, int64_t documents)
+{
+    printf("%s: %lld tokens in %lld document%s\n", path, (long long)tokens, (long long)documents,
+           documents == 1 ? "" : "s");
+}
+
 static void report(const struct run *r)
 {
     double seconds = cli_now() - r->progress.start;
@@ -280,11 +286,8 @@ static void report(const struct run *r)
                seconds, hash);
         return;
     }
-    printf("%s: %lld tokens in %lld documents\n", r->in->out, (long long)r->kept.tokens,
-           (long long)r->kept.documents);
-    if (r->in->holdout_out)
-        printf("%s: %lld tokens in %lld documents\n", r->in->holdout_out, (long long)r->held.tokens,
-               (long long)r->held.documents);
+    report_part(r->in->out, r->kept.tokens, r->kept.documents);
+    if (r->in->holdout_out) report_part(r->in->holdout_out, r->held.tokens, r->held.documents);
     if (r->text_bytes) printf("%.3f bytes/token, ", bytes_per_token); /* not of lists of ids */
     printf("%.1f MB/s, tokenizer %s\n", mb_per_s, hash);
 }

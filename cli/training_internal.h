@@ -31,7 +31,7 @@ struct training_run {
 /* Its progress, as the hooks of srf_trainer_run know it. */
 struct training_report {
     struct cli_progress progress, evaluation;
-    const struct srf_trainer *trainer;
+    struct srf_trainer *trainer;
     const struct srf_train_config *config;
     double loss;                    /* smoothed */
     double grad_norm, tokens_per_s; /* newest known */

@@ -143,12 +143,24 @@ void training_print_resume(const struct cli_training *defaults, const struct tra
     fputc('\n', stderr);
 }
 
+/* A run that ended, but with a model worse than none. */
+static void warn_if_diverged(const struct training_report *p, double val_ppl)
+{
+    int64_t vocab = srf_trainer_model(p->trainer)->config.vocab;
+    if (val_ppl <= (double)vocab) return; /* 0: no text for it */
+    fprintf(stderr,
+            "srf: warning: the run diverged: validation perplexity %.4g, and guessing among the "
+            "%lld tokens has %lld: try a lower --lr, or --clip 1\n",
+            val_ppl, (long long)vocab, (long long)vocab);
+}
+
 void training_print_result(const struct cli_training *defaults, const struct training_inputs *in,
                            const struct training_report *p, double val_ppl, double seconds)
 {
     int64_t steps = p->config->steps;
     bool idle = p->first_step == steps;
     double teacher = srf_trainer_teacher_ppl(p->trainer);
+    warn_if_diverged(p, val_ppl);
     if (in->json) {
         char path[4200];
         int n = snprintf(path, sizeof path, "%s/model.h5", in->out);

@@ -30,6 +30,14 @@ grep -q '(1 at once)' stderr || fail "--micro-batch 1: $(cat stderr)"
 succeed "${retrofit[@]/--quiet/--micro-batch=2}" --batch 4 --steps 1 --out two
 grep -q '(2 at once)' stderr || fail "--micro-batch 2: $(cat stderr)"
 
+# A run that made the model worse than guessing says so.
+succeed "$SRF" train --model model.h5 --data text.txt --val text.txt --steps 5 --batch 2 \
+    --seq-len 32 --threads 1 --quiet --lr 10 --warmup 0 --clip 0 --out diverged
+grep -q '^srf: warning: the run diverged: validation perplexity' stderr ||
+    fail "a diverged run: $(cat stdout stderr)"
+succeed "${retrofit[@]}" --val text.txt --steps 2 --out sound
+grep -q 'diverged' stderr && fail "a run that has not diverged: $(cat stderr)"
+
 # What is asked of the schedule and of the features is what is done.
 few=("$SRF" retrofit --model model.h5 --data text.txt --steps 4 --batch 2 --seq-len 32 --m 8
     --window 0 --threads 1 --calibrate 256)
