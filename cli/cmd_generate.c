@@ -39,6 +39,17 @@ static const char *prompt_text(const struct generate_options *in, const struct r
     return r->prompt_text ? r->prompt_text : in->prompt ? in->prompt : "";
 }
 
+/* Without its last line's end, which editors and echo add: a text goes on from its last word. */
+static srf_status read_prompt(const char *path, char **text)
+{
+    SRF_TRY(cli_read_text(path, text));
+    size_t n = strlen(*text);
+    if (n == 0 || (*text)[n - 1] != '\n') return SRF_OK;
+    (*text)[--n] = 0;
+    if (n > 0 && (*text)[n - 1] == '\r') (*text)[n - 1] = 0;
+    return SRF_OK;
+}
+
 static srf_status open_run(struct generate_options *in, struct run *r)
 {
     SRF_TRY(generate_open(in, &r->m));
@@ -47,7 +58,7 @@ static srf_status open_run(struct generate_options *in, struct run *r)
                 "T', or give ids by --input");
     if (in->state_out) SRF_TRY(cli_check_output(in->state_out));
     if (in->state_out) SRF_TRY(cli_check_apart(in->model, in->state_out));
-    if (in->prompt_file) SRF_TRY(cli_read_text(in->prompt_file, &r->prompt_text));
+    if (in->prompt_file) SRF_TRY(read_prompt(in->prompt_file, &r->prompt_text));
     const char *text = prompt_text(in, r);
     SRF_TRY(srf_bpe_encode(r->m.bpe, text, strlen(text), true, &r->prompt));
     if (in->state_in) SRF_TRY(srf_states_open(in->state_in, r->m.ck, &r->states));
@@ -307,7 +318,7 @@ int cmd_generate(int argc, char **argv)
          0},
         {"prompt", 'p', CLI_STRING, &in.prompt, "TEXT", "text to go on from (none)", 0, 0},
         {"prompt-file", 0, CLI_STRING, &in.prompt_file, "PATH",
-         "the same, from a file; - is standard input", 0, 0},
+         "the same, from a file, without its last line's end; - is standard input", 0, 0},
         CLI_HEADING_ROW("A file of prompts:"),
         {"input", 0, CLI_STRING, &in.input, "PATH", "a file of prompts; - is standard input", 0, 0},
         {"output", 0, CLI_STRING, &in.output, "PATH",

@@ -63,6 +63,12 @@ ok --prompt 'the king' -n 3 --quiet
 cmp -s file stdout || fail "--prompt-file gives another text than --prompt"
 "${generate[@]}" --prompt-file - -n 3 --quiet <prompt.txt >stdout || fail "--prompt-file -: exit $?"
 cmp -s file stdout || fail "--prompt-file - gives another text than --prompt"
+for end in '\n' '\r\n'; do
+    printf 'the king%b' "$end" | "${generate[@]}" --prompt-file - -n 3 --quiet >stdout
+    cmp -s file stdout || fail "--prompt-file: '$end' at the end is part of the prompt"
+done
+printf 'the king\n\n' | "${generate[@]}" --prompt-file - -n 3 --quiet >stdout
+cmp -s file stdout && fail "--prompt-file: an empty line at the end is no part of the prompt"
 bad 2 'two prompts' --prompt x --prompt-file prompt.txt
 bad 1 'No such file' --prompt-file nowhere.txt
 bad 1 'Is a directory' --prompt-file .
