@@ -101,14 +101,18 @@ void validate_page_swaps(const struct validate_report *r, FILE *to)
         }
         fputs("</tr>\n", to);
     }
-    double most = 0;
-    for (int i = 0; i < VALIDATE_SWAPS; i++) most = fmax(most, r->swaps[i].kl_se / r->swaps[i].kl);
-    fputs("</table></div>\n<p>KL(softmax ‖ SRF) of the predictions, in nats, with one window and "
-          "one number of drawn features in all layers, before any training with them, and the "
-          "memory of a sequence. Good: small for little memory; training closes most of "
-          "what is left, the more the less there is.",
-          to);
-    if (isfinite(most)) fprintf(to, " Two standard errors: %.2g %% at most.", 200 * most);
+    double most = 0; /* of what is more than rounding */
+    for (int i = 0; i < VALIDATE_SWAPS; i++)
+        if (r->swaps[i].kl > 1e-6) most = fmax(most, r->swaps[i].kl_se / r->swaps[i].kl);
+    fputs(
+        "</table></div>\n<p>KL(softmax ‖ SRF) of the predictions, in nats, with one window and "
+        "one number of drawn features in all layers, before any training with them, and the "
+        "memory of a sequence. Good: small for little memory; training closes most of "
+        "what is left, the more the less there is. A cell is one draw of the features: neighbours "
+        "that differ by little may change places with another.",
+        to);
+    if (most > 0 && isfinite(most))
+        fprintf(to, " Two standard errors of the text are %.0f %% of a cell at most.", 200 * most);
     fputs("</p>\n", to);
 }
 
