@@ -132,6 +132,10 @@ def of_validation(folder, printed):
     for swap in r["swaps"]:  # fp32: S, z and M of the features; keys and values of two windows
         count = swap["m"] * (r["head_size"] + 2) + 4 * swap["window"] * r["head_size"]
         near(swap["state_bytes"], 4 * count * r["layers"] * r["heads"], "state", 0)
+    parts = [s["kl_se"] / s["kl"] for s in r["swaps"] if s["kl"] > 1e-6]  # the rest is rounding
+    errors = f"Two standard errors of the text are {200 * max(parts, default=0):.0f} %"
+    if (errors.split(" are")[0] in page) != bool(parts) or (parts and errors not in page):
+        sys.exit(f"validate.html, the swaps: {errors}, of {len(parts)} cells")
     ratio = 100 * (r["ppl"] / r["ppl_softmax"] - 1)
     for text in (f"<b>{r['ppl']:.4g}</b>", f"<b>{r['ppl_softmax']:.4g}</b>", f": {ratio:+.2g} ±",
                  f"KL divergence of {r['kl']:.3g} ±", f"{len(draws)} draws of the features",
