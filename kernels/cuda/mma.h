@@ -31,6 +31,34 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t addr)
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr) : "memory");
     return x;
 }
+/* 16 bytes at once. */
+__device__ __forceinline__ uint4 load_shared_16(uint32_t addr)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(addr)
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared_16(uint32_t addr, uint4 x)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(addr), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+}
+__device__ __forceinline__ void load_shared_words(uint32_t x[4], uint32_t addr)
+{
+    const uint4 y = load_shared_16(addr);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+}
+/* In one store: of an assignment the compiler makes four at times. */
+__device__ __forceinline__ void store_global_16(void *to, uint4 x)
+{
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+}
 __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

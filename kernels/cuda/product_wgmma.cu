@@ -95,10 +95,7 @@ __device__ __forceinline__ void sum_operand(const struct work *w, uint32_t smem,
 #pragma unroll 4
                 for (int j = 0; j < PRODUCT_SUMS / 4; j++) { /* rows group + 4 j */
                     uint32_t at = (own ^ (j & 1) * 64) + s.at * STAGE_BYTES + j * 512, x[4];
-                    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                                 : "r"(at)
-                                 : "memory");
+                    load_shared_words(x, at);
 #pragma unroll
                     for (int q = 0; q < 4; q++) {
                         float2 y = unpack_bf16(x[q]);

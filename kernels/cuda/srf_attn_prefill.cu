@@ -538,12 +538,8 @@ static __device__ __forceinline__ void queries_role(const struct prefill &p,
                     __syncwarp();
 #pragma unroll
                     for (int e = 0; e < 4; e++, to += 4 * p.ld_o) {
-                        uint4 y;
-                        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                                     : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
-                                     : "r"((from ^ (e & 1) * 64) + e * 512)
-                                     : "memory");
-                        /* The compiler would make four stores of it. */
+                        const uint4 y = load_shared_16((from ^ (e & 1) * 64) + e * 512);
+                        /* As store_global_16: that call would change the schedule. */
                         asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(y.x),
                                      "r"(y.y), "r"(y.z), "r"(y.w)
                                      : "memory");

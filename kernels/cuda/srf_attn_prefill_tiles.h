@@ -309,11 +309,7 @@ static __device__ __forceinline__ void put_rows(bf16 *to, int64_t ld, const floa
     for (int i = 0; i < 4; i++, to += 4 * ld) {
         const int r = first + 4 * i;
         if (r < lo || r >= hi) continue;
-        uint4 x;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(tile + tile_at<D>(r, lane & 7))
-                     : "memory");
+        const uint4 x = load_shared_16(tile + tile_at<D>(r, lane & 7));
         *(uint4 *)to = x;
     }
     __syncwarp();

@@ -129,10 +129,7 @@ __device__ __forceinline__ void key_norms(uint32_t k_tile, float *half, float sc
         for (int i = 0; i < (D / 8 + per - 1) / per; i++) {
             if (D / 8 % per != 0 && sub + i * per >= D / 8) break;
             uint32_t x[4], addr = tile_on<D>(first, i * per);
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                         : "r"(addr)
-                         : "memory");
+            load_shared_words(x, addr);
             if (clamped) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -341,11 +338,7 @@ __device__ __forceinline__ void store_rows(bf16 *dst, int64_t ld, const float (&
     for (int i = 0; i < D / 16; i++) {
         const int at = 32 * i + lane, r = 16 * rg + at / (D / 8), piece = at % (D / 8);
         if (r < lo || r >= hi) continue;
-        uint4 x;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(tile + tile_at<D>(r, piece))
-                     : "memory");
+        const uint4 x = load_shared_16(tile + tile_at<D>(r, piece));
         *(uint4 *)(dst + r * ld + piece * 8) = x;
     }
     __syncwarp();

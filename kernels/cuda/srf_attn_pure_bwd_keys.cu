@@ -29,10 +29,7 @@ static __device__ __forceinline__ void clamp_tile(uint32_t tile, uint32_t limit,
 #pragma unroll
     for (int i = tid; i < CHUNK * D / 8; i += threads) {
         uint32_t x[4], c[4], addr = tile + tile_at<D>(i / (D / 8), i % (D / 8));
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(addr)
-                     : "memory");
+        load_shared_words(x, addr);
 #pragma unroll
         for (int j = 0; j < 4; j++) c[j] = clamp_bf16(x[j], limit);
         if (c[0] != x[0] || c[1] != x[1] || c[2] != x[2] || c[3] != x[3]) {

@@ -433,15 +433,8 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             bf16 *to = out;
 #pragma unroll
             for (int i = 0; i < 4; i++, to += 4 * p.ld_o) {
-                uint4 y;
-                asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
-                             : "r"((from ^ (i & 1) * 64) + i * 512)
-                             : "memory");
-                /* The compiler makes four stores of an assignment. */
-                asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(y.x), "r"(y.y),
-                             "r"(y.z), "r"(y.w)
-                             : "memory");
+                const uint4 y = load_shared_16((from ^ (i & 1) * 64) + i * 512);
+                store_global_16(to, y);
             }
         }
         level = following;

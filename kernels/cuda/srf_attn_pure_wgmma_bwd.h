@@ -28,11 +28,7 @@ __device__ __forceinline__ void clamp_large(uint32_t tile, uint32_t limit, int t
     uint32_t x[4][4], most = 0;
     const uint32_t at = tile + tid * 16;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[i][0]), "=r"(x[i][1]), "=r"(x[i][2]), "=r"(x[i][3])
-                     : "r"(at + 2048 * i)
-                     : "memory");
+    for (int i = 0; i < 4; i++) load_shared_words(x[i], at + 2048 * i);
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -55,10 +51,7 @@ __device__ __forceinline__ void row_deltas(float delta[2], const uint4 (&o)[2][2
         for (int j = 0; j < 2; j++) {
             const uint32_t with[4] = {o[i][j].x, o[i][j].y, o[i][j].z, o[i][j].w};
             uint32_t y[4];
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
-                         : "r"(do_tile + tile_at<64>(row + 8 * i, pair + 4 * j))
-                         : "memory");
+            load_shared_words(y, do_tile + tile_at<64>(row + 8 * i, pair + 4 * j));
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 float2 f = unpack_bf16(y[e]), h = unpack_bf16(with[e]);

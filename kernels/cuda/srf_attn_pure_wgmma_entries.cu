@@ -229,11 +229,7 @@ static __global__ WALK_BOUNDS(3) void pure_adds_kernel(const __grid_constant__ s
         clamp_large(q_tile, p.limit, tid);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            uint4 y;
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
-                         : "r"(do_tile + tile_at<64>(tid >> 1, 4 * (tid & 1) + j))
-                         : "memory");
+            const uint4 y = load_shared_16(do_tile + tile_at<64>(tid >> 1, 4 * (tid & 1) + j));
             delta = add_dot(delta, o[j], y);
         }
         delta = -(delta + __shfl_xor_sync(0xffffffffu, delta, 1));

@@ -110,16 +110,8 @@ __device__ __forceinline__ void store_chunk(bf16 *dst, int64_t ld, const float (
     bf16 *to = dst + row * ld + (lane & 7) * 8;
 #pragma unroll
     for (int i = 0; i < 4; i++, to += 4 * ld) {
-        uint4 y;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
-                     : "r"((from ^ (i & 1) * 64) + i * 512)
-                     : "memory");
-        /* The compiler makes four stores of an assignment. */
-        if (row + 4 * i >= lo && row + 4 * i < hi)
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(y.x), "r"(y.y),
-                         "r"(y.z), "r"(y.w)
-                         : "memory");
+        const uint4 y = load_shared_16((from ^ (i & 1) * 64) + i * 512);
+        if (row + 4 * i >= lo && row + 4 * i < hi) store_global_16(to, y);
     }
     __syncwarp();
 }

@@ -179,21 +179,6 @@ template <int n> __device__ __forceinline__ void wide_hold(float (&c)[n])
     for (int i = 0; i < n; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-__device__ __forceinline__ uint4 load_shared_16(uint32_t addr)
-{
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(addr)
-                 : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_shared_16(uint32_t addr, uint4 x)
-{
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(addr), "r"(x.x), "r"(x.y), "r"(x.z),
-                 "r"(x.w)
-                 : "memory");
-}
 __device__ __forceinline__ uint4 clamp_16(uint4 x, uint32_t limit)
 {
     return make_uint4(clamp_bf16(x.x, limit), clamp_bf16(x.y, limit), clamp_bf16(x.z, limit),
