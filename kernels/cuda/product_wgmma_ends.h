@@ -131,6 +131,22 @@ __device__ __forceinline__ void put_strip(const struct finish *f, struct place p
     bulk_store(&f->m->y, p.col + i * PIECE_COLS, p.row + half * (ROWS / 2) + warp * STRIP,
                f->pieces + buffer * HALF_BYTES + warp * STRIP_BYTES);
 }
+/* Before a warp writes its strip h of a tile: what left by the same buffer has been read. */
+__device__ __forceinline__ void await_buffer(int h)
+{
+    int lane = threadIdx.x & 31;
+    if (lane == 0 && h == 0) bulk_store_wait<0>();
+    if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
+    __syncwarp();
+}
+/* The strip that a warp has written leaves. */
+__device__ __forceinline__ void send_strip(const struct finish *f, struct place p, int i, int half,
+                                           int buffer)
+{
+    bulk_fence();
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) put_strip(f, p, i, half, buffer);
+}
 __device__ __forceinline__ void wait_strip(struct finish *f, int buffer)
 {
     int warp = threadIdx.x % GROUP / 32;
@@ -152,15 +168,12 @@ __device__ __forceinline__ void hold(float x[8])
 __device__ __forceinline__ void put_plain(const struct finish *f, const float c[2][COLS / 2],
                                           struct place p)
 {
-    int lane = threadIdx.x & 31;
 #pragma unroll
     for (int h = 0; h < 2 * PIECES; h++) {
         int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
         uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
         asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
-        if (lane == 0 && h == 0) bulk_store_wait<0>();
-        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
-        __syncwarp();
+        await_buffer(h);
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
             uint32_t y[4];
@@ -171,9 +184,7 @@ __device__ __forceinline__ void put_plain(const struct finish *f, const float c[
             }
             stmatrix_x4(tiles ^ nt * 16, y);
         }
-        bulk_fence();
-        __syncwarp();
-        if (lane == 0) put_strip(f, p, i, half, buffer);
+        send_strip(f, p, i, half, buffer);
     }
 }
 
@@ -199,9 +210,7 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
         int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
         uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
         asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
-        if (lane == 0 && h == 0) bulk_store_wait<0>();
-        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
-        __syncwarp();
+        await_buffer(h);
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
             uint32_t y[4];
@@ -223,9 +232,7 @@ __device__ __forceinline__ void put_exp(struct finish *f, float c[2][COLS / 2], 
             }
             stmatrix_x4(tiles ^ nt * 16, y);
         }
-        bulk_fence();
-        __syncwarp();
-        if (lane == 0) put_strip(f, p, i, half, buffer);
+        send_strip(f, p, i, half, buffer);
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -304,9 +311,7 @@ __device__ __forceinline__ void put_gelu(struct finish *f, const float c[2][COLS
         uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES), codes[4];
         uint32_t bias_at = f->bias + i * PIECE_COLS * 2 + (lane & 3) * 4;
         asm volatile("" : "+r"(tiles), "+r"(bias_at)); /* no room to keep addresses made of them */
-        if (lane == 0 && h == 0) bulk_store_wait<0>();
-        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
-        __syncwarp();
+        await_buffer(h);
         uint32_t b[2][2] = {{load_shared(bias_at), load_shared(bias_at + 16)}}; /* and the next */
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
@@ -331,9 +336,7 @@ __device__ __forceinline__ void put_gelu(struct finish *f, const float c[2][COLS
             if (now)
                 __stcs(slopes, make_uint4(codes[0], codes[1], codes[2], codes[3])), slopes += 32;
         }
-        bulk_fence();
-        __syncwarp();
-        if (lane == 0) put_strip(f, p, i, half, buffer);
+        send_strip(f, p, i, half, buffer);
     }
 }
 
@@ -405,16 +408,13 @@ __device__ __forceinline__ void put_sums(const struct finish *f, struct place p,
 __device__ __forceinline__ void put_times_slope(struct finish *f, const float c[2][COLS / 2],
                                                 struct place p, struct slope_row *slopes)
 {
-    int lane = threadIdx.x & 31;
     float2 sums[PIECE_COLS / 8], own[PIECES];
 #pragma unroll
     for (int h = 0; h < 2 * PIECES; h++) {
         int buffer = h % HALF_BUFFERS, i = h / 2, half = h % 2;
         uint32_t tiles = tiles_at(f->pieces + buffer * HALF_BYTES);
         asm volatile("" : "+r"(tiles)); /* no room to keep addresses made of it */
-        if (lane == 0 && h == 0) bulk_store_wait<0>();
-        if (lane == 0 && h >= HALF_BUFFERS) bulk_store_wait<HALF_BUFFERS - 1>();
-        __syncwarp();
+        await_buffer(h);
 #pragma unroll
         for (int nt = 0; nt < PIECE_COLS / 8; nt += 2) {
             int vector = 2 * h + nt / 4;
@@ -438,9 +438,7 @@ __device__ __forceinline__ void put_times_slope(struct finish *f, const float c[
                 sum->x = half ? sum->x + both.x : both.x, sum->y = half ? sum->y + both.y : both.y;
             }
         }
-        bulk_fence();
-        __syncwarp();
-        if (lane == 0) put_strip(f, p, i, half, buffer);
+        send_strip(f, p, i, half, buffer);
         if (half) own[i] = column_sums(sums);
     }
     if (f->w->sums) put_sums(f, p, own);
