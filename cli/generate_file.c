@@ -125,12 +125,9 @@ cleanup:
 
 static srf_status put_first(struct srf_ids *ids, int32_t id)
 {
-    struct srf_ids all = {.n = ids->n + 1, .cap = (size_t)ids->n + 1};
-    SRF_TRY(SRF_ALLOC(all.ids, all.n));
-    all.ids[0] = id;
-    if (ids->n) memcpy(all.ids + 1, ids->ids, (size_t)ids->n * sizeof id);
-    srf_ids_free(ids);
-    *ids = all;
+    SRF_TRY(srf_ids_append(ids, &id, 1)); /* room for it */
+    memmove(ids->ids + 1, ids->ids, (size_t)(ids->n - 1) * sizeof id);
+    ids->ids[0] = id;
     return SRF_OK;
 }
 

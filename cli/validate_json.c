@@ -140,19 +140,25 @@ static json_t *places_json(const struct validate_report *r)
     return rows;
 }
 
+static void put_distance(json_t *row, const struct srf_validate_distance *d)
+{
+    json_object_set_new(row, "kl", number(d->kl));
+    json_object_set_new(row, "kl_se", number(d->kl_se));
+    json_object_set_new(row, "nll_difference", number(d->nll));
+    json_object_set_new(row, "nll_difference_se", number(d->nll_se));
+}
+
 /* One layer after another by its own form, all others exact. */
 static json_t *layers_json(const struct validate_report *r)
 {
     const struct srf_attention_config *a = &r->config->attention;
     json_t *rows = json_array();
     for (int64_t l = 0; r->layers && l < r->result->n_layers; l++) {
-        const struct srf_validate_distance *d = &r->layers[l];
-        json_array_append_new(
-            rows, json_pack("{s:I, s:I, s:I, s:o, s:o, s:o, s:o}", "layer", (json_int_t)l, "window",
-                            (json_int_t)srf_attention_window(a, l), "m",
-                            (json_int_t)srf_attention_m(a, l), "kl", number(d->kl), "kl_se",
-                            number(d->kl_se), "nll_difference", number(d->nll), "nll_difference_se",
-                            number(d->nll_se)));
+        json_t *row = json_pack("{s:I, s:I, s:I}", "layer", (json_int_t)l, "window",
+                                (json_int_t)srf_attention_window(a, l), "m",
+                                (json_int_t)srf_attention_m(a, l));
+        put_distance(row, &r->layers[l]);
+        json_array_append_new(rows, row);
     }
     return rows;
 }
@@ -161,14 +167,12 @@ static json_t *swaps_json(const struct validate_report *r)
 {
     json_t *rows = json_array();
     for (int i = 0; r->swaps && i < VALIDATE_SWAPS; i++) {
-        const struct srf_validate_distance *d = &r->swaps[i];
-        json_array_append_new(rows,
-                              json_pack("{s:I, s:I, s:I, s:o, s:o, s:o, s:o}", "window",
-                                        (json_int_t)validate_swap_window[i / VALIDATE_SWAP_M], "m",
-                                        (json_int_t)validate_swap_m[i % VALIDATE_SWAP_M],
-                                        "state_bytes", (json_int_t)d->state_bytes, "kl",
-                                        number(d->kl), "kl_se", number(d->kl_se), "nll_difference",
-                                        number(d->nll), "nll_difference_se", number(d->nll_se)));
+        json_t *row = json_pack("{s:I, s:I, s:I}", "window",
+                                (json_int_t)validate_swap_window[i / VALIDATE_SWAP_M], "m",
+                                (json_int_t)validate_swap_m[i % VALIDATE_SWAP_M], "state_bytes",
+                                (json_int_t)r->swaps[i].state_bytes);
+        put_distance(row, &r->swaps[i]);
+        json_array_append_new(rows, row);
     }
     return rows;
 }

@@ -409,9 +409,9 @@ static srf_status expect_attr(struct srf_h5 *f, const char *name, const char *ex
     char *found;
     SRF_TRY(srf_h5_get_str(f, "/", name, &found));
     srf_status st = SRF_OK;
-    if (strcmp(found, expected) != 0)
-        st = srf__fail(__FILE__, __LINE__, SRF_FORMAT, "%s: expected attribute %s %s, found %.60s",
-                       f->path, name, expected, found);
+    SRF_FAIL_GO_IF(strcmp(found, expected) != 0, SRF_FORMAT,
+                   "%s: expected attribute %s %s, found %.60s", f->path, name, expected, found);
+cleanup:
     srf__free(found);
     return st;
 }

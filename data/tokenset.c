@@ -103,16 +103,16 @@ static srf_status check_sum(struct srf_tokenset *ts, int64_t i)
     if (n > SRF__CHUNK) n = SRF__CHUNK;
     int64_t size = n * srf__id_bytes(ts->type);
     SRF_TRY(SRF_ALLOC(bytes, size));
-    srf_status st = read_stored(ts, first, n, bytes);
-    if (st == SRF_OK && srf__checksum(bytes, (size_t)size) != (uint64_t)ts->sums[i])
-        st = srf__fail(__FILE__, __LINE__, SRF_FORMAT,
-                       "%s: tokens %lld to %lld are not what was written, by their checksum: the "
-                       "file is damaged (or was edited: then delete /checksums of it)",
-                       ts->files[0].path, (long long)first, (long long)(first + n - 1));
-    srf__free(bytes);
-    SRF_TRY(st);
+    srf_status st = SRF_OK;
+    SRF_TRY_GO(read_stored(ts, first, n, bytes));
+    SRF_FAIL_GO_IF(srf__checksum(bytes, (size_t)size) != (uint64_t)ts->sums[i], SRF_FORMAT,
+                   "%s: tokens %lld to %lld are not what was written, by their checksum: the file "
+                   "is damaged (or was edited: then delete /checksums of it)",
+                   ts->files[0].path, (long long)first, (long long)(first + n - 1));
     atomic_store_explicit(&ts->checked[i], true, memory_order_relaxed);
-    return SRF_OK;
+cleanup:
+    srf__free(bytes);
+    return st;
 }
 
 srf_status srf_tokenset_read(struct srf_tokenset *ts, int64_t start, int64_t n, int32_t *ids)

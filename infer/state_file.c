@@ -94,10 +94,9 @@ static srf_status check_model(struct srf_h5 *f, const char *path, const struct s
     SRF_TRY(srf_checkpoint_hash(ck, expected));
     SRF_TRY(srf_h5_get_str(f, "/", "model", &found));
     srf_status st = SRF_OK;
-    if (strcmp(found, expected) != 0)
-        st = srf__fail(__FILE__, __LINE__, SRF_MISMATCH,
-                       "%s: a state of another model: expected %s, found %.60s", path, expected,
-                       found);
+    SRF_FAIL_GO_IF(strcmp(found, expected) != 0, SRF_MISMATCH,
+                   "%s: a state of another model: expected %s, found %.60s", path, expected, found);
+cleanup:
     srf__free(found);
     return st;
 }
