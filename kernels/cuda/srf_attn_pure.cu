@@ -377,7 +377,7 @@ size_t srf__pure_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_sh
     if (!srf__pure_shape(ctx, s) || !srf__pure_wgmma_takes(ctx, s)) return 0;
     /* A pass over k, v that costs less than the memory where heads alone fill the card. */
     int64_t heads = s->b * s->h, slots = 3 * (int64_t)cuda_of(ctx)->n_sm;
-    return 2 * heads <= slots && s->t > 7 * CHUNK ? srf__pure_wgmma_entry_bytes(s) : 0;
+    return 2 * heads <= slots && s->t > 7 * CHUNK ? srf__pure_wgmma_record_bytes(s) : 0;
 }
 
 size_t srf__pure_fwd_workspace(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)

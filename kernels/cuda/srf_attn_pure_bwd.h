@@ -12,7 +12,7 @@ struct bwd_params {
     float *tops;       /* (b h, chunks, 64 NF): M after each chunk */
     uint64_t *cuts;    /* (b h, chunks): bit i: a piece of the chunk starts at its token i */
     float *states, *r; /* segments' states, S and R; NULL: one segment */
-    bool carried;      /* entry, marks are of the forward */
+    bool carried;      /* records are of the forward */
     float *dw; /* (b h, n_seg, 64 NF, d): each block's sum of da x, d^(1/4) too large; or NULL */
     float *sum[3]; /* (b h, t, d) of dq, dk, dv over the features before these; or NULL */
     int64_t ld, ld_o;
@@ -22,8 +22,7 @@ struct bwd_params {
     float scale;
     uint32_t limit;
     /* Of srf_attn_pure_wgmma_grads.cu alone. */
-    bf16 *entry;   /* (b h, chunks, a tile): S before each chunk */
-    float *marks;  /* (b h, chunks, MARKS) */
+    char *records; /* (b h, chunks, RECORD): S, z, M before each chunk */
     float *adds;   /* (b h, n_piece, 64 66): what a piece's queries add to R, u; in which scale */
     float *deltas; /* (b h, chunks, 64): delta; or NULL */
     float *seg_r;  /* (b h, n_seg, 64 65): R, u after it */

@@ -12,8 +12,7 @@ struct walk {
     bf16 *o;
     float *stat;   /* (b, h, t), or NULL */
     float *states; /* (b h, n_seg, pure_state_count); NULL: one segment */
-    bf16 *entry;   /* for the backward: S before chunks, or NULL */
-    float *marks;  /* and their marks */
+    char *records; /* for the backward, or NULL */
     int64_t ld_o;
     int t, h, m, n_sets;
     int64_t heads; /* b h */
@@ -196,12 +195,11 @@ STATE_BOUNDS(N) void pure_states_kernel(const __grid_constant__ struct walk p,
 
 struct walk_smem {
     static constexpr int v = 2 * TILE, q = v + 2 * TILE, w = q + 2 * TILE;
-    static constexpr int kf = w + TILE, s = kf + TILE, half = s + TILE;
-    static constexpr int top = half + CHUNK * 4; /* bias + M */
+    static constexpr int kf = w + TILE, s = kf + TILE;              /* a record */
+    static constexpr int half = s + RECORD, top = half + CHUNK * 4; /* bias + M */
     /* z as a sum of two: rows of 64 bf16, a piece apart from what banks repeat by; a zero piece. */
     static constexpr int z = top + 64 * 4, z_row = 64 * 2 + 16;
-    static constexpr int far = z + 2 * z_row + 16; /* (4) warps' M rise far */
-    static constexpr int level = far + 16;         /* of exponents of queries in the next chunk */
+    static constexpr int level = z + 2 * z_row + 16; /* of queries' exponents in the next chunk */
     static constexpr int bar = level + 16, bytes = bar + 2 * 8;
 };
 
@@ -214,7 +212,7 @@ static __device__ __forceinline__ float log2_fast(float x)
 }
 #endif
 
-/* ENTRIES: they are kept for the backward.
+/* ENTRIES: records of chunks are kept for the backward.
  *
  * Two barriers a chunk: |k|^2 is there; kf, S, z, M are. What is seldom done takes little code on a
  * chunk's way: instructions behind a jump have to be fetched first. */
@@ -257,6 +255,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         if (first + 1 < c_end) fill(first + 1);
     }
     if (tid < 4) store_shared(base + at::z + 2 * at::z_row + 4 * tid, 0);
+    if (ENTRIES) start_record(base + at::s, tid);
     const float bias[2] = {bias_of(p, set, f0), bias_of(p, set, f0 + 8)};
     /* Of chunk c: this thread's first 16 bytes of o (in order of stores). */
     bf16 *out = p.o + ((int64_t)seq * p.t + first * CHUNK + 16 * warp + (lane >> 3)) * p.ld_o +
@@ -285,7 +284,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         struct chunk_keys keys;
         pack_rows(x, st.s);
         if (diagonal_norms(k_tile, half, p.by, lo, hi, warp, lane)) async_fence();
-        if (ENTRIES && tid == 0) bulk_sent(); /* S, before it is written again */
+        if (ENTRIES && tid == 0) bulk_sent(); /* S, z, M, before they are written again */
         __syncthreads();
         begin_scores(a, base + at::w, k_tile);
         begin_scores(aq, q_tile, base + at::w);
@@ -305,11 +304,8 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             key_tops(&keys, st.top, a, bias, HEADROOM);
             fits = keys_fit(&keys, st.top, own_first, half, p.by.to_log2, bias, lo, lane);
             if (ENTRIES && whole) {
-                const float none[2] = {1, 1};
                 far = __any_sync(0xffffffffu, key_tops_far(st.top, keys.top));
-                if (far)
-                    put_entry(p.entry + (head_i * n_chunks + c) * (CHUNK * 64), &st, none, f0,
-                              pair);
+                if (far) put_entry(p.records + (head_i * n_chunks + c) * RECORD, &st, f0, pair);
             }
             /* Where another warp's features do not fit, M of these stays above what it must be. */
             if (__all_sync(0xffffffffu, fits)) {
@@ -321,6 +317,10 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             chunk_weights(x, &keys, a);
         }
         put_rows(base + at::kf, x, warp, lane);
+        if (ENTRIES && whole) {
+            const float z[2] = {far ? z_was[0] : st.z[0], far ? z_was[1] : st.z[1]};
+            put_marks(base + at::s, z, top_was, keys.top, far, f0, lane);
+        }
         add_ones(late, x, false, lane);
         if (pair == 0) {
             uint16_t *z = (uint16_t *)(smem + at::z) + f0;
@@ -335,28 +335,16 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
             }
         }
         if (tid == 0) *next_level = level_of(st.top[0]);
-        if (ENTRIES && lane == 0) ((int *)(smem + at::far))[warp] = far;
         async_fence();
         warpgroup_wait<0>();
         wgmma_hold(&aq[0][0]);
         const bool cut = __syncthreads_or(!fits && size > 1);
         /* What lay there has been read by all. */
         if (tid == 0 && whole && c > first && c + 1 < c_end) fill(c + 1);
-        if (ENTRIES && whole) {
-            const int64_t chunk = head_i * n_chunks + c;
-            const int4 any = *(const int4 *)(smem + at::far);
-            const bool stay = any.x | any.y | any.z | any.w;
-            put_marks(p.marks + chunk * MARKS, z_was, top_was, keys.top, keys.step, bias, stay, f0,
-                      pair);
-            if (tid == 0 && !stay) {
-                bulk_send(p.entry + chunk * (CHUNK * 64), base + at::s, TILE);
-                bulk_commit();
-            }
-            if (UNLIKELY(stay && !far)) {
-                const float up[2] = {exp2_fast(st.top[0] - top_was[0]),
-                                     exp2_fast(st.top[1] - top_was[1])};
-                put_entry(p.entry + chunk * (CHUNK * 64), &st, up, f0, pair);
-            }
+        if (ENTRIES && tid == 0 && whole) {
+            send_record(p.records + (head_i * n_chunks + c) * RECORD, base + at::s,
+                        load_shared(base + at::s + TILE + MARK_STAY * 4));
+            bulk_commit();
         }
         if (UNLIKELY(cut)) {
             size >>= 1;
@@ -461,9 +449,9 @@ bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shap
            f.maxThreadsPerBlock == 128;
 }
 
-size_t srf__pure_wgmma_entry_bytes(const struct srf_attn_shape *s)
+size_t srf__pure_wgmma_record_bytes(const struct srf_attn_shape *s)
 {
-    return (size_t)(s->b * s->h * div_up(s->t, CHUNK)) * (TILE + MARKS * sizeof(float));
+    return (size_t)(s->b * s->h * div_up(s->t, CHUNK)) * RECORD;
 }
 
 static struct walk walk_of(const struct srf_attn_shape *s, const void *w, const void *bias,
@@ -554,15 +542,14 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     p.team = team_of(ctx, heads, p.n_seg);
     p.o = (bf16 *)a->o;
     p.stat = (float *)a->stat;
-    p.entry = srf__pure_carry_bytes(ctx, s) > 0 ? (bf16 *)a->carry : NULL;
-    if (p.entry) p.marks = (float *)(p.entry + heads * div_up(s->t, CHUNK) * CHUNK * 64);
+    p.records = srf__pure_carry_bytes(ctx, s) > 0 ? (char *)a->carry : NULL;
     p.ld_o = a->ld_o;
     SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     if (p.n_seg > 1) SRF_TRY(launch_states<false>(ctx, &p, &m));
     void (*kernel)(struct walk, struct walk_maps) =
-        p.entry ? pure_walk_kernel<true> : pure_walk_kernel<false>;
+        p.records ? pure_walk_kernel<true> : pure_walk_kernel<false>;
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const struct chain_shape shape = {dim3((unsigned)(heads * p.n_seg)), 128, bytes, 1};
     chain_launch(ctx, shape, kernel, p, m);

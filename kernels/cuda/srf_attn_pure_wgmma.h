@@ -27,19 +27,23 @@
 
 /* True: the device has warpgroup products, this build code for them, and they take the shape. */
 bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
-/* What is known of each chunk before it, in the order of chunks, head by head: S, bf16, as the tile
- * that products want, then MARKS numbers each, rows of 64 features and one more. */
+/* What is known of each chunk before it, in the order of chunks, head by head, is a record: S, bf16,
+ * as the tile that products want, then MARKS numbers, rows of 64 features and four bytes, one for
+ * each 16 features. */
 enum {
     MARK_Z = 0,       /* z before it */
     MARK_BEFORE = 64, /* M before it */
     MARK_AFTER = 128, /* M after it */
-    MARK_PSI = 192,   /* bias + M after */
-    MARK_KF = 256,    /* bias - M after */
-    MARK_STAY = 320,  /* not 0: S and z are in the scale of M before, else of M after */
-    MARKS = 324,      /* a multiple of 16 bytes */
+    MARK_STAY = 192,  /* not 0: S and z of these are in the scale of M before, else of M after */
+    MARKS = 200,      /* records begin at multiples of 32 bytes */
 };
-#define MARK_FAR 40.0f /* S stays when some M rises by more */
-size_t srf__pure_wgmma_entry_bytes(const struct srf_attn_shape *s);
+#define RECORD   (TILE + MARKS * 4) /* bytes */
+#define MARK_FAR 40.0f              /* S stays when some M of its 16 rises by more */
+size_t srf__pure_wgmma_record_bytes(const struct srf_attn_shape *s);
+static inline __host__ __device__ const float *marks_of(const char *records, int64_t chunk)
+{
+    return (const float *)(records + chunk * RECORD + TILE);
+}
 
 /* states: room for those of plan->n_seg segments a head, if more than one. */
 srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
@@ -146,33 +150,50 @@ __device__ __forceinline__ bool key_tops_far(const float top[2], const float wit
     return (top[0] > SRF__UNSET && with[0] - top[0] > MARK_FAR) ||
            (top[1] > SRF__UNSET && with[1] - top[1] > MARK_FAR);
 }
-/* z, top: those before the chunk; by pair 0 of a quad. */
-__device__ __forceinline__ void put_marks(float *marks, const float z[2], const float top[2],
-                                          const float with[2], const float step[2],
-                                          const float bias[2], bool stay, int f0, int pair)
+/* A record in shared memory has its end, which nobody writes, be 0. */
+__device__ __forceinline__ void start_record(uint32_t record, int tid)
 {
-    if (f0 == 0 && pair == 0) marks[MARK_STAY] = stay;
-    if (pair != 0) return;
+    if (tid < MARKS - MARK_STAY) store_shared(record + TILE + (MARK_STAY + tid) * 4, 0);
+}
+/* A warp's part of a record in shared memory but for S; top and with: M before and after. */
+__device__ __forceinline__ void put_marks(uint32_t record, const float z[2], const float top[2],
+                                          const float with[2], bool stay, int f0, int lane)
+{
+    const uint32_t marks = record + TILE;
+    if (lane == 0)
+        asm volatile("st.shared.b8 [%0], %1;" ::"r"(marks + MARK_STAY * 4 + f0 / 16),
+                     "r"((uint32_t)stay)
+                     : "memory");
+    if (lane % 4 != 0) return;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int f = f0 + 8 * i;
-        marks[MARK_Z + f] = stay ? z[i] : z[i] * step[i];
-        marks[MARK_BEFORE + f] = top[i];
-        marks[MARK_AFTER + f] = with[i];
-        marks[MARK_PSI + f] = bias[i] + with[i];
-        marks[MARK_KF + f] = bias[i] - with[i];
+        const uint32_t to = marks + (f0 + 8 * i) * 4;
+        store_float(to + MARK_Z * 4, z[i]);
+        store_float(to + MARK_BEFORE * 4, top[i]);
+        store_float(to + MARK_AFTER * 4, with[i]);
     }
 }
-/* S in the scale of M before, of which st has 2^-up, in the order of a tile. */
-__device__ __forceinline__ void put_entry(bf16 *entry, const struct pure_state<64> *st,
-                                          const float up[2], int f0, int pair)
+/* Its S to a record in global memory. */
+__device__ __forceinline__ void put_entry(char *record, const struct pure_state<64> *st, int f0,
+                                          int pair)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            *(uint32_t *)((char *)entry + tile_at<64>(f0 + 8 * i, j) + 4 * pair) =
-                pack_bf16(st->s[j][2 * i] * up[i], st->s[j][2 * i + 1] * up[i]);
+            *(uint32_t *)(record + tile_at<64>(f0 + 8 * i, j) + 4 * pair) =
+                pack_bf16(st->s[j][2 * i], st->s[j][2 * i + 1]);
+}
+/* By one thread, which commits: a record, but for S of the warps that have put it there. */
+__device__ __forceinline__ void send_record(char *to, uint32_t record, uint32_t put)
+{
+    if (!__builtin_expect(put != 0, 0)) {
+        bulk_send(to, record, RECORD);
+        return;
+    }
+    for (int w = 0; w < 4; w++)
+        if (!(put >> 8 * w & 1)) bulk_send(to + 2048 * w, record + 2048 * w, 2048);
+    bulk_send(to + TILE, record + TILE, MARKS * 4);
 }
 
 /* ---- chunks whose keys decide alone into what pieces they are cut ---------------------------- */

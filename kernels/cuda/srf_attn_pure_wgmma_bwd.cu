@@ -104,8 +104,7 @@ size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn
     plan_units(ctx, s, plan, p);
     const size_t segments = heads * (size_t)p->n_seg, units = heads * (size_t)p->head_units;
     p->tickets = (unsigned *)bump_bytes(&bump, (size_t)p->n_tickets * sizeof(unsigned));
-    p->entry = (bf16 *)bump_bytes(&bump, chunks * CHUNK * 64 * sizeof(bf16));
-    p->marks = (float *)bump_bytes(&bump, chunks * MARKS * sizeof(float));
+    p->records = (char *)bump_bytes(&bump, chunks * RECORD);
     p->r = (float *)bump_bytes(&bump, units * 64 * 65 * sizeof(float));
     if (p->n_seg > 1) {
         p->states =
@@ -130,8 +129,7 @@ srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bw
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
     if (a->carry && srf__pure_carry_bytes(ctx, s) > 0) {
-        p->entry = (bf16 *)a->carry;
-        p->marks = (float *)(p->entry + heads * div_up(s->t, CHUNK) * CHUNK * 64);
+        p->records = (char *)a->carry;
         p->carried = true;
     }
     p->walk_chunks = p->carried ? plan->seg_chunks : p->seg_chunks;

@@ -1,14 +1,15 @@
 /* Pure SRF attention with warpgroup products, backward: what the sums over keys are before each
  * chunk, for the kernel of the gradients (srf_attn_pure_wgmma_bwd.cu tells).
  *
- * Floor: k, v read, S written in bf16 for every chunk of 64 tokens: 6 b t h d bytes.
+ * Floor: k, v read, records written for every chunk of 64 tokens: 6.2 b t h d bytes.
  */
 #include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
 
-#define ENTRY_STAGES 3
+#define ENTRY_STAGES 2
 struct entry_smem {
-    static constexpr int v = ENTRY_STAGES * TILE, w = v + ENTRY_STAGES * TILE, s = w + TILE;
-    static constexpr int half = s + TILE, bias = half + CHUNK * 4;
+    static constexpr int v = ENTRY_STAGES * TILE, w = v + ENTRY_STAGES * TILE;
+    static constexpr int record = w + TILE, record_by = (RECORD + 127) / 128 * 128;  /* two */
+    static constexpr int half = record + 2 * record_by, bias = half + 2 * CHUNK * 4; /* two */
     static constexpr int bar = bias + 64 * 4, bytes = bar + ENTRY_STAGES * 8;
 };
 
@@ -19,6 +20,8 @@ static __device__ __forceinline__ void clear_tickets(const struct bwd_params &p,
 }
 #endif
 
+/* One barrier a chunk, when its |k|^2 and the record of the chunk before it are there, which is
+ * sent then. M as in the walk of the forward. */
 static __global__
     WALK_BOUNDS(3) void pure_entries_kernel(const __grid_constant__ struct bwd_params p,
                                             const __grid_constant__ struct bwd_maps m)
@@ -36,7 +39,13 @@ static __global__
     const int count = min(p.seg_chunks, n_chunks - first);
     const int seq = (int)(here.head_i / p.h), col = (int)(here.head_i % p.h) * 64;
     const struct key_scales by = key_scales_of(p.scale, p.limit);
-    float *half = (float *)(smem + at::half), *bias = (float *)(smem + at::bias);
+    float *bias = (float *)(smem + at::bias);
+    char *to = p.records + (here.head_i * n_chunks + first) * RECORD; /* what is sent next */
+    auto send = [&](int i) {
+        bulk_send(to, base + at::record + (i & 1) * at::record_by, RECORD);
+        bulk_commit();
+        to += RECORD;
+    };
     auto fill = [&](int i) {
         const int s = i % ENTRY_STAGES, t0 = (first + i) * CHUNK;
         const uint32_t full = base + at::bar + 8 * s;
@@ -52,53 +61,66 @@ static __global__
     }
     load_features(p, here.set, base + at::w, bias, tid);
     if (p.n_seg == 1) clear_tickets(p, tid);
+    for (int i = 0; i < 2; i++) start_record(base + at::record + i * at::record_by, tid);
     struct pure_state<64> st;
     add_sums(&st, p.states + here.head_i * p.n_seg * pure_state_count(64, 1), here.seg, 1, tid);
     __syncthreads();
     const float own_bias[2] = {bias[f0], bias[f0 + 8]};
+    float less[2] = {st.top[0] - own_bias[0], st.top[1] - own_bias[1]}; /* M - bias */
 
     for (int i = 0; i < count; i++) {
-        const int s = i % ENTRY_STAGES, c = first + i;
+        const int s = i % ENTRY_STAGES, end = min(CHUNK, p.t - (first + i) * CHUNK);
         const uint32_t k_tile = base + s * TILE, v_tile = base + at::v + s * TILE;
+        const uint32_t record = base + at::record + (i & 1) * at::record_by;
+        float *half = (float *)(smem + at::half) + (i & 1) * CHUNK;
         float a[8][4], sum[4];
-        uint32_t x[4][4];
+        uint32_t x[4][4], most[2];
         struct chunk_keys keys;
         barrier_wait(base + at::bar + 8 * s, i / ENTRY_STAGES & 1);
-        if (diagonal_norms(k_tile, half, by, 0, min(CHUNK, p.t - c * CHUNK), warp, lane))
-            async_fence();
-        __syncthreads();
-        if (tid == 0 && i + ENTRY_STAGES - 1 < count) fill(i + ENTRY_STAGES - 1);
-        begin_scores(a, base + at::w, k_tile);
-        warpgroup_wait<0>();
-        wgmma_hold(&a[0][0]);
-        key_exponents(a, half, by.to_log2, pair);
-        key_tops(&keys, st.top, a, own_bias);
-        /* What was sent last has left. */
-        if (tid == 0) bulk_sent();
-        const bool stay = __syncthreads_or(key_tops_far(st.top, keys.top));
-        const int64_t chunk = here.head_i * n_chunks + c;
-        put_marks(p.marks + chunk * MARKS, st.z, st.top, keys.top, keys.step, own_bias, stay, f0,
-                  pair);
-        const bool rise = keys_rise(&keys);
-        if (rise && !stay) scale_state(&st, &keys);
         pack_rows(x, st.s);
-        put_rows(base + at::s, x, warp, lane);
-        if (rise && stay) scale_state(&st, &keys);
-        chunk_weights(x, &keys, a);
-        async_fence();
+        if (diagonal_norms(k_tile, half, by, 0, end, warp, lane)) async_fence();
+        if (tid == 0) bulk_sent(); /* the record before the last one, whose place this one gets */
+        /* All have read the tiles of the chunk before, and the norms of that before it. */
         __syncthreads();
         if (tid == 0) {
-            bulk_send(p.entry + chunk * (CHUNK * 64), base + at::s, TILE);
-            bulk_commit();
+            if (i > 0) send(i - 1);
+            if (i + ENTRY_STAGES - 1 < count) fill(i + ENTRY_STAGES - 1);
         }
-        begin_mix(st.s, x, v_tile, true);
+        begin_scores(a, base + at::w, k_tile);
+        put_rows(record, x, warp, lane);
+        float2 sub[8];
+        key_halves(sub, half, pair);
+        warpgroup_wait<0>();
+        wgmma_hold(&a[0][0]);
+        const float z_was[2] = {st.z[0], st.z[1]}, top_was[2] = {st.top[0], st.top[1]};
+        bool far = false;
+        if (UNLIKELY(!standing_weights(x, most, a, sub, less, by.to_log2))) {
+            key_exponents(a, sub, by.to_log2);
+            key_tops(&keys, st.top, a, own_bias, HEADROOM);
+            far = __any_sync(0xffffffffu, key_tops_far(st.top, keys.top));
+            scale_state(&st, &keys);
+            less[0] = keys.less[0], less[1] = keys.less[1];
+            if (!far) {
+                pack_rows(x, st.s);
+                put_rows(record, x, warp, lane);
+            }
+            chunk_weights(x, &keys, a);
+        }
+        const float z[2] = {far ? z_was[0] : st.z[0], far ? z_was[1] : st.z[1]};
+        put_marks(record, z, top_was, st.top, far, f0, lane);
+        async_fence();
         add_ones(sum, x, false, lane);
+        begin_mix(st.s, x, v_tile, true);
         st.z[0] += sum[0];
         st.z[1] += sum[2];
         warpgroup_wait<0>();
         wgmma_hold(&st.s[0][0]);
     }
-    if (tid == 0) bulk_done();
+    __syncthreads();
+    if (tid == 0 && count > 0) {
+        send(count - 1);
+        bulk_done();
+    }
 #endif
 }
 
@@ -298,7 +320,7 @@ static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p
     const int j = 2 * (int)(i % (count / 2)), of_u = j >= 64 * 64;
     const int f = of_u ? j - 64 * 64 : j / 64;
     const int64_t head = i / (count / 2);
-    const float *marks = p.marks + head * n_chunks * MARKS + MARK_AFTER + f;
+    const char *records = p.records + head * n_chunks * RECORD;
     const float *adds = p.adds + head * p.n_piece * add_count;
     float *to = p.seg_r + head * p.n_seg * count + j;
     float sum[2] = {0, 0}, top[2] = {SRF__UNSET, SRF__UNSET};
@@ -315,7 +337,7 @@ static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p
             add[k][0] = x.x, add[k][1] = x.y;
             add_top[k][0] = from[64 * 65 + f], add_top[k][1] = from[64 * 65 + f + of_u];
             if (--more > 0) continue;
-            const float *at = marks + (int64_t)(s * p.seg_chunks - 1) * MARKS;
+            const float *at = marks_of(records, s * p.seg_chunks - 1) + MARK_AFTER + f;
             end[k][0] = at[0], end[k][1] = at[of_u];
             more = p.seg_pieces;
             s--;

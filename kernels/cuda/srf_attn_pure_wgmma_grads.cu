@@ -81,7 +81,7 @@ static __global__
     auto fill_vs = [&](int c) {
         barrier_expect(base + at::bar + 8, 2 * TILE);
         bulk_tile(base + at::v, &m.v, UNIT_INT(col), c * CHUNK, UNIT_INT(seq), base + at::bar + 8);
-        bulk_bytes(base + at::s, p.entry + (UNIT_I64(chunk) + c) * (CHUNK * 64), TILE,
+        bulk_bytes(base + at::s, p.records + (UNIT_I64(chunk) + c) * RECORD, TILE,
                    base + at::bar + 8);
     };
     auto fill_delta = [&](int c, uint32_t full) {
@@ -95,7 +95,7 @@ static __global__
         if (KIND == SUMMED && with_delta) fill_delta(c, full);
         bulk_tile(base + at::k + s * TILE, &m.k, col, c * CHUNK, seq, full);
         bulk_tile(base + at::d_o + s * TILE, &m.d_o, col, c * CHUNK, seq, full);
-        bulk_bytes(base + at::marks + s * MARKS * 4, p.marks + (UNIT_I64(chunk) + c) * MARKS,
+        bulk_bytes(base + at::marks + s * MARKS * 4, marks_of(p.records, UNIT_I64(chunk) + c),
                    MARKS * 4, full);
     };
     if (threadIdx.x == 0) {
@@ -128,7 +128,7 @@ static __global__
     int edge = UNIT_INT(edge);
     auto ended_at = [&](int lo) -> const float * {
         if (KIND == WHOLE || lo > 0 || c != edge || c == 0) return NULL;
-        return p.marks + (UNIT_I64(chunk) + c - 1) * MARKS;
+        return marks_of(p.records, UNIT_I64(chunk) + c - 1);
     };
     if (role == 0) {
         bool busy = false; /* the owners of keys may still read psi */
@@ -151,12 +151,14 @@ static __global__
             const float lse[2] = {in0 ? stat[0] : INFINITY, in1 ? stat[8] : INFINITY};
             uint32_t marks = base + at::marks + s * (MARKS * 4);
             barrier_wait(base + at::bar + 16 + 8 * s, back >> 1 & 1);
-            const bool cold = size < CHUNK || load_float(marks + MARK_STAY * 4) != 0.0f;
+            const bool cold = size < CHUNK || load_shared(marks + MARK_STAY * 4) != 0;
             if (cold) {
                 meet(ALL_A, 256);
                 meet(ALL_A, 256);
                 marks = base + at::marks + 2 * (MARKS * 4);
             }
+            const uint32_t shifts = base + at::shift + warp * (64 * 4);
+            put_shifts<false>(shifts, marks, base + at::bias, lane);
             float a[8][4];
             uint32_t x[4][4];
             barrier_wait(base + at::bar, s);
@@ -173,7 +175,7 @@ static __global__
                 most = -INFINITY;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    float2 shift = load_float2(marks + (MARK_PSI + 8 * j + 2 * pair) * 4);
+                    float2 shift = load_float2(shifts + (8 * j + 2 * pair) * 4);
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         a[j][i] = fmaf(a[j][i], to_log2, i & 1 ? shift.y : shift.x) - lse[i >> 1];
@@ -320,19 +322,20 @@ static __global__
             const float *marks = all_marks + s * MARKS;
             const uint32_t deltas = base + at::delta + (done & 1) * 512;
             barrier_wait(base + at::bar + 16 + 8 * s, back >> 1 & 1);
-            const bool cold = size < CHUNK || marks[MARK_STAY] != 0.0f;
+            const bool cold = size < CHUNK || ((const uint32_t *)marks)[MARK_STAY] != 0;
             if (cold) {
                 /* M, S, z for the piece. */
                 struct pure_state<64> st;
                 struct pure_keys keys;
                 float top[2];
-                const char *from = (const char *)(p.entry + (UNIT_I64(chunk) + c) * (CHUNK * 64));
+                const char *from = p.records + (UNIT_I64(chunk) + c) * RECORD;
+                const bool stay = ((const char *)(marks + MARK_STAY))[warp] != 0;
                 meet(ALL_A, 256);
                 barrier_wait(base + at::bar + 8, s);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float *mark = marks + f0 + 8 * i;
-                    const float by = marks[MARK_STAY] != 0.0f || mark[MARK_BEFORE] == SRF__UNSET
+                    const float by = stay || mark[MARK_BEFORE] == SRF__UNSET
                                          ? 1.0f
                                          : exp2_fast(mark[MARK_AFTER] - mark[MARK_BEFORE]);
                     st.top[i] = mark[MARK_BEFORE];
@@ -378,8 +381,6 @@ static __global__
                         mark[MARK_Z] = st.z[i] * by;
                         mark[MARK_BEFORE] = st.top[i];
                         mark[MARK_AFTER] = top[i];
-                        mark[MARK_PSI] = bias[f0 + 8 * i] + top[i];
-                        mark[MARK_KF] = bias[f0 + 8 * i] - top[i];
                     }
                 }
                 async_fence();
@@ -396,6 +397,9 @@ static __global__
             warpgroup_fence();
             row_scores(&a[0][0], x, base + at::w);
             warpgroup_commit();
+            const uint32_t shifts = base + at::shift + (4 + warp) * (64 * 4);
+            put_shifts<true>(shifts, base + at::marks + (cold ? 2 : s) * (MARKS * 4),
+                             base + at::bias, lane);
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 if (row + 8 * i < lo || row + 8 * i >= end) norm[i] = INFINITY;
@@ -420,7 +424,7 @@ static __global__
              * bits left beside it. */
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                float2 shift = *(const float2 *)(marks + MARK_KF + 8 * j + 2 * pair);
+                float2 shift = load_float2(shifts + (8 * j + 2 * pair) * 4);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     kf[j >> 1][(j & 1) * 2 + i] =

@@ -18,8 +18,9 @@ struct grad_smem {
     static constexpr int v = TILE, s = 2 * TILE, k = 3 * TILE, d_o = 5 * TILE; /* K, dO twice */
     static constexpr int w = 7 * TILE, psi = w + TILE, kf = psi + TILE, r = kf + TILE;
     static constexpr int dp = r + TILE, out = dp + TILE;
-    static constexpr int marks = out + TILE; /* of two chunks, of a piece */
-    static constexpr int bias = marks + 3 * MARKS * 4, half = bias + 64 * 4;
+    static constexpr int marks = out + TILE;            /* of two chunks, of a piece */
+    static constexpr int shift = marks + 3 * MARKS * 4; /* (8, 64): bias and M, of each warp */
+    static constexpr int bias = shift + 8 * 64 * 4, half = bias + 64 * 4;
     static constexpr int u = half + CHUNK * 4;   /* of two pieces */
     static constexpr int delta = u + 2 * 64 * 4; /* of two pieces: (2, 64) bf16, its parts; fp32 */
     static constexpr int given = delta + 2 * 2 * 64 * 4; /* of two chunks: delta as it came */
@@ -42,6 +43,15 @@ __device__ __forceinline__ float mark_back(uint32_t marks, int f, const float *e
 {
     const float before = ended ? ended[MARK_AFTER + f] : load_float(marks + (MARK_BEFORE + f) * 4);
     return exp2_fast(before - load_float(marks + (MARK_AFTER + f) * 4));
+}
+/* A warp's bias + M (KEYS: - M) after the chunk, at `to`. */
+template <bool KEYS>
+__device__ __forceinline__ void put_shifts(uint32_t to, uint32_t marks, uint32_t bias, int lane)
+{
+    const float2 m = load_float2(marks + (MARK_AFTER + 2 * lane) * 4);
+    const float2 b = load_float2(bias + 8 * lane);
+    store_float2(to + 8 * lane, KEYS ? b.x - m.x : b.x + m.x, KEYS ? b.y - m.y : b.y + m.y);
+    __syncwarp();
 }
 /* o and the forward's numbers of a chunk towards this multiprocessor. */
 __device__ __forceinline__ void prefetch_rows(const struct bwd_params &p, int64_t out,
