@@ -29,7 +29,9 @@ struct bwd_params {
     unsigned *tickets; /* blocks that have begun; then (b h, head_units): R, u are there */
     int head_units, unit_chunks, n_tickets; /* of a head; of the last segment; flags and one more */
     int walk_chunks;                        /* M goes on within as many */
-    int n_piece, seg_pieces, piece_chunks;  /* of a head from its second segment on; of a segment */
+    /* Pieces, even ones of each segment: of a head from its second segment on; of a segment, of
+     * the last one, of the first. */
+    int n_piece, seg_pieces, last_pieces, lead_pieces;
 };
 
 /* For heads of d: dq, delta, M and where chunks are cut; with them known, dk, dv. */

@@ -53,7 +53,32 @@ static double time_of(const struct cut *c)
     return sums + fmax(time, (double)c->units * unit);
 }
 
-static void plan_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
+/* Pieces of segments, for the sums of their queries: all run at once (what early ones have summed
+ * would be gone from L2 before it is wanted); shorter ones where the longest becomes shorter by it.
+ * The first segment, of which delta alone is wanted, has its own, or goes to the last piece. */
+static void plan_pieces(const struct cut *c, int64_t places, bool dw, struct bwd_params *p)
+{
+    const int64_t size = p->seg_chunks, last = c->chunks - (p->n_seg - 1) * size;
+    const double lead = dw ? 0 : 0.667 * (double)size; /* in chunks of sums */
+    double least = INFINITY;
+    for (int64_t n = 1; n <= 4 && (n == 1 || 4 * n <= size); n++)
+        for (int64_t of_lead = 0; of_lead <= (dw ? 0 : n); of_lead++) {
+            const int64_t of_last = last * n < size ? 1 : last * n / size;
+            const int64_t rest = (p->n_seg - 2) * n + of_last;
+            if ((n > 1 || of_lead > 1) && c->heads * (rest + of_lead) > places) continue;
+            double most = (double)div_up(last, of_last) + (of_lead > 0 ? 0 : lead);
+            if (p->n_seg > 2) most = fmax(most, (double)div_up(size, n));
+            if (of_lead > 0) most = fmax(most, lead / (double)of_lead);
+            if (!(most < least)) continue;
+            least = most;
+            p->n_piece = (int)rest;
+            p->seg_pieces = (int)n;
+            p->last_pieces = (int)of_last;
+            p->lead_pieces = (int)of_lead;
+        }
+}
+
+static void plan_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool dw,
                        const struct pure_plan *plan, struct bwd_params *p)
 {
     struct cut c = {s->b * s->h, div_up(s->t, CHUNK), 2 * (int64_t)cuda_of(ctx)->n_sm, 0, 1};
@@ -85,15 +110,7 @@ static void plan_units(const struct srf_ctx *ctx, const struct srf_attn_shape *s
     }
     p->n_tickets = (int)(1 + c.heads * p->head_units);
     if (p->n_seg == 1) return;
-    /* Pieces of segments, for the sums of their queries. */
-    const int64_t rest = c.chunks - p->seg_chunks;
-    const int64_t last = rest - (int64_t)(p->n_seg - 2) * p->seg_chunks;
-    int64_t piece = div_up(rest * c.heads, 3 * (int64_t)cuda_of(ctx)->n_sm);
-    if (piece < 4) piece = 4;
-    p->seg_pieces = (int)(p->seg_chunks > piece ? p->seg_chunks / piece : 1);
-    p->piece_chunks = (int)div_up(p->seg_chunks, p->seg_pieces);
-    p->seg_pieces = (int)div_up(p->seg_chunks, p->piece_chunks);
-    p->n_piece = (int)((p->n_seg - 2) * p->seg_pieces + div_up(last, p->piece_chunks));
+    plan_pieces(&c, 3 * (int64_t)cuda_of(ctx)->n_sm, dw, p);
 }
 
 size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn_shape *s, bool dw,
@@ -101,7 +118,7 @@ size_t srf__pure_wgmma_plan_bwd(const struct srf_ctx *ctx, const struct srf_attn
 {
     struct cuda_bump bump = {(char *)ctx->workspace, 0};
     const size_t heads = (size_t)(s->b * s->h), chunks = heads * (size_t)div_up(s->t, CHUNK);
-    plan_units(ctx, s, plan, p);
+    plan_units(ctx, s, dw, plan, p);
     const size_t segments = heads * (size_t)p->n_seg, units = heads * (size_t)p->head_units;
     p->tickets = (unsigned *)bump_bytes(&bump, (size_t)p->n_tickets * sizeof(unsigned));
     p->records = (char *)bump_bytes(&bump, chunks * RECORD);
@@ -128,6 +145,7 @@ srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bw
     SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
+    SRF_TRY(srf__tile_map(&m.o, a->o, s->b, s->t, s->h, a->ld_o, CHUNK));
     if (a->carry && srf__pure_carry_bytes(ctx, s) > 0) {
         p->records = (char *)a->carry;
         p->carried = true;

@@ -3,7 +3,7 @@
 #include "kernels/cuda/srf_attn_pure_wgmma.h"
 
 struct bwd_maps {
-    CUtensorMap q, k, v, d_o;
+    CUtensorMap q, k, v, d_o, o;
 };
 
 #if HAVE_WGMMA
