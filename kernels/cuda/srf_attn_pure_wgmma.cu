@@ -212,11 +212,13 @@ static __device__ __forceinline__ float log2_fast(float x)
 }
 #endif
 
-/* ENTRIES: records of chunks are kept for the backward.
+/* ENTRIES: records of chunks are kept for the backward. EARLY: tiles are asked for almost a
+ * whole chunk ahead, not half of one. Where a multiprocessor has three blocks, memory is what all
+ * of them wait for, and it does not help.
  *
  * Two barriers a chunk: |k|^2 is there; kf, S, z, M are. What is seldom done takes little code on a
  * chunk's way: instructions behind a jump have to be fetched first. */
-template <bool ENTRIES>
+template <bool ENTRIES, bool EARLY>
 static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ struct walk p,
                                                        const __grid_constant__ struct walk_maps m)
 {
@@ -291,6 +293,8 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         put_rows(base + at::s, x, warp, lane);
         float2 sub[8];
         key_halves(sub, half, pair);
+        /* Of the chunk before, whose place it is, nothing is read any more. */
+        if (EARLY && tid == 0 && whole && c > first && c + 1 < c_end) fill(c + 1);
         warpgroup_wait<1>();
         wgmma_hold(&a[0][0]);
         const float z_was[2] = {st.z[0], st.z[1]}, top_was[2] = {st.top[0], st.top[1]};
@@ -339,8 +343,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         warpgroup_wait<0>();
         wgmma_hold(&aq[0][0]);
         const bool cut = __syncthreads_or(!fits && size > 1);
-        /* What lay there has been read by all. */
-        if (tid == 0 && whole && c > first && c + 1 < c_end) fill(c + 1);
+        if (!EARLY && tid == 0 && whole && c > first && c + 1 < c_end) fill(c + 1);
         if (ENTRIES && tid == 0 && whole) {
             send_record(p.records + (head_i * n_chunks + c) * RECORD, base + at::s,
                         load_shared(base + at::s + TILE + MARK_STAY * 4));
@@ -424,6 +427,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
                 const uint4 y = load_shared_16((from ^ (i & 1) * 64) + i * 512);
                 store_global_16(to, y);
             }
+            if (EARLY) async_fence();
         }
         level = following;
         lo += size;
@@ -445,7 +449,7 @@ bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shap
 {
     struct cudaFuncAttributes f;
     return s->d == 64 && s->m <= 64 && cuda_of(ctx)->cc == 90 &&
-           cudaFuncGetAttributes(&f, (const void *)pure_walk_kernel<false>) == cudaSuccess &&
+           cudaFuncGetAttributes(&f, (const void *)pure_walk_kernel<false, false>) == cudaSuccess &&
            f.maxThreadsPerBlock == 128;
 }
 
@@ -531,6 +535,11 @@ srf_status srf__state_sums(struct srf_ctx *ctx, const struct srf_attn_shape *s, 
     return launch_states<true>(ctx, &p, &m);
 }
 
+template <bool ENTRIES> static void (*walk_kernel(bool few))(struct walk, struct walk_maps)
+{
+    return few ? pure_walk_kernel<ENTRIES, true> : pure_walk_kernel<ENTRIES, false>;
+}
+
 srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a,
                                const struct pure_plan *plan, float *states)
 {
@@ -547,9 +556,10 @@ srf_status srf__pure_wgmma_fwd(struct srf_ctx *ctx, const struct srf_srf_attn_fw
     SRF_TRY(srf__tile_map(&m.q, a->q, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.k, a->k, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
+    const bool few = heads * p.n_seg <= 2 * (int64_t)cuda_of(ctx)->n_sm;
     if (p.n_seg > 1) SRF_TRY(launch_states<false>(ctx, &p, &m));
     void (*kernel)(struct walk, struct walk_maps) =
-        p.records ? pure_walk_kernel<true> : pure_walk_kernel<false>;
+        p.records ? walk_kernel<true>(few) : walk_kernel<false>(few);
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const struct chain_shape shape = {dim3((unsigned)(heads * p.n_seg)), 128, bytes, 1};
     chain_launch(ctx, shape, kernel, p, m);
