@@ -6,14 +6,14 @@
  * psi, kf and dP are made once for all three, and q, k, v, do are read once.
  *
  * With segments, what the queries of each but the first add to R, u is summed before that, in a
- * scale of its own, as the states of segments are from keys; delta of all tokens is left by that,
- * and o not read again (but with dw). The last kernel's segments are its own, as long as
- * all of them run at once, which makes for few of them; the last of a head is shorter and goes
+ * scale of its own, as the states of segments are from keys; delta of all tokens is left by that
+ * (else the last kernel makes it, of what it has). The last kernel's segments are its own, as long
+ * as all of them run at once, which makes for few of them; the last of a head is shorter and goes
  * where others leave room. A head that is one segment, or the last of several, is cut into units,
  * that all blocks end together: units are taken last first, each gets R from the one after it.
  *
- * Floor: q, k, v, o, do, S read, dq, dk, dv written: 18 b t h d bytes; k, v read and S written, 6,
- * where the forward has not left them; q, do read once more, 4, with segments.
+ * Floor: q, k, v, do, S read, dq, dk, dv written: 16 b t h d bytes; k, v read and S written, 6,
+ * where the forward has not left them; q, o, do read, 6, with segments.
  */
 #include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
 
@@ -146,6 +146,9 @@ srf_status srf__pure_wgmma_bwd(struct srf_ctx *ctx, const struct srf_srf_attn_bw
     SRF_TRY(srf__tile_map(&m.v, a->v, s->b, s->t, s->h, a->ld, CHUNK));
     SRF_TRY(srf__tile_map(&m.d_o, a->d_o, s->b, s->t, s->h, a->ld_o, CHUNK));
     SRF_TRY(srf__tile_map(&m.o, a->o, s->b, s->t, s->h, a->ld_o, CHUNK));
+    SRF_TRY(srf__tile_map(&m.dq, a->dq, s->b, s->t, s->h, a->ld, 16));
+    SRF_TRY(srf__tile_map(&m.dk, a->dk, s->b, s->t, s->h, a->ld, 16));
+    SRF_TRY(srf__tile_map(&m.dv, a->dv, s->b, s->t, s->h, a->ld, 16));
     if (a->carry && srf__pure_carry_bytes(ctx, s) > 0) {
         p->records = (char *)a->carry;
         p->carried = true;

@@ -4,6 +4,7 @@
 
 struct bwd_maps {
     CUtensorMap q, k, v, d_o, o;
+    CUtensorMap dq, dk, dv; /* a warp's rows at once */
 };
 
 #if HAVE_WGMMA

@@ -4,14 +4,27 @@
 #include "kernels/cuda/srf_attn_pure_wgmma_bwd.h"
 
 /* Meetings: of all, of the owners of queries or of keys, of those who arrive and those who wait. */
-enum { ALL_A = 1, ALL_B, PSI_FREE, KF_FREE, OWN };
+enum { ALL_A = 1, ALL_B, PSI_FREE, KF_FREE, OWN, OWN_TOO, R_FREE };
 
 /* Where a block is, kept in shared memory: there are no registers for it in the products' way. */
 struct unit {
-    int64_t in, out, token, chunk; /* of the head: in q, k, v, in o, among tokens, among chunks */
-    int64_t segment, order;        /* among all segments; among all units, segment by segment */
+    int64_t in, token, chunk; /* of the head: in q, k, v, among tokens, among chunks */
+    int64_t segment, order;   /* among all segments; among all units, segment by segment */
     int seq, col, is_first, is_last, c_first, c_last;
     int edge, has_later; /* the last chunk that M begins anew with; segments follow its own */
+};
+
+/* Where a walk is, in one register, or others would be spilled: the end of a piece in its chunk,
+ * its length, what was done and what follows. */
+enum {
+    LENGTH = 8,      /* bits before it */
+    ODD = 1 << 16,   /* pieces that are done */
+    BEGUN = 1 << 17, /* some piece is done */
+    MORE = 1 << 18,  /* chunks follow */
+    OPEN = 1 << 19,  /* queries: the piece before is not closed */
+    ASKED = 1 << 19, /* keys: for K, dO of the next chunk */
+    STAGE = 20,      /* bits before the number of chunks that are done, modulo 4 */
+    FIRST_PIECE = CHUNK | CHUNK << LENGTH,
 };
 
 struct grad_smem {
@@ -37,6 +50,37 @@ __device__ __forceinline__ int64_t shared_i64(uint32_t addr)
 }
 #define UNIT_I64(field) shared_i64(base + at::unit + (int)offsetof(struct unit, field))
 #define UNIT_INT(field) (int)load_shared(base + at::unit + (int)offsetof(struct unit, field))
+__device__ __forceinline__ int piece_end(int at)
+{
+    return at & 127;
+}
+__device__ __forceinline__ int piece_size(int at)
+{
+    return at >> LENGTH & 127;
+}
+__device__ __forceinline__ int half_of_piece(int at)
+{
+    return at - (piece_size(at) << (LENGTH - 1));
+}
+/* The place of a chunk's K, dO, and the parity of its being filled. */
+__device__ __forceinline__ int stage_of(int at)
+{
+    return at >> STAGE & 1;
+}
+__device__ __forceinline__ int stage_parity(int at)
+{
+    return at >> (STAGE + 1) & 1;
+}
+/* The piece that ends where one begins, at row lo > 0 of the chunk. */
+__device__ __forceinline__ int next_piece(int at, int lo)
+{
+    return (lo | (lo & -lo) << LENGTH) | ((at & ~0xffff) ^ ODD) | BEGUN;
+}
+__device__ __forceinline__ int next_chunk(int at, bool more)
+{
+    const int done = ((at >> STAGE) + 1) & 3;
+    return FIRST_PIECE | ((at & ODD) ^ ODD) | BEGUN | (more ? MORE : 0) | done << STAGE;
+}
 /* What a step back over the chunk multiplies sums of feature f by. `ended`, if not NULL: the marks
  * of the chunk before, where a walk ended; M of the walk that made the chunk's may be another. */
 __device__ __forceinline__ float mark_back(uint32_t marks, int f, const float *ended)
@@ -53,16 +97,14 @@ __device__ __forceinline__ void put_shifts(uint32_t to, uint32_t marks, uint32_t
     store_float2(to + 8 * lane, KEYS ? b.x - m.x : b.x + m.x, KEYS ? b.y - m.y : b.y + m.y);
     __syncwarp();
 }
-/* o and the forward's numbers of a chunk towards this multiprocessor. */
-__device__ __forceinline__ void prefetch_rows(const struct bwd_params &p, int64_t out,
-                                              int64_t token, int64_t t0, int tid, bool with_o)
+/* The forward's numbers of a chunk towards this multiprocessor. */
+__device__ __forceinline__ void prefetch_stat(const struct bwd_params &p, int64_t token, int64_t t0,
+                                              int tid)
 {
-    const void *at = tid < CHUNK ? (const void *)(p.o + out + (t0 + tid) * p.ld_o)
-                                 : (const void *)(p.stat + token + t0 + tid - CHUNK);
-    if ((tid < CHUNK && with_o) || tid == CHUNK || tid == CHUNK + 32)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    if (tid == 0 || tid == 32)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.stat + token + t0 + tid));
 }
-/* delta as two bf16 parts, for all queries' owners. */
+/* delta as it is, and as two bf16 parts, for all queries' owners. */
 __device__ __forceinline__ void put_deltas(uint32_t parts, const float delta[2], int row)
 {
 #pragma unroll
@@ -74,6 +116,7 @@ __device__ __forceinline__ void put_deltas(uint32_t parts, const float delta[2],
                      "st.shared.b16 [%0 + 128], %2;" ::"r"(to),
                      "h"(__bfloat16_as_ushort(high)), "h"(__bfloat16_as_ushort(low))
                      : "memory");
+        store_float(parts + 256 + 4 * row + 32 * i, delta[i]);
     }
 }
 /* The products of wgmma.h, with descriptors that cost an addition each. */
@@ -122,6 +165,33 @@ __device__ __forceinline__ void store_chunk(bf16 *dst, int64_t ld, const float (
     for (int i = 0; i < 4; i++, to += 4 * ld) {
         const uint4 y = load_shared_16((from ^ (i & 1) * 64) + i * 512);
         if (row + 4 * i >= lo && row + 4 * i < hi) store_global_16(to, y);
+    }
+    __syncwarp();
+}
+/* What this warp has sent from tiles has left them. */
+__device__ __forceinline__ void warp_sent(int lane)
+{
+    if (lane == 0) bulk_sent();
+    __syncwarp();
+}
+/* A warp's rows of c to rows from y on, through its rows of a tile, by the copy engine, which drops
+ * what lies behind a sequence's end. */
+__device__ __forceinline__ void send_chunk(const CUtensorMap *map, int x, int y, int z,
+                                           const float (&c)[8][4], uint32_t tile, int warp,
+                                           int lane)
+{
+    uint32_t a[4][4];
+    pack_rows(a, c);
+    put_rows(tile, a, warp, lane);
+    async_fence();
+    __syncwarp();
+    if (lane == 0) {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], "
+            "[%4];" ::"l"(map),
+            "r"(x), "r"(y), "r"(z), "r"(tile + warp * 2048)
+            : "memory");
+        bulk_commit();
     }
     __syncwarp();
 }
