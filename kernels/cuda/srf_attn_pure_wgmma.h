@@ -27,9 +27,9 @@
 
 /* True: the device has warpgroup products, this build code for them, and they take the shape. */
 bool srf__pure_wgmma_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
-/* What is known of each chunk before it, in the order of chunks, head by head, is a record: S, bf16,
- * as the tile that products want, then MARKS numbers, rows of 64 features and four bytes, one for
- * each 16 features. */
+/* What is known of each chunk before it, in the order of chunks, head by head, is a record: S,
+ * bf16, as the tile that products want, then MARKS numbers, rows of 64 features and four bytes, one
+ * for each 16 features. */
 enum {
     MARK_Z = 0,       /* z before it */
     MARK_BEFORE = 64, /* M before it */
