@@ -7,6 +7,15 @@ struct bwd_maps {
     CUtensorMap dq, dk, dv; /* a warp's rows at once */
 };
 
+/* 128 aligned bytes of the workspace that are written again before anybody reads them: what L2 has
+ * of them need not go to memory. Whoever has read them has met with this thread since. */
+__device__ __forceinline__ void discard_line(const void *p)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(p) : "memory");
+#endif
+}
+
 #if HAVE_WGMMA
 /* W and the bias of a head to shared memory; a barrier follows. */
 __device__ __forceinline__ void load_features(const struct bwd_params &p, int64_t set, uint32_t w,

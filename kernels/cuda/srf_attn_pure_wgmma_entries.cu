@@ -375,9 +375,13 @@ static __global__ void suffix_kernel(const __grid_constant__ struct bwd_params p
             more = p.seg_pieces;
             s--;
         }
+        __syncwarp();
 #pragma unroll
         for (int k = 0; k < ahead; k++) {
             if (k > last) break;
+            /* A row of R is read by this warp alone. */
+            if (!of_u && (at & 31) < 2)
+                discard_line(adds + (int64_t)(last - k) * add_count + f * 64 + (at & 31) * 32);
             const float with = fmaxf(top, add_top[k]);
             const float by = exp2_fast(top - with), add_by = exp2_fast(add_top[k] - with);
             sum.x = sum.x * by + add[k].x * add_by;

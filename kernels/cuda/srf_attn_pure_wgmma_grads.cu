@@ -136,7 +136,10 @@ static __global__
             await_flag(p.tickets + 1 + order, tid);
             load_r(r, u, p.r + order * 64 * 65, own_f, own_pair);
         } else if (KIND != WHOLE && UNIT_INT(has_later)) {
-            load_r(r, u, p.seg_r + UNIT_I64(segment) * 64 * 65, own_f, own_pair);
+            const float *from = p.seg_r + UNIT_I64(segment) * 64 * 65;
+            load_r(r, u, from, own_f, own_pair);
+            meet(OWN, 128);
+            discard_line(from + 32 * tid);
         }
     }
 
