@@ -49,16 +49,12 @@ static double tol_of(enum srf_dtype dtype)
     return dtype == SRF_BF16 ? 1e-2 : 1e-5;
 }
 
-static void test_reference(void **state)
+/* Forward and backward, all forms of it. */
+static void check_reference(struct attn_case c, enum srf_dtype dtype, double grad_tol)
 {
-    const struct srf_case *k = *state;
-    struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
-    /* Of one or two tokens, a gradient may be a small difference of numbers that bf16 has
-     * rounded. */
-    double grad_tol = k->dtype == SRF_BF16 ? (k->shape.t < 16 ? 0x1p-5 : 0x1p-6) : 1e-5;
     attn_case_fwd(&c);
     attn_case_ref_fwd(&c);
-    attn_case_close(&c, "o", c.o, c.ld_o, 0, 1, tol_of(k->dtype));
+    attn_case_close(&c, "o", c.o, c.ld_o, 0, 1, tol_of(dtype));
     attn_case_bwd(&c);
     attn_case_ref_bwd(&c);
     for (int part = 0; part < 3; part++)
@@ -87,6 +83,37 @@ static void test_reference(void **state)
     twin_check(&c.s, "once more", again, once, c.dqkv.n, 0);
     srf__free(once), srf__free(again);
     attn_case_free(&c);
+}
+
+static void test_reference(void **state)
+{
+    const struct srf_case *k = *state;
+    /* Of one or two tokens, a gradient may be a small difference of numbers that bf16 has
+     * rounded. */
+    double grad_tol = k->dtype == SRF_BF16 ? (k->shape.t < 16 ? 0x1p-5 : 0x1p-6) : 1e-5;
+    check_reference(attn_case_new_on(gpu_device(), k->dtype, k->shape, 1), k->dtype, grad_tol);
+}
+
+/* The last keys of the second chunk are along features, which they outweigh all keys before them in
+ * by more than 2^40, and then by so much that the forward takes the chunk in pieces: queries of the
+ * chunk before them, and keys before it, have their gradients as if they had not come. */
+static void test_rise(void **state)
+{
+    const struct srf_case *k = *state;
+    const int64_t d = k->shape.d, first = 112, n = 16;
+    static const double sizes[][2] = {{0.6, 1.5}, {1, 2}}; /* of these keys, of the others */
+    for (int size = 0; size < 2; size++) {
+        struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
+        for (int64_t t = 0; t < k->shape.t; t++)
+            for (int64_t j = 0; j < d; j++) {
+                int64_t i = attn_case_at(&c, 1, 0, t, 0, j);
+                double x = sizes[size][1] * c.qkv.ref[i];
+                if (t >= first && t < first + n)
+                    x = sizes[size][0] * pow((double)d, 0.25) * c.w.ref[(t - first) * d + j];
+                attn_case_set(&c, i, x);
+            }
+        check_reference(c, k->dtype, 0x1p-5);
+    }
 }
 
 /* Other tokens from `from` on, of ordinary or of huge size, leave every output before it as it was,
@@ -291,6 +318,11 @@ static void add_light(struct gpu_suite *suite, enum srf_dtype dtype)
     for (size_t i = 0; i < sizeof light / sizeof *light; i++)
         if (dtype == SRF_BF16 ? light[i].bf16 : light[i].f32)
             add(suite, dtype, light[i].s, light[i].window, "light", test_reference, GPU_LIGHT);
+    static const int64_t lengths[] = {150, 530};
+    for (int i = 0; i < 2 && dtype == SRF_BF16; i++) {
+        struct srf_attn_shape s = {.b = 1, .t = lengths[i], .h = 1, .d = 64, .m = 64, .n_sets = 1};
+        add(suite, dtype, s, 0, "M rises far", test_rise, 1e7);
+    }
 }
 
 /* Wide windows, with something beyond them. */
