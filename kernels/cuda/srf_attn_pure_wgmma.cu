@@ -111,12 +111,6 @@ STATE_BOUNDS(N) void pure_states_kernel(const __grid_constant__ struct walk p,
     const int seq = (int)(head_i / p.h), head = (int)(head_i % p.h);
     const int64_t set = p.n_sets == 1 ? 0 : head;
     float *halves = (float *)(small + at::half);
-    /* The forward before, if one was, lets this kernel begin while its last blocks end. */
-    if (!LOW && tid == 0)
-        for (int i = 0; i < min(STATE_STAGES - 1, n); i++) {
-            prefetch_tile(&m.k, head * 64, (first + n - 1 - i) * CHUNK, seq);
-            prefetch_tile(&m.v, head * 64, (first + n - 1 - i) * CHUNK, seq);
-        }
     chain_wait();
     chain_next();
     auto fill = [&](int i) {
@@ -253,10 +247,7 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
         bulk_tile(base + at::q + s * TILE, &m.q, head * 64, c * CHUNK, seq, full);
         bulk_tile(base + at::v + s * TILE, &m.v, head * 64, c * CHUNK, seq, full);
     };
-    if (p.n_seg == 1)
-        chain_wait();
-    else
-        chain_next(); /* another op: its first blocks may be there when the last of these end */
+    if (p.n_seg == 1) chain_wait();
     load_tile<64, 128>(base + at::w, p.w + set * p.m * 64, 64, 64, p.m, tid);
     cp_async_commit();
     if (tid == 0) {
@@ -273,12 +264,6 @@ static __global__ WALK_BOUNDS(3) void pure_walk_kernel(const __grid_constant__ s
                 head * 64 + (lane & 7) * 8;
     /* A first segment needs no states, and may go on beside their kernel. */
     struct pure_state<64> st;
-    /* Memory has little to do while states end and are added up. */
-    if (tid == 64 && seg > 0 && first + 2 < c_end) {
-        prefetch_tile(&m.k, head * 64, (first + 2) * CHUNK, seq);
-        prefetch_tile(&m.q, head * 64, (first + 2) * CHUNK, seq);
-        prefetch_tile(&m.v, head * 64, (first + 2) * CHUNK, seq);
-    }
     if (seg > 0) chain_wait();
     add_sums(&st, p.states + head_i * p.n_seg * pure_state_count(64, 1), seg, p.team, tid);
     float less[2] = {st.top[0] - bias[0], st.top[1] - bias[1]}; /* M - bias */

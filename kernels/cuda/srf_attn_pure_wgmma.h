@@ -17,8 +17,6 @@
  * The kernels of an op are a chain (chain.h). The first waits before it lets the next one begin:
  * once another of them runs, all that came before the op is complete, and inputs may be read before
  * chain_wait.
- * The forward's walk, where it has segments, lets the op after it begin at once; it does not end
- * before the states' kernel has.
  */
 #pragma once
 #include "kernels/cuda/chain.h"

@@ -173,14 +173,6 @@ __device__ __forceinline__ void bulk_tile(uint32_t tile, const CUtensorMap *map,
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar)
                  : "memory");
 }
-/* Such a box will be wanted: it is fetched to L2. This may come before chain_wait: what kernels
- * before still write of it arrives in L2 as well, and is what a load finds there. */
-__device__ __forceinline__ void prefetch_tile(const CUtensorMap *map, int x, int y, int z)
-{
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
-                 "r"(x), "r"(y), "r"(z)
-                 : "memory");
-}
 /* `bytes` (a multiple of 16, as the addresses) from src; by one thread. */
 __device__ __forceinline__ void bulk_bytes(uint32_t dst, const void *src, int bytes, uint32_t bar)
 {
