@@ -256,25 +256,36 @@ static void test_alone(void **state)
     one.b = 1;
     struct attn_case all = attn_case_new_on(gpu_device(), k->dtype, k->shape, 1);
     attn_case_fwd(&all);
-    attn_case_bwd(&all);
-    double *o = twin_values(&all.s, all.o), *carried = twin_values(&all.s, all.dqkv);
-    all.no_carry = true;
-    attn_case_bwd(&all);
-    double *again = twin_values(&all.s, all.dqkv);
-    twin_check(&all.s, "gradients without carry", again, carried, all.dqkv.n, 0x1p-6);
-    for (int64_t b = 0; b < k->shape.b; b += k->shape.b - 1) {
-        struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, one, 1);
-        twin_set(&c.s, &c.qkv, all.qkv.ref + b * one.t * all.ld);
-        twin_set(&c.s, &c.w, all.w.ref);
-        twin_set(&c.s, &c.bias, all.bias.ref);
-        attn_case_fwd(&c);
-        double *alone = twin_values(&c.s, c.o);
-        twin_check(&c.s, b ? "the last one alone" : "the first one alone", o + b * one.t * all.ld_o,
-                   alone, c.o.n, tol_of(k->dtype));
-        srf__free(alone);
-        attn_case_free(&c);
+    double *o = twin_values(&all.s, all.o);
+    for (int frozen = 0; frozen < 2; frozen++) {
+        all.no_dw = frozen;
+        all.no_carry = false;
+        attn_case_bwd(&all);
+        double *carried = twin_values(&all.s, all.dqkv);
+        all.no_carry = true;
+        attn_case_bwd(&all);
+        double *again = twin_values(&all.s, all.dqkv);
+        twin_check(&all.s, "gradients without carry", again, carried, all.dqkv.n, 0x1p-6);
+        for (int64_t b = 0; b < k->shape.b; b += k->shape.b - 1) {
+            struct attn_case c = attn_case_new_on(gpu_device(), k->dtype, one, 1);
+            c.no_dw = frozen;
+            twin_set(&c.s, &c.qkv, all.qkv.ref + b * one.t * all.ld);
+            twin_set(&c.s, &c.w, all.w.ref);
+            twin_set(&c.s, &c.bias, all.bias.ref);
+            twin_set(&c.s, &c.d_o, all.d_o.ref + b * one.t * all.ld_o);
+            attn_case_fwd(&c);
+            attn_case_bwd(&c);
+            double *alone = twin_values(&c.s, c.o), *grads = twin_values(&c.s, c.dqkv);
+            twin_check(&c.s, b ? "the last one alone" : "the first one alone",
+                       o + b * one.t * all.ld_o, alone, c.o.n, tol_of(k->dtype));
+            twin_check(&c.s, b ? "gradients of the last one alone" : "gradients of the first alone",
+                       carried + b * one.t * all.ld, grads, c.dqkv.n, 0x1p-6);
+            srf__free(alone), srf__free(grads);
+            attn_case_free(&c);
+        }
+        srf__free(carried), srf__free(again);
     }
-    srf__free(o), srf__free(carried), srf__free(again);
+    srf__free(o);
     attn_case_free(&all);
 }
 
@@ -363,8 +374,11 @@ int main(int argc, char **argv)
         {.b = 1, .t = 170, .h = 3, .d = 32, .m = 256, .n_sets = 1},
         {.b = 1, .t = 150, .h = 2, .d = 64, .m = 256, .n_sets = 2},
     };
-    static const struct srf_attn_shape many = {
-        .b = 33, .t = 1100, .h = 6, .d = 64, .m = 16, .n_sets = 6};
+    /* In segments; in segments whose queries are summed in pieces. */
+    static const struct srf_attn_shape many[] = {
+        {.b = 33, .t = 1100, .h = 6, .d = 64, .m = 16, .n_sets = 6},
+        {.b = 16, .t = 1450, .h = 6, .d = 64, .m = 16, .n_sets = 6},
+    };
     static struct gpu_suite suite;
     for (int type = 0; type < gpu_n_dtypes(); type++) {
         enum srf_dtype dtype = gpu_dtype(type);
@@ -380,7 +394,8 @@ int main(int argc, char **argv)
                 add(&suite, dtype, s, windows[w], "o, gradients", test_reference, work / 2);
             }
         for (int window = 0; window <= 64 && dtype == SRF_BF16; window += 64)
-            add(&suite, dtype, many, window, "alone", test_alone, 1e7);
+            for (int i = 0; i < 2; i++)
+                add(&suite, dtype, many[i], window, "alone", test_alone, 1e7);
         for (size_t i = 0; i < sizeof small / sizeof *small; i++)
             for (int w = 0; w < N_WINDOWS; w++) {
                 struct srf_attn_shape s = small[i], one = small[i];

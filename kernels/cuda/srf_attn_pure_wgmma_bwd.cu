@@ -59,7 +59,7 @@ static double time_of(const struct cut *c)
 static void plan_pieces(const struct cut *c, int64_t places, bool dw, struct bwd_params *p)
 {
     const int64_t size = p->seg_chunks, last = c->chunks - (p->n_seg - 1) * size;
-    const double lead = dw ? 0 : 0.667 * (double)size; /* in chunks of sums */
+    const double lead = dw ? 0 : (double)(2 * size) / 3; /* in chunks of sums */
     double least = INFINITY;
     for (int64_t n = 1; n <= 4 && (n == 1 || 4 * n <= size); n++)
         for (int64_t of_lead = 0; of_lead <= (dw ? 0 : n); of_lead++) {
