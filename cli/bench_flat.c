@@ -40,12 +40,14 @@ static srf_status measure(struct srf_ctx *ctx, int kind, int64_t tokens, struct 
 
 static json_t *report(int kind, const struct point *p, int n, bool print)
 {
-    double least = INFINITY, most = 0;
+    double least = INFINITY, most = 0, mean = 0;
     json_t *points = json_array();
     for (int i = 0; i < n; i++) {
         least = fmin(least, p[i].both);
         most = fmax(most, p[i].both);
+        mean += p[i].both / n;
     }
+    double off = fmax(most - mean, mean - least) / mean;
     for (int i = 0; i < n; i++) {
         json_array_append_new(points, json_pack("{s:I, s:I, s:f, s:f}", "batch", (json_int_t)p[i].b,
                                                 "seq_len", (json_int_t)p[i].t, "fwd_ms",
@@ -54,10 +56,12 @@ static json_t *report(int kind, const struct point *p, int n, bool print)
             printf("%-8s %4lld x %-7lld %10.3f %10.3f %9.3f\n", kinds[kind].name, (long long)p[i].b,
                    (long long)p[i].t, p[i].forward, p[i].both, p[i].both / least);
     }
-    if (print) printf("%-8s most / least %.3f\n", kinds[kind].name, most / least);
-    return json_pack("{s:s, s:I, s:I, s:o, s:f}", "attention", kinds[kind].name, "window",
+    if (print)
+        printf("%-8s most / least %.3f, each within %.1f %% of their mean\n", kinds[kind].name,
+               most / least, 100 * off);
+    return json_pack("{s:s, s:I, s:I, s:o, s:f, s:f}", "attention", kinds[kind].name, "window",
                      (json_int_t)kinds[kind].window, "m", (json_int_t)kinds[kind].m, "points",
-                     points, "most_over_least", most / least);
+                     points, "most_over_least", most / least, "farthest_from_mean", off);
 }
 
 srf_status bench_flat(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)

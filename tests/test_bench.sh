@@ -21,7 +21,7 @@ sed -n 's/.*recurrent step at position 100000 over 10: //p' stdout |
 # A minute under the sanitizers, for ops that other tests run there.
 if [ -z "${SRF_TEST_SHORT:-}" ]; then
     succeed "$SRF" bench op --flat --filter srf --json
-    has series points seq_len fwd_ms fwd_bwd_ms most_over_least
+    has series points seq_len fwd_ms fwd_bwd_ms most_over_least farthest_from_mean
 fi
 
 cat >config.json <<'JSON'
