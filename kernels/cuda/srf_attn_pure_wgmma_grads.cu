@@ -258,6 +258,16 @@ static __global__
                 const uint32_t deltas = base + at::delta + ((at_piece & ODD) >> 7);
                 if (at_piece & MORE)
                     prefetch_stat(p, UNIT_I64(token), (int64_t)(c - 1) * CHUNK, tid);
+                /* dphi of a, dP, which it packs into x. */
+                auto begin_dphi = [&]() {
+                    pack_rows(x, a);
+                    keep_side<true>(x, lower_mask(g, pair), forget(warp));
+                    warpgroup_fence();
+                    tile_scores(&dphi[0][0], do_tile, base + at::s);
+                    warpgroup_commit();
+                    mix_rows(&dphi[0][0], x, base + at::kf, true);
+                    warpgroup_commit();
+                };
                 warpgroup_wait<0>();
                 wgmma_hold(&a[0][0]);
                 float delta[2];
@@ -266,13 +276,7 @@ static __global__
                     delta[1] = load_float(deltas + 288 + row * 4);
                 } else {
                     /* -dO.o is -psi dphi, of dphi without it; dP again, since there is no room. */
-                    pack_rows(x, a);
-                    keep_side<true>(x, lower_mask(g, pair), forget(warp));
-                    warpgroup_fence();
-                    tile_scores(&dphi[0][0], do_tile, base + at::s);
-                    warpgroup_commit();
-                    mix_rows(&dphi[0][0], x, base + at::kf, true);
-                    warpgroup_commit();
+                    begin_dphi();
                     warpgroup_wait<0>();
                     wgmma_hold(&dphi[0][0]);
                     begin_scores(a, do_tile, base + at::v);
@@ -298,13 +302,7 @@ static __global__
                 for (int j = 0; j < 8; j++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) a[j][i] += delta[i >> 1];
-                pack_rows(x, a);
-                keep_side<true>(x, lower_mask(g, pair), forget(warp));
-                warpgroup_fence();
-                tile_scores(&dphi[0][0], do_tile, base + at::s);
-                warpgroup_commit();
-                mix_rows(&dphi[0][0], x, base + at::kf, true);
-                warpgroup_commit();
+                begin_dphi();
                 put_rows(base + at::dp, x, warp, lane);
                 warpgroup_wait<1>();
                 async_fence();
