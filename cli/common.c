@@ -197,11 +197,13 @@ srf_status cli_open_data(const char *path, const struct srf_checkpoint *ck, stru
 srf_status cli_check_output(const char *path)
 {
     struct stat info;
-    char *dir;
-    SRF_FAIL_IF(!path[0], SRF_INVALID, "the output path is empty");
-    bool there = stat(path, &info) == 0;
-    SRF_FAIL_IF(there && S_ISDIR(info.st_mode), SRF_IO, "%s: %s", path, strerror(EISDIR));
-    SRF_TRY(srf__path_dir(path, &dir));
+    char *target, *dir;
+    SRF_FAIL_IF(strcmp(path, "-") == 0, SRF_INVALID,
+                "-: expected a file's path: this is no output for the standard output");
+    SRF_TRY(srf__out_target(path, &target));
+    srf_status st = srf__path_dir(target, &dir);
+    srf__free(target);
+    SRF_TRY(st);
     int error = stat(dir, &info) != 0      ? errno
                 : !S_ISDIR(info.st_mode)   ? ENOTDIR
                 : access(dir, W_OK | X_OK) ? errno
