@@ -211,6 +211,10 @@ bad 1 'No space left' --input ids.jsonl --output /dev/full
 bad 1 'needs an --output that is a file' --input ids.jsonl --output - --resume
 bad 2 'no --prompt beside it' --input ids.jsonl --output x.out --prompt x
 bad 2 'needs --output' --input ids.jsonl
-bad 2 'belong to --input' --prompt x --resume
+for option in --resume '--order done' '--on-error record'; do
+    bad 2 'belong to --input' --prompt x $option
+done
+bad 1 '--prefix: a prompt of' --input ids.jsonl --output x.out --prefix @text.txt
+[ ! -e x.out ] || fail "a prefix that is too long leaves an output"
 bad 2 'expected input or done' --input ids.jsonl --output x.out --order random
 finish
