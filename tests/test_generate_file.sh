@@ -196,6 +196,12 @@ grep -q '^7 slots take .* MiB, one more .* KiB; [0-9]* fit into' stderr || fail 
 bad 1 'are free: at most' --m 65536 --batch 1000000 --input ids.jsonl --output wide.out
 [ ! -e wide.out ] || fail "a refused run leaves an output"
 
+# What is printed does not go into the results where the error stream is closed.
+"$SRF" generate --model model.h5 --attention srf --threads 1 --input - --output closed.out \
+    <ids.jsonl 2>&- || fail "2>&-: exit $?"
+[ "$(grep -c '^{"line": ' closed.out)" -eq "$(wc -l <closed.out)" ] ||
+    fail "2>&-: $(tail -1 closed.out)"
+
 # Two at once on one output; the command line.
 mkfifo pipe
 "${generate[@]}" --input pipe --output busy.out 2>/dev/null &
