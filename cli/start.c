@@ -19,7 +19,7 @@ static void set_clock(int seconds)
 }
 
 /* A standard stream that was closed (2>&-) would be the first file that is opened: what is printed
- * would go into an output. Its place is taken by what cannot be read or written, as it could not. */
+ * would go into an output. In its place comes what cannot be read or written, as it could not. */
 static void fill_closed(void)
 {
     for (int fd = 0; fd <= STDERR_FILENO; fd++) {
