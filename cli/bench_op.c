@@ -132,6 +132,9 @@ static srf_status run_cases(const struct bench_options *o, struct srf_ctx *ctx,
                             const struct bench_machine *m, const struct bench_case *cases, int n,
                             struct bench_row *rows, json_t *list)
 {
+    bool any = !o->filter;
+    for (int i = 0; i < n && !any; i++) any = strstr(cases[i].name, o->filter);
+    SRF_FAIL_IF(!any, SRF_INVALID, "--filter %s: no case's name holds it", o->filter);
     if (!o->json) {
         bench_machine_print(ctx, m);
         printf("%-30s %10s %9s %9s %8s %8s %8s %8s\n", "case", "us", "best", "worst", "GFLOP/s",

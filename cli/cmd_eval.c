@@ -93,6 +93,7 @@ static srf_status open_run(struct inputs *in, struct run *r)
         SRF_TRY(cli_check_output(in->per_token));
         SRF_TRY(cli_check_apart(in->model, in->per_token));
         SRF_TRY(cli_check_apart(in->data, in->per_token));
+        SRF_TRY(cli_unfinished_on_signals(in->per_token, NULL));
     }
     SRF_TRY(cli_open_device(&in->device, &r->ctx));
     SRF_TRY(srf_checkpoint_load(in->model, NULL, &r->ck));

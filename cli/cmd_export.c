@@ -11,6 +11,9 @@ static const struct {
                {"llmc", "llm.c checkpoint"},
                {"recurrent", "recurrent checkpoint"}};
 
+/* What srf_hf_write writes. */
+static const char *const hf_files[] = {"config.json", "model.safetensors", "tokenizer.json", NULL};
+
 /* The features in force, drawn from their key where the file does not hold them. */
 static srf_status freeze_features(struct srf_checkpoint *ck)
 {
@@ -68,6 +71,7 @@ static int run(const char *in, const char *out, enum format format, enum srf_dty
     struct srf_checkpoint *ck = NULL;
     srf_status st = cli_check_apart(in, out);
     if (st == SRF_OK && format != HF) st = cli_check_output(out);
+    if (st == SRF_OK) st = cli_unfinished_on_signals(out, format == HF ? hf_files : NULL);
     if (st == SRF_OK) st = srf_checkpoint_load(in, NULL, &ck);
     if (st != SRF_OK) return cli_fail();
     int code = EXIT_OK;

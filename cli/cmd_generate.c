@@ -282,6 +282,8 @@ static int file_form(struct generate_options *in)
     if (in->prompt || in->prompt_file)
         return cli_usage_error("--input brings the prompts: no --prompt beside it");
     if (!in->output) return cli_usage_error("--input needs --output");
+    if (!in->order) in->order = "input";
+    if (!in->on_error) in->on_error = "stop";
     if (strcmp(in->order, "input") != 0 && strcmp(in->order, "done") != 0)
         return cli_usage_error("--order %s: expected input or done", in->order);
     if (strcmp(in->on_error, "stop") != 0 && strcmp(in->on_error, "record") != 0)
@@ -295,8 +297,10 @@ static int file_form(struct generate_options *in)
 
 static int text_form(struct generate_options *in)
 {
-    if (in->output || in->resume || in->ids || in->stop.n || in->prefix)
-        return cli_usage_error("--output, --resume, --ids, --stop and --prefix belong to --input");
+    if (in->output || in->resume || in->order || in->on_error || in->ids || in->stop.n ||
+        in->prefix)
+        return cli_usage_error("--output, --resume, --order, --on-error, --ids, --stop and "
+                               "--prefix belong to --input");
     if (in->n == 0 && !in->state_out) return cli_usage_error("-n 0 belongs to --state-out");
     return run(in);
 }
@@ -305,8 +309,6 @@ int cmd_generate(int argc, char **argv)
 {
     struct generate_options in = {.n = CLI_NONE,
                                   .batch = CLI_NONE,
-                                  .order = "input",
-                                  .on_error = "stop",
                                   .rows = CLI_NONE,
                                   .sampler = {.temperature = 1, .top_p = 1},
                                   .device = CLI_DEVICE_DEFAULT,
@@ -361,7 +363,9 @@ int cmd_generate(int argc, char **argv)
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "only the text", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL,
          "one JSON object: texts, prompt_tokens, tokens, state_bytes, kv_bytes, kv_positions, "
-         "prefill_s, decode_s, tokens_per_s",
+         "prefill_s, decode_s, tokens_per_s; with --input: prompts, errors, earlier, tokens, "
+         "seconds, "
+         "tokens_per_s, state_bytes",
          0, 0},
         {0}};
     int code;

@@ -52,6 +52,7 @@ static srf_status import(const char *src, const char *out, const char *config_pa
     for (int i = 0; i < 3; i++)
         if (inputs[i]) SRF_TRY(cli_check_apart(inputs[i], out));
     SRF_TRY(cli_check_output(out));
+    SRF_TRY(cli_unfinished_on_signals(out, NULL));
     if (config_path) SRF_TRY(cli_read_text(config_path, &config));
     srf_status st = srf_source_open(src, &source);
     if (st == SRF_OK) {

@@ -269,7 +269,7 @@ static srf_status json_file(json_t *facts, const char *path)
         SRF_TRY_GO(put_str(facts, "format", "config.json"));
         SRF_TRY_GO(put_config(facts, text, &c));
     } else {
-        SRF_FAIL_GO_IF(!json_object_get(root, "model"), SRF_FORMAT,
+        SRF_FAIL_GO_IF(!json_is_object(json_object_get(root, "model")), SRF_FORMAT,
                        "JSON, but neither a config.json nor a tokenizer.json");
         SRF_TRY_GO(put_str(facts, "format", "tokenizer.json"));
         SRF_TRY_GO(put_tokenizer(facts, text, n));
@@ -339,7 +339,8 @@ int cmd_info(int argc, char **argv)
     int code;
     if (!cli_parse(argc, argv, "srf info FILE [--json]",
                    "Say what a file holds: a transformers directory, .safetensors, llm.c model or\n"
-                   "tokens, native checkpoint, token set, .npy, tokenizer.json or config.json.",
+                   "tokens, native checkpoint, token set, states of srf generate, .npy,\n"
+                   "tokenizer.json or config.json.",
                    options, &path, 1, 1, NULL, NULL, &code))
         return code;
     json_t *facts = json_object();

@@ -24,8 +24,8 @@ int cmd_retrofit(int argc, char **argv)
     int length = snprintf(about, sizeof about, "%s",
                           "Swap softmax attention for SRF attention and fine-tune: the main job, "
                           "taught\nby the softmax model it came from. Writes DIR/metrics.jsonl, "
-                          "DIR/last.h5 (to\nresume from) and DIR/model.h5. Recipes, which other "
-                          "options change:\n");
+                          "DIR/last.h5 (to\nresume from), DIR/model.h5 and DIR/training.html (its "
+                          "curves).\nRecipes, which other options change:\n");
     for (int64_t i = 0; i < n; i++) {
         length += snprintf(about + length, sizeof about - (size_t)length, "\n  %-10s%s",
                            all[i].name, all[i].about);

@@ -214,6 +214,8 @@ static srf_status check_inputs(struct run *r)
     const char *outs[] = {r->in->out, r->in->holdout_out};
     for (int k = 0; k < 2; k++)
         if (outs[k]) SRF_TRY(cli_check_apart(r->in->tokenizer, outs[k]));
+    for (int k = 0; k < 2; k++)
+        if (outs[k]) SRF_TRY(cli_check_output(outs[k]));
     for (int i = 0; i < r->in->n_texts; i++) {
         struct stat text;
         const char *path = r->in->texts[i];

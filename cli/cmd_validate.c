@@ -183,6 +183,7 @@ static srf_status open_run(const struct inputs *in, struct run *r)
     bool there = stat(in->out, &info) == 0;
     SRF_TRY(srf_make_dir(in->out));
     r->made_dir = !there;
+    if (r->made_dir) SRF_TRY(cli_remove_on_signals(in->out));
     return SRF_OK;
 }
 

@@ -4,6 +4,7 @@
 #include "kernels/grow.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -197,11 +198,13 @@ srf_status cli_open_data(const char *path, const struct srf_checkpoint *ck, stru
 srf_status cli_check_output(const char *path)
 {
     struct stat info;
-    char *dir;
-    SRF_FAIL_IF(!path[0], SRF_INVALID, "the output path is empty");
-    bool there = stat(path, &info) == 0;
-    SRF_FAIL_IF(there && S_ISDIR(info.st_mode), SRF_IO, "%s: %s", path, strerror(EISDIR));
-    SRF_TRY(srf__path_dir(path, &dir));
+    char *target, *dir;
+    SRF_FAIL_IF(strcmp(path, "-") == 0, SRF_INVALID,
+                "-: expected a file's path: this is no output for the standard output");
+    SRF_TRY(srf__out_target(path, &target));
+    srf_status st = srf__path_dir(target, &dir);
+    srf__free(target);
+    SRF_TRY(st);
     int error = stat(dir, &info) != 0      ? errno
                 : !S_ISDIR(info.st_mode)   ? ENOTDIR
                 : access(dir, W_OK | X_OK) ? errno
@@ -333,6 +336,58 @@ void cli_catch_signals(const char *words)
 bool cli_interrupted(void)
 {
     return interrupted;
+}
+
+static char leftovers[8][PATH_MAX];
+static volatile sig_atomic_t n_leftovers;
+
+/* Ends the process by the signal itself once it returns: SA_RESETHAND. */
+static void on_end(int sig)
+{
+    for (int i = 0; i < n_leftovers; i++)
+        if (unlink(leftovers[i]) != 0) rmdir(leftovers[i]);
+    raise(sig);
+}
+
+srf_status cli_remove_on_signals(const char *name)
+{
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    const struct sigaction action = {.sa_handler = on_end, .sa_flags = (int)SA_RESETHAND};
+    SRF_FAIL_IF(strlen(name) >= sizeof *leftovers, SRF_IO, "%s: path too long", name);
+    SRF_FAIL_IF(n_leftovers == sizeof leftovers / sizeof *leftovers, SRF_INVALID,
+                "%s: one name too many to remove", name);
+    snprintf(leftovers[n_leftovers], sizeof *leftovers, "%s", name);
+    n_leftovers++;
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        struct sigaction now; /* a job in the background ignores Ctrl-C, and goes on doing so */
+        if (sigaction(signals[i], NULL, &now) != 0 || now.sa_handler == SIG_IGN) continue;
+        sigaction(signals[i], &action, NULL);
+    }
+    return SRF_OK;
+}
+
+srf_status cli_unfinished_on_signals(const char *path, const char *const *files)
+{
+    char *target = NULL, *temp = NULL, *file = NULL, *part = NULL;
+    srf_status st = SRF_OK;
+    if (!files) SRF_TRY_GO(srf__out_target(path, &target));
+    SRF_TRY_GO(srf__temp_name(target ? target : path, &temp));
+    for (; files && *files; files++) {
+        SRF_TRY_GO(srf__path_join(temp, *files, &file));
+        SRF_TRY_GO(srf__temp_name(file, &part));
+        SRF_TRY_GO(cli_remove_on_signals(file));
+        SRF_TRY_GO(cli_remove_on_signals(part));
+        srf__free(file);
+        srf__free(part);
+        file = part = NULL;
+    }
+    st = cli_remove_on_signals(temp);
+cleanup:
+    srf__free(target);
+    srf__free(temp);
+    srf__free(file);
+    srf__free(part);
+    return st;
 }
 
 int cli_utf8(const char *text, size_t n)

@@ -131,6 +131,13 @@ srf_status cli_read_text(const char *path, char **text);
 void cli_catch_signals(const char *words);
 bool cli_interrupted(void);
 
+/* Of a command that does not catch signals: the name (a file, or a directory that is empty by then)
+ * is removed before one ends it. */
+srf_status cli_remove_on_signals(const char *name);
+/* The same of what is written of the output `path` under its temporary name. files: a directory
+ * with these files in it, ended by NULL; or NULL. */
+srf_status cli_unfinished_on_signals(const char *path, const char *const *files);
+
 /* Length of the UTF-8 character that text[0..n) starts with; 0 if it starts with none, -1 if more
  * bytes could make it one. */
 int cli_utf8(const char *text, size_t n);

@@ -60,6 +60,7 @@ srf_status generate_fill_shared(const struct generate_options *in, const struct 
     }
     if (in->prefix) SRF_TRY_GO(encode_prefix(m, in->prefix, &ids));
     if (in->prefix) st = generate_feed(e, slot, &ids, info);
+    if (in->prefix && st != SRF_OK) srf__error_prefix("--prefix");
 cleanup:
     srf_states_close(states);
     srf_ids_free(&ids);

@@ -5,6 +5,7 @@
  * main, if there is such a limit: what takes a second of the processor's time to load is that. */
 #include "cli/cli.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -17,10 +18,22 @@ static void set_clock(int seconds)
     setitimer(ITIMER_PROF, &clock, NULL);
 }
 
+/* A standard stream that was closed (2>&-) would be the first file that is opened: what is printed
+ * would go into an output. In its place comes what cannot be read or written, as it could not. */
+static void fill_closed(void)
+{
+    for (int fd = 0; fd <= STDERR_FILENO; fd++) {
+        if (fcntl(fd, F_GETFD) >= 0) continue;
+        int got = open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+        (void)got; /* the lowest that is free: fd */
+    }
+}
+
 void cli_started(void)
 {
     set_clock(0);
     signal(SIGPROF, SIG_DFL);
+    fill_closed();
 }
 
 /* A sanitizer is not ready for this, and lives with no such limit anyway. */

@@ -133,6 +133,10 @@ static int check_usage(const struct cli_training *defaults, const struct trainin
                                "features: --redraw-every 0");
     if (in->state_budget && !in->plan_windows)
         return cli_usage_error("--state-budget is for --plan N to spend");
+    bool lists = was_given(options, set, "layer-windows") || was_given(options, set, "layer-m");
+    if (lists && in->plan_given && in->plan_windows)
+        return cli_usage_error("--layer-windows and --layer-m say what --plan and --state-budget "
+                               "would choose: give either");
     if (in->config.lora && was_given(options, set, "rest-lr"))
         return cli_usage_error("--lora trains nothing but attention: --rest-lr means nothing");
     if (in->teacher && !srf_policy_needs_teacher(&in->config))

@@ -294,6 +294,10 @@ static srf_status from_root(json_t *root, struct srf_bpe **out)
     struct srf__bpe_parts parts = {0};
     srf_status st = SRF_OK;
     SRF_FAIL_IF(!json_is_object(root), SRF_FORMAT, "expected an object, found %s", kind(root));
+    bool config = json_object_get(root, "model_type") || json_object_get(root, "tokenizer_class");
+    SRF_FAIL_IF(config && !json_object_get(root, "model"), SRF_FORMAT,
+                "expected a tokenizer.json, found a %s",
+                json_object_get(root, "model_type") ? "config.json" : "tokenizer_config.json");
     json_t *version = json_object_get(root, "version");
     SRF_FAIL_IF(version && (!json_is_string(version) || strcmp(json_string_value(version), "1.0")),
                 SRF_UNSUPPORTED, "version: expected 1.0, found %.60s",

@@ -5,7 +5,9 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -117,6 +119,25 @@ srf_status srf__temp_name(const char *path, char **out)
     return SRF_OK;
 }
 
+srf_status srf__out_target(const char *path, char **out)
+{
+    struct stat info;
+    char real[PATH_MAX];
+    SRF_FAIL_IF(path[0] == '\0', SRF_INVALID, "the output path is empty");
+    bool there = stat(path, &info) == 0;
+    SRF_FAIL_IF(there && S_ISDIR(info.st_mode), SRF_IO, "%s: %s", path, strerror(EISDIR));
+    SRF_FAIL_IF(there && !S_ISREG(info.st_mode), SRF_IO,
+                "%s: expected a file or a new name, found a device, pipe or socket", path);
+    if (lstat(path, &info) == 0 && S_ISLNK(info.st_mode)) {
+        SRF_FAIL_IF(!there, SRF_IO, "%s: a link to what is not there", path);
+        SRF_FAIL_IF(!realpath(path, real), SRF_IO, "%s: %s", path, strerror(errno));
+        path = real;
+    }
+    *out = srf__strdup(path);
+    SRF_FAIL_IF(!*out, SRF_NOMEM, "out of memory");
+    return SRF_OK;
+}
+
 /* Allocates nothing: it runs after a rename, where only the disk may still fail. */
 srf_status srf__sync_dir_of(const char *path)
 {
@@ -143,13 +164,10 @@ srf_status srf__file_lock(int fd, const char *path)
 srf_status srf__out_open(const char *path, struct srf__out *o)
 {
     *o = (struct srf__out){.fd = -1};
-    SRF_FAIL_IF(path[0] == '\0', SRF_INVALID, "the output path is empty");
-    o->path = srf__strdup(path);
-    if (!o->path || srf__temp_name(path, &o->temp) != SRF_OK) {
-        srf__free(o->path);
-        o->path = NULL;
-        SRF_FAIL(SRF_NOMEM, "out of memory");
-    }
+    SRF_TRY(srf__out_target(path, &o->path));
+    srf_status named = srf__temp_name(o->path, &o->temp);
+    if (named != SRF_OK) srf__out_abort(o);
+    SRF_TRY(named);
     unlink(o->temp); /* of a process that had our pid and was killed */
     o->fd = open(o->temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (o->fd < 0) {

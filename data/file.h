@@ -22,6 +22,10 @@ srf_status srf__path_join(const char *dir, const char *name, char **out);
 /* The directory a path lies in ("." for a bare name), slashes at the end ignored; srf__free. */
 srf_status srf__path_dir(const char *path, char **out);
 
+/* The file that an output is: path, or what it links to; srf__free. Refuses directories, and
+ * devices and pipes, whose names a rename would take. */
+srf_status srf__out_target(const char *path, char **out);
+
 /* A file being written: grows under a temporary name beside `path`, takes its name at commit
  * (fsync, rename, fsync of the directory). Both commit (even a failed one) and abort free it. */
 struct srf__out {

@@ -84,9 +84,12 @@ static srf_status create(const char *path, struct srf_h5 **out)
     srf_status st = SRF_OK;
     struct srf_h5 *f = NULL;
     hid_t fapl = H5I_INVALID_HID, fcpl = H5I_INVALID_HID, driver = H5I_INVALID_HID;
-    SRF_FAIL_IF(path[0] == '\0', SRF_INVALID, "the output path is empty");
-    SRF_TRY(new_handle(path, &f));
-    SRF_TRY_GO(srf__temp_name(path, &f->temp));
+    char *target;
+    SRF_TRY(srf__out_target(path, &target));
+    st = new_handle(target, &f);
+    srf__free(target);
+    SRF_TRY(st);
+    SRF_TRY_GO(srf__temp_name(f->path, &f->temp));
     unlink(f->temp); /* of a process that had our pid and was killed */
     f->out.fd = open(f->temp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     SRF_FAIL_GO_IF(f->out.fd < 0, SRF_IO, "%s: %s", path, strerror(errno));

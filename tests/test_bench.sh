@@ -43,6 +43,8 @@ refuse 2 nothing "$SRF" bench nothing
 refuse 2 --init "$SRF" bench step
 refuse 2 --init "$SRF" bench prefill
 refuse 2 --filter "$SRF" bench op --filter
+refuse 1 '--filter xyzzy' "$SRF" bench op --filter xyzzy
+refuse 1 '--filter xyzzy' "$SRF" bench op --flat --filter xyzzy
 refuse 1 bf16 "$SRF" bench decode --init config.json --device cpu --state-bf16
 refuse 1 softmax "$SRF" bench decode --init config.json --attention softmax
 refuse 1 32 "$SRF" bench step --init config.json --seq-len 64

@@ -211,6 +211,32 @@ refuse 1 '' "$SRF" tokenize text.txt --tokenizer model.h5 --out out.h5 --holdout
 refuse 1 '' "$SRF" import start/no-such-file out.h5 --tokenizer model.h5
 cmp -s model.h5 precious.h5 || fail "the model was replaced"
 
+# What has a name, but is no file: the name stays (a pipe stands for /dev/null here, which must not
+# be lost where this fails). A link is followed.
+mkfifo pipe
+ln -s pipe link-to-pipe
+ln -s nowhere link-to-nothing
+touch stdout stderr before after
+for out in pipe link-to-pipe; do
+    words="$out: expected a file or a new name"
+    refuse 1 "$words" "$SRF" import model.h5 $out
+    refuse 1 "$words" "$SRF" tokenize text.txt --tokenizer model.h5 --out $out
+    refuse 1 "$words" "$SRF" export model.h5 $out --format llmc
+    refuse 1 "$words" "$SRF" eval --model model.h5 --data text.txt --per-token $out
+    refuse 1 "$words" "$SRF" generate --model model.h5 --attention srf -n 0 --state-out $out
+done
+[ -p pipe ] && [ -L link-to-pipe ] || fail "a pipe was replaced: $(ls -l pipe link-to-pipe)"
+refuse 1 'a link to what is not there' "$SRF" import model.h5 link-to-nothing
+refuse 1 '-: expected a file' "$SRF" tokenize text.txt --tokenizer model.h5 --out -
+refuse 1 'Is a directory' "$SRF" tokenize text.txt --tokenizer no-such-file --out .
+mkdir far
+cp text.txt far/copy.h5
+ln -s far/copy.h5 link.h5
+succeed "$SRF" import model.h5 link.h5
+[ -L link.h5 ] && cmp far/copy.h5 model.h5 || fail "import to a link: $(ls -l link.h5 far)"
+[ "$(ls far)" = copy.h5 ] || fail "import to a link leaves: $(ls far)"
+rm -r far link.h5
+
 refuse 1 '' "$SRF" retrofit --model model.h5 --data text.txt --out /dev/null/run --steps 1 \
     --window 0 --quiet
 for command in retrofit validate; do

@@ -196,6 +196,12 @@ grep -q '^7 slots take .* MiB, one more .* KiB; [0-9]* fit into' stderr || fail 
 bad 1 'are free: at most' --m 65536 --batch 1000000 --input ids.jsonl --output wide.out
 [ ! -e wide.out ] || fail "a refused run leaves an output"
 
+# What is printed does not go into the results where the error stream is closed.
+"$SRF" generate --model model.h5 --attention srf --threads 1 --input - --output closed.out \
+    <ids.jsonl 2>&- || fail "2>&-: exit $?"
+[ "$(grep -c '^{"line": ' closed.out)" -eq "$(wc -l <closed.out)" ] ||
+    fail "2>&-: $(tail -1 closed.out)"
+
 # Two at once on one output; the command line.
 mkfifo pipe
 "${generate[@]}" --input pipe --output busy.out 2>/dev/null &
@@ -211,6 +217,10 @@ bad 1 'No space left' --input ids.jsonl --output /dev/full
 bad 1 'needs an --output that is a file' --input ids.jsonl --output - --resume
 bad 2 'no --prompt beside it' --input ids.jsonl --output x.out --prompt x
 bad 2 'needs --output' --input ids.jsonl
-bad 2 'belong to --input' --prompt x --resume
+for option in --resume '--order done' '--on-error record'; do
+    bad 2 'belong to --input' --prompt x $option
+done
+bad 1 '--prefix: a prompt of' --input ids.jsonl --output x.out --prefix @text.txt
+[ ! -e x.out ] || fail "a prefix that is too long leaves an output"
 bad 2 'expected input or done' --input ids.jsonl --output x.out --order random
 finish

@@ -166,4 +166,32 @@ END
 info shard.bin '"format": "llm.c tokens"' '"tokens": 100'
 info ids.npy '"format": "NumPy array of tokens"' '"tokens": 100'
 
+
+# A signal while a large file is written ends the command, and leaves nothing of it.
+# ended FOLDER COMMAND...: until it has come in time.
+ended() {
+    local folder="$1" pid i try
+    shift
+    mkdir "$folder"
+    for ((try = 0; try < 10; try++)); do
+        "$@" >stdout 2>stderr &
+        pid=$!
+        for ((i = 0; i < 2000; i++)); do
+            [ -z "$(ls "$folder")" ] || break
+            sleep 0.005
+        done
+        kill -TERM $pid
+        wait $pid 2>/dev/null
+        status=$?
+        [ $status -eq 0 ] || break
+        rm -r "${folder:?}"/*
+    done
+    [ $status -eq 143 ] || fail "$*: expected an end by SIGTERM, found $status: $(cat stderr)"
+    [ -z "$(find "$folder" -mindepth 1)" ] || fail "$*: leaves $(find "$folder")"
+}
+succeed "$SRF" import model.h5 long.h5 --max-positions 1000000
+ended cut-import "$SRF" import long.h5 cut-import/out.h5
+ended cut-hf "$SRF" export long.h5 cut-hf/out --format hf
+ended cut-llmc "$SRF" export long.h5 cut-llmc/out.bin --format llmc
+rm long.h5
 finish

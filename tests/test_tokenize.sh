@@ -142,4 +142,11 @@ refuse 1 'taken.h5' "$SRF" tokenize documents --tokenizer "$T" --out taken.h5 --
 "$SRF" tokenize --decode all.h5 --tokenizer "$T" >/dev/full 2>stderr &&
     fail "a full disk is no error"
 [ "$(wc -l <stderr)" -eq 1 ] || fail "a full disk: $(cat stderr)"
+
+# Not a tokenizer, but what lies beside it.
+echo '{"tokenizer_class": "GPT2Tokenizer"}' >tokenizer_config.json
+for name in config tokenizer_config; do
+    refuse 1 "expected a tokenizer.json, found a $name.json" "$SRF" tokenize text.txt \
+        --tokenizer $name.json --out t.h5
+done
 finish

@@ -236,6 +236,10 @@ refuse 1 "at least" "${retrofit[@]}" --out t --state-budget 100
 refuse 2 "--state-budget" "${retrofit[@]}" --out t --state-budget 100 --plan 0
 recipe small-window --recipe planned --window 32
 ! grep -q "features by layer" stderr || fail "a window of 32: $(cat stderr)"
+for given in "--layer-windows 8,8 --state-budget 40000" "--layer-m 8,8 --plan 64"; do
+    refuse 2 "would choose: give either" "$SRF" retrofit --model model.h5 --data text.txt --out t \
+        $given
+done
 recipe given --recipe planned --layer-windows 4,8
 ! grep -q "features by layer" stderr || fail "windows given: $(cat stderr)"
 run "$SRF" retrofit --model model.h5 --data text.txt --steps 2 --batch 2 --seq-len 32 \
