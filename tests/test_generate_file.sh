@@ -86,6 +86,15 @@ assert cut["text"] == whole["text"][:2] and cut["finish"] == "stop", cut
 assert json.load(open("stop.out"))["text"] == whole["text"]
 END
 
+# Both at once, of texts that end together: the one that begins first.
+later="$(python3 -c 'import json; print(json.load(open("ids.out"))["text"][3:-2], end=".")')"
+ok --input stop.jsonl --output stop3.out --stop "${later%.}"
+python3 - <<'END' || fail "two stop strings that overlap: $(cat stop3.out)"
+import json
+whole, cut = json.load(open("ids.out")), json.load(open("stop3.out"))
+assert cut["text"] == whole["text"][:2] and cut["finish"] == "stop", cut
+END
+
 # Killed, killed again, interrupted, torn: resumed, each prompt is answered once and the same.
 for ((i = 1; i <= times; i++)); do
     rm -f out.jsonl*
