@@ -159,6 +159,45 @@ static void evaluations_of_a_killed_run(void **state)
     }
 }
 
+static bool stop_after_six(void *user)
+{
+    return ++*(int *)user == 6;
+}
+
+/* A run without validation has no line to put an evaluation in, whoever resumes it. */
+static void evaluations_of_a_step_without_a_line(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    char path[128], line[512];
+    double ppl;
+    int calls = 0, evaluated = 0;
+    struct srf_run_hooks none = {0}, hooks = {.user = &calls, .stop = stop_after_six};
+    open_setup(&s, 0, false);
+    s.config.log_every = 5;
+    s.config.eval_every = 2;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_run(t, s.dir, &hooks, &ppl), SRF_INTERRUPTED);
+    srf_trainer_free(t);
+    snprintf(path, sizeof path, "%s/last.h5", s.dir);
+    test_ok(srf_trainer_resume(s.ctx, path, s.train, s.held, &t));
+    test_ok(srf_trainer_run(t, s.dir, &none, &ppl));
+    srf_trainer_free(t);
+    snprintf(path, sizeof path, "%s/metrics.jsonl", s.dir);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    while (fgets(line, sizeof line, f)) {
+        int step = 0;
+        assert_int_equal(sscanf(line, "{\"step\": %d", &step), 1);
+        assert_int_equal(strstr(line, "val_ppl") != NULL, step > 6 && step % 2 == 0);
+        evaluated += strstr(line, "val_ppl") != NULL;
+    }
+    fclose(f);
+    assert_int_equal(evaluated, 3);
+    close_setup(&s);
+}
+
 static bool stop_after_two(void *user)
 {
     return ++*(int *)user == 2;
@@ -280,8 +319,11 @@ static void saved_at_once(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(run_and_interrupt), cmocka_unit_test(evaluations_of_a_killed_run),
-        cmocka_unit_test(run_directory),     cmocka_unit_test(bad_validation_set),
+        cmocka_unit_test(run_and_interrupt),
+        cmocka_unit_test(evaluations_of_a_killed_run),
+        cmocka_unit_test(evaluations_of_a_step_without_a_line),
+        cmocka_unit_test(run_directory),
+        cmocka_unit_test(bad_validation_set),
         cmocka_unit_test(saved_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
