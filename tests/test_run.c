@@ -40,12 +40,14 @@ static void run_and_interrupt(void **state)
     test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
     test_ok(srf_trainer_run(t, whole_dir, &none, &want));
     srf_trainer_free(t);
-    /* of a finished run there is the result once more */
+    /* of a finished run there is the result once more, and the model where a kill left none */
+    snprintf(path, sizeof path, "%s/model.h5", whole_dir);
+    assert_int_equal(unlink(path), 0);
     snprintf(path, sizeof path, "%s/last.h5", whole_dir);
     test_ok(srf_trainer_resume(s.ctx, path, s.train, s.held, &t));
     test_ok(srf_trainer_run(t, whole_dir, &none, &ppl));
     srf_trainer_free(t);
-    assert_true(ppl == want);
+    assert_true(ppl == want && exists(whole_dir, "model.h5"));
     /* and a stop in the last step interrupts nothing */
     int steps = 0;
     struct srf_run_hooks late = {.user = &steps, .stop = stop_at_the_last};
@@ -271,6 +273,10 @@ static void bad_validation_set(void **state)
     assert_int_equal(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t),
                      SRF_INVALID);
     s.config.seq_len = 24;
+    s.config.eval_tokens = 1;
+    assert_int_equal(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t),
+                     SRF_INVALID);
+    s.config.eval_tokens = 65536;
 
     /* An id that is none of the model's, in the middle of a long set: found by the evaluation. */
     write_tokens(path, 40000, 2);
