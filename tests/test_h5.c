@@ -9,9 +9,6 @@
 
 #include <fcntl.h>
 #include <hdf5.h>
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 #include <signal.h>
 #include <sys/resource.h>
 
@@ -504,10 +501,6 @@ static void full_disk(void **state)
 
 int main(void)
 {
-#ifdef __GLIBC__
-    /* What is freed is overwritten, HDF5's own too, which no sanitizer looks into. */
-    mallopt(M_PERTURB, 0x55);
-#endif
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(durable),   cmocka_unit_test(round_trip), cmocka_unit_test(error_printing),
         cmocka_unit_test(strangers), cmocka_unit_test(every_byte), cmocka_unit_test(checksums),
