@@ -292,7 +292,9 @@ static srf_status write_texts(struct run *r, struct srf_validate_pair pair)
     const struct srf_sampler_config sampler = {.temperature = VALIDATE_TEMPERATURE,
                                                .top_p = VALIDATE_TOP_P};
     int64_t n_prompt = PROMPT < pair.seq_len / 2 ? PROMPT : pair.seq_len / 2;
-    int64_t room = r->ck->config.n_pos - n_prompt, n = NEW_TOKENS < room ? NEW_TOKENS : room;
+    int64_t teacher = pair.teacher->config.n_pos, model = pair.student->config.n_pos;
+    int64_t room = (teacher < model ? teacher : model) - n_prompt;
+    int64_t n = NEW_TOKENS < room ? NEW_TOKENS : room;
     int64_t original = n < pair.seq_len - n_prompt ? n : pair.seq_len - n_prompt;
     int32_t written[2][MAX_TEXTS * NEW_TOKENS];
     if (!r->bpe || n < 1) return SRF_OK; /* tokens that nobody can read */

@@ -217,19 +217,16 @@ static srf_status next(void *user, struct srf_request *request, bool *got)
     return SRF_OK;
 }
 
-/* Whether a string of `stop` is in the text, no earlier than `from`; what is before it stays. */
-static bool cut_at(struct job *j, const json_t *stop, size_t from)
+/* Where in the text the first of the strings begins that end behind `from`, at most `first`. */
+static size_t first_stop(const struct job *j, const json_t *stop, size_t from, size_t first)
 {
-    size_t first = j->n_text;
     for (size_t i = 0; i < json_array_size(stop); i++) {
         const json_t *s = json_array_get(stop, i);
         size_t n = json_string_length(s), at = from >= n ? from - n + 1 : 0;
         const char *found = memmem(j->text + at, j->n_text - at, json_string_value(s), n);
         if (found && (size_t)(found - j->text) < first) first = (size_t)(found - j->text);
     }
-    bool cut = first < j->n_text;
-    j->n_text = first;
-    return cut;
+    return first;
 }
 
 /* A token's bytes behind the text. */
@@ -256,8 +253,11 @@ static srf_status token(void *user, const struct srf_request *request, int32_t i
     if (!r->stop && !j->prompt.stop) return SRF_OK;
     size_t from = j->n_text;
     SRF_TRY(add_text(r, j, id));
-    *stop = cut_at(j, r->stop, from);
-    *stop |= cut_at(j, j->prompt.stop, from);
+    /* Both lists on the whole text: what one cuts off may begin what the other is to find. */
+    size_t first = first_stop(j, r->stop, from, j->n_text);
+    first = first_stop(j, j->prompt.stop, from, first);
+    *stop = first < j->n_text;
+    j->n_text = first;
     return SRF_OK;
 }
 

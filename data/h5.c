@@ -46,8 +46,10 @@ struct srf__reason srf__h5_why(void)
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
+/* A handle whose file is closed. */
 static void forget(struct srf_h5 *f)
 {
+    if (f->driver >= 0) H5FDunregister(f->driver);
     if (f->out.fd >= 0) close(f->out.fd);
     if (f->temp) unlink(f->temp); /* gone already after a rename */
     srf__free(f->path);
@@ -59,7 +61,7 @@ static srf_status new_handle(const char *path, struct srf_h5 **out)
 {
     struct srf_h5 *f;
     SRF_TRY(SRF_CALLOC(f, 1));
-    f->file = H5I_INVALID_HID;
+    f->file = f->driver = H5I_INVALID_HID;
     f->out.fd = -1;
     f->path = srf__strdup(path);
     if (!f->path) {
@@ -83,7 +85,7 @@ static srf_status create(const char *path, struct srf_h5 **out)
 {
     srf_status st = SRF_OK;
     struct srf_h5 *f = NULL;
-    hid_t fapl = H5I_INVALID_HID, fcpl = H5I_INVALID_HID, driver = H5I_INVALID_HID;
+    hid_t fapl = H5I_INVALID_HID, fcpl = H5I_INVALID_HID;
     char *target;
     SRF_TRY(srf__out_target(path, &target));
     st = new_handle(target, &f);
@@ -94,18 +96,17 @@ static srf_status create(const char *path, struct srf_h5 **out)
     f->out.fd = open(f->temp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     SRF_FAIL_GO_IF(f->out.fd < 0, SRF_IO, "%s: %s", path, strerror(errno));
     fapl = file_access();
-    driver = srf__h5_driver(fapl, &f->out);
+    f->driver = srf__h5_driver(fapl, &f->out);
     fcpl = H5Pcreate(H5P_FILE_CREATE);
     H5Pset_obj_track_times(fcpl, false); /* here and below: same contents, same bytes */
     H5Pset_link_creation_order(fcpl, H5P_CRT_ORDER_TRACKED | H5P_CRT_ORDER_INDEXED);
-    if (driver >= 0) f->file = H5Fcreate(f->temp, H5F_ACC_TRUNC, fcpl, fapl);
+    if (f->driver >= 0) f->file = H5Fcreate(f->temp, H5F_ACC_TRUNC, fcpl, fapl);
     SRF_FAIL_GO_IF(f->file < 0, SRF_IO, "%s: %s", path, srf__h5_why().text);
     *out = f;
     f = NULL;
 cleanup:
     if (fapl >= 0) H5Pclose(fapl);
     if (fcpl >= 0) H5Pclose(fcpl);
-    if (driver >= 0) H5FDunregister(driver);
     if (f) forget(f);
     return st;
 }
@@ -188,8 +189,8 @@ void srf_h5_close(struct srf_h5 *f)
     if (!f) return;
     struct srf__hush h = srf__hush();
     H5Fclose(f->file);
-    srf__unhush(h, SRF_OK);
     forget(f);
+    srf__unhush(h, SRF_OK);
 }
 
 /* ---- paths ----------------------------------------------------------------------------------- */

@@ -14,11 +14,13 @@ struct srf_h5 {
     hid_t file;
     char *path, *temp; /* temp: NULL for a file being read */
     struct srf__h5_out out;
+    hid_t driver; /* of a file being written */
     int64_t size; /* of the file being read */
 };
 
 /* Makes the file of `fapl` be written through out, which must outlive it. H5FDunregister the result
- * (negative on failure) once the file is open. */
+ * (negative on failure) once the file is closed: closing it gives its own hold on the driver up
+ * before it calls the driver for the last time (HDF5 1.10.8). */
 hid_t srf__h5_driver(hid_t fapl, struct srf__h5_out *out);
 /* SRF_IO with the system's reason if a write of f has failed. */
 srf_status srf__h5_check(struct srf_h5 *f);

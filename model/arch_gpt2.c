@@ -114,6 +114,16 @@ static srf_status must_be(const json_t *root, const char *key, bool want)
     return SRF_OK;
 }
 
+/* Absent ids, and negative ones, mean none; so do lists of them. */
+static srf_status read_token(const json_t *root, const char *key, int64_t *id)
+{
+    const json_t *v = json_object_get(root, key);
+    *id = json_is_integer(v) && json_integer_value(v) >= 0 ? json_integer_value(v) : -1;
+    SRF_FAIL_IF(*id > INT32_MAX, SRF_FORMAT, "config: '%s' is %lld: no token has that id", key,
+                (long long)*id);
+    return SRF_OK;
+}
+
 static srf_status read_config(const json_t *root, struct srf_model_config *cfg)
 {
     SRF_TRY(srf__json_int(root, "n_layer", -1, 1, 4096, &cfg->n_layers));
@@ -128,11 +138,9 @@ static srf_status read_config(const json_t *root, struct srf_model_config *cfg)
     SRF_FAIL_IF(cfg->c % cfg->n_heads != 0, SRF_FORMAT,
                 "config: n_embd %lld is not divisible by n_head %lld", (long long)cfg->c,
                 (long long)cfg->n_heads);
-    /* Absent ids mean none; transformers' own default for GPT-2 is the last of 50257. */
-    const json_t *bos = json_object_get(root, "bos_token_id");
-    const json_t *eos = json_object_get(root, "eos_token_id");
-    cfg->bos = json_is_integer(bos) ? json_integer_value(bos) : -1;
-    cfg->eos = json_is_integer(eos) ? json_integer_value(eos) : -1;
+    /* transformers' own default for GPT-2 is the last of 50257 */
+    SRF_TRY(read_token(root, "bos_token_id", &cfg->bos));
+    SRF_TRY(read_token(root, "eos_token_id", &cfg->eos));
     const json_t *act = json_object_get(root, "activation_function");
     const char *name = act ? json_string_value(act) : "gelu_new";
     SRF_FAIL_IF(!name || (strcmp(name, "gelu_new") != 0 && strcmp(name, "gelu_pytorch_tanh") != 0),

@@ -145,6 +145,20 @@ static void long_text(void **state)
     int n_want = ref_encode(ref, text, n, true, want);
     expect_ids("long text", text, 60, ids.ids, ids.n, want, n_want);
     expect_stream(bpe, text, n, true, 1000, &ids);
+    /* words that come again, of as many ids as it has room for, and more */
+    char words[16][40];
+    for (int w = 0; w < 16; w++) {
+        int length = 4 + 2 * w; /* 30 bytes are the most, with a space */
+        for (int i = 0; i < length; i++) words[w][i] = (char)('a' + srf_rng_below(&rng, 26));
+        words[w][length] = '\0';
+    }
+    n = 0;
+    while (n < 8000)
+        n += snprintf(text + n, sizeof text - (size_t)n, " %s", words[srf_rng_below(&rng, 16)]);
+    ids.n = 0;
+    test_ok(srf_bpe_encode(bpe, text, (size_t)n, true, &ids));
+    n_want = ref_encode(ref, text, n, true, want);
+    expect_ids("words again", text, 60, ids.ids, ids.n, want, n_want);
     srf_ids_free(&ids);
     srf_bpe_free(bpe);
     free(ref);

@@ -11,6 +11,11 @@ static const char config_json[] =
     " \"vocab_size\": 70, \"n_inner\": 96, \"layer_norm_epsilon\": 1e-3, \"bos_token_id\": 3,"
     " \"eos_token_id\": 5, \"activation_function\": \"gelu_new\"}";
 
+/* The least that one has, for other keys behind it. */
+#define SIZES                                                                                      \
+    "{\"model_type\": \"gpt2\", \"n_layer\": 1, \"n_head\": 1, \"n_embd\": 8,"                     \
+    " \"n_positions\": 4, \"vocab_size\": 9"
+
 static void config_round_trip(void **state)
 {
     (void)state;
@@ -29,6 +34,15 @@ static void config_round_trip(void **state)
     test_ok(srf_model_config_from_json(text, &b));
     srf__free(text);
     assert_true(b.d_ff == 256 && b.bos == -1 && b.eos == -1);
+    /* ids are compared with tokens, of 32 bits */
+    test_ok(srf_model_config_from_json(SIZES ", \"eos_token_id\": 2147483647}", &a));
+    assert_true(a.bos == -1 && a.eos == INT32_MAX);
+    test_ok(srf_model_config_from_json(SIZES ", \"eos_token_id\": [5], \"bos_token_id\": -7}", &a));
+    assert_true(a.bos == -1 && a.eos == -1);
+    test_fails(srf_model_config_from_json(SIZES ", \"eos_token_id\": 4294967301}", &a), SRF_FORMAT,
+               "'eos_token_id' is 4294967301");
+    test_fails(srf_model_config_from_json(SIZES ", \"bos_token_id\": 2147483648}", &a), SRF_FORMAT,
+               "'bos_token_id' is 2147483648");
 }
 
 /* 0.02; positions half of it; what is added to the residual stream over sqrt(2 layers). */

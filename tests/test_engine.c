@@ -384,6 +384,13 @@ static void refuses(void **state)
     struct srf_engine_prompt twice[2] = {id, id};
     assert_int_equal(srf_engine_admit(e, 2, twice), SRF_INVALID);
     test_ok(srf_engine_admit(e, 1, &id));
+    test_ok(srf_engine_decode(e, 1, out));
+    /* what goes on has the positions that are left */
+    id.resume = true;
+    id.max_new = N_POS;
+    assert_int_equal(srf_engine_admit(e, 1, &id), SRF_INVALID);
+    id.max_new = N_POS - 1;
+    test_ok(srf_engine_admit(e, 1, &id));
     srf_engine_free(e);
     /* positions that do not end */
     config.positions = SRF_POS_WRAP;

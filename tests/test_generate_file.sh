@@ -69,6 +69,20 @@ for (line, p), r in list(zip(prompts, records))[5:400:80]: # with seeds of their
     assert r["text"] == text or "stop" in p and text.startswith(r["text"]), (r, text)
 END
 
+# A first prompt that takes longer than as many others as wait for their place in the order.
+python3 - >slow.jsonl <<'END'
+import json
+print(json.dumps({"tokens": [5], "n": 60}))
+for i in range(1500):
+    print(json.dumps({"tokens": [5 + i % 50], "n": 1}))
+END
+ok --input slow.jsonl --output slow.out --batch 40 --ignore-eos
+python3 - <<'END' || fail "results behind a slow one"
+import json
+lines = [json.loads(line)["line"] for line in open("slow.out")]
+assert lines == list(range(1, 1502)), len(lines)
+END
+
 # Ids in and out.
 echo '{"tokens": [5, 6, 7], "n": 4}' >ids.jsonl
 ok --input ids.jsonl --output ids.out --ids
@@ -84,6 +98,15 @@ import json
 whole, cut = json.load(open("ids.out")), json.load(open("stop2.out"))
 assert cut["text"] == whole["text"][:2] and cut["finish"] == "stop", cut
 assert json.load(open("stop.out"))["text"] == whole["text"]
+END
+
+# Both at once, of texts that end together: the one that begins first.
+later="$(python3 -c 'import json; print(json.load(open("ids.out"))["text"][3:-2], end=".")')"
+ok --input stop.jsonl --output stop3.out --stop "${later%.}"
+python3 - <<'END' || fail "two stop strings that overlap: $(cat stop3.out)"
+import json
+whole, cut = json.load(open("ids.out")), json.load(open("stop3.out"))
+assert cut["text"] == whole["text"][:2] and cut["finish"] == "stop", cut
 END
 
 # Killed, killed again, interrupted, torn: resumed, each prompt is answered once and the same.

@@ -1,6 +1,7 @@
 /* The HDF5 layer: round trips, what it refuses in files from strangers, full disks. */
 #include "checkpoints/source.h"
 #include "checkpoints/writers.h"
+#include "data/checksum.h"
 #include "data/file.h"
 #include "data/h5.h"
 #include "tests/h5_seal.h"
@@ -344,6 +345,23 @@ static void strangers(void **state)
     test_fails(srf_h5_open("no/such", &f), SRF_IO, "No such file");
 }
 
+/* Each byte counts, however many there are. */
+static void every_byte(void **state)
+{
+    (void)state;
+    unsigned char bytes[100];
+    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)(37 * i);
+    for (size_t n = 0; n <= sizeof bytes; n++) {
+        uint64_t sum = srf__checksum(bytes, n);
+        assert_true(n == 0 || sum != srf__checksum(bytes, n - 1));
+        for (size_t i = 0; i < n; i++) {
+            bytes[i] ^= 16;
+            assert_true(srf__checksum(bytes, n) != sum);
+            bytes[i] ^= 16;
+        }
+    }
+}
+
 /* Any bit of data that is not as it was written is found. */
 static void checksums(void **state)
 {
@@ -485,8 +503,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(durable),   cmocka_unit_test(round_trip), cmocka_unit_test(error_printing),
-        cmocka_unit_test(strangers), cmocka_unit_test(checksums),  cmocka_unit_test(addresses),
-        cmocka_unit_test(full_disk),
+        cmocka_unit_test(strangers), cmocka_unit_test(every_byte), cmocka_unit_test(checksums),
+        cmocka_unit_test(addresses), cmocka_unit_test(full_disk),
     };
     return cmocka_run_group_tests(tests, test_make_root, test_remove_root);
 }

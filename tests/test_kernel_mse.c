@@ -296,6 +296,7 @@ static void chance_is_told_from_faults(void **state)
         for (int wrong = 1; wrong < 3; wrong++) {
             test_ok(srf_kernel_error_chance(each, DRAWS, CELLS, closed[wrong], 1, &again));
             found[wrong - 1] += again.chance < 0.01;
+            assert_true(again.chance >= 1.0 / 4001); /* of 4000 resamples and the measured one */
         }
     }
     print_message("right: chance %.2f on average, below 0.05 in %d of %d; wrong: found %d, %d\n",

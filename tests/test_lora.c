@@ -68,17 +68,17 @@ static void lora_begins(void **state)
     struct srf_trainer *t;
     struct srf_train_metrics m;
     open_setup_in(&s, SRF_F64, 0, false);
-    s.config.lora = 16;
+    s.config.lora = 8;
     s.config.ce_weight = 0;
     s.config.weight_decay = 0.5;
     test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
-    /* (16, 16), (16, 48), (16, 16), (16, 16) in each of two layers */
-    enum { A1 = 256, B1 = A1 + 768, A2 = B1 + 256, LAYER = A2 + 256 };
+    /* (16, 8), (8, 48), (16, 8), (8, 16) in each of two layers */
+    enum { A1 = 128, B1 = A1 + 384, A2 = B1 + 128, LAYER = A2 + 128 };
     assert_int_equal(t->lora.n, 2 * LAYER);
     double *factors = srf__lora_factors(t), want[2 * LAYER], squares[4] = {0};
     for (int i = 0; i < 2 * LAYER; i++) {
         int at = i % LAYER;
-        squares[at < A1 ? 0 : at < B1 ? 1 : at < A2 ? 2 : 3] += factors[i] * factors[i] / 512;
+        squares[at < A1 ? 0 : at < B1 ? 1 : at < A2 ? 2 : 3] += factors[i] * factors[i] / 256;
         want[i] = factors[i] * (1 - 0.5 * srf_policy_lr(&s.config, 0));
     }
     for (uint32_t row = 0; row < (uint32_t)t->model->table.n; row++) {

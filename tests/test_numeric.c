@@ -20,6 +20,19 @@ static void test_round_trip(void **state)
     }
 }
 
+/* A NaN stays one, also where all that says so is below a bfloat16's last bit. */
+static void test_nan(void **state)
+{
+    (void)state;
+    const uint32_t nans[] = {0x7f800001, 0xff800001, 0x7fc00000, 0xffffffff, 0x7f80ffff};
+    for (size_t i = 0; i < sizeof nans / sizeof *nans; i++) {
+        float x;
+        memcpy(&x, &nans[i], sizeof x);
+        assert_true(isnan(srf_bf16_to_f32(srf_f32_to_bf16(x))));
+        assert_true(isnan(srf_f16_to_f32(srf_f32_to_f16(x))));
+    }
+}
+
 /* Made when it is asked for, not by the compiler. */
 static float half_of(float x)
 {
@@ -52,6 +65,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),
+        cmocka_unit_test(test_nan),
         cmocka_unit_test(test_flush),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

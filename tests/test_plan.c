@@ -211,6 +211,10 @@ static void test_memory(void **state)
         int slot;
         test_ok(srf_arena_create(ctx, &arena));
         test_ok(srf_arena_add(arena, "weights", "w", 500000, SRF_F32, &slot));
+        assert_int_equal(srf_arena_add(arena, "weights", "x", INT64_MAX / 2, SRF_F32, &slot),
+                         SRF_NOMEM);
+        assert_int_equal(srf_arena_add(arena, "weights", "x", INT64_MAX, SRF_F64, &slot),
+                         SRF_NOMEM);
         srf_arena_workspace(arena, 1000);
         srf_arena_workspace(arena, fits ? 900000 : 2200000);
         srf_arena_workspace(arena, 1000);

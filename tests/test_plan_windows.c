@@ -196,6 +196,7 @@ static void a_plan(void **state)
             double kl = measured(ctx, tokens, W / 2, 6);
             assert_true(a->n_windows == 0 && a->window == W / 2);
             assert_true(fabs(result.after / kl - 1) < 1e-9);
+            assert_true(result.before < 0.95 * result.after); /* with W, twice the window */
         }
         last = sum;
     }

@@ -40,12 +40,14 @@ static void run_and_interrupt(void **state)
     test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
     test_ok(srf_trainer_run(t, whole_dir, &none, &want));
     srf_trainer_free(t);
-    /* of a finished run there is the result once more */
+    /* of a finished run there is the result once more, and the model where a kill left none */
+    snprintf(path, sizeof path, "%s/model.h5", whole_dir);
+    assert_int_equal(unlink(path), 0);
     snprintf(path, sizeof path, "%s/last.h5", whole_dir);
     test_ok(srf_trainer_resume(s.ctx, path, s.train, s.held, &t));
     test_ok(srf_trainer_run(t, whole_dir, &none, &ppl));
     srf_trainer_free(t);
-    assert_true(ppl == want);
+    assert_true(ppl == want && exists(whole_dir, "model.h5"));
     /* and a stop in the last step interrupts nothing */
     int steps = 0;
     struct srf_run_hooks late = {.user = &steps, .stop = stop_at_the_last};
@@ -159,6 +161,45 @@ static void evaluations_of_a_killed_run(void **state)
     }
 }
 
+static bool stop_after_six(void *user)
+{
+    return ++*(int *)user == 6;
+}
+
+/* A run without validation has no line to put an evaluation in, whoever resumes it. */
+static void evaluations_of_a_step_without_a_line(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    char path[128], line[512];
+    double ppl;
+    int calls = 0, evaluated = 0;
+    struct srf_run_hooks none = {0}, hooks = {.user = &calls, .stop = stop_after_six};
+    open_setup(&s, 0, false);
+    s.config.log_every = 5;
+    s.config.eval_every = 2;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, NULL, &t));
+    assert_int_equal(srf_trainer_run(t, s.dir, &hooks, &ppl), SRF_INTERRUPTED);
+    srf_trainer_free(t);
+    snprintf(path, sizeof path, "%s/last.h5", s.dir);
+    test_ok(srf_trainer_resume(s.ctx, path, s.train, s.held, &t));
+    test_ok(srf_trainer_run(t, s.dir, &none, &ppl));
+    srf_trainer_free(t);
+    snprintf(path, sizeof path, "%s/metrics.jsonl", s.dir);
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    while (fgets(line, sizeof line, f)) {
+        int step = 0;
+        assert_int_equal(sscanf(line, "{\"step\": %d", &step), 1);
+        assert_int_equal(strstr(line, "val_ppl") != NULL, step > 6 && step % 2 == 0);
+        evaluated += strstr(line, "val_ppl") != NULL;
+    }
+    fclose(f);
+    assert_int_equal(evaluated, 3);
+    close_setup(&s);
+}
+
 static bool stop_after_two(void *user)
 {
     return ++*(int *)user == 2;
@@ -232,6 +273,10 @@ static void bad_validation_set(void **state)
     assert_int_equal(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t),
                      SRF_INVALID);
     s.config.seq_len = 24;
+    s.config.eval_tokens = 1;
+    assert_int_equal(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t),
+                     SRF_INVALID);
+    s.config.eval_tokens = 65536;
 
     /* An id that is none of the model's, in the middle of a long set: found by the evaluation. */
     write_tokens(path, 40000, 2);
@@ -280,8 +325,11 @@ static void saved_at_once(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(run_and_interrupt), cmocka_unit_test(evaluations_of_a_killed_run),
-        cmocka_unit_test(run_directory),     cmocka_unit_test(bad_validation_set),
+        cmocka_unit_test(run_and_interrupt),
+        cmocka_unit_test(evaluations_of_a_killed_run),
+        cmocka_unit_test(evaluations_of_a_step_without_a_line),
+        cmocka_unit_test(run_directory),
+        cmocka_unit_test(bad_validation_set),
         cmocka_unit_test(saved_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

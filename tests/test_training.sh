@@ -29,6 +29,9 @@ succeed "${retrofit[@]/--quiet/--micro-batch=1}" --batch 2 --steps 1 --out one
 grep -q '(1 at once)' stderr || fail "--micro-batch 1: $(cat stderr)"
 succeed "${retrofit[@]/--quiet/--micro-batch=2}" --batch 4 --steps 1 --out two
 grep -q '(2 at once)' stderr || fail "--micro-batch 2: $(cat stderr)"
+# Left to srf: about 2048 tokens, and a part of the batch.
+succeed "$SRF" train --model model.h5 --data text.txt --batch 96 --seq-len 32 --steps 1 --out three
+grep -q '(48 at once)' stderr || fail "no --micro-batch: $(cat stderr)"
 
 # A run that made the model worse than guessing says so.
 succeed "$SRF" train --model model.h5 --data text.txt --val text.txt --steps 5 --batch 2 \

@@ -60,6 +60,11 @@ run "$SRF" validate --model student/model.h5 --teacher model.h5 --data text.txt 
 [ $status -eq 0 ] || fail "--teacher: exit $status: $(cat stderr)"
 has taught/validate.json '"teacher":"model.h5"' '"window":8'
 has taught/validate.html 'the teacher' 'What they write'
+# Positions stretched since: what is written ends where those of the teacher do.
+succeed "$SRF" import student/model.h5 longer.h5 --max-positions 128
+succeed "$SRF" validate --model longer.h5 --teacher model.h5 --data text.txt --out longer -q \
+    --seq-len 64 --draws 2 --kernel-draws 4
+has longer/validate.json '"texts":[{"prompt":'
 own=$(grep -o '"ppl":[0-9.]*' taught/validate.json | head -1 | cut -c7-16)
 has taught/validate.json "\"by_draw\":{\"first\":"
 grep -o '"by_draw":{[^}]*}' taught/validate.json | grep -F "\"ppl\":[${own%?}" >/dev/null ||

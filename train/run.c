@@ -70,9 +70,9 @@ static void remove_unfinished(const char *dir)
 
 /* ---- metrics.jsonl --------------------------------------------------------------------------- */
 
-/* Drops the lines of steps after `step` (of a run that was killed). *evaluated: the line of `step`
- * itself has its perplexity. */
-static srf_status keep_metrics(FILE *f, const char *path, int64_t step, bool *evaluated)
+/* Drops the lines of steps after `step` (of a run that was killed). *waits: the last one is that of
+ * `step` itself, and has no perplexity yet. */
+static srf_status keep_metrics(FILE *f, const char *path, int64_t step, bool *waits)
 {
     char line[4096];
     long keep = 0;
@@ -80,7 +80,7 @@ static srf_status keep_metrics(FILE *f, const char *path, int64_t step, bool *ev
         json_t *row = json_loads(line, 0, NULL);
         const json_t *at = json_object_get(row, "step");
         bool good = strchr(line, '\n') && json_is_integer(at) && json_integer_value(at) <= step;
-        if (good) *evaluated = json_integer_value(at) == step && json_object_get(row, "val_ppl");
+        if (good) *waits = json_integer_value(at) == step && !json_object_get(row, "val_ppl");
         json_decref(row);
         if (!good) break;
         keep = ftell(f);
@@ -176,7 +176,7 @@ static srf_status step_and_save(struct srf_trainer *t, const struct paths *p, FI
 /* Before the first step: a new run is saved at once, so that there is always something to resume.
  * A resumed one makes up for what the last step had still to do. */
 static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log,
-                        const struct srf_run_hooks *hooks, bool evaluated, double *val_ppl)
+                        const struct srf_run_hooks *hooks, bool waits, double *val_ppl)
 {
     const struct srf_train_config *c = &t->config;
     if (!t->resumed) SRF_TRY(srf_trainer_save(t, p->last));
@@ -185,8 +185,8 @@ static srf_status start(struct srf_trainer *t, const struct paths *p, FILE *log,
     bool done = t->step == c->steps;
     if (done) SRF_TRY(srf_trainer_save_model(t, p->model));
     if (!t->val || t->step == 0 || !srf__due(t->step, c->eval_every, c->steps)) return SRF_OK;
-    if (evaluated) return done ? srf_trainer_evaluate(t, hooks, val_ppl) : SRF_OK;
-    return evaluate(t, log, hooks, val_ppl);
+    if (waits) return evaluate(t, log, hooks, val_ppl);
+    return done ? srf_trainer_evaluate(t, hooks, val_ppl) : SRF_OK;
 }
 
 srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
@@ -194,7 +194,7 @@ srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
 {
     struct paths p;
     FILE *log;
-    bool evaluated = false;
+    bool waits = false;
     srf_status st = SRF_OK;
     *val_ppl = 0;
     SRF_TRY(set_paths(dir, &p));
@@ -203,8 +203,8 @@ srf_status srf_trainer_run(struct srf_trainer *t, const char *dir,
     SRF_TRY(open_metrics(p.metrics, &log));
     if (!t->resumed) st = srf_run_check_new(dir); /* one that has just ended */
     if (st == SRF_OK) remove_unfinished(dir);
-    if (st == SRF_OK) st = keep_metrics(log, p.metrics, t->step, &evaluated);
-    if (st == SRF_OK) st = start(t, &p, log, hooks, evaluated, val_ppl);
+    if (st == SRF_OK) st = keep_metrics(log, p.metrics, t->step, &waits);
+    if (st == SRF_OK) st = start(t, &p, log, hooks, waits, val_ppl);
     while (st == SRF_OK && t->step < t->config.steps)
         st = step_and_save(t, &p, log, hooks, val_ppl);
     fclose(log);

@@ -27,6 +27,8 @@ enum {
     TILE = 6     /* rows of C in registers */
 };
 #define INLINE static inline __attribute__((always_inline))
+/* Without AVX a vector is no register, and GCC warns of how calls would pass it: there are none. */
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 /* A vector of the first n values, if there are so many; 0 beyond them. */
 INLINE vector load(const real *from, int64_t n)
