@@ -66,7 +66,9 @@ static srf_status open_job(const struct bench_options *o, struct srf_ctx *ctx,
     j->batch = o->batch, j->rounds = o->steps;
     if (o->fit) SRF_TRY(fit(ctx, ck, &config, j));
     config.slots = j->batch;
-    j->running = o->running != CLI_NONE && o->running < j->batch ? o->running : j->batch;
+    j->running = o->running != CLI_NONE ? o->running : j->batch;
+    SRF_FAIL_IF(j->running > j->batch, SRF_INVALID, "--running %lld of a batch of %lld",
+                (long long)j->running, (long long)j->batch);
     SRF_TRY(srf_engine_create(ctx, ck, &config, &j->e));
     srf_engine_narrow(j->e, true); /* as at the end of a job, where so many of the slots run */
     j->n = o->n != CLI_NONE ? o->n : STEPS;

@@ -41,6 +41,30 @@ int cli_usage_error(const char *fmt, ...)
     return EXIT_USAGE;
 }
 
+enum {
+    HELP_LEFT = 31, /* the column that an option's text begins at */
+    HELP_WIDTH = 96,
+};
+
+/* One option, and its text in lines as long as HELP_WIDTH allows. */
+static void print_option(const char *left, const char *text)
+{
+    printf("  %-*s ", HELP_LEFT - 3, left);
+    int room = HELP_WIDTH - HELP_LEFT, long_name = (int)strlen(left) - (HELP_LEFT - 3);
+    for (int first = room - (long_name > 0 ? long_name : 0);; first = room) {
+        int n = (int)strlen(text);
+        if (n > first) {
+            for (n = first; n > 0 && text[n] != ' '; n--) continue;
+            if (n == 0) n = (int)strcspn(text, " ");
+        }
+        printf("%.*s\n", n, text);
+        text += n;
+        if (!*text) return;
+        text++;
+        printf("%*s", HELP_LEFT, "");
+    }
+}
+
 static void print_help(const char *usage, const char *about, const struct cli_option *options)
 {
     printf("usage: %s\n\n%s\n\n", usage, about);
@@ -56,9 +80,9 @@ static void print_help(const char *usage, const char *about, const struct cli_op
         else
             snprintf(left, sizeof left, "    --%s%s%s", o->name, o->metavar ? " " : "",
                      o->metavar ? o->metavar : "");
-        printf("  %-28s %s\n", left, o->help);
+        print_option(left, o->help);
     }
-    printf("  %-28s %s\n", "    --help", "show this");
+    print_option("    --help", "show this");
 }
 
 /* Store a value; a whole number or nothing: "12x", "", "1e99" for an int are errors. */

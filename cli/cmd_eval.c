@@ -293,7 +293,9 @@ int cmd_eval(int argc, char **argv)
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL,
-         "one JSON object: tokens, nll (mean, nats), ppl, attention, mode, seconds, tokens_per_s",
+         "one JSON object: tokens, nll (mean, nats), ppl, attention, mode, seconds, "
+         "tokens_per_s; beyond the learned positions ppl_learned and ppl_past_learned; as asked "
+         "recall, draws",
          0, 0},
         {0}};
     int code;

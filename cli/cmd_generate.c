@@ -364,8 +364,7 @@ int cmd_generate(int argc, char **argv)
         {"json", 0, CLI_FLAG, &in.json, NULL,
          "one JSON object: texts, prompt_tokens, tokens, state_bytes, kv_bytes, kv_positions, "
          "prefill_s, decode_s, tokens_per_s; with --input: prompts, errors, earlier, tokens, "
-         "seconds, "
-         "tokens_per_s, state_bytes",
+         "seconds, tokens_per_s, state_bytes",
          0, 0},
         {0}};
     int code;

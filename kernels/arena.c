@@ -91,8 +91,8 @@ static srf_status too_large(const struct srf_arena *a, size_t free_bytes)
     srf_arena_describe(a, text, sizeof text);
     if (free_bytes) snprintf(there, sizeof there, ", %.1f MB are free", (double)free_bytes * 1e-6);
     SRF_FAIL(SRF_NOMEM,
-             "out of memory: %.1f MB are needed (%s)%s; a smaller --micro-batch or --batch, "
-             "--seq-len or -m lowers it, in training also --recompute",
+             "out of memory: %.1f MB are needed (%s)%s; a smaller --batch, --seq-len or -m lowers "
+             "it, in training also --micro-batch and --recompute",
              (double)srf_arena_bytes(a, NULL) * 1e-6, text, there);
 }
 

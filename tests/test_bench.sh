@@ -46,6 +46,7 @@ refuse 2 --filter "$SRF" bench op --filter
 refuse 1 '--filter xyzzy' "$SRF" bench op --filter xyzzy
 refuse 1 '--filter xyzzy' "$SRF" bench op --flat --filter xyzzy
 refuse 1 bf16 "$SRF" bench decode --init config.json --device cpu --state-bf16
+refuse 1 'running 3 of a batch of 2' "$SRF" bench decode --init config.json --attention srf --batch 2 --running 3
 refuse 1 softmax "$SRF" bench decode --init config.json --attention softmax
 refuse 1 32 "$SRF" bench step --init config.json --seq-len 64
 refuse 1 missing "$SRF" bench step --model missing

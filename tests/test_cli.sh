@@ -10,6 +10,7 @@ help() {
     [ $status -eq 0 ] || fail "srf $command --help: exit $status"
     [ ! -s stderr ] || fail "srf $command --help writes to stderr"
     grep -q "^usage: srf $command" stdout || fail "srf $command --help: no usage line"
+    awk 'length > 100' stdout | grep . && fail "srf $command --help: lines over 100 columns"
     for option in "$@"; do
         grep -qE -- "(^|[ ,])$option( |$)" stdout || fail "srf $command --help: no $option"
     done
