@@ -52,9 +52,12 @@ static srf_status record_step(struct srf_engine *e, int width)
     const struct srf_backend *be = e->ctx->be;
     SRF_TRY(be->graph_begin(e->ctx));
     srf_status st = step(e, width_of(e, width));
-    srf_status end = be->graph_end(e->ctx, &e->steps[width].graph);
+    void *graph;
+    srf_status end = be->graph_end(e->ctx, &graph);
+    if (st != SRF_OK && graph) be->graph_free(e->ctx, graph); /* a part of the step */
     SRF_TRY(st);
     SRF_TRY(end);
+    e->steps[width].graph = graph;
     e->steps[width].workspace = e->ctx->workspace;
     return SRF_OK;
 }

@@ -382,26 +382,44 @@ srf_status srf_attn_step(struct srf_attn *a, void *stream, const struct srf_attn
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-srf_status srf_attn_reserve(struct srf_attn *a, int64_t b, int64_t t, bool backward)
+/* Sequences up to which fewer of them may want more of a workspace: a card that heads alone do not
+ * fill has them cut into segments. */
+#define CUT_MOST 1024
+
+/* What calls with b sequences of t tokens want at most. */
+static size_t workspace_for(const struct srf_attn *a, int64_t b, int64_t t, bool backward)
 {
-    struct srf_ctx *ctx = a->ctx;
+    const struct srf_ctx *ctx = a->ctx;
     const struct srf_backend *be = ctx->be;
     struct srf_attn_shape s = shape_of(a, b, t), step = shape_of(a, b, 1);
-    SRF_FAIL_IF(b < 0 || t < 0, SRF_INVALID, "a workspace for %lld x %lld tokens: expected >= 0",
-                (long long)b, (long long)t);
     int64_t ld = s.h * s.d;
-    SRF_FAIL_IF(!counts_fit(a, b, t, ld), SRF_INVALID,
-                "a workspace for %lld x %lld tokens: too many", (long long)b, (long long)t);
     const struct srf_srf_attn_fwd_args fwd = {.s = s, .ld = ld, .ld_o = ld};
     /* with dw, which may need more: any pointer stands for one */
     const struct srf_srf_attn_bwd_args bwd = {.s = s, .ld = ld, .ld_o = ld, .dw = a->w};
+    const struct srf_srf_attn_bwd_args frozen = {.s = s, .ld = ld, .ld_o = ld};
     const struct srf_srf_attn_prefill_args all = {.s = s, .ld = ld, .ld_o = ld};
     const struct srf_srf_attn_step_args one = {.s = step, .ld = ld, .ld_o = ld};
-    size_t need[4] = {be->srf_attn_fwd_workspace(ctx, &fwd)};
+    size_t need[5] = {be->srf_attn_fwd_workspace(ctx, &fwd)}, most = 0;
     if (backward) need[1] = be->srf_attn_bwd_workspace(ctx, &bwd);
-    if (s.causal) need[2] = be->srf_attn_prefill_workspace(ctx, &all);
-    if (s.causal) need[3] = be->srf_attn_step_workspace(ctx, &one);
-    for (int i = 0; i < 4; i++) SRF_TRY(srf_ctx_reserve_workspace(ctx, need[i]));
+    if (backward) need[2] = be->srf_attn_bwd_workspace(ctx, &frozen);
+    if (s.causal) need[3] = be->srf_attn_prefill_workspace(ctx, &all);
+    if (s.causal) need[4] = be->srf_attn_step_workspace(ctx, &one);
+    for (int i = 0; i < 5; i++) most = need[i] > most ? need[i] : most;
+    return most;
+}
+
+srf_status srf_attn_reserve(struct srf_attn *a, int64_t b, int64_t t, bool backward)
+{
+    SRF_FAIL_IF(b < 0 || t < 0, SRF_INVALID, "a workspace for %lld x %lld tokens: expected >= 0",
+                (long long)b, (long long)t);
+    SRF_FAIL_IF(!counts_fit(a, b, t, a->options.n_heads * a->options.head_size), SRF_INVALID,
+                "a workspace for %lld x %lld tokens: too many", (long long)b, (long long)t);
+    size_t most = workspace_for(a, b, t, backward);
+    for (int64_t fewer = b < CUT_MOST ? b : CUT_MOST; fewer > 0 && a->own_stream; fewer--) {
+        size_t need = workspace_for(a, fewer, t, backward);
+        most = need > most ? need : most;
+    }
+    SRF_TRY(srf_ctx_reserve_workspace(a->ctx, most));
     return reserve_sequences(a, b);
 }
 

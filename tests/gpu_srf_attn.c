@@ -2,6 +2,7 @@
  * causality, linearity in v, accumulation of dw, the padding between heads. */
 #include "tests/ref/attn_case.h"
 #include "tests/ref/gpu.h"
+#include "kernels/attention.h"
 
 struct srf_case {
     enum srf_dtype dtype;
@@ -366,8 +367,54 @@ static void add_wide(struct gpu_suite *suite, enum srf_dtype dtype)
     }
 }
 
+/* Where room was made for so many sequences there is room for fewer, whose heads leave parts of a
+ * card idle and are cut into segments. */
+static void test_room(void **state)
+{
+    const struct srf_case *k = *state;
+    const struct srf_attn_shape *s = &k->shape;
+    struct srf_attn_options o;
+    struct srf_attn *a;
+    struct srf_ctx *ctx;
+    void *qkv, *out, *states;
+    int64_t width = s->h * s->d, rows = s->b * s->t;
+    size_t size = srf_dtype_bytes(k->dtype);
+    srf_attn_defaults(&o, s->h, s->d);
+    o.device = gpu_device(), o.dtype = k->dtype, o.m = s->m, o.window = s->window;
+    test_ok(srf_ctx_create(gpu_device(), k->dtype, 0, &ctx));
+    test_ok(srf_attn_create(&o, &a));
+    size_t bytes = (size_t)(rows * width) * size, all = (size_t)s->b * srf_attn_state_bytes(a);
+    test_ok(ctx->be->alloc(ctx, 3 * bytes, &qkv));
+    test_ok(ctx->be->alloc(ctx, bytes, &out));
+    test_ok(ctx->be->alloc(ctx, all, &states));
+    test_ok(ctx->be->zero(ctx, qkv, 3 * bytes));
+    test_ok(srf_attn_reserve(a, s->b, s->t, false));
+    size_t room = srf_attn_workspace_bytes(a);
+    for (int64_t b = s->b; b > 0; b--) {
+        struct srf_attn_tensors x = {.b = b, .t = s->t, .ld = 3 * width, .o = out};
+        struct srf_attn_prefill_args how = {.state = states};
+        x.q = qkv, x.k = (char *)qkv + (size_t)width * size;
+        x.v = (char *)qkv + (size_t)(2 * width) * size;
+        test_ok(ctx->be->zero(ctx, states, all));
+        test_ok(ctx->be->sync(ctx));
+        test_ok(srf_attn_forward(a, NULL, &x, NULL));
+        test_ok(srf_attn_prefill(a, NULL, &x, &how));
+        assert_int_equal(srf_attn_workspace_bytes(a), room);
+    }
+    srf_attn_free(a); /* waits */
+    ctx->be->free(ctx, qkv);
+    ctx->be->free(ctx, out);
+    ctx->be->free(ctx, states);
+    srf_ctx_free(ctx);
+}
+
 int main(int argc, char **argv)
 {
+    static const struct srf_attn_shape room[] = {
+        {.b = 20, .t = 1024, .h = 12, .d = 64, .m = 64},
+        {.b = 45, .t = 768, .h = 6, .d = 64, .m = 16},
+        {.b = 3, .t = 4096, .h = 8, .d = 80, .m = 64},
+    };
     static const struct srf_attn_shape small[] = {
         {.b = 2, .t = 131, .h = 2, .d = 64, .m = 64, .n_sets = 2},
         {.b = 1, .t = 200, .h = 1, .d = 80, .m = 100, .n_sets = 1},
@@ -384,6 +431,9 @@ int main(int argc, char **argv)
         enum srf_dtype dtype = gpu_dtype(type);
         add_light(&suite, dtype);
         add_wide(&suite, dtype);
+        for (size_t i = 0; i < sizeof room / sizeof *room && dtype == SRF_BF16; i++)
+            for (int window = 0; window <= 64; window += 64)
+                add(&suite, dtype, room[i], window, "room", test_room, 1e8);
         for (int i = 0; i < N_SHAPES; i++)
             for (int w = 0; w < N_WINDOWS; w++) {
                 struct srf_attn_shape s = shapes[i];

@@ -354,7 +354,7 @@ static void refusals(void **state)
     x = p.x;
     x.t = 1;
     assert_int_equal(srf_attn_step(p.a, NULL, &x, p.state, NULL), SRF_INVALID);
-    const int32_t few[B] = {3, 3}, many[B] = {3, T + 1}, negative[B] = {0, -1};
+    const int32_t few[B] = {3, 3}, many[B] = {3, T + 1}, negative[B] = {0, -1}, none[B] = {0, 0};
     const struct srf_attn_prefill_args good = {.state = p.state};
     struct srf_attn_prefill_args bad[] = {good, good, good, good, good, good, good, good};
     bad[0].state = NULL;
@@ -374,6 +374,9 @@ static void refusals(void **state)
     /* Nothing to do is fine, and so is the handle after all that. */
     x = (struct srf_attn_tensors){.b = B, .t = 0};
     test_ok(srf_attn_prefill(p.a, NULL, &x, &good));
+    bad[0] = good;
+    bad[0].lens = none;
+    test_ok(srf_attn_prefill(p.a, NULL, &p.x, &bad[0]));
     test_ok(srf_attn_forward(p.a, NULL, &p.x, NULL));
     test_close("o", p.o, p.want.o, N, 1e-12);
     close_problem(&p);

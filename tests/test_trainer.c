@@ -457,6 +457,85 @@ static void quiet_steps(void **state)
     close_setup(&s);
 }
 
+/* A backend that says it records: ops run as they are recorded, and a launch only counts. */
+static struct {
+    const struct srf_backend *cpu;
+    bool recording, fail;
+    int begun, kept, launched;
+} graphs;
+
+static srf_status begin_graph(struct srf_ctx *ctx)
+{
+    (void)ctx;
+    graphs.recording = true;
+    graphs.begun++;
+    return SRF_OK;
+}
+
+static srf_status end_graph(struct srf_ctx *ctx, void **graph)
+{
+    (void)ctx;
+    graphs.recording = false;
+    graphs.kept++;
+    *graph = &graphs;
+    return SRF_OK;
+}
+
+static srf_status launch_graph(struct srf_ctx *ctx, void *graph)
+{
+    (void)ctx;
+    assert_ptr_equal(graph, &graphs);
+    graphs.launched++;
+    return SRF_OK;
+}
+
+static void free_graph(struct srf_ctx *ctx, void *graph)
+{
+    (void)ctx;
+    if (graph) graphs.kept--;
+}
+
+static srf_status fail_while_recording(struct srf_ctx *ctx, const struct srf_linear_bwd_args *args)
+{
+    SRF_FAIL_IF(graphs.recording && graphs.fail, SRF_DEVICE, "not now");
+    return graphs.cpu->linear_bwd(ctx, args);
+}
+
+/* Half of the ops are no micro-batch: what was recorded when one failed is never launched. */
+static void failure_while_recording(void **state)
+{
+    (void)state;
+    struct setup s;
+    struct srf_trainer *t;
+    struct srf_train_metrics m;
+    open_setup(&s, 4, true);
+    memset(&graphs, 0, sizeof graphs);
+    graphs.cpu = s.ctx->be;
+    struct srf_backend records = *graphs.cpu;
+    records.graph_begin = begin_graph;
+    records.graph_end = end_graph;
+    records.graph_launch = launch_graph;
+    records.graph_free = free_graph;
+    records.linear_bwd = fail_while_recording;
+    s.ctx->be = &records;
+    s.config.micro_batch = s.config.batch;
+    test_ok(srf_trainer_create(s.ctx, s.ck, NULL, &s.config, s.train, s.held, &t));
+    test_ok(srf_trainer_step(t, &m)); /* which is not recorded yet */
+    assert_int_equal(graphs.begun, 0);
+    graphs.fail = true;
+    assert_int_equal(srf_trainer_step(t, &m), SRF_DEVICE);
+    assert_true(graphs.begun == 1 && graphs.kept == 0);
+    graphs.fail = false;
+    for (int i = 1; i < 4; i++) {
+        test_ok(srf_trainer_step(t, &m));
+        assert_true(graphs.begun == 2 && graphs.kept == 1 && graphs.launched == i);
+    }
+    srf_trainer_free(t);
+    assert_int_equal(graphs.kept, 0);
+    s.ctx->be = graphs.cpu;
+    close_setup(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -470,6 +549,7 @@ int main(void)
         cmocka_unit_test(non_finite_steps),
         cmocka_unit_test(non_finite_evaluation),
         cmocka_unit_test(quiet_steps),
+        cmocka_unit_test(failure_while_recording),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

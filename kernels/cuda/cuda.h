@@ -30,10 +30,12 @@ size_t srf__attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_sh
 /* norm_linear.cu */
 int64_t srf__moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c);
 
-/* A CUDA call that must succeed; inside functions that return srf_status. */
+/* A CUDA call that must succeed; inside functions that return srf_status. Its error is not left for
+ * the next launch to find. */
 #define CUDA_TRY(call)                                                                             \
     do {                                                                                           \
         cudaError_t err_ = (call);                                                                 \
+        if (err_ != cudaSuccess) cudaGetLastError();                                               \
         SRF_FAIL_IF(err_ != cudaSuccess, SRF_DEVICE, "CUDA: %s: %s", #call,                        \
                     cudaGetErrorString(err_));                                                     \
     } while (0)
@@ -43,8 +45,9 @@ int64_t srf__moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c);
 
 /* ctx->impl */
 struct srf__cuda {
-    int device, n_sm, cc; /* cc: 10 * major + minor, 90 for an H100 */
-    size_t smem_max;      /* dynamic shared memory a block may ask for */
+    int device, n_sm;
+    int cc;          /* 10 * major + minor, 90 for an H100; of the code, where that is older */
+    size_t smem_max; /* dynamic shared memory a block may ask for */
     cublasLtHandle_t lt;
     /* Small uploads: host memory is copied here first, so that the caller may go on at once. */
     void *stage[SRF__CUDA_STAGES];

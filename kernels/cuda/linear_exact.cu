@@ -302,16 +302,23 @@ static srf_status launch(struct srf_ctx *ctx, exact_kernel *kernel, const struct
     return srf__cuda_launched("linear_fwd");
 }
 
+/* Dynamic shared memory of the kernels of some rows; they have at most SOME_SUMS beside it. */
+#define SOME_SUMS (PIECES * SOME_ROWS * STRIP * sizeof(float))
+static size_t some_bytes(int64_t n, bool trans)
+{
+    if (!trans) return (size_t)PART * (STRIP + SOME_ROWS) * sizeof(float);
+    return (size_t)PIECES * (size_t)(STRIP + (n == 1 ? 1 : SOME_ROWS)) * (PART_T + 4) *
+           sizeof(float);
+}
+
 template <int V>
 static srf_status some_rows(struct srf_ctx *ctx, const struct linear_rows<float> &a, bool trans)
 {
     unsigned strips = (unsigned)div_up(a.out, STRIP);
-    if (!trans) {
-        size_t bytes = (size_t)PART * (STRIP + SOME_ROWS) * sizeof(float);
+    size_t bytes = some_bytes(a.n, trans);
+    if (!trans)
         return launch(ctx, some_kernel<V>, {dim3(strips, PIECES), THREADS, bytes, PIECES}, a);
-    }
     int n = a.n == 1 ? 1 : SOME_ROWS;
-    size_t bytes = (size_t)PIECES * (STRIP + n) * (PART_T + 4) * sizeof(float);
     return launch(ctx, n == 1 ? some_transposed_kernel<V, 1> : some_transposed_kernel<V, SOME_ROWS>,
                   {dim3(strips), THREADS, bytes, 1}, a);
 }
@@ -352,7 +359,8 @@ static srf_status any_rows(struct srf_ctx *ctx, const struct linear_rows<float> 
 template <int V>
 static srf_status exact_rows(struct srf_ctx *ctx, const struct linear_rows<float> &a, bool trans)
 {
-    bool few = a.n <= SOME_ROWS && cuda_of(ctx)->cc >= 90;
+    bool few = a.n <= SOME_ROWS && cuda_of(ctx)->cc >= 90 &&
+               some_bytes(a.n, trans) + SOME_SUMS <= cuda_of(ctx)->smem_max;
     return few ? some_rows<V>(ctx, a, trans) : any_rows<V>(ctx, a, trans);
 }
 

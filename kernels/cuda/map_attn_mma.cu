@@ -380,13 +380,21 @@ static bool aligned(const void *p, int64_t ld)
     return (uintptr_t)p % 16 == 0 && ld % 8 == 0;
 }
 
+/* Of forward and backward: one does what the other has begun. */
+static size_t smem_most(int m)
+{
+    size_t fwd = m == 64 ? fwd_smem<64>() : fwd_smem<128>();
+    size_t bwd = m == 64 ? bwd_smem<64>() : bwd_smem<128>();
+    return fwd > bwd ? fwd : bwd;
+}
+
 bool srf__map_mma_takes(const struct srf_ctx *ctx, const struct map_attn *a)
 {
     return ctx->dtype == SRF_BF16 && a->d == D && (a->m == 64 || a->m == 128) &&
-           a->window % COLS == 0 && aligned(a->q, a->ld) && aligned(a->k, a->ld) &&
-           aligned(a->v, a->ld) && aligned(a->o, a->ld_o) && aligned(a->out, a->ld_o) &&
-           aligned(a->d_o, a->ld_o) && aligned(a->dq, a->ld) && aligned(a->dk, a->ld) &&
-           aligned(a->dv, a->ld);
+           smem_most(a->m) <= cuda_of(ctx)->smem_max && a->window % COLS == 0 &&
+           aligned(a->q, a->ld) && aligned(a->k, a->ld) && aligned(a->v, a->ld) &&
+           aligned(a->o, a->ld_o) && aligned(a->out, a->ld_o) && aligned(a->d_o, a->ld_o) &&
+           aligned(a->dq, a->ld) && aligned(a->dk, a->ld) && aligned(a->dv, a->ld);
 }
 srf_status srf__map_mma_fwd(struct srf_ctx *ctx, const struct map_attn *a)
 {

@@ -90,7 +90,10 @@ extern "C" srf_status cuda_srf_attn_prefill(struct srf_ctx *ctx,
 {
     SRF_TRY(srf__attn_check(&a->s, a->ld, a->ld_o));
     SRF_FAIL_IF(!a->s.causal, SRF_INVALID, "prefill of srf attention that is not causal");
-    if (a->s.b * a->s.t == 0) return SRF_OK;
+    SRF_FAIL_IF(a->state_bf16 && a->s.m * a->s.d % 2, SRF_UNSUPPORTED,
+                "states in bf16: for an even number of features times head size, not %lld x %lld",
+                (long long)a->s.m, (long long)a->s.d);
+    if (a->s.b * a->s.t == 0 || (a->offsets && a->rows == 0)) return SRF_OK;
     if (srf__prefill_takes(ctx, a)) return srf__prefill(ctx, a);
     if (a->state_bf16) return bf16_prefill(ctx, a);
     return srf__scan_prefill(ctx, a);

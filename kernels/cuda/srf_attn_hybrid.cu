@@ -343,11 +343,15 @@ static srf_status fwd(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh)
 {
     if constexpr (D <= 64 && C == 64) {
         if (p->fused) {
+            static_assert(sizeof(struct fused_smem<D>) <= hybrid_smem_most(D, C),
+                          "srf__hybrid_takes asks for less");
             SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
             LAUNCH((fused_fwd_kernel<D>), n_bh * p->n_seg, 128, sizeof(struct fused_smem<D>), *p);
             return srf__cuda_launched("srf_attn_fwd");
         }
     }
+    static_assert(sizeof(struct fwd_smem<D, C>) <= hybrid_smem_most(D, C),
+                  "srf__hybrid_takes asks for less");
     SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, false));
     LAUNCH((fwd_kernel<D, C>), n_bh * p->n_chunks, 2 * C, sizeof(struct fwd_smem<D, C>), *p);
     return srf__cuda_launched("srf_attn_fwd");
@@ -363,7 +367,8 @@ bool srf__hybrid_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s
     bool small = s->t < (1 << 30) && s->b * s->h < (1 << 30) / MAX_SEGMENTS / 8 &&
                  s->b * s->h * div_up(s->t, 32) < (1 << 30);
     return any && ctx->dtype == SRF_BF16 && s->causal && window && d && s->m % 16 == 0 &&
-           s->m <= 512 && ld % 8 == 0 && ld_o % 8 == 0 && pointers % 16 == 0 && small;
+           s->m <= 512 && ld % 8 == 0 && ld_o % 8 == 0 && pointers % 16 == 0 && small &&
+           (size_t)hybrid_smem_most((int)s->d, s->window % 64 ? 32 : 64) <= cuda_of(ctx)->smem_max;
 }
 
 bool srf__hybrid_takes_fwd(const struct srf_ctx *ctx, const struct srf_srf_attn_fwd_args *a)

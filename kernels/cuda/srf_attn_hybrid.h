@@ -38,6 +38,12 @@ struct hybrid {
     float limit, log2_m;     /* components of q, k; log2(m) */
 };
 
+/* Shared memory that a block of any of the kernels has, at most: tiles of c rows (of the walks that
+ * fuse, which heads of up to 64 have, two more), vectors. */
+static constexpr int hybrid_smem_most(int d, int c)
+{
+    return (d <= 64 ? 8 : 6) * 2 * c * (d + 8) + 11 * 4 * c;
+}
 /* Shapes, leading dimensions and addresses (all of them or-ed) that the kernels take. */
 bool srf__hybrid_takes(const struct srf_ctx *ctx, const struct srf_attn_shape *s, int64_t ld,
                        int64_t ld_o, uintptr_t pointers);

@@ -558,6 +558,9 @@ static srf_status fused_bwd(struct srf_ctx *ctx, const struct hybrid *p,
         SRF_TRY(srf__hybrid_wgmma_dq(ctx, a, p));
         return srf__hybrid_wgmma_keys(ctx, a, p);
     }
+    static_assert(sizeof(struct fused_dq_smem<D>) <= hybrid_smem_most(D, 64) &&
+                      sizeof(struct fused_keys_smem<D>) <= hybrid_smem_most(D, 64),
+                  "srf__hybrid_takes asks for less");
     SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, false));
     LAUNCH((fused_dq_kernel<D>), grid, 128, sizeof(struct fused_dq_smem<D>), *p);
     SRF_TRY(srf__hybrid_totals(ctx, p, D, n_bh, true));
@@ -570,7 +573,8 @@ static srf_status bwd(struct srf_ctx *ctx, const struct hybrid *p,
                       const struct srf_srf_attn_bwd_args *a)
 {
     int64_t n_bh = a->s.b * a->s.h, grid = n_bh * p->n_chunks;
-    size_t smem = sizeof(struct bwd_smem<D, C>);
+    constexpr size_t smem = sizeof(struct bwd_smem<D, C>);
+    static_assert(smem <= hybrid_smem_most(D, C), "srf__hybrid_takes asks for less");
     if constexpr (D <= 64 && C == 64)
         if (p->fused) return fused_bwd<D>(ctx, p, a);
     SRF_TRY(srf__hybrid_walk(ctx, p, D, n_bh, false));

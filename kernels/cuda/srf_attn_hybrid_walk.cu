@@ -98,7 +98,8 @@ template <int D, int C>
 static srf_status walk(struct srf_ctx *ctx, const struct hybrid *p, int64_t n_bh, bool queries)
 {
     int64_t grid = n_bh * div_up(p->m, CTA_FEATURES) * p->n_seg;
-    size_t smem = sizeof(struct walk_smem<D, C>);
+    constexpr size_t smem = sizeof(struct walk_smem<D, C>);
+    static_assert(smem <= hybrid_smem_most(D, C), "srf__hybrid_takes asks for less");
     if (p->n_slots == 0) return SRF_OK;
     void (*kernel)(struct hybrid, bool) =
         queries ? walk_kernel<D, C, true> : walk_kernel<D, C, false>;

@@ -312,7 +312,8 @@ bool srf__pure_shape(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     bool d_ok = s->d == 32 || s->d == 64 || s->d == 80 || s->d == 96 || s->d == 128;
     return ctx->dtype == SRF_BF16 && s->causal && s->window == 0 && d_ok && s->m >= 16 &&
-           s->m <= 512 && s->m % 16 == 0 && s->t <= 1 << 30 && s->b * s->h <= 1 << 20;
+           s->m <= 512 && s->m % 16 == 0 && s->t <= 1 << 30 && s->b * s->h <= 1 << 20 &&
+           (size_t)pure_smem_most((int)s->d, s->m > 64 ? 2 : 1) <= cuda_of(ctx)->smem_max;
 }
 
 struct pure_plan srf__pure_plan(const struct srf_ctx *ctx, const struct srf_attn_shape *s,
@@ -391,6 +392,7 @@ template <int D, int NF>
 static srf_status launch_states(struct srf_ctx *ctx, const struct fwd_params *p, int64_t heads)
 {
     constexpr int bytes = fwd_smem<D, NF, true>::bytes;
+    static_assert(bytes <= pure_smem_most(D, NF), "srf__pure_shape asks for less");
     const int64_t n = heads * 64 * NF * (D + 1);
     CUDA_TRY(cudaFuncSetAttribute(pure_fwd_kernel<D, NF, true>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -405,6 +407,7 @@ template <int D, int NF>
 static srf_status launch_fwd(struct srf_ctx *ctx, const struct fwd_params *p, int64_t heads)
 {
     constexpr int bytes = fwd_smem<D, NF, false>::bytes;
+    static_assert(bytes <= pure_smem_most(D, NF), "srf__pure_shape asks for less");
     if (p->n_seg > 1) SRF_TRY((launch_states<D, NF>(ctx, p, heads)));
     CUDA_TRY(cudaFuncSetAttribute(pure_fwd_kernel<D, NF, false>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

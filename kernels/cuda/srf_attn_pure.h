@@ -13,6 +13,13 @@ struct pure_plan {
     uint32_t limit;        /* the clamp of q and k, twice bf16 */
 };
 
+/* Shared memory that a block of any of the kernels has, forward and backward, at most: six tiles of
+ * tokens; W, kf, S of 64 nf features; vectors. */
+static constexpr int pure_smem_most(int d, int nf)
+{
+    return 2 * (6 * CHUNK * d + nf * 64 * (2 * d + CHUNK)) + 768 + nf * 768;
+}
+
 /* Shapes that the tensor-core path takes. */
 bool srf__pure_shape(const struct srf_ctx *ctx, const struct srf_attn_shape *s);
 /* per_sm: blocks of the main kernel that a multiprocessor holds. */

@@ -414,6 +414,7 @@ template <int D, int NF>
 static srf_status launch(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads)
 {
     constexpr int bytes = key_smem<D, NF>::bytes, threads = 128 * NF;
+    static_assert(bytes <= pure_smem_most(D, NF), "srf__pure_shape asks for less");
     cudaStream_t stream = stream_of(ctx);
     if (p->n_seg > 1) {
         const int64_t n = heads * 64 * NF * (D + 1);

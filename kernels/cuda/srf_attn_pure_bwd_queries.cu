@@ -211,6 +211,7 @@ template <int D, int NF>
 static srf_status launch(struct srf_ctx *ctx, const struct bwd_params *p, int64_t heads)
 {
     constexpr int bytes = query_smem<D, NF>::bytes;
+    static_assert(bytes <= pure_smem_most(D, NF), "srf__pure_shape asks for less");
     CUDA_TRY(cudaFuncSetAttribute(pure_queries_kernel<D, NF>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     pure_queries_kernel<D, NF>

@@ -17,6 +17,7 @@ static srf_status cuda_alloc(struct srf_ctx *ctx, size_t bytes, void **out)
         SRF_FAIL(SRF_NOMEM, "out of device memory: %.2f GB are needed, %.2f of %.2f GB are free",
                  (double)bytes * 1e-9, (double)free_bytes * 1e-9, (double)total * 1e-9);
     }
+    if (err != cudaSuccess) cudaGetLastError();
     SRF_FAIL_IF(err != cudaSuccess, SRF_DEVICE, "CUDA: cudaMalloc: %s", cudaGetErrorString(err));
     return SRF_OK;
 }
@@ -115,6 +116,7 @@ static srf_status cuda_graph_end(struct srf_ctx *ctx, void **graph)
     cudaError_t err = cudaStreamEndCapture(stream_of(ctx), &recorded);
     if (err == cudaSuccess) err = cudaGraphInstantiate(&exec, recorded, 0);
     if (recorded) cudaGraphDestroy(recorded);
+    if (err != cudaSuccess) cudaGetLastError(); /* not the next op's */
     SRF_FAIL_IF(err != cudaSuccess, SRF_DEVICE, "CUDA: a graph of ops: %s",
                 cudaGetErrorString(err));
     *graph = exec;
@@ -164,6 +166,25 @@ srf_status srf__cuda_launched(const char *op)
     return SRF_OK;
 }
 
+/* Asked for what code the card has been given. */
+static __global__ void code_kernel(void) {}
+
+/* A card that is newer than the code that it runs (PTX of 80-virtual, translated when it is loaded)
+ * counts as one of the code's age: what newer cards alone can do, clusters and kernels that wait
+ * for each other, is not in that code, and must not be asked of it. */
+static srf_status code_of(struct srf__cuda *cuda, const char *name)
+{
+    struct cudaFuncAttributes f;
+    cudaError_t err = cudaFuncGetAttributes(&f, (const void *)code_kernel);
+    if (err != cudaSuccess) cudaGetLastError();
+    SRF_FAIL_IF(err != cudaSuccess, SRF_UNSUPPORTED,
+                "this build has no code for %s, of compute capability %d.%d (SRF_CUDA_ARCH says "
+                "for which it has): %s",
+                name, cuda->cc / 10, cuda->cc % 10, cudaGetErrorString(err));
+    if (cuda->cc >= 90 && f.ptxVersion < 90) cuda->cc = f.ptxVersion;
+    return SRF_OK;
+}
+
 static srf_status open_device(struct srf_ctx *ctx, struct srf__cuda *cuda)
 {
     struct cudaDeviceProp p;
@@ -176,6 +197,7 @@ static srf_status open_device(struct srf_ctx *ctx, struct srf__cuda *cuda)
     SRF_FAIL_IF(cuda->cc < 80, SRF_UNSUPPORTED,
                 "%s has compute capability %d.%d: 8.0 or later is needed", p.name, p.major,
                 p.minor);
+    SRF_TRY(code_of(cuda, p.name));
     cudaStream_t stream;
     CUDA_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     ctx->stream = stream;
@@ -204,6 +226,9 @@ extern "C" srf_status srf__cuda_open(struct srf_ctx *ctx)
     ctx->be = &table;
     ctx->n_threads = 1;
     srf_status st = open_device(ctx, cuda);
-    if (st != SRF_OK) cuda_close(ctx);
+    if (st != SRF_OK) {
+        cuda_close(ctx);
+        ctx->device_name[0] = '\0'; /* with "auto" the CPU comes next */
+    }
     return st;
 }

@@ -36,7 +36,7 @@ void attn_packed_go_on(struct attn_case *c, const int64_t *from, const int64_t *
     test_ok(c->s.ctx->be->upload(c->s.ctx, c->pos.dev, positions, c->pos.bytes));
     test_ok(c->s.ctx->be->upload(c->s.ctx, c->offsets.dev, offsets, c->offsets.bytes));
     test_ok(c->s.ctx->be->upload(c->s.ctx, c->slots.dev, slots, c->slots.bytes));
-    s.t = longest;
+    s.t = longest ? longest : 1; /* at least; there may be no rows at all */
     const char *q = c->piece.dev;
     twin_run(&c->s, srf_attn_prefill, .s = s, .q = q, .k = q + (size_t)width * size,
              .v = q + (size_t)(2 * width) * size, .ld = c->ld, .w = c->w.dev, .bias = c->bias.dev,
@@ -54,6 +54,7 @@ void attn_packed_run(struct attn_case *c, struct srf_rng *rng, int64_t most, con
     int64_t *from = srf__calloc((size_t)b, sizeof *from), *lens = srf__calloc((size_t)b, 8);
     assert_true(from && lens);
     test_ok(c->s.ctx->be->zero(c->s.ctx, c->state.dev, row_bytes(&c->state, c->state.n)));
+    attn_packed_go_on(c, from, lens, slots);
     while (left > 0) {
         for (int64_t i = 0; i < b; i++) {
             int64_t n = (int64_t)srf_rng_below(rng, (uint64_t)most + 1);
