@@ -46,7 +46,7 @@ int64_t srf__moments_count(const struct srf_ctx *ctx, int64_t n, int64_t c);
 /* ctx->impl */
 struct srf__cuda {
     int device, n_sm;
-    int cc;          /* 10 * major + minor, 90 for an H100; of the code, where that is older */
+    int cc;          /* 10 * major + minor, 90 for an H100; 80 where its code is older */
     size_t smem_max; /* dynamic shared memory a block may ask for */
     cublasLtHandle_t lt;
     /* Small uploads: host memory is copied here first, so that the caller may go on at once. */

@@ -166,12 +166,18 @@ srf_status srf__cuda_launched(const char *op)
     return SRF_OK;
 }
 
-/* Asked for what code the card has been given. */
-static __global__ void code_kernel(void) {}
+/* Asked for what code the card has been given: its bound is told by the driver. */
+#define OLD_THREADS 32
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define CODE_THREADS OLD_THREADS
+#else
+#define CODE_THREADS 64
+#endif
+static __global__ __launch_bounds__(CODE_THREADS) void code_kernel(void) {}
 
 /* A card that is newer than the code that it runs (PTX of 80-virtual, translated when it is loaded)
- * counts as one of the code's age: what newer cards alone can do, clusters and kernels that wait
- * for each other, is not in that code, and must not be asked of it. */
+ * counts as one of before 9.0: clusters and kernels that wait for each other (chain.h) are not in
+ * that code, and must not be asked of it. */
 static srf_status code_of(struct srf__cuda *cuda, const char *name)
 {
     struct cudaFuncAttributes f;
@@ -181,7 +187,7 @@ static srf_status code_of(struct srf__cuda *cuda, const char *name)
                 "this build has no code for %s, of compute capability %d.%d (SRF_CUDA_ARCH says "
                 "for which it has): %s",
                 name, cuda->cc / 10, cuda->cc % 10, cudaGetErrorString(err));
-    if (cuda->cc >= 90 && f.ptxVersion < 90) cuda->cc = f.ptxVersion;
+    if (cuda->cc >= 90 && f.maxThreadsPerBlock == OLD_THREADS) cuda->cc = 80;
     return SRF_OK;
 }
 
