@@ -101,6 +101,14 @@ static srf_status draw_on_host(struct run *r, const struct srf_attention_config 
     return st;
 }
 
+/* Trained, fitted or chosen features are no draw of the key: they stand in place of the first, but
+ * not where kinds of draws are compared. */
+static bool has_stored(const struct run *r, const struct srf_attention_config *a)
+{
+    return r->ck->features_w && !r->config->oprf_a && !r->config->errors_only && !a->far_none &&
+           srf_attention_same_features(&r->ck->attention, a);
+}
+
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
 {
     struct srf_attention_config a = r->config->attention;
@@ -109,10 +117,7 @@ static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
     a.kind = SRF_ATTN_SRF;
     a.draw += (uint64_t)draw;
     if (m != OWN) a.m = m, a.n_layer_m = 0;
-    /* Trained, fitted or chosen features are no draw of the key. */
-    bool stored = r->ck->features_w && !r->config->oprf_a &&
-                  srf_attention_same_features(&r->ck->attention, &a);
-    if (stored && !a.far_none && !r->ctx->plan)
+    if (has_stored(r, &a) && !r->ctx->plan)
         return upload_features(r, r->ck->features_w, r->ck->features_bias, rows);
     double *oprf;
     SRF_TRY(SRF_ALLOC(oprf, n));
@@ -251,12 +256,13 @@ static int bin_of(double v)
     return (int)fmin(fmax(i, 0), SRF_VALIDATE_BINS - 1);
 }
 
-/* Mean and histogram over all pairs s <= t, quantiles over every stride-th of them. */
+/* Mean, histogram and part past the limit over all pairs s <= t, quantiles over every stride-th of
+ * them. */
 static void pair_norms(const struct run *r, int64_t head, int64_t stride, float *sample,
-                       double *mean, double *quantile, double *part)
+                       double *mean, double *quantile, double *part, double *past)
 {
-    int64_t d = r->d, ld = 3 * r->c, t_len = r->config->seq_len, pairs = 0, n = 0;
-    double total = 0, scale = 1 / sqrt((double)d);
+    int64_t d = r->d, ld = 3 * r->c, t_len = r->config->seq_len, pairs = 0, n = 0, n_past = 0;
+    double total = 0, scale = 1 / sqrt((double)d), limit = log1p((double)r->config->main_m);
     for (int64_t b = 0; b < r->config->windows; b++)
         for (int64_t t = 0; t < t_len; t++) {
             const float *q = r->qkv + (b * t_len + t) * ld + head * d;
@@ -268,10 +274,12 @@ static void pair_norms(const struct run *r, int64_t head, int64_t stride, float 
                 double v_sq = scale * (double)sum;
                 total += v_sq;
                 part[bin_of(v_sq)]++;
+                n_past += v_sq > limit;
                 if (pairs++ % stride == 0) sample[n++] = (float)v_sq;
             }
         }
     *mean = total / (double)pairs;
+    *past = (double)n_past / (double)pairs;
     for (int i = 0; i < SRF_VALIDATE_BINS; i++) part[i] /= (double)pairs;
     qsort(sample, (size_t)n, sizeof *sample, compare_floats);
     for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++)
@@ -296,7 +304,7 @@ static srf_status all_pair_norms(struct run *r, struct srf_validate_result *out)
             int64_t at = layer * r->n_heads + h;
             pair_norms(r, h, stride, samples + h * n_samples, &out->v_mean[at],
                        &out->v_quantile[at * SRF_VALIDATE_QUANTILES],
-                       &out->v_part[at * SRF_VALIDATE_BINS]);
+                       &out->v_part[at * SRF_VALIDATE_BINS], &out->v_past[at]);
         }
     }
 cleanup:
@@ -386,6 +394,18 @@ static void report(const struct run *r, double done)
     if (r->config->progress) r->config->progress(r->config->user, done);
 }
 
+/* Sums of n draws' errors and their squares become the mean and the deviation. first >= 0: that of
+ * the first, whose features were not drawn: it says nothing about the spread of draws, if two others
+ * do. */
+static void spread(int64_t n, double first, double *sum, double *squares)
+{
+    bool without = first >= 0 && n > 2;
+    double draws = (double)(without ? n - 1 : n), total = *sum - (without ? first : 0);
+    double mean = total / draws, rest = (*squares - (without ? first * first : 0)) / draws;
+    *sum /= (double)n;
+    *squares = draws > 1 ? sqrt(fmax(rest - mean * mean, 0) * draws / (draws - 1)) : 0;
+}
+
 static srf_status output_errors(struct run *r, struct srf_validate_result *out)
 {
     const struct srf_validate_config *c = r->config;
@@ -405,11 +425,13 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
             report(r, (double)done / (double)total);
         }
     if (main_m(r) == OWN) SRF_TRY(errors_of_draw(r, OWN, 0, NULL, NULL, out->error_own));
-    double draws = (double)c->n_draws;
+    struct srf_attention_config own = c->attention;
+    own.kind = SRF_ATTN_SRF;
+    if (!own.n_layer_m) own.m = c->main_m;
+    bool stored = has_stored(r, &own);
     for (int64_t i = 0; i < c->n_m * heads; i++) {
-        double mean = out->error[i] / draws, rest = out->error_sd[i] / draws - mean * mean;
-        out->error[i] = mean;
-        out->error_sd[i] = draws > 1 ? sqrt(fmax(rest, 0) * draws / (draws - 1)) : 0;
+        double first = stored && c->m[i / heads] == main_m(r) ? out->error_own[i % heads] : -1;
+        spread(c->n_draws, first, &out->error[i], &out->error_sd[i]);
     }
     return SRF_OK;
 }
@@ -475,6 +497,7 @@ static srf_status alloc_result(struct srf_validate_result *out)
     SRF_TRY(SRF_CALLOC(out->v_mean, heads));
     SRF_TRY(SRF_CALLOC(out->v_quantile, heads * SRF_VALIDATE_QUANTILES));
     SRF_TRY(SRF_CALLOC(out->v_part, heads * SRF_VALIDATE_BINS));
+    SRF_TRY(SRF_CALLOC(out->v_past, heads));
     SRF_TRY(SRF_CALLOC(out->error_own, heads));
     SRF_TRY(SRF_CALLOC(out->weights_kl, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->error, out->n_m * heads));
@@ -517,8 +540,8 @@ cleanup:
 
 void srf_validate_result_free(struct srf_validate_result *r)
 {
-    double *all[] = {r->v_mean,     r->v_quantile, r->v_part, r->error,  r->error_own,
-                     r->weights_kl, r->error_sd,   r->step,   r->prefill};
+    double *all[] = {r->v_mean,    r->v_quantile, r->v_part,   r->v_past, r->error,
+                     r->error_own, r->weights_kl, r->error_sd, r->step,   r->prefill};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) srf__free(all[i]);
     *r = (struct srf_validate_result){0};
 }
