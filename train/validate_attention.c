@@ -395,8 +395,7 @@ static void report(const struct run *r, double done)
 }
 
 /* Sums of n draws' errors and their squares become the mean and the deviation. first >= 0: that of
- * the first, whose features were not drawn: it says nothing about the spread of draws, if two others
- * do. */
+ * the first, whose features were not drawn: where two others are, it is no part of the spread. */
 static void spread(int64_t n, double first, double *sum, double *squares)
 {
     bool without = first >= 0 && n > 2;
