@@ -25,7 +25,8 @@ grep -q '^{"step": 1,.*"lr": 0.0001,' run/metrics.jsonl ||
     fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
 
 # The log has what was measured, and no 0 for what was not.
-grep -q attention_mse run/metrics.jsonl && fail "an error that nobody measured: $(head -1 run/metrics.jsonl)"
+grep -q attention_mse run/metrics.jsonl &&
+    fail "an error that nobody measured: $(head -1 run/metrics.jsonl)"
 succeed "${retrofit[@]}" --kl-to 0.5 --mse 1 --mse-from 0.25 --out parts
 [ "$(grep -n '"kl": [0-9]' parts/metrics.jsonl | cut -d: -f1 | xargs)" = "$(seq -s ' ' 10)" ] &&
     [ "$(grep -n '"attention_mse": [0-9]' parts/metrics.jsonl | cut -d: -f1 | xargs)" = \
