@@ -73,15 +73,13 @@ struct srf_validate_result {
     double *v_quantile; /* (layers, heads, SRF_VALIDATE_QUANTILES), over a sample of the pairs */
     double *v_part;     /* (layers, heads, SRF_VALIDATE_BINS): part of all pairs in each bin */
     double *v_past;     /* (layers, heads): part of all pairs above ln(1 + main_m) */
-    double *error; /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
-    /* The same: standard deviation between draws, of three or more without the features that the
-     * checkpoint holds, which are the mean's first. */
-    double *error_sd;
-    /* (layers, heads): with the model's own numbers, of the first draw, or the features that the
-     * checkpoint holds. */
+    double *error;    /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
+    double *error_sd; /* the same: standard deviation between draws */
+    /* (layers, heads): with the model's own numbers, and the features that the checkpoint holds, or
+     * else the first draw. */
     double *error_own;
     /* (n_m, layers, heads): KL(softmax's attention weights || these), mean over the first 256
-     * tokens of the first window, with the first draw. */
+     * tokens of the first window, with the first draw; for main_m as error_own. */
     double *weights_kl;
     /* (layers): |o - o_chunked| / |o_chunked| on the first window, where o is made one token at a
      * time, or by a prefill of a third of the window and then one token at a time. */

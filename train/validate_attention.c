@@ -101,13 +101,9 @@ static srf_status draw_on_host(struct run *r, const struct srf_attention_config 
     return st;
 }
 
-/* Trained, fitted or chosen features are no draw of the key: they stand in place of the first, but
- * not where kinds of draws are compared. */
-static bool has_stored(const struct run *r, const struct srf_attention_config *a)
-{
-    return r->ck->features_w && !r->config->oprf_a && !r->config->errors_only && !a->far_none &&
-           srf_attention_same_features(&r->ck->attention, a);
-}
+/* In place of a draw's number: the features that the checkpoint holds, trained, fitted or chosen
+ * ones, which are no draw of the key; the first draw where it holds none. */
+enum { HELD = -1 };
 
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
 {
@@ -115,9 +111,13 @@ static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
     int64_t layers = r->model->config.n_layers, n = layers * r->n_sets;
     int64_t rows = rows_before(r, m, layers);
     a.kind = SRF_ATTN_SRF;
-    a.draw += (uint64_t)draw;
+    if (draw != HELD) a.draw += (uint64_t)draw;
     if (m != OWN) a.m = m, a.n_layer_m = 0;
-    if (has_stored(r, &a) && !r->ctx->plan)
+    /* Kinds of draws are compared by draws alone. */
+    bool held = draw == HELD && r->ck->features_w && !r->config->oprf_a &&
+                !r->config->errors_only && !a.far_none &&
+                srf_attention_same_features(&r->ck->attention, &a);
+    if (held && !r->ctx->plan)
         return upload_features(r, r->ck->features_w, r->ck->features_bias, rows);
     double *oprf;
     SRF_TRY(SRF_ALLOC(oprf, n));
@@ -394,17 +394,6 @@ static void report(const struct run *r, double done)
     if (r->config->progress) r->config->progress(r->config->user, done);
 }
 
-/* Sums of n draws' errors and their squares become the mean and the deviation. first >= 0: that of
- * the first, whose features were not drawn: where two others are, it is no part of the spread. */
-static void spread(int64_t n, double first, double *sum, double *squares)
-{
-    bool without = first >= 0 && n > 2;
-    double draws = (double)(without ? n - 1 : n), total = *sum - (without ? first : 0);
-    double mean = total / draws, rest = (*squares - (without ? first * first : 0)) / draws;
-    *sum /= (double)n;
-    *squares = draws > 1 ? sqrt(fmax(rest - mean * mean, 0) * draws / (draws - 1)) : 0;
-}
-
 static srf_status output_errors(struct run *r, struct srf_validate_result *out)
 {
     const struct srf_validate_config *c = r->config;
@@ -418,19 +407,18 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
         for (int64_t i = 0; i < c->n_m; i++) {
             bool own = draw == 0 && c->m[i] == main_m(r);
             SRF_TRY(errors_of_draw(r, c->m[i], draw, out->error + i * heads,
-                                   out->error_sd + i * heads, own ? out->error_own : NULL));
+                                   out->error_sd + i * heads, NULL));
+            if (own) SRF_TRY(errors_of_draw(r, c->m[i], HELD, NULL, NULL, out->error_own));
             if (draw == 0) SRF_TRY(weights_of_draw(r, c->m[i], out->weights_kl + i * heads));
             done += c->m[i];
             report(r, (double)done / (double)total);
         }
-    if (main_m(r) == OWN) SRF_TRY(errors_of_draw(r, OWN, 0, NULL, NULL, out->error_own));
-    struct srf_attention_config own = c->attention;
-    own.kind = SRF_ATTN_SRF;
-    if (!own.n_layer_m) own.m = c->main_m;
-    bool stored = has_stored(r, &own);
+    if (main_m(r) == OWN) SRF_TRY(errors_of_draw(r, OWN, HELD, NULL, NULL, out->error_own));
+    double draws = (double)c->n_draws;
     for (int64_t i = 0; i < c->n_m * heads; i++) {
-        double first = stored && c->m[i / heads] == main_m(r) ? out->error_own[i % heads] : -1;
-        spread(c->n_draws, first, &out->error[i], &out->error_sd[i]);
+        double mean = out->error[i] / draws, rest = out->error_sd[i] / draws - mean * mean;
+        out->error[i] = mean;
+        out->error_sd[i] = draws > 1 ? sqrt(fmax(rest, 0) * draws / (draws - 1)) : 0;
     }
     return SRF_OK;
 }
@@ -456,7 +444,7 @@ static srf_status form_errors(struct run *r, struct srf_validate_result *out)
 {
     int64_t m = main_m(r), t_len = r->config->seq_len;
     float *chunked = r->exact; /* not needed any more */
-    SRF_TRY(draw_features(r, m, 0));
+    SRF_TRY(draw_features(r, m, HELD));
     for (int64_t layer = 0; layer < out->n_layers; layer++) {
         const void *qkv = srf_model_qkv(r->model, layer);
         SRF_TRY(srf_outputs(r, CHUNKED, layer, qkv, m, 1, 0, t_len));
