@@ -226,15 +226,21 @@ static srf_status print_texts(const struct generate_options *in, const struct ru
 
 static srf_status print_results(const struct generate_options *in, const struct run *r)
 {
-    int64_t total = 0, state = srf_engine_state_bytes(r->engine);
+    int64_t total = 0, stepped = 0, state = srf_engine_state_bytes(r->engine);
     /* A KV cache would hold what was fed. */
     int64_t positions = 0;
     for (int64_t i = 0; i < in->batch; i++)
         if (srf_engine_position(r->engine, i) > positions)
             positions = srf_engine_position(r->engine, i);
     int64_t kv = srf_engine_kv_bytes(r->engine, positions);
-    for (int64_t i = 0; i < in->batch; i++) total += r->made[i];
-    double rate = r->decode_s > 0 ? (double)total / r->decode_s : 0;
+    /* The first token of a text comes out of its prefill: no step makes it. */
+    for (int64_t i = 0; i < in->batch; i++) {
+        total += r->made[i];
+        stepped += r->made[i] > 1 ? r->made[i] - 1 : 0;
+    }
+    double rate = stepped > 0 && r->decode_s > 0 ? (double)stepped / r->decode_s : 0;
+    char speed[40] = "";
+    if (rate > 0) snprintf(speed, sizeof speed, ", %.0f tokens/s", rate);
     if (streams(in)) {
         SRF_TRY(print_now(r->held, r->n_held));
         SRF_TRY(print_now("\n", 1));
@@ -243,16 +249,16 @@ static srf_status print_results(const struct generate_options *in, const struct 
     }
     if (in->json)
         printf("], \"prompt_tokens\": %lld, \"tokens\": %lld, \"state_bytes\": %lld, "
-               "\"kv_bytes\": %lld, \"kv_positions\": %lld, \"prefill_s\": %.4f, "
-               "\"decode_s\": %.4f, \"tokens_per_s\": %.1f}\n",
+               "\"kv_bytes\": %lld, \"kv_positions\": %lld, \"prefill_s\": %.6f, "
+               "\"decode_s\": %.6f, \"tokens_per_s\": %.1f}\n",
                (long long)r->prompt.n, (long long)total, (long long)state, (long long)kv,
                (long long)positions, r->prefill_s, r->decode_s, rate);
     else if (!in->quiet)
         fprintf(stderr,
-                "%lld tokens, %.0f tokens/s; state %.1f KiB a sequence at any length (KV cache: "
-                "%.1f KiB at %lld tokens, %.1f KiB at %lld)\n",
-                (long long)total, rate, (double)state / 1024, (double)kv / 1024,
-                (long long)positions,
+                "%lld token%s%s; state %.1f KiB a sequence at any length (KV cache: %.1f KiB at "
+                "%lld tokens, %.1f KiB at %lld)\n",
+                (long long)total, total == 1 ? "" : "s", speed, (double)state / 1024,
+                (double)kv / 1024, (long long)positions,
                 (double)srf_engine_kv_bytes(r->engine, r->m.ck->config.n_pos) / 1024,
                 (long long)r->m.ck->config.n_pos);
     return SRF_OK;

@@ -344,11 +344,16 @@ static srf_status measure_layers(struct run *r, const struct srf_validate_pair *
     return measure_forms(r, pair, forms, layers + 1, HEADS_TO, LAYERS_TO, &r->layers);
 }
 
-/* Every window with every number of features, in all layers. */
+/* Every window with every number of features, in all layers: drawn ones, whatever features the
+ * checkpoint holds. */
 static srf_status measure_swaps(struct run *r, const struct srf_validate_pair *pair)
 {
     struct srf_attention_config *forms;
+    struct srf_checkpoint bare = *pair->student;
+    struct srf_validate_pair drawn = *pair;
     if (pair->attention->far_none) return SRF_OK;
+    bare.features_w = bare.features_bias = NULL;
+    drawn.student = &bare;
     SRF_TRY(SRF_ALLOC(forms, VALIDATE_SWAPS));
     for (int64_t i = 0; i < VALIDATE_SWAPS; i++) {
         forms[i] = *pair->attention;
@@ -356,7 +361,7 @@ static srf_status measure_swaps(struct run *r, const struct srf_validate_pair *p
         forms[i].window = validate_swap_window[i / VALIDATE_SWAP_M];
         forms[i].m = validate_swap_m[i % VALIDATE_SWAP_M];
     }
-    return measure_forms(r, pair, forms, VALIDATE_SWAPS, LAYERS_TO, SWAPS_TO, &r->swaps);
+    return measure_forms(r, &drawn, forms, VALIDATE_SWAPS, LAYERS_TO, SWAPS_TO, &r->swaps);
 }
 
 /* The model beside its teacher: by position, by layer, over draws, and in what they write. */

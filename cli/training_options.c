@@ -251,8 +251,8 @@ int cli_training(int argc, char **argv, const struct cli_training *defaults)
         CLI_DEVICE_OPTIONS(in.device),
         {"quiet", 'q', CLI_FLAG, &in.quiet, NULL, "no progress", 0, 0},
         {"json", 0, CLI_FLAG, &in.json, NULL,
-         "one JSON object: model, steps, loss, val_ppl and teacher_val_ppl (null without --val or "
-         "a teacher), seconds",
+         "one JSON object: model, steps, loss (a running mean of metrics.jsonl's), val_ppl and "
+         "teacher_val_ppl (null without --val or a teacher), seconds",
          0, 0},
         {0}};
     if (!defaults->recipe) drop_option(options, "recipe");

@@ -16,8 +16,7 @@ static void histograms(const struct validate_report *r, double limit, FILE *to)
     for (int64_t i = 0; i <= SRF_VALIDATE_BINS; i++) edges[i] = srf_validate_bin(i);
     for (int64_t h = 0; h < n; h++) {
         medians[h] = res->v_quantile[h * SRF_VALIDATE_QUANTILES + SRF_VALIDATE_QUANTILES / 2];
-        for (int64_t i = 0; i < SRF_VALIDATE_BINS; i++)
-            if (edges[i] >= limit) past += res->v_part[h * SRF_VALIDATE_BINS + i] / (double)n;
+        past += res->v_past[h] / (double)n;
     }
     struct svg_histograms grid = {.title = "|q+k|²/√d of all pairs, each head",
                                   .row_label = "layer",

@@ -218,6 +218,7 @@ srf_status validate_json(const struct validate_report *r, char **text)
     json_object_set_new(o, "v2", matrix(r, res->v_mean, 1));
     json_object_set_new(o, "v2_quantiles", quantiles_json(r));
     json_object_set_new(o, "v2_histogram", histogram_json(r));
+    json_object_set_new(o, "v2_past_limit", matrix(r, res->v_past, 1));
     json_object_set_new(o, "output_error", matrix(r, validate_errors_at(r, res->error, i), 1));
     json_object_set_new(o, "output_error_sd",
                         matrix(r, validate_errors_at(r, res->error_sd, i), 1));

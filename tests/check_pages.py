@@ -117,6 +117,15 @@ def of_validation(folder, printed):
             inside = [i for i in range(len(head)) if edges[i] <= median <= edges[i + 1]]
             if not below[inside[0]] - 0.1 <= 0.5 <= below[inside[-1] + 1] + 0.1:
                 sys.exit(f"a median of {median} by a histogram of {head}")
+    limit, past = math.log1p(r["m"]), [p for row in r["v2_past_limit"] for p in row]
+    heads = [head for layer in r["v2_histogram"]["heads"] for head in layer]
+    for part, head in zip(past, heads):  # the limit lies inside a bin
+        most = sum(p for p, end in zip(head, edges[1:]) if end > limit)
+        least = sum(p for p, start in zip(head, edges) if start >= limit)
+        if not least - 1e-6 <= part <= most + 1e-6:
+            sys.exit(f"{part} of the pairs past {limit} by a histogram of {head}")
+    if f"Here {100 * sum(past) / len(past):.3g}&nbsp;% of all pairs lie right of it" not in page:
+        sys.exit(f"the page has another part of the pairs past the limit than {past}")
     for key in ("output_error_by_features", "weights_kl_by_features"):
         tried = r[key]
         short = any(len(v) != len(tried["m"]) for v in tried.values())

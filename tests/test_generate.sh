@@ -46,6 +46,20 @@ for option in '--top-k 1' '--top-p 1e-9' '--temperature 0 --seed 7'; do
     cmp -s stdout greedy || fail "$option: not the most likely tokens"
 done
 
+# The rate is that of the steps: a text's first token comes out of its prefill.
+for n in 1 2; do
+    ok --prompt 'the king' -n $n --ignore-eos --batch 3 --json
+    python3 - $n <<'END' || fail "the rate of $n tokens"
+import json, sys
+result = json.load(open("stdout"))
+steps = int(sys.argv[1]) - 1
+assert result["tokens"] == 3 * (steps + 1), result
+assert abs(result["tokens_per_s"] * result["decode_s"] - 3 * steps) < 0.3 * steps + 1e-9, result
+END
+done
+ok --prompt 'the king' -n 1 --ignore-eos
+grep -q '^1 token; state' stderr || fail "the rate of no step: $(cat stderr)"
+
 # The end token ends a text and is none of it.
 ok --prompt 'the king' --temperature 100 -n 62 --seed 1 --batch 99 --json
 python3 - <<'END' || fail "the end token: $(head -c 300 stdout)"

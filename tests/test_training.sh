@@ -24,6 +24,15 @@ refuse 1 "expected a directory" "$SRF" train --model no-such-file --data text.tx
 grep -q '^{"step": 1,.*"lr": 0.0001,' run/metrics.jsonl ||
     fail "not the default warm-up: $(head -1 run/metrics.jsonl)"
 
+# The log has what was measured, and no 0 for what was not.
+grep -q attention_mse run/metrics.jsonl &&
+    fail "an error that nobody measured: $(head -1 run/metrics.jsonl)"
+succeed "${retrofit[@]}" --kl-to 0.5 --mse 1 --mse-from 0.25 --out parts
+[ "$(grep -n '"kl": [0-9]' parts/metrics.jsonl | cut -d: -f1 | xargs)" = "$(seq -s ' ' 10)" ] &&
+    [ "$(grep -n '"attention_mse": [0-9]' parts/metrics.jsonl | cut -d: -f1 | xargs)" = \
+        "$(seq -s ' ' 6 20)" ] && ! grep -qE '"(kl|attention_mse)": 0[,}]' parts/metrics.jsonl ||
+    fail "not the parts of the run that were measured: $(cat parts/metrics.jsonl)"
+
 # So many sequences at once.
 succeed "${retrofit[@]/--quiet/--micro-batch=1}" --batch 2 --steps 1 --out one
 grep -q '(1 at once)' stderr || fail "--micro-batch 1: $(cat stderr)"

@@ -68,7 +68,8 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void check_norms(const double *qkv, const struct srf_validate_result *r)
+static void check_norms(const double *qkv, const struct srf_validate_config *c,
+                        const struct srf_validate_result *r)
 {
     enum { PAIRS = B * T * (T + 1) / 2 };
     double *pairs;
@@ -97,6 +98,9 @@ static void check_norms(const double *qkv, const struct srf_validate_result *r)
                 all += part[i];
             }
             assert_true(fabs(all - 1) < 1e-9);
+            int past = 0;
+            for (int j = 0; j < PAIRS; j++) past += pairs[j] > log1p((double)c->main_m);
+            assert_true(fabs(r->v_past[l * H + h] - (double)past / PAIRS) < 1.5 / PAIRS);
             double want = sum / PAIRS;
             test_close("mean |q+k|^2", &r->v_mean[l * H + h], &want, 1, 1e-5);
             for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++) {
@@ -264,7 +268,7 @@ static void measurements(void **state)
             assert_int_equal(r.n_layers, L);
             assert_int_equal(r.n_heads, H);
             assert_int_equal(r.n_m, N_M);
-            check_norms(qkv, &r);
+            check_norms(qkv, &c, &r);
             check_errors(qkv, &c, &r);
             check_weights(qkv, &c, &r);
             for (int l = 0; l < L; l++) {
@@ -333,7 +337,7 @@ static void features_by_layer(void **state)
     setting_free(&s);
 }
 
-/* Features that a checkpoint holds are used as they are, for the first draw of their m alone. */
+/* Features that a checkpoint holds are used as they are, for the model's own numbers alone. */
 static void stored_features(void **state)
 {
     (void)state;
@@ -361,15 +365,22 @@ static void stored_features(void **state)
             for (int i = 0; i < M; i++) s.ck->features_bias[(l * H + h) * M + i] = (float)bias[i];
         }
     test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &held));
-    for (int i = 0; i < N_M; i++)
-        for (int h = 0; h < L * H; h++) {
-            double a = drawn.error[i * L * H + h], b = held.error[i * L * H + h];
-            bool changed = ms[i] == M && h % H; /* the first heads have what they would draw */
-            assert_true(changed ? fabs(a - b) > 1e-4 : fabs(a - b) < 1e-6);
-        }
-    for (int h = 0; h < L * H; h++) {
+    for (int i = 0; i < N_M * L * H; i++) {
+        assert_true(fabs(drawn.error[i] - held.error[i]) < 1e-6);
+        assert_true(fabs(drawn.error_sd[i] - held.error_sd[i]) < 1e-6 && drawn.error_sd[i] > 0);
+    }
+    for (int h = 0; h < L * H; h++) { /* the first heads have what they would draw */
         double off = fabs(drawn.error_own[h] - held.error_own[h]);
         assert_true(h % H ? off > 1e-3 : off < 1e-6);
+    }
+    /* Kinds of draws are compared by draws alone. */
+    c.errors_only = true;
+    srf_validate_result_free(&held);
+    test_ok(srf_validate_attention(s.ctx, s.ck, s.tokens, &c, &held));
+    for (int i = 0; i < N_M * L * H; i++) {
+        assert_true(fabs(drawn.error[i] - held.error[i]) < 1e-6);
+        assert_true(fabs(drawn.error_sd[i] - held.error_sd[i]) < 1e-6);
+        assert_true(fabs(drawn.weights_kl[i] - held.weights_kl[i]) < 1e-5);
     }
     srf_validate_result_free(&drawn);
     srf_validate_result_free(&held);

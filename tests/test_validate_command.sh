@@ -70,6 +70,23 @@ has taught/validate.json "\"by_draw\":{\"first\":"
 grep -o '"by_draw":{[^}]*}' taught/validate.json | grep -F "\"ppl\":[${own%?}" >/dev/null ||
     fail "draw 0 is not the model's own: $own, $(grep -o '"by_draw":{[^}]*}' taught/validate.json)"
 
+# What is said of draws is the same of a model that holds trained features and of its weights alone.
+succeed "$SRF" retrofit --model model.h5 --data text.txt --out holds --steps 9 --batch 2 \
+    --seq-len 32 --window 8 -m 16 --plan 0 --features-lr 0.3 -q
+succeed "$SRF" export holds/model.h5 alone --format hf
+for model in holds/model.h5 alone; do
+    succeed "$SRF" validate --model $model --data text.txt -m 16 -W 8 --out of -q --draws 2 \
+        --kernel-draws 4
+    cp of/validate.json ${model%/*}.json
+done
+python3 - <<'END' || fail "trained features are taken for a draw"
+import json
+holds, alone = (json.load(open(f"{name}.json")) for name in ("holds", "alone"))
+assert holds["kl"] != alone["kl"] and holds["by_draw"]["ppl"][1] == alone["by_draw"]["ppl"][1]
+for key in ("swaps", "output_error_by_features", "weights_kl_by_features"):
+    assert holds[key] == alone[key], key
+END
+
 # Other settings, a number of features of its own, and names that HTML must escape.
 cp text.txt 'a<b>&.txt'
 run "$SRF" validate --model model.h5 --data 'a<b>&.txt' --out three -q --kernel-draws 4 \

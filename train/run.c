@@ -118,10 +118,9 @@ static srf_status log_step(FILE *f, const struct srf_train_metrics *m, const str
 {
     fprintf(f, "{\"step\": %lld, \"tokens\": %lld", (long long)m->step, (long long)m->tokens);
     put_number(f, "loss", m->loss);
-    if (t->teacher) {
-        put_number(f, "kl", m->kl);
-        put_number(f, "attention_mse", m->mse);
-    }
+    /* Nothing of what no weight asked to measure: 0 would be a result. */
+    if (srf_policy_kl(&t->config, m->step - 1) > 0) put_number(f, "kl", m->kl);
+    if (srf_policy_mse(&t->config, m->step - 1) > 0) put_number(f, "attention_mse", m->mse);
     put_number(f, "lr", m->lr);
     put_number(f, "grad_norm", m->grad_norm);
     put_number(f, "tokens_per_s", m->tokens_per_s);

@@ -48,7 +48,9 @@ struct srf_validate_config {
     int64_t windows, seq_len; /* of text */
     int64_t n_draws;          /* draws from attention.draw on, at least 2 (errors_only: 1) */
     const double *oprf_a;     /* (layers, sets), in place of attention.oprf_a; or NULL */
-    bool errors_only;         /* error, error_sd, error_own: the rest of the result stays 0 */
+    /* error, error_sd, error_own, weights_kl, of drawn features whatever the checkpoint holds, to
+     * compare kinds of draws: the rest of the result stays 0. */
+    bool errors_only;
     /* Called now and then with the part done, 0 to 1; may be NULL. */
     void (*progress)(void *user, double done);
     void *user;
@@ -70,13 +72,14 @@ struct srf_validate_result {
     double *v_mean;     /* (layers, heads): mean |q+k|^2/sqrt(d) over pairs s <= t of all windows */
     double *v_quantile; /* (layers, heads, SRF_VALIDATE_QUANTILES), over a sample of the pairs */
     double *v_part;     /* (layers, heads, SRF_VALIDATE_BINS): part of all pairs in each bin */
+    double *v_past;     /* (layers, heads): part of all pairs above ln(1 + main_m) */
     double *error;    /* (n_m, layers, heads): |o_srf - o_softmax| / |o_softmax|, mean over draws */
     double *error_sd; /* the same: standard deviation between draws */
-    /* (layers, heads): with the model's own numbers, of the first draw, or the features that the
-     * checkpoint holds. */
+    /* (layers, heads): with the model's own numbers, and the features that the checkpoint holds, or
+     * else the first draw. */
     double *error_own;
     /* (n_m, layers, heads): KL(softmax's attention weights || these), mean over the first 256
-     * tokens of the first window, with the first draw. */
+     * tokens of the first window, with the first draw; for main_m as error_own. */
     double *weights_kl;
     /* (layers): |o - o_chunked| / |o_chunked| on the first window, where o is made one token at a
      * time, or by a prefill of a third of the window and then one token at a time. */

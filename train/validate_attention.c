@@ -101,18 +101,23 @@ static srf_status draw_on_host(struct run *r, const struct srf_attention_config 
     return st;
 }
 
+/* In place of a draw's number: the features that the checkpoint holds, trained, fitted or chosen
+ * ones, which are no draw of the key; the first draw where it holds none. */
+enum { HELD = -1 };
+
 static srf_status draw_features(struct run *r, int64_t m, int64_t draw)
 {
     struct srf_attention_config a = r->config->attention;
     int64_t layers = r->model->config.n_layers, n = layers * r->n_sets;
     int64_t rows = rows_before(r, m, layers);
     a.kind = SRF_ATTN_SRF;
-    a.draw += (uint64_t)draw;
+    if (draw != HELD) a.draw += (uint64_t)draw;
     if (m != OWN) a.m = m, a.n_layer_m = 0;
-    /* Trained, fitted or chosen features are no draw of the key. */
-    bool stored = r->ck->features_w && !r->config->oprf_a &&
-                  srf_attention_same_features(&r->ck->attention, &a);
-    if (stored && !a.far_none && !r->ctx->plan)
+    /* Kinds of draws are compared by draws alone. */
+    bool held = draw == HELD && r->ck->features_w && !r->config->oprf_a &&
+                !r->config->errors_only && !a.far_none &&
+                srf_attention_same_features(&r->ck->attention, &a);
+    if (held && !r->ctx->plan)
         return upload_features(r, r->ck->features_w, r->ck->features_bias, rows);
     double *oprf;
     SRF_TRY(SRF_ALLOC(oprf, n));
@@ -251,12 +256,13 @@ static int bin_of(double v)
     return (int)fmin(fmax(i, 0), SRF_VALIDATE_BINS - 1);
 }
 
-/* Mean and histogram over all pairs s <= t, quantiles over every stride-th of them. */
+/* Mean, histogram and part past the limit over all pairs s <= t, quantiles over every stride-th of
+ * them. */
 static void pair_norms(const struct run *r, int64_t head, int64_t stride, float *sample,
-                       double *mean, double *quantile, double *part)
+                       double *mean, double *quantile, double *part, double *past)
 {
-    int64_t d = r->d, ld = 3 * r->c, t_len = r->config->seq_len, pairs = 0, n = 0;
-    double total = 0, scale = 1 / sqrt((double)d);
+    int64_t d = r->d, ld = 3 * r->c, t_len = r->config->seq_len, pairs = 0, n = 0, n_past = 0;
+    double total = 0, scale = 1 / sqrt((double)d), limit = log1p((double)r->config->main_m);
     for (int64_t b = 0; b < r->config->windows; b++)
         for (int64_t t = 0; t < t_len; t++) {
             const float *q = r->qkv + (b * t_len + t) * ld + head * d;
@@ -268,10 +274,12 @@ static void pair_norms(const struct run *r, int64_t head, int64_t stride, float 
                 double v_sq = scale * (double)sum;
                 total += v_sq;
                 part[bin_of(v_sq)]++;
+                n_past += v_sq > limit;
                 if (pairs++ % stride == 0) sample[n++] = (float)v_sq;
             }
         }
     *mean = total / (double)pairs;
+    *past = (double)n_past / (double)pairs;
     for (int i = 0; i < SRF_VALIDATE_BINS; i++) part[i] /= (double)pairs;
     qsort(sample, (size_t)n, sizeof *sample, compare_floats);
     for (int i = 0; i < SRF_VALIDATE_QUANTILES; i++)
@@ -296,7 +304,7 @@ static srf_status all_pair_norms(struct run *r, struct srf_validate_result *out)
             int64_t at = layer * r->n_heads + h;
             pair_norms(r, h, stride, samples + h * n_samples, &out->v_mean[at],
                        &out->v_quantile[at * SRF_VALIDATE_QUANTILES],
-                       &out->v_part[at * SRF_VALIDATE_BINS]);
+                       &out->v_part[at * SRF_VALIDATE_BINS], &out->v_past[at]);
         }
     }
 cleanup:
@@ -399,12 +407,13 @@ static srf_status output_errors(struct run *r, struct srf_validate_result *out)
         for (int64_t i = 0; i < c->n_m; i++) {
             bool own = draw == 0 && c->m[i] == main_m(r);
             SRF_TRY(errors_of_draw(r, c->m[i], draw, out->error + i * heads,
-                                   out->error_sd + i * heads, own ? out->error_own : NULL));
+                                   out->error_sd + i * heads, NULL));
+            if (own) SRF_TRY(errors_of_draw(r, c->m[i], HELD, NULL, NULL, out->error_own));
             if (draw == 0) SRF_TRY(weights_of_draw(r, c->m[i], out->weights_kl + i * heads));
             done += c->m[i];
             report(r, (double)done / (double)total);
         }
-    if (main_m(r) == OWN) SRF_TRY(errors_of_draw(r, OWN, 0, NULL, NULL, out->error_own));
+    if (main_m(r) == OWN) SRF_TRY(errors_of_draw(r, OWN, HELD, NULL, NULL, out->error_own));
     double draws = (double)c->n_draws;
     for (int64_t i = 0; i < c->n_m * heads; i++) {
         double mean = out->error[i] / draws, rest = out->error_sd[i] / draws - mean * mean;
@@ -435,7 +444,7 @@ static srf_status form_errors(struct run *r, struct srf_validate_result *out)
 {
     int64_t m = main_m(r), t_len = r->config->seq_len;
     float *chunked = r->exact; /* not needed any more */
-    SRF_TRY(draw_features(r, m, 0));
+    SRF_TRY(draw_features(r, m, HELD));
     for (int64_t layer = 0; layer < out->n_layers; layer++) {
         const void *qkv = srf_model_qkv(r->model, layer);
         SRF_TRY(srf_outputs(r, CHUNKED, layer, qkv, m, 1, 0, t_len));
@@ -475,6 +484,7 @@ static srf_status alloc_result(struct srf_validate_result *out)
     SRF_TRY(SRF_CALLOC(out->v_mean, heads));
     SRF_TRY(SRF_CALLOC(out->v_quantile, heads * SRF_VALIDATE_QUANTILES));
     SRF_TRY(SRF_CALLOC(out->v_part, heads * SRF_VALIDATE_BINS));
+    SRF_TRY(SRF_CALLOC(out->v_past, heads));
     SRF_TRY(SRF_CALLOC(out->error_own, heads));
     SRF_TRY(SRF_CALLOC(out->weights_kl, out->n_m * heads));
     SRF_TRY(SRF_CALLOC(out->error, out->n_m * heads));
@@ -517,8 +527,8 @@ cleanup:
 
 void srf_validate_result_free(struct srf_validate_result *r)
 {
-    double *all[] = {r->v_mean,     r->v_quantile, r->v_part, r->error,  r->error_own,
-                     r->weights_kl, r->error_sd,   r->step,   r->prefill};
+    double *all[] = {r->v_mean,    r->v_quantile, r->v_part,   r->v_past, r->error,
+                     r->error_own, r->weights_kl, r->error_sd, r->step,   r->prefill};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) srf__free(all[i]);
     *r = (struct srf_validate_result){0};
 }
