@@ -174,18 +174,24 @@ static srf_status other_draws(const struct inputs *in, struct run *r, struct srf
     return SRF_OK;
 }
 
-static void print_draws(const double *ppl, int64_t n, bool json)
+/* held: the first are features that the model holds, trained ones say, and tell nothing of how far
+ * draws are from each other. */
+static void print_draws(const double *ppl, int64_t n, bool held, bool json)
 {
-    double mean, sd, least = ppl[0], most = ppl[0];
-    cli_spread(ppl, n, &mean, &sd);
-    for (int64_t i = 0; i < n; i++) {
+    int64_t first = held ? 1 : 0, drawn = n - first;
+    double mean, sd, least = ppl[first], most = ppl[first];
+    cli_spread(ppl + first, drawn, &mean, &sd);
+    for (int64_t i = first; i < n; i++) {
         least = fmin(least, ppl[i]);
         most = fmax(most, ppl[i]);
     }
     if (!json) {
-        printf("%lld draws, the model's own first: perplexity %.4f on average, standard deviation "
-               "%.4f, %.4f to %.4f\n",
-               (long long)n, mean, sd, least, most);
+        printf(held ? "%lld draw%s in place of the model's features: perplexity %.4f"
+                    : "%lld draw%s, the model's own first: perplexity %.4f",
+               (long long)drawn, drawn > 1 ? "s" : "", mean);
+        if (drawn > 1)
+            printf(" on average, standard deviation %.4f, %.4f to %.4f", sd, least, most);
+        puts("");
         return;
     }
     printf(", \"draws\": {\"mean\": ");
@@ -222,6 +228,8 @@ static int run(struct inputs *in)
     int code = EXIT_OK;
     char attention[200] = "";
     if (r.model) srf_attention_describe(&r.model->attention, attention, sizeof attention);
+    bool held = r.model && r.ck->features_w &&
+                srf_attention_same_features(&r.ck->attention, &r.model->attention);
     double rate = st == SRF_OK && result.seconds > 0 ? (double)result.tokens / result.seconds : 0;
     if (st != SRF_OK) {
         code = cli_fail();
@@ -236,7 +244,7 @@ static int run(struct inputs *in)
             printf(", \"%s\": ", past ? "ppl_past_learned" : "ppl_learned");
             cli_json_number(stdout, exp(r.sum[past] / (double)r.n[past]));
         }
-        if (r.draw_ppl) print_draws(r.draw_ppl, in->draws, true);
+        if (r.draw_ppl) print_draws(r.draw_ppl, in->draws, held, true);
         if (r.recall) print_recall(&r.recalled, true);
         printf(", \"mode\": \"%s\", \"seconds\": %.3f, \"tokens_per_s\": %.1f}\n", in->mode,
                result.seconds, rate);
@@ -249,7 +257,7 @@ static int run(struct inputs *in)
                    "--positions %s\n",
                    exp(r.sum[0] / (double)r.n[0]), (long long)r.learned,
                    exp(r.sum[1] / (double)r.n[1]), in->positions.policy);
-        if (r.draw_ppl) print_draws(r.draw_ppl, in->draws, false);
+        if (r.draw_ppl) print_draws(r.draw_ppl, in->draws, held, false);
         if (r.recall) print_recall(&r.recalled, false);
     }
     free_run(&r);
@@ -295,7 +303,7 @@ int cmd_eval(int argc, char **argv)
         {"json", 0, CLI_FLAG, &in.json, NULL,
          "one JSON object: tokens, nll (mean, nats), ppl, attention, mode, seconds, "
          "tokens_per_s; beyond the learned positions ppl_learned and ppl_past_learned; as asked "
-         "recall, draws",
+         "recall, draws (ppl of each; mean and sd without features that the model holds)",
          0, 0},
         {0}};
     int code;

@@ -161,6 +161,24 @@ cmp -s each.draw all.draws || fail "--draws 2: $(cat stdout), not $(xargs <each.
 grep -q 'seed 0 draw 0"' stdout || fail "--draws 2: not of the model's own draw: $(cat stdout)"
 grep -q '"mean": [0-9.]*, "sd": [0-9.]*, "ppl"' stdout || fail "--draws 2: no spread: $(cat stdout)"
 
+# Features that a model holds are none of the draws whose mean and spread are told.
+succeed "$SRF" retrofit --model model.h5 --data text.txt --out held --recipe pure -m 8 --steps 1 -q
+eval_held=("$SRF" eval --model held/model.h5 --data text.txt --max-tokens 500 -q)
+succeed "${eval_held[@]}" --draws 3 --json
+python3 - stdout <<'END' || fail "--draws 3 of held features: $(cat stdout)"
+import json, math, sys
+draws = json.load(open(sys.argv[1]))["draws"]
+own, one, two = draws["ppl"]
+assert len({own, one, two}) == 3 and abs(own - (one + two) / 2) > 1e-3
+assert abs(draws["mean"] - (one + two) / 2) < 1e-3
+assert abs(draws["sd"] - abs(one - two) / math.sqrt(2)) < 1e-3
+END
+succeed "${eval_held[@]}" --draws 3
+grep -q "^2 draws in place of the model's features: perplexity [0-9.]* on average" stdout ||
+    fail "--draws 3 of held features: $(cat stdout)"
+succeed "${eval_held[@]}" --draws 2 --json
+grep -q '"sd": null' stdout || fail "one other draw has a spread: $(cat stdout)"
+
 # So many tokens: three windows of 32, and one of what is left.
 run "${eval_srf[@]}" --max-tokens 100 --seq-len 32
 grep -q '"tokens": 96,' stdout || fail "--max-tokens 100: $(cat stdout)"
