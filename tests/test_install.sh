@@ -86,6 +86,14 @@ END
 works ops cc -std=gnu11 "${flags[@]}" ops.c "-I$WORK/to/include/srf" \
     $(pkg-config --cflags --libs srf)
 
+# scripts/pack.sh: no package of less than was asked for.
+for programs in "" "srf toaster"; do
+    run env PROGRAMS="$programs" bash "$SOURCE/scripts/pack.sh" \
+        "$([ -z "$programs" ] && echo nowhere || echo "$build")" package.tar.xz
+    { [ $status -eq 1 ] && grep -E 'no program(s in nowhere| .*/toaster)$' stderr >/dev/null &&
+        [ ! -e package.tar.xz ]; } || fail "pack.sh of '$programs': exit $status: $(cat stderr)"
+done
+
 # In a folder of another project: no test and no flag of ours becomes its own.
 mkdir parent
 cat >parent/CMakeLists.txt <<END
