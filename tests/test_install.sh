@@ -111,8 +111,13 @@ foreach(name COMPILE_OPTIONS COMPILE_DEFINITIONS LINK_OPTIONS)
   endif()
 endforeach()
 END
-run cmake -S parent -B parent/build -DSRF_CUDA=OFF
+run cmake -S parent -B parent/build -DSRF_CUDA=OFF -DCMAKE_INSTALL_LIBDIR=/opt/lib \
+    -DCMAKE_INSTALL_PREFIX=/usr
 [ $status -eq 0 ] || fail "a parent project: $(cat stderr)"
 run ctest --test-dir parent/build -N
 grep '^Total Tests: 0$' stdout >/dev/null || fail "a parent project has tests: $(tail -2 stdout)"
+run env PKG_CONFIG_PATH=parent/build/srf pkg-config --variable libdir srf
+[ "$(cat stdout)" = /opt/lib ] || fail "a libdir that is absolute: $(cat stdout stderr)"
+run env PKG_CONFIG_PATH=parent/build/srf pkg-config --variable includedir srf
+[ "$(cat stdout)" = /usr/include ] || fail "includedir: $(cat stdout stderr)"
 finish
