@@ -344,6 +344,11 @@ static void refusals(void **state)
         assert_int_equal(srf_attn_create(&o, &a), SRF_INVALID);
     }
     srf_attn_free(NULL);
+    srf_attn_defaults(&o, H, D); /* auto: the CPU here, which is no failure */
+    srf_error_clear();
+    test_ok(srf_attn_create(&o, &a));
+    assert_string_equal(srf_error_message(), "");
+    srf_attn_free(a);
 
     open_problem(&p, 4);
     struct srf_attn_tensors x = p.x;
