@@ -31,7 +31,7 @@
  * NULL is the default stream) and returns; host arrays may be reused at once. On the CPU calls
  * return when the work is done and ignore `stream`. A handle serves one stream at a time: wait for
  * the one before using it on another, or have a handle for each. So with threads: handles of their
- * own run at once. On the CPU create sets OpenMP's number of threads, for its caller, and OpenBLAS's.
+ * own run at once. On the CPU create sets OpenMP's number of threads (its caller's) and OpenBLAS's.
  *
  * Errors. Every call returns a status, SRF_OK = 0, and srf_error_message() says in one line what
  * was wrong: SRF_INVALID for arguments (checked before anything runs), SRF_UNSUPPORTED for what the

@@ -9,8 +9,7 @@ seconds="${1:-60}"
 [ $# -eq 0 ] || shift
 [[ "$seconds" =~ ^[0-9]+$ ]] || die "expected a number of seconds, found '$seconds'"
 for target in "$@"; do
-    [ -f "tests/$target.c" ] || die "no target '$target': expected one of$(printf ' %s' tests/fuzz_*.c |
-        sed 's,tests/\([a-z0-9_]*\)\.c,\1,g')"
+    [ -f "tests/$target.c" ] || die "no tests/$target.c: expected one of $(cd tests && echo fuzz_*.c)"
 done
 command -v clang >/dev/null || scripts/setup.sh fuzz
 

@@ -111,7 +111,8 @@ foreach(name COMPILE_OPTIONS COMPILE_DEFINITIONS LINK_OPTIONS)
   endif()
 endforeach()
 END
-run cmake -S parent -B parent/build -DSRF_CUDA=OFF -DCMAKE_INSTALL_LIBDIR=/opt/lib \
+generator=$(sed -n 's/^CMAKE_GENERATOR:INTERNAL=//p' "$build/CMakeCache.txt")
+run cmake -S parent -B parent/build -G "$generator" -DSRF_CUDA=OFF -DCMAKE_INSTALL_LIBDIR=/opt/lib \
     -DCMAKE_INSTALL_PREFIX=/usr
 [ $status -eq 0 ] || fail "a parent project: $(cat stderr)"
 run ctest --test-dir parent/build -N
