@@ -21,7 +21,8 @@
  * Memory. q, k, v, o and their gradients are the caller's: element (b, t, h, j) of a tensor is at
  * ((b * t_len) + t) * ld + h * head_size + j, so that q, k, v may be slices of one packed tensor. A
  * handle owns its features W, its workspace, and a few integers per sequence; a call allocates only
- * if its shape needs more of these than any before (srf_attn_reserve allocates in advance).
+ * if its shape needs more of these than any before (srf_attn_reserve allocates in advance). What a
+ * call writes must share no element with the rest of what it reads or writes: o is not q, k or v.
  * T is the dtype of the handle: F32 or F64 on the CPU, F32 or BF16 on CUDA; A is F64 if T is F64,
  * else F32. On CUDA tensors are device memory of the device that was current at create, and 16-byte
  * aligned pointers, ld and ld_o multiples of 8 let bf16 take the tensor cores.
@@ -29,7 +30,8 @@
  * Order. On CUDA every call but create and free only enqueues work on `stream` (a cudaStream_t,
  * NULL is the default stream) and returns; host arrays may be reused at once. On the CPU calls
  * return when the work is done and ignore `stream`. A handle serves one stream at a time: wait for
- * the one before using it on another, or have a handle for each.
+ * the one before using it on another, or have a handle for each. So with threads: handles of their
+ * own run at once. On the CPU create sets OpenMP's number of threads (its caller's) and OpenBLAS's.
  *
  * Errors. Every call returns a status, SRF_OK = 0, and srf_error_message() says in one line what
  * was wrong: SRF_INVALID for arguments (checked before anything runs), SRF_UNSUPPORTED for what the
@@ -53,16 +55,17 @@ struct srf_attn; /* a handle; opaque */
 struct srf_attn_options {
     const char *device;         /* "cpu", "cuda", or "auto": cuda where there is one */
     enum srf_dtype dtype;       /* T */
-    int threads;                /* CPU: 0 = all cores this process may use */
-    int64_t n_heads, head_size; /* head_size >= 2; these four: at most 2^20 */
+    int threads;                /* CPU: 0 = OMP_NUM_THREADS, else all cores it may use */
+    int64_t n_heads, head_size; /* 2 <= head_size <= 65536; these four: at most 2^20 */
     int64_t m;                  /* features per head */
     int64_t window;             /* W; 0 = features alone; needs causal */
     bool causal;
-    bool share_heads; /* one W for all heads: n_sets = 1, else n_heads */
+    bool share_heads; /* one W for all heads: n_sets = 1, else n_heads, at most 65536 */
     enum srf_feature_kind features;
     enum srf_rotation rotation;
     bool normalize_rows; /* rows of W of norm 1: biased, for comparisons */
-    double oprf_a; /* A <= 0 of optimal positive features (arXiv 2205.15317, Eq. 6); 0: plain */
+    /* A of optimal positive features (arXiv 2205.15317, Eq. 6), -1e30 to 0; 0: plain */
+    double oprf_a;
     uint64_t seed; /* of all draws; give each layer of a model its own */
     uint64_t draw; /* number of the first draw */
 };

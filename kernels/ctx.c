@@ -54,6 +54,7 @@ srf_status srf_ctx_create(const char *device, enum srf_dtype dtype, int threads,
     if (strcmp(device, "cpu") != 0) {
         st = srf__cuda_open(ctx);
         if (st != SRF_OK && !is_auto) goto fail;
+        if (st != SRF_OK) srf_error_clear(); /* the CPU does as well: no failure to tell of */
     }
     if (st != SRF_OK) st = srf__cpu_open(ctx, threads);
     if (st != SRF_OK) goto fail;

@@ -72,8 +72,9 @@ srf_status srf__features_check_place(int64_t layer, int64_t set, double oprf_a)
                 (long long)UINT32_MAX);
     SRF_FAIL_IF(set < 0 || set > 65535, SRF_INVALID, "feature set %lld: expected 0 to 65535",
                 (long long)set);
-    SRF_FAIL_IF(!(oprf_a <= 0 && oprf_a > -1e300), SRF_INVALID,
-                "OPRF parameter A = %g: expected a finite number <= 0", oprf_a);
+    /* A |w|^2 is to fit fp32 */
+    SRF_FAIL_IF(!(oprf_a <= 0 && oprf_a >= -1e30), SRF_INVALID,
+                "OPRF parameter A = %g: expected -1e30 to 0", oprf_a);
     return SRF_OK;
 }
 

@@ -6,7 +6,9 @@
  * status travels up. Only cli/ prints either of them. Nothing in the library prints, exits or
  * aborts.
  */
-#pragma once
+/* Installed in two folders, which `#pragma once` takes for two headers. */
+#ifndef SRF_STATUS_H
+#define SRF_STATUS_H
 #include <stddef.h>
 #include <stdint.h>
 
@@ -115,3 +117,5 @@ void srf__fail_alloc_after(int64_t n);
 #ifdef __cplusplus
 }
 #endif
+
+#endif /* SRF_STATUS_H */

@@ -1,5 +1,7 @@
 /* Element types and kinds of random features: what ops and their callers name. */
-#pragma once
+/* Installed in two folders, which `#pragma once` takes for two headers. */
+#ifndef SRF_TYPES_H
+#define SRF_TYPES_H
 #include <stddef.h>
 
 #ifdef __cplusplus
@@ -17,3 +19,5 @@ enum srf_rotation { SRF_ROT_HAAR, SRF_ROT_HD };
 #ifdef __cplusplus
 }
 #endif
+
+#endif /* SRF_TYPES_H */

@@ -107,6 +107,18 @@ def parse():
     except ValueError:
         p.error(f"--batch {args.batch}: expected a number, or some with commas between")
     args.batch = args.batches[0]
+    for name, value in (("--batch", min(args.batches)), ("--seq-len", args.seq_len),
+                        ("--tokens", args.tokens), ("--threads", args.threads),
+                        ("--steps", args.steps), ("--rounds", args.rounds)):
+        if value < 1:
+            p.error(f"{name} {value}: expected at least 1")
+    on_gpu = args.device == "cuda" and not args.decode  # there, positions are made to fit
+    if args.model and not (args.prefill or args.decode_cuda or on_gpu):
+        most = json.loads(config_path(args.model).read_text())["n_positions"]
+        if args.decode and args.steps >= most:
+            p.error(f"--steps {args.steps}: expected less than the model's {most} positions")
+        if not args.decode and args.seq_len > most:
+            p.error(f"--seq-len {args.seq_len}: expected at most the model's {most} positions")
     return args
 
 

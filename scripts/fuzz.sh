@@ -8,6 +8,9 @@ source "$(dirname "$0")/lib.sh"
 seconds="${1:-60}"
 [ $# -eq 0 ] || shift
 [[ "$seconds" =~ ^[0-9]+$ ]] || die "expected a number of seconds, found '$seconds'"
+for target in "$@"; do
+    [ -f "tests/$target.c" ] || die "no tests/$target.c: expected one of $(cd tests && echo fuzz_*.c)"
+done
 command -v clang >/dev/null || scripts/setup.sh fuzz
 
 CC=clang scripts/build.sh build-fuzz -DSRF_FUZZ=ON -DSRF_SANITIZE=ON -DSRF_TESTS=OFF \

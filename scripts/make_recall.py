@@ -100,6 +100,9 @@ def main():
     args = parser.parse_args()
     if not (1 < args.distance[0] <= args.distance[1]) or args.live < 1 or args.width % 64:
         parser.error("expected 1 < LOW <= HIGH, --live of at least 1, --width a multiple of 64")
+    for name in ("tokens", "heldout", "context", "layers", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1")
     answers = FILLER + (2 * args.live if args.task == "recall" else 0)
     values = VALUES * 2 * args.live * (RUN if args.task == "copy" else 1)
     vocabulary = answers + values

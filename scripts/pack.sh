@@ -15,12 +15,15 @@ trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder/bin" "$folder/lib" "$folder/more" "$(dirname "$out")"
 for program in $(cd "$build" && echo ${PROGRAMS:-srf tests/test_*}); do
     program="$build/$program"
+    [ -e "$program" ] || [ -z "${PROGRAMS:-}" ] ||
+        { echo "pack.sh: no program $program" >&2; exit 1; }
     [ -f "$program" ] && [ -x "$program" ] || continue
     strip -o "$folder/bin/$(basename "$program")" "$program"
     ldd "$program" | awk '$3 ~ /^\// {print $3}' |
         { grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda|libcudart|libcublas|libcublasLt|libcurand)\.so' || true; } |
         while read -r lib; do cp -Lu "$lib" "$folder/lib/"; done
 done
+[ -n "$(ls "$folder/bin")" ] || { echo "pack.sh: no programs in $build" >&2; exit 1; }
 # Programs ask for libsrf.so.MAJOR.MINOR, scripts/srf_attention.py for the name without.
 for lib in "$folder"/lib/libsrf.so.*; do
     [ -f "$lib" ] || continue
@@ -34,4 +37,4 @@ for file in "$@"; do
     esac
 done
 tar -C "$folder" -c bin lib more | xz -T0 -6 >"$out"
-ls -lh "$out" | awk '{print $9, $5}'
+printf '%s %s\n' "$out" "$(du -h "$out" | cut -f1)"

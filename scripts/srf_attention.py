@@ -20,6 +20,7 @@ Run as a program it checks itself or measures:
 """
 import argparse
 import ctypes
+import functools
 import json
 import math
 import os
@@ -161,8 +162,17 @@ class Attention:
     def redraw(self):
         self._ok(self.lib.srf_attn_redraw(self.handle, self._stream()))
 
+    def _check(self, what, x, shape):
+        """libsrf sees an address: what is behind it must be all there."""
+        if tuple(x.shape) != shape or x.device.type != self.device.type:
+            raise ValueError(f"{what}: expected {shape} on {self.device}, found {tuple(x.shape)} "
+                             f"on {x.device}")
+
     def set_features(self, w, bias=None):
         """w (sets, m, head size), bias (sets, m) or None: zeros."""
+        self._check("w", w, (self.n_sets, self.m, self.head_size))
+        if bias is not None:
+            self._check("bias", bias, (self.n_sets, self.m))
         w = w.detach().to(self.dtype).contiguous()
         bias = None if bias is None else bias.detach().to(self.acc).contiguous()
         self._ok(self.lib.srf_attn_set_features(self.handle, self._stream(), w.data_ptr(),
@@ -216,15 +226,26 @@ class Attention:
         ld = 3 * self.n_heads * self.head_size
         return qkv, *self._forward(*qkv.shape[:2], self._packed(qkv), ld, qkv.device, with_stat)
 
+    def _state_shape(self, b):
+        return b, self.n_heads, self.lib.srf_attn_state_values(self.handle) // self.n_heads
+
     def new_state(self, b):
-        count = self.lib.srf_attn_state_values(self.handle) // self.n_heads
-        return torch.zeros(b, self.n_heads, count, dtype=self.acc, device=self.device)
+        return torch.zeros(self._state_shape(b), dtype=self.acc, device=self.device)
+
+    def _positions(self, b, state, pos):
+        """pos for C; refuses a state or positions that are not those of b sequences."""
+        self._check("state", state, self._state_shape(b))
+        if state.dtype != self.acc or not state.is_contiguous():
+            raise ValueError(f"state: expected dense {self.acc}, as new_state() makes it")
+        if pos is not None and len(pos) != b:
+            raise ValueError(f"{len(pos)} positions for {b} sequences")
+        return None if pos is None else (ctypes.c_int32 * b)(*pos)
 
     def prefill(self, q, k, v, state, pos=None, mode="parallel", chunk=256):
         """o of more tokens of every sequence; state goes on. pos: tokens seen before, a list."""
         (q, k, v), ld = self._rows(q, k, v)
         o = torch.empty(q.shape, dtype=self.dtype, device=q.device)
-        seen = None if pos is None else (ctypes.c_int32 * len(pos))(*pos)
+        seen = self._positions(len(q), state, pos)
         args = PrefillArgs(MODES[mode], chunk, state.data_ptr(), None if seen is None else
                            ctypes.cast(seen, ctypes.c_void_p), None, None)
         x = self._tensors(q, k, v, o, ld)
@@ -236,7 +257,7 @@ class Attention:
         """o of one more token of every sequence: (b, 1, heads, head size)."""
         (q, k, v), ld = self._rows(q, k, v)
         o = torch.empty(q.shape, dtype=self.dtype, device=q.device)
-        seen = None if pos is None else (ctypes.c_int32 * len(pos))(*pos)
+        seen = self._positions(len(q), state, pos)
         x = self._tensors(q, k, v, o, ld)
         self._ok(self.lib.srf_attn_step(self.handle, self._stream(), ctypes.byref(x),
                                         state.data_ptr(), seen))
@@ -370,6 +391,26 @@ def check_features(library, device):
         q, k, v = (x[:1, :5].clone().requires_grad_() for x in (q, k, v))
         torch.autograd.gradcheck(lambda *x: a(*x), (q, k, v), eps=1e-5, atol=1e-7)
         print("gradcheck of q, k, v                         passed")
+
+
+def check_refusals(library, device):
+    """What would let libsrf read or write past the end of a tensor."""
+    a = Attention(2, 8, 16, 4, device=device, library=library)
+    x, state = torch.zeros(3, 1, 2, 8, device=device), a.new_state(3)
+    wrong = [(a.new_state(2), [0] * 3), (state[:, :, 1:], [0] * 3), (state.double(), [0] * 3),
+             (state[:, :1].expand(3, 2, -1), [0] * 3), (state, [0, 0])]
+    calls = [functools.partial(call, x, x, x, *some) for some in wrong
+             for call in (a.prefill, a.step)]
+    calls += [functools.partial(a.set_features, torch.zeros(2, 15, 8, device=device)),
+              functools.partial(a.set_features, torch.zeros(2, 16, 8, device=device),
+                                torch.zeros(16, device=device))]
+    for call in calls:
+        try:
+            call()
+        except ValueError:
+            continue
+        sys.exit(f"FAILED: not refused: {call}")
+    print(f"{len(calls)} calls with too little memory refused")
 
 
 def check_large(library):
@@ -516,10 +557,13 @@ def main():
     parser.add_argument("--srf", metavar="PROGRAM", help="--bench: beside `PROGRAM bench op`")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if not args.check and not args.bench:
+        parser.error("expected --check or --bench")
     library = load_library(args.library)
     if args.check:
         check_recorded(library, args.check, args.device)
         check_features(library, args.device)
+        check_refusals(library, args.device)
         if args.device == "cuda":
             check_large(library)
     if args.bench:
@@ -527,4 +571,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, RuntimeError) as error:  # no library, no file, no such device
+        sys.exit(f"srf_attention.py: {error}")

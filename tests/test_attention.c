@@ -315,6 +315,17 @@ static void refusals(void **state)
     srf_attn_defaults(&o, H, D);
     o.oprf_a = NAN;
     assert_int_equal(srf_attn_create(&o, &a), SRF_INVALID);
+    o.device = "cpu";
+    o.oprf_a = -1e100; /* beyond fp32: infinite features, and outputs that are no numbers */
+    assert_int_equal(srf_attn_create(&o, &a), SRF_INVALID);
+    o.oprf_a = -1e30;
+    test_ok(srf_attn_create(&o, &a));
+    float few_q[2 * WIDTH], few_o[2 * WIDTH];
+    for (int i = 0; i < 2 * WIDTH; i++) few_q[i] = sinf((float)i);
+    struct srf_attn_tensors two = {.b = 1, .t = 2, .q = few_q, .k = few_q, .v = few_q, .o = few_o};
+    test_ok(srf_attn_forward(a, NULL, &two, NULL));
+    for (int i = 0; i < 2 * WIDTH; i++) assert_true(isfinite(few_o[i]));
+    srf_attn_free(a);
     srf_attn_defaults(&o, H, D);
     o.device = "cpu";
     o.dtype = SRF_BF16;
@@ -333,6 +344,11 @@ static void refusals(void **state)
         assert_int_equal(srf_attn_create(&o, &a), SRF_INVALID);
     }
     srf_attn_free(NULL);
+    srf_attn_defaults(&o, H, D); /* auto: the CPU here, which is no failure */
+    srf_error_clear();
+    test_ok(srf_attn_create(&o, &a));
+    assert_string_equal(srf_error_message(), "");
+    srf_attn_free(a);
 
     open_problem(&p, 4);
     struct srf_attn_tensors x = p.x;

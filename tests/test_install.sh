@@ -67,8 +67,11 @@ END
 # shellcheck disable=SC2046 # words, not one
 works c++ c++ -std=c++17 "${flags[@]}" use.cc $(pkg-config --cflags --libs srf)
 
-# The op table's headers, as the comment in CMakeLists.txt says.
+# The op table's headers, as the comment in CMakeLists.txt says, beside the attention op's, which
+# has the same two of its own. (gcc takes equal files of one time for one file.)
+touch -d tomorrow to/include/srf/*.h
 cat >ops.c <<'END'
+#include <srf/attention.h>
 #include <kernels/features.h>
 #include <kernels/ops.h>
 int main(void)
@@ -80,5 +83,42 @@ int main(void)
 }
 END
 # shellcheck disable=SC2046 # words, not one
-works ops cc -std=gnu11 "${flags[@]}" ops.c "-I$WORK/to/include/srf" $(pkg-config --libs srf)
+works ops cc -std=gnu11 "${flags[@]}" ops.c "-I$WORK/to/include/srf" \
+    $(pkg-config --cflags --libs srf)
+
+# scripts/pack.sh: no package of less than was asked for.
+for programs in "" "srf toaster"; do
+    run env PROGRAMS="$programs" bash "$SOURCE/scripts/pack.sh" \
+        "$([ -z "$programs" ] && echo nowhere || echo "$build")" package.tar.xz
+    { [ $status -eq 1 ] && grep -E 'no program(s in nowhere| .*/toaster)$' stderr >/dev/null &&
+        [ ! -e package.tar.xz ]; } || fail "pack.sh of '$programs': exit $status: $(cat stderr)"
+done
+
+# In a folder of another project: no test and no flag of ours becomes its own.
+mkdir parent
+cat >parent/CMakeLists.txt <<END
+cmake_minimum_required(VERSION 3.25)
+project(parent C)
+enable_testing()
+add_subdirectory("$SOURCE" srf)
+add_executable(mine ../example.c)
+target_link_libraries(mine PRIVATE srf_shared)
+foreach(name COMPILE_OPTIONS COMPILE_DEFINITIONS LINK_OPTIONS)
+  get_directory_property(of_folder \${name})
+  get_target_property(of_library srf_shared INTERFACE_\${name})
+  if(of_folder OR of_library)
+    message(FATAL_ERROR "\${name}: \${of_folder} \${of_library}")
+  endif()
+endforeach()
+END
+generator=$(sed -n 's/^CMAKE_GENERATOR:INTERNAL=//p' "$build/CMakeCache.txt")
+run cmake -S parent -B parent/build -G "$generator" -DSRF_CUDA=OFF -DCMAKE_INSTALL_LIBDIR=/opt/lib \
+    -DCMAKE_INSTALL_PREFIX=/usr
+[ $status -eq 0 ] || fail "a parent project: $(cat stderr)"
+run ctest --test-dir parent/build -N
+grep '^Total Tests: 0$' stdout >/dev/null || fail "a parent project has tests: $(tail -2 stdout)"
+run env PKG_CONFIG_PATH=parent/build/srf pkg-config --variable libdir srf
+[ "$(cat stdout)" = /opt/lib ] || fail "a libdir that is absolute: $(cat stdout stderr)"
+run env PKG_CONFIG_PATH=parent/build/srf pkg-config --variable includedir srf
+[ "$(cat stdout)" = /usr/include ] || fail "includedir: $(cat stdout stderr)"
 finish

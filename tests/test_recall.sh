@@ -26,4 +26,6 @@ run "$SRF" eval --model run-copy/model.h5 --data copy/heldout.npy --recall --qui
 grep -qE '^ +64 to 127 back: [0-9]+, perplexity' stdout || fail "$(cat stdout)"
 run "$SRF" eval --model run-copy/model.h5 --data copy/heldout.npy --recall-from 3
 [ $status -eq 2 ] || fail "--recall-from alone: exit $status"
+run python3 "$SOURCE/scripts/make_recall.py" none --tokens -5
+{ [ $status -eq 2 ] && [ ! -e none ]; } || fail "make_recall.py of -5 tokens: exit $status"
 finish
