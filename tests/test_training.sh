@@ -182,9 +182,12 @@ kill -INT $pid
 wait $pid
 grep -q "go on with" stderr || fail "that command failed: $command: $(cat stderr)"
 
-# --help says what each command does by default.
+# --help says what each command does by default. An option a line, whatever its length:
+options_of() {
+    "$SRF" "$@" --help | sed -z 's/\n \{31\}/ /g'
+}
 default() {
-    "$SRF" "$1" --help | sed -n "s/^.* --$2 .*(\([^()]*\))\$/\1/p"
+    options_of "$1" | sed -n "s/^.* --$2 .*(\([^()]*\))\$/\1/p"
 }
 [ "$(default retrofit window)" = 64 ] || fail "retrofit --help: window $(default retrofit window)"
 [ "$(default retrofit redraw-every)" = 0 ] || fail "retrofit --help: redraw-every"
@@ -193,7 +196,7 @@ default() {
 [ "$(default train freeze-at)" = 1 ] && [ "$(default train steps)" = 1000 ] || fail "train --help"
 
 # A recipe is where the options begin; what is said on the command line holds.
-"$SRF" retrofit --recipe=pure --help >help
+options_of retrofit --recipe=pure >help
 grep -q -- '--kl X .*(10)$' help && grep -q -- '--best-of N .*(16)$' help || fail "$(cat help)"
 recipe() {
     local name="$1"
