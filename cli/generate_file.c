@@ -454,8 +454,9 @@ int generate_file(const struct generate_options *in)
     if (st == SRF_OK) st = serve(&r);
     if (st == SRF_OK) report(&r);
     if (st == SRF_OK && cli_interrupted())
-        st = srf__fail(__FILE__, __LINE__, SRF_INTERRUPTED, "interrupted: --resume goes on with %s",
-                       r.results.path);
+        st = srf__fail(__FILE__, __LINE__, SRF_INTERRUPTED, "interrupted%s%s",
+                       r.results.file ? ": --resume goes on with " : "",
+                       r.results.file ? r.results.path : "");
     int code = st == SRF_OK ? EXIT_OK : cli_fail();
     close_run(&r);
     return code;

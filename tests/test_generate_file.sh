@@ -268,7 +268,7 @@ complain 1 'made with tokenizer' "${more[@]}" --input ids.jsonl --output tokeniz
 # Prompts that come one at a time, each after the last one's answer, bad ones too; and an output
 # that cannot take what it is given at once.
 timeout 120 python3 - "${generate[@]}" <<'END' || fail "prompts that wait for answers: $?"
-import fcntl, json, os, subprocess, sys
+import fcntl, json, os, signal, subprocess, sys
 server = subprocess.Popen(sys.argv[1:] + ["--input", "-", "--output", "-", "--batch", "4",
                           "--on-error", "record"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 for i, line in enumerate([b'{"prompt": "the king", "n": 3}\n', b'{"promt": 1}\n\n',
@@ -281,6 +281,15 @@ for i, line in enumerate([b'{"prompt": "the king", "n": 3}\n', b'{"promt": 1}\n\
     assert ("error" in record) == (i == 1) and record["line"] == [1, 2, 4][i], record
 server.stdin.close()
 assert server.stdout.read() == b"" and server.wait() == 0
+
+# Ctrl-C while it waits: what has gone to a pipe is not gone on with.
+server = subprocess.Popen(sys.argv[1:] + ["--input", "-", "--output", "-"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+server.stdin.write(b'{"prompt": "the king", "n": 3}\n')
+server.stdin.flush()
+json.loads(server.stdout.readline())
+server.send_signal(signal.SIGINT)
+assert server.wait() == 1 and server.stderr.read() == b"srf: error: interrupted\n"
 
 read, write = os.pipe()
 fcntl.fcntl(write, fcntl.F_SETFL, os.O_NONBLOCK)
