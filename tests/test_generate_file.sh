@@ -246,6 +246,9 @@ assert "\ufffd" in text
 printed = open("stdout", "rb").read().decode(errors="replace")
 assert printed == "the king" + text + "\n", printed
 END
+head -c 2000 text.txt >short.txt
+succeed "$SRF" validate --model padded/model.h5 --attention srf --teacher padded/model.h5 \
+    --data short.txt --out errors --seq-len 32 --draws 2 --kernel-draws 2 --threads 1
 "$SRF" export model.h5 more --format hf >/dev/null || die "more"
 python3 - <<'END'
 import json
