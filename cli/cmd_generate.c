@@ -2,6 +2,7 @@
 #include "cli/generate.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -138,7 +139,8 @@ static srf_status print_now(const char *text, size_t n)
 {
     while (n > 0) {
         ssize_t done = write(STDOUT_FILENO, text, n);
-        if (done < 0 && errno == EINTR) continue;
+        if (done < 0 && errno == EAGAIN) cli_ready(STDOUT_FILENO, POLLOUT, true);
+        if (done < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         SRF_FAIL_IF(done < 0, SRF_IO, "standard output: %s", strerror(errno));
         text += done, n -= (size_t)done;
     }
@@ -150,7 +152,7 @@ static srf_status stream_token(struct run *r, int32_t token)
 {
     char *text, *joined = NULL;
     size_t n;
-    SRF_TRY(srf_bpe_decode(r->m.bpe, &token, 1, &text, &n));
+    SRF_TRY(cli_decode(r->m.bpe, &token, 1, &text, &n));
     srf_status st = SRF_OK;
     SRF_TRY_GO(SRF_ALLOC(joined, r->n_held + n));
     memcpy(joined, r->held, r->n_held);
@@ -210,7 +212,7 @@ static srf_status print_texts(const struct generate_options *in, const struct ru
     for (int64_t i = 0; i < in->batch; i++) {
         char *text;
         size_t n;
-        SRF_TRY(srf_bpe_decode(r->m.bpe, r->tokens + i * in->n, r->made[i], &text, &n));
+        SRF_TRY(cli_decode(r->m.bpe, r->tokens + i * in->n, r->made[i], &text, &n));
         if (in->json) {
             if (i) printf(", ");
             cli_json_string(stdout, text, n);
@@ -333,7 +335,8 @@ int cmd_generate(int argc, char **argv)
          "where their results go; - is standard output", 0, 0},
         {"resume", 0, CLI_FLAG, &in.resume, NULL, "go on with an --output that was interrupted", 0,
          0},
-        {"order", 0, CLI_STRING, &in.order, "WHICH", "of the results: input or done (input)", 0, 0},
+        {"order", 0, CLI_STRING, &in.order, "WHICH",
+         "of the results: input, where those behind a slow one wait for it, or done (input)", 0, 0},
         {"on-error", 0, CLI_STRING, &in.on_error, "WHAT",
          "at a line that is no prompt: stop, or record the error and go on (stop)", 0, 0},
         {"ids", 0, CLI_FLAG, &in.ids, NULL, "results hold the token ids, too", 0, 0},

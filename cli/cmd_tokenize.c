@@ -178,7 +178,7 @@ static srf_status tokenize_lines(struct run *r, const char *path)
     while (st == SRF_OK) {
         const char *line;
         size_t n;
-        SRF_TRY_GO(cli_prompts_line(&in, &line, &n));
+        SRF_TRY_GO(cli_prompts_line(&in, true, &line, &n));
         if (!line) break;
         r->file_read += (int64_t)n + 1;
         r->now = NULL;

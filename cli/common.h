@@ -138,9 +138,16 @@ srf_status cli_remove_on_signals(const char *name);
  * with these files in it, ended by NULL; or NULL. */
 srf_status cli_unfinished_on_signals(const char *path, const char *const *files);
 
+/* Whether a file can be read (POLLIN) or written (POLLOUT) without waiting; wait: once it can, or a
+ * signal came. */
+bool cli_ready(int fd, short events, bool wait);
 /* Length of the UTF-8 character that text[0..n) starts with; 0 if it starts with none, -1 if more
  * bytes could make it one. */
 int cli_utf8(const char *text, size_t n);
+/* The bytes of ids that a model made; caller srf__free()s. One that the tokenizer lacks, since
+ * vocabularies may be padded, becomes U+FFFD. */
+srf_status cli_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n, char **text,
+                      size_t *n_out);
 /* Print a string as a JSON string literal, quotes included. A byte that is no UTF-8 becomes
  * U+FFFD. */
 void cli_json_string(FILE *to, const char *text, size_t n);

@@ -96,7 +96,7 @@ static srf_status put_job(struct run *r, struct job *j, const char *finish)
     char *record, *text = j->text, *decoded = NULL;
     size_t n, n_text = j->n_text;
     if (!text && r->m.bpe) {
-        SRF_TRY(srf_bpe_decode(r->m.bpe, j->made.ids, j->made.n, &decoded, &n_text));
+        SRF_TRY(cli_decode(r->m.bpe, j->made.ids, j->made.n, &decoded, &n_text));
         text = decoded;
     }
     srf_status st = SRF_OK;
@@ -187,6 +187,16 @@ static srf_status skip(struct run *r, const char *text, size_t n)
     return st;
 }
 
+/* A line if there is one by now; where nothing runs, it is waited for. */
+static srf_status next_line(struct run *r, const char **text, size_t *n)
+{
+    SRF_TRY(cli_prompts_line(&r->prompts, false, text, n));
+    if (*text || r->prompts.ended || r->jobs.behind != &r->jobs) return SRF_OK;
+    /* Who writes the next prompt may be waiting for what is done. */
+    SRF_TRY(cli_results_flush(&r->results, false));
+    return cli_prompts_line(&r->prompts, true, text, n);
+}
+
 static srf_status next(void *user, struct srf_request *request, bool *got)
 {
     struct run *r = user;
@@ -197,7 +207,7 @@ static srf_status next(void *user, struct srf_request *request, bool *got)
         size_t n;
         if (cli_interrupted() || r->bad_line[0] || !cli_results_room(&r->results, r->n_records))
             return SRF_OK;
-        SRF_TRY(cli_prompts_line(&r->prompts, &text, &n));
+        SRF_TRY(next_line(r, &text, &n));
         if (!text) return SRF_OK;
         if (cli_results_have(&r->results, r->prompts.line))
             SRF_TRY(skip(r, text, n));
@@ -234,7 +244,7 @@ static srf_status add_text(struct run *r, struct job *j, int32_t token)
 {
     char *piece;
     size_t n;
-    SRF_TRY(srf_bpe_decode(r->m.bpe, &token, 1, &piece, &n));
+    SRF_TRY(cli_decode(r->m.bpe, &token, 1, &piece, &n));
     srf_status st = SRF_GROW(j->text, j->cap_text, j->n_text + n + 1);
     if (st == SRF_OK) {
         memcpy(j->text + j->n_text, piece, n);
@@ -295,14 +305,16 @@ static bool shares(const struct generate_options *in)
 static srf_status settings(const struct run *r, json_t **out)
 {
     const struct generate_options *in = r->in;
-    char hash[17], *text;
+    char hash[17], tokenizer[17] = "", *text;
     SRF_TRY(srf_checkpoint_hash(r->m.ck, hash));
+    if (r->m.bpe) srf_bpe_hash(r->m.bpe, tokenizer);
     SRF_TRY(srf_attention_to_json(&r->m.ck->attention, &text));
     json_t *attention = json_loads(text, 0, NULL);
     srf__free(text);
-    *out = json_pack("{s:s, s:s, s:o, s:s, s:s, s:s}", "creator", "srf " SRF_VERSION, "model", hash,
-                     "attention", attention, "device", r->m.ctx->be->name, "dtype",
-                     srf_dtype_name(r->m.ctx->dtype), "positions", in->positions.policy);
+    *out = json_pack("{s:s, s:s, s:s, s:o, s:s, s:s, s:s}", "creator", "srf " SRF_VERSION, "model",
+                     hash, "tokenizer", tokenizer, "attention", attention, "device",
+                     r->m.ctx->be->name, "dtype", srf_dtype_name(r->m.ctx->dtype), "positions",
+                     in->positions.policy);
     /* "chunk" is --rows: files keep the name that they began with */
     json_t *sampling = json_pack(
         "{s:f, s:I, s:f, s:I, s:I, s:I, s:b, s:b, s:O?, s:b, s:s}", "temperature",
@@ -442,8 +454,9 @@ int generate_file(const struct generate_options *in)
     if (st == SRF_OK) st = serve(&r);
     if (st == SRF_OK) report(&r);
     if (st == SRF_OK && cli_interrupted())
-        st = srf__fail(__FILE__, __LINE__, SRF_INTERRUPTED, "interrupted: --resume goes on with %s",
-                       r.results.path);
+        st = srf__fail(__FILE__, __LINE__, SRF_INTERRUPTED, "interrupted%s%s",
+                       r.results.file ? ": --resume goes on with " : "",
+                       r.results.file ? r.results.path : "");
     int code = st == SRF_OK ? EXIT_OK : cli_fail();
     close_run(&r);
     return code;

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -53,9 +54,11 @@ static srf_status read_more(struct cli_prompts *in)
                     (long long)in->line + 1, MAX_LINE >> 20);
         SRF_TRY(SRF_GROW(in->buffer, in->cap, in->to + 1));
     }
-    do got = read(in->fd, in->buffer + in->to, in->cap - in->to);
-    while (got < 0 && errno == EINTR && !cli_interrupted());
-    if (got < 0 && errno == EINTR) got = 0;
+    while ((got = read(in->fd, in->buffer + in->to, in->cap - in->to)) < 0) {
+        if ((errno != EINTR && errno != EAGAIN) || cli_interrupted()) break;
+        if (errno == EAGAIN) cli_ready(in->fd, POLLIN, true);
+    }
+    if (got < 0 && cli_interrupted()) got = 0;
     SRF_FAIL_IF(got < 0, SRF_IO, "%s: %s", in->path, strerror(errno));
     in->to += (size_t)got;
     in->ended = got == 0;
@@ -68,7 +71,7 @@ static bool blank(const char *text, size_t n)
     return n == 0;
 }
 
-srf_status cli_prompts_line(struct cli_prompts *in, const char **text, size_t *n)
+srf_status cli_prompts_line(struct cli_prompts *in, bool wait, const char **text, size_t *n)
 {
     size_t seen = 0; /* bytes without a newline */
     *text = NULL;
@@ -78,6 +81,7 @@ srf_status cli_prompts_line(struct cli_prompts *in, const char **text, size_t *n
         if (!end) {
             seen = in->to - in->from;
             if (!in->ended) {
+                if (!wait && !cli_ready(in->fd, POLLIN, false)) return SRF_OK;
                 SRF_TRY(read_more(in));
                 continue;
             }
@@ -117,6 +121,14 @@ static srf_status get_int(const json_t *object, const char *key, int64_t min, in
     return SRF_OK;
 }
 
+/* A tokenizer beside a model's other files may have more tokens than the model. */
+static srf_status check_token(int64_t id, int64_t vocab)
+{
+    SRF_FAIL_IF(id < 0 || id >= vocab, SRF_MISMATCH,
+                "token id %lld: the model's vocabulary has %lld", (long long)id, (long long)vocab);
+    return SRF_OK;
+}
+
 static srf_status get_tokens(const json_t *list, int64_t vocab, struct srf_ids *ids)
 {
     size_t n = json_array_size(list);
@@ -128,9 +140,7 @@ static srf_status get_tokens(const json_t *list, int64_t vocab, struct srf_ids *
         const json_t *v = json_array_get(list, i);
         SRF_FAIL_IF(!json_is_integer(v), SRF_FORMAT,
                     "\"tokens\": expected whole numbers, found something else at %zu", i);
-        SRF_FAIL_IF(json_integer_value(v) < 0 || json_integer_value(v) >= vocab, SRF_MISMATCH,
-                    "\"tokens\": id %lld: the model's vocabulary has %lld",
-                    (long long)json_integer_value(v), (long long)vocab);
+        SRF_TRY(check_token(json_integer_value(v), vocab));
         ids->ids[ids->n++] = (int32_t)json_integer_value(v);
     }
     return SRF_OK;
@@ -185,7 +195,10 @@ static srf_status parse(json_t *object, const struct srf_bpe *bpe, int64_t vocab
     SRF_FAIL_IF(!bpe, SRF_MISMATCH,
                 "\"prompt\": the model holds no tokenizer: give \"tokens\", or attach one by "
                 "'srf import'");
-    return srf_bpe_encode(bpe, json_string_value(text), json_string_length(text), true, &p->tokens);
+    SRF_TRY(
+        srf_bpe_encode(bpe, json_string_value(text), json_string_length(text), true, &p->tokens));
+    for (int64_t i = 0; i < p->tokens.n; i++) SRF_TRY(check_token(p->tokens.ids[i], vocab));
+    return SRF_OK;
 }
 
 srf_status cli_prompt_parse(const struct cli_prompts *in, const char *text, size_t n,

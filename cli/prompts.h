@@ -31,8 +31,9 @@ srf_status cli_prompts_open(const char *path, struct cli_prompts *in);
 void cli_prompts_close(struct cli_prompts *in); /* zeroed is fine */
 
 /* The next line that is not blank, as it is: text without the newline, in the reader's memory until
- * the next call. NULL at the end. */
-srf_status cli_prompts_line(struct cli_prompts *in, const char **text, size_t *n);
+ * the next call. NULL at the end and, unless it may wait, where a pipe does not have it yet:
+ * `ended` tells which. */
+srf_status cli_prompts_line(struct cli_prompts *in, bool wait, const char **text, size_t *n);
 /* What a line says. SRF_FORMAT or SRF_MISMATCH for one that is no prompt for this vocabulary: the
  * message names the line; p has the line's number, and its id if that could be read. Free p. bpe
  * may be NULL: no texts then. */

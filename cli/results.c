@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -234,7 +235,8 @@ static srf_status write_pending(struct cli_results *r)
 {
     for (size_t done = 0; done < r->n_pending;) {
         ssize_t n = write(r->fd, r->pending + done, r->n_pending - done);
-        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno == EAGAIN) cli_ready(r->fd, POLLOUT, true);
+        if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         if (n < 0) {
             int error = errno;
             /* Back to whole lines; if that fails too, resume will do it. */

@@ -109,10 +109,8 @@ static srf_status serve(struct serving *v)
         for (int64_t i = 0; i < s->slots; i++)
             if (v->busy[i]) SRF_TRY(collect(v, i, stop_token));
         if (s->round) SRF_TRY(s->round(s->user, &stop));
-        if (stop) break;
+        if (stop) return SRF_OK;
     }
-    for (int64_t i = 0; i < s->slots; i++) srf_engine_release(s->engine, i);
-    return SRF_OK;
 }
 
 srf_status srf_serve(const struct srf_server *s)
@@ -128,6 +126,7 @@ srf_status srf_serve(const struct srf_server *s)
     SRF_TRY_GO(SRF_CALLOC(v.prompts, s->slots));
     SRF_TRY_GO(SRF_ALLOC(v.tokens, s->steps * v.width));
     st = serve(&v);
+    for (int64_t i = 0; i < s->slots; i++) srf_engine_release(s->engine, i);
     srf_engine_narrow(s->engine, false);
 cleanup:
     srf__free(v.requests);

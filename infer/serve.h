@@ -42,5 +42,6 @@ struct srf_server {
 };
 
 /* Runs until nothing runs and next has no request. A request that the engine refuses (see
- * srf_engine_admit) is an error here: check it in next. */
+ * srf_engine_admit) is an error here: check it in next. An error, of a function above, too, ends
+ * all as `round` may: the slots are idle then. */
 srf_status srf_serve(const struct srf_server *server);

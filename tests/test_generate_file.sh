@@ -225,6 +225,88 @@ bad 1 'are free: at most' --m 65536 --batch 1000000 --input ids.jsonl --output w
 [ "$(grep -c '^{"line": ' closed.out)" -eq "$(wc -l <closed.out)" ] ||
     fail "2>&-: $(tail -1 closed.out)"
 
+# Tokens of the model that the tokenizer lacks, and of the tokenizer that the model lacks.
+sed 's/"vocab_size": 2048/"vocab_size": 3000/' config.json >padded.json
+"$SRF" train --init padded.json --tokenizer "$SOURCE/checkpoints/tiny-gpt2/tokenizer.json" \
+    --data text.txt --out padded --steps 1 --batch 1 --seq-len 8 --quiet >/dev/null || die "padded"
+padded=("$SRF" generate --model padded/model.h5 --attention srf --threads 1 --quiet)
+echo '{"tokens": [5, 2999], "n": 60}' >padded.jsonl
+succeed "${padded[@]}" --input padded.jsonl --output padded.out --ids --ignore-eos
+succeed "${padded[@]}" --input padded.jsonl --output stopped.out --ids --ignore-eos --stop nowhere
+succeed "${padded[@]}" --prompt 'the king' --ignore-eos --json -n 40
+cp stdout padded.text
+succeed "${padded[@]}" --prompt 'the king' --ignore-eos -n 40
+python3 - <<'END' || fail "tokens that the tokenizer lacks: $(cat padded.out padded.text)"
+import json
+whole, stopped = json.load(open("padded.out")), json.load(open("stopped.out"))
+assert max(whole["ids"]) >= 2048 and whole["text"] == stopped["text"]
+assert whole["text"].count("\ufffd") >= sum(i >= 2048 for i in whole["ids"])
+text = json.load(open("padded.text"))["texts"][0]
+assert "\ufffd" in text
+printed = open("stdout", "rb").read().decode(errors="replace")
+assert printed == "the king" + text + "\n", printed
+END
+head -c 2000 text.txt >short.txt
+succeed "$SRF" validate --model padded/model.h5 --attention srf --teacher padded/model.h5 \
+    --data short.txt --out errors --seq-len 32 --draws 2 --kernel-draws 2 --threads 1
+"$SRF" export model.h5 more --format hf >/dev/null || die "more"
+python3 - <<'END'
+import json
+t = json.load(open("more/tokenizer.json"))
+t["added_tokens"].append({"id": 2048, "content": "<pad>", "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True})
+json.dump(t, open("more/tokenizer.json", "w"))
+END
+printf '%s\n' '{"prompt": "the", "n": 2}' '{"prompt": "<pad>"}' '{"prompt": "king", "n": 2}' \
+    >more.jsonl
+more=("$SRF" generate --model more --attention srf --threads 1 --quiet)
+succeed "${more[@]}" --input more.jsonl --output more.out --batch 3 --on-error record
+grep -q 'line 2: token id 2048: the model.s vocabulary has 2048' more.out &&
+    [ "$(wc -l <more.out)" -eq 3 ] || fail "a token that the model lacks: $(cat more.out)"
+
+# The same weights with another tokenizer are another model.
+ok --input ids.jsonl --output tokenizer.out
+complain 1 'made with tokenizer' "${more[@]}" --input ids.jsonl --output tokenizer.out --resume
+
+# Prompts that come one at a time, each after the last one's answer, bad ones too; and an output
+# that cannot take what it is given at once.
+timeout 120 python3 - "${generate[@]}" <<'END' || fail "prompts that wait for answers: $?"
+import fcntl, json, os, signal, subprocess, sys
+server = subprocess.Popen(sys.argv[1:] + ["--input", "-", "--output", "-", "--batch", "4",
+                          "--on-error", "record"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+for i, line in enumerate([b'{"prompt": "the king", "n": 3}\n', b'{"promt": 1}\n\n',
+                          b'{"tokens": [7], "n": 5}\n']):
+    server.stdin.write(line[:6])
+    server.stdin.flush()
+    server.stdin.write(line[6:])
+    server.stdin.flush()
+    record = json.loads(server.stdout.readline())
+    assert ("error" in record) == (i == 1) and record["line"] == [1, 2, 4][i], record
+server.stdin.close()
+assert server.stdout.read() == b"" and server.wait() == 0
+
+# Ctrl-C while it waits: what has gone to a pipe is not gone on with.
+server = subprocess.Popen(sys.argv[1:] + ["--input", "-", "--output", "-"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+server.stdin.write(b'{"prompt": "the king", "n": 3}\n')
+server.stdin.flush()
+json.loads(server.stdout.readline())
+server.send_signal(signal.SIGINT)
+assert server.wait() == 1 and server.stderr.read() == b"srf: error: interrupted\n"
+
+read, write = os.pipe()
+fcntl.fcntl(write, fcntl.F_SETFL, os.O_NONBLOCK)
+fcntl.fcntl(write, fcntl.F_SETPIPE_SZ if hasattr(fcntl, "F_SETPIPE_SZ") else 1031, 4096)
+writer = subprocess.Popen(sys.argv[1:] + ["--input", "prompts.jsonl", "--output", "-", "--batch",
+                          "16"], stdout=write)
+os.close(write)
+try:
+    writer.wait(1) # it fills the pipe, and waits
+except subprocess.TimeoutExpired:
+    pass
+assert open(read, "rb").read() == open("out16.jsonl", "rb").read() and writer.wait() == 0
+END
+
 # Two at once on one output; the command line.
 mkfifo pipe
 "${generate[@]}" --input pipe --output busy.out 2>/dev/null &

@@ -37,6 +37,12 @@ static void ten_thousand(void **state)
     free(work);
 }
 
+static srf_status no_token(void *user, const struct srf_request *r, int32_t token, bool *stop)
+{
+    (void)user, (void)r, (void)token, (void)stop;
+    SRF_FAIL(SRF_IO, "a disk that is full");
+}
+
 /* Given up in the middle, and served again; from a shared state; what it refuses. */
 static void edges(void **state)
 {
@@ -53,6 +59,19 @@ static void edges(void **state)
     assert_int_equal(q.rounds, 5);
     assert_true(q.next < SOME && q.running > 0);
     for (int64_t i = 0; i < SLOTS; i++) assert_false(srf_engine_running(e, i));
+
+    /* So does an error, and what the engine refuses: it may serve again. */
+    s.token = no_token;
+    assert_int_equal(srf_serve(&s), SRF_IO);
+    for (int64_t i = 0; i < SLOTS; i++) assert_false(srf_engine_running(e, i));
+    q = (struct serving_queue){.work = work, .n = SOME};
+    work[SOME / 2].prompt[0] = SERVING_V;
+    s = serving_server(e, SLOTS, &q);
+    assert_int_equal(srf_serve(&s), SRF_MISMATCH);
+    work[SOME / 2].prompt[0] = 0;
+    q = (struct serving_queue){.work = work, .n = SOME};
+    test_ok(srf_serve(&s));
+    for (int64_t i = 0; i < SOME; i++) assert_int_equal(work[i].times_done, 1);
 
     /* Each goes on from the prefix; alone it is fed the prefix itself. */
     const int32_t prefix[] = {1, 2, 3, 4, 9};
