@@ -311,7 +311,8 @@ static void strangers(void **state)
     test_fails(srf_h5_shape(f, "/wide", &ndim, dims), SRF_FORMAT, "at most 4 dimensions");
     test_fails(srf_h5_shape(f, "/null", &ndim, dims), SRF_FORMAT, "/null");
     test_fails(srf_h5_get_text(f, "/vlen", &got), SRF_FORMAT, "/vlen");
-    test_fails(srf_h5_get_text(f, "/vlentext", &got), SRF_FORMAT, "/vlentext");
+    test_fails(srf_h5_get_text(f, "/vlentext", &got), SRF_FORMAT,
+               "/vlentext: a text of variable length");
     test_fails(srf_h5_get_text(f, "/hugetext", &got), SRF_FORMAT, "/hugetext");
     test_fails(srf_h5_get(f, "/soft", SRF_F32, 1, (int64_t[]){4}, x), SRF_FORMAT, "is missing");
     assert_false(srf_h5_has(f, "/outside"));
