@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <hdf5.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 
 static const int64_t shape[4] = {2, 3, 1, 2};
@@ -326,6 +327,14 @@ static void strangers(void **state)
     H5Fclose(file);
     test_fails(srf_h5_open(other, &f), SRF_FORMAT, "found superblock 0");
     unlink(other);
+
+    /* Open elsewhere for writing, where HDF5 holds this lock: not broken. */
+    int lock = open(path, O_RDONLY);
+    assert_int_equal(flock(lock, LOCK_EX), 0);
+    test_fails(srf_h5_open(path, &f), SRF_IO, "another program has it open for writing");
+    close(lock);
+    test_ok(srf_h5_open(path, &f));
+    srf_h5_close(f);
 
     /* Cut anywhere, the file is refused; HDF5 sees that by its superblock. */
     size_t n;
