@@ -246,6 +246,7 @@ cleanup:
 
 static srf_status add_added(struct srf_bpe *bpe, const struct srf__bpe_parts *parts, char **room)
 {
+    int64_t next = (int64_t)parts->n_vocab;
     for (size_t i = 0; i < parts->n_added; i++) {
         const struct srf__bpe_part_added *a = &parts->added[i];
         struct srf__bpe_token *t = &bpe->tokens[a->id];
@@ -257,7 +258,12 @@ static srf_status add_added(struct srf_bpe *bpe, const struct srf__bpe_parts *pa
                     "added_tokens: id %lld of '%.60s' belongs to another token", (long long)a->id,
                     a->key);
         SRF_FAIL_IF(t->added, SRF_FORMAT, "added_tokens: '%.60s' occurs twice", a->key);
+        SRF_FAIL_IF(parts->next_ids && known < 0 && a->id != next, SRF_UNSUPPORTED,
+                    "added_tokens: id of '%.60s': expected %lld, as the tokenizers library counts "
+                    "(or the token in model.vocab, too), found %lld",
+                    a->key, (long long)next, (long long)a->id);
         if (known < 0) {
+            next++;
             t->key = t->bytes = take(room, a->key, a->n);
             t->n_key = t->n_bytes = (uint32_t)a->n;
             insert_key(bpe, (int32_t)a->id);

@@ -71,6 +71,9 @@ struct srf__bpe_parts {
     } * added;
     size_t n_vocab, n_merges, n_added;
     bool has_unk; /* the file names an unknown token: allowed only where it cannot occur */
+    /* Added tokens outside the vocabulary must have the ids from n_vocab on, in order: the
+     * tokenizers library gives them these, whatever its file says. */
+    bool next_ids;
 };
 srf_status srf__bpe_build(const struct srf__bpe_parts *parts, struct srf_bpe **out);
 /* GPT-2's alphabet: every byte has a printable code point of its own (< 512), in UTF-8. Returns the

@@ -291,7 +291,7 @@ static srf_status from_root(json_t *root, struct srf_bpe **out)
     static const char *const known[] = {
         "version", "added_tokens",   "normalizer", "pre_tokenizer", "truncation",
         "padding", "post_processor", "decoder",    "model",         NULL};
-    struct srf__bpe_parts parts = {0};
+    struct srf__bpe_parts parts = {.next_ids = true};
     srf_status st = SRF_OK;
     SRF_FAIL_IF(!json_is_object(root), SRF_FORMAT, "expected an object, found %s", kind(root));
     bool config = json_object_get(root, "model_type") || json_object_get(root, "tokenizer_class");
@@ -538,12 +538,24 @@ static json_t *added_array(const struct srf_bpe *bpe)
     return array;
 }
 
+/* Whether the added tokens outside the vocabulary have the ids that the tokenizers library gives:
+ * those behind its size. */
+static bool have_next_ids(const struct srf_bpe *bpe)
+{
+    int64_t next = 0;
+    for (int64_t id = 0; id < bpe->n_tokens; id++) next += bpe->tokens[id].in_vocab;
+    for (int64_t id = 0; id < bpe->n_tokens; id++)
+        if (bpe->tokens[id].added && !bpe->tokens[id].in_vocab && id != next++) return false;
+    return true;
+}
+
 static json_t *vocab_object(const struct srf_bpe *bpe)
 {
     json_t *object = json_object();
+    bool next = have_next_ids(bpe); /* else the vocabulary says which they are */
     for (int64_t id = 0; object && id < bpe->n_tokens; id++) {
         const struct srf__bpe_token *t = &bpe->tokens[id];
-        if (!t->in_vocab) continue;
+        if (!t->in_vocab && (next || !t->added)) continue;
         if (json_object_set_new(object, t->key, json_integer(id)) != 0) {
             json_decref(object);
             return NULL;

@@ -152,6 +152,9 @@ static srf_status open_file(const char *path, struct srf_h5 **out)
     f->size = raw.size;
     fapl = file_access();
     f->file = H5Fopen(path, H5F_ACC_RDONLY, fapl);
+    /* HDF5 locks what it writes. */
+    SRF_FAIL_GO_IF(f->file < 0 && strcmp(srf__h5_why().text, strerror(EAGAIN)) == 0, SRF_IO,
+                   "%s: another program has it open for writing", path);
     /* A broken root would look like an empty one. */
     if (f->file >= 0) group = H5Gopen2(f->file, "/", H5P_DEFAULT);
     SRF_FAIL_GO_IF(group < 0, SRF_FORMAT, "%s: broken HDF5 file: %s", path, srf__h5_why().text);

@@ -88,6 +88,10 @@ static srf_status open_dataset(struct srf_h5 *f, const char *path, struct datase
     space = H5Dget_space(d->id);
     SRF_FAIL_GO_IF(d->type < 0 || space < 0, SRF_FORMAT, "%s: %s: %s", f->path, path,
                    srf__h5_why().text);
+    SRF_FAIL_GO_IF(H5Tis_variable_str(d->type) > 0, SRF_FORMAT,
+                   "%s: %s: a text of variable length, as h5py writes str: expected one of fixed "
+                   "length (numpy.bytes_)",
+                   f->path, path);
     d->element = H5Tget_size(d->type);
     hsize_t dims[H5S_MAX_RANK];
     d->ndim = H5Sget_simple_extent_dims(space, dims, NULL);

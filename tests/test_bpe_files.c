@@ -246,6 +246,15 @@ static void refused(void **state)
          BYTE_LEVEL, "occurs twice", SRF_FORMAT},
         {"", "", "{\"id\": 32, \"content\": \"\xc4\xa0\"}", "", "", BYTE_LEVEL,
          "stands for other bytes", SRF_UNSUPPORTED},
+        /* the tokenizers library counts on, whatever ids the file has */
+        {"", "", "{\"id\": 300, \"content\": \"<x>\"}", "", "", BYTE_LEVEL,
+         "id of '<x>': expected 256, as the tokenizers library counts", SRF_UNSUPPORTED},
+        {"", "", "{\"id\": 257, \"content\": \"<x>\"}, {\"id\": 256, \"content\": \"<y>\"}", "", "",
+         BYTE_LEVEL, "id of '<x>': expected 256", SRF_UNSUPPORTED},
+        {"", "", "{\"id\": 256, \"content\": \"<x>\"}, {\"id\": 258, \"content\": \"<y>\"}", "", "",
+         BYTE_LEVEL, "id of '<y>': expected 257", SRF_UNSUPPORTED},
+        {", \"ab\": 257", "", "{\"id\": 256, \"content\": \"<x>\"}", "", "", BYTE_LEVEL,
+         "id of '<x>': expected 257", SRF_UNSUPPORTED},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         struct srf_bpe *bpe;
@@ -350,6 +359,18 @@ static void paths(void **state)
     write_text(dir, "added_tokens.json", "{\"<pad>\": 2000}");
     assert_int_equal(load_and_find(dir, "<pad>", hash[1]), 2000);
     assert_string_not_equal(hash[0], hash[1]);
+    /* Its tokenizer.json has the token in the vocabulary, where the tokenizers library finds it:
+     * the library would give one outside the next id. */
+    test_ok(srf_bpe_load(dir, &bpe));
+    char *holes;
+    test_ok(srf_bpe_to_json(bpe, &holes));
+    srf_bpe_free(bpe);
+    assert_non_null(strstr(strstr(holes, "\"vocab\""), "\"<pad>\": 2000"));
+    test_ok(srf_bpe_from_json(holes, strlen(holes), &bpe));
+    srf__free(holes);
+    srf_bpe_hash(bpe, hash[2]);
+    assert_string_equal(hash[1], hash[2]);
+    srf_bpe_free(bpe);
     write_text(dir, "added_tokens.json", "{\"<pad>\": \"2000\"}");
     test_fails(srf_bpe_load(dir, &bpe), SRF_FORMAT, "id of '<pad>': expected a whole number");
     write_text(dir, "tokenizer.json", json);

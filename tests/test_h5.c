@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <hdf5.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 
 static const int64_t shape[4] = {2, 3, 1, 2};
@@ -311,7 +312,8 @@ static void strangers(void **state)
     test_fails(srf_h5_shape(f, "/wide", &ndim, dims), SRF_FORMAT, "at most 4 dimensions");
     test_fails(srf_h5_shape(f, "/null", &ndim, dims), SRF_FORMAT, "/null");
     test_fails(srf_h5_get_text(f, "/vlen", &got), SRF_FORMAT, "/vlen");
-    test_fails(srf_h5_get_text(f, "/vlentext", &got), SRF_FORMAT, "/vlentext");
+    test_fails(srf_h5_get_text(f, "/vlentext", &got), SRF_FORMAT,
+               "/vlentext: a text of variable length");
     test_fails(srf_h5_get_text(f, "/hugetext", &got), SRF_FORMAT, "/hugetext");
     test_fails(srf_h5_get(f, "/soft", SRF_F32, 1, (int64_t[]){4}, x), SRF_FORMAT, "is missing");
     assert_false(srf_h5_has(f, "/outside"));
@@ -325,6 +327,14 @@ static void strangers(void **state)
     H5Fclose(file);
     test_fails(srf_h5_open(other, &f), SRF_FORMAT, "found superblock 0");
     unlink(other);
+
+    /* Open elsewhere for writing, where HDF5 holds this lock: not broken. */
+    int lock = open(path, O_RDONLY);
+    assert_int_equal(flock(lock, LOCK_EX), 0);
+    test_fails(srf_h5_open(path, &f), SRF_IO, "another program has it open for writing");
+    close(lock);
+    test_ok(srf_h5_open(path, &f));
+    srf_h5_close(f);
 
     /* Cut anywhere, the file is refused; HDF5 sees that by its superblock. */
     size_t n;

@@ -12,14 +12,15 @@ static inline struct srf_bpe *make_bpe(uint32_t stream, int vocab)
     ref_bpe_random(&rng, 40, ref);
     while (ref->tokens[ref->n_tokens - 1].added) ref->n_tokens--;
     ref->tokens[ref->n_tokens++] = (struct ref_token){SRF_END_OF_TEXT, .n = 13, .added = true};
-    char *json = ref_bpe_json(ref, true), large[64], *more = NULL;
+    char *json = ref_bpe_json(ref, true), *more = NULL;
     size_t n;
-    if (vocab) { /* a hole up to one more added token */
-        snprintf(large, sizeof large, "\"added_tokens\": [{\"id\": %d, \"content\": \"<last>\"}, ",
-                 vocab - 1);
-        char *at = strstr(json, "\"added_tokens\": [");
+    if (vocab) { /* a hole up to one more token */
+        const char mark[] = "\"vocab\": {";
+        char *at = strstr(json, mark);
+        assert_non_null(at);
         FILE *f = open_memstream(&more, &n);
-        fprintf(f, "%.*s%s%s", (int)(at - json), json, large, at + strlen("\"added_tokens\": ["));
+        fprintf(f, "%.*s%s\"<last>\": %d, \"" SRF_END_OF_TEXT "\": %d, %s", (int)(at - json), json,
+                mark, vocab - 1, ref->n_tokens - 1, at + strlen(mark));
         fclose(f);
         free(json);
         json = more;
