@@ -66,11 +66,11 @@ static json_t *report(int kind, const struct point *p, int n, bool print)
 
 srf_status bench_flat(const struct bench_options *o, struct srf_ctx *ctx, json_t **out)
 {
-    /* On the CPU an eighth of it all: it takes long enough. */
     bool any = !o->filter;
     for (int k = 0; k < N_KINDS && !any; k++) any = strcmp(o->filter, kinds[k].name) == 0;
     SRF_FAIL_IF(!any, SRF_INVALID, "--filter %s: expected one of %s, %s and %s with --flat",
                 o->filter, kinds[0].name, kinds[1].name, kinds[2].name);
+    /* On the CPU an eighth of it all: it takes long enough. */
     int64_t tokens = bench_on_cpu(ctx) ? 4096 : 32768, longest = 4 * tokens;
     struct bench_machine m = {.copy_bytes = 0};
     bench_machine_name(ctx, m.name, sizeof m.name);

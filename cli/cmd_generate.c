@@ -2,7 +2,6 @@
 #include "cli/generate.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -138,9 +137,7 @@ static bool streams(const struct generate_options *in)
 static srf_status print_now(const char *text, size_t n)
 {
     while (n > 0) {
-        ssize_t done = write(STDOUT_FILENO, text, n);
-        if (done < 0 && errno == EAGAIN) cli_ready(STDOUT_FILENO, POLLOUT, true);
-        if (done < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+        ssize_t done = cli_write(STDOUT_FILENO, text, n);
         SRF_FAIL_IF(done < 0, SRF_IO, "standard output: %s", strerror(errno));
         text += done, n -= (size_t)done;
     }
@@ -152,7 +149,7 @@ static srf_status stream_token(struct run *r, int32_t token)
 {
     char *text, *joined = NULL;
     size_t n;
-    SRF_TRY(cli_decode(r->m.bpe, &token, 1, &text, &n));
+    SRF_TRY(srf_bpe_decode(r->m.bpe, &token, 1, CLI_UNKNOWN, &text, &n));
     srf_status st = SRF_OK;
     SRF_TRY_GO(SRF_ALLOC(joined, r->n_held + n));
     memcpy(joined, r->held, r->n_held);
@@ -212,7 +209,8 @@ static srf_status print_texts(const struct generate_options *in, const struct ru
     for (int64_t i = 0; i < in->batch; i++) {
         char *text;
         size_t n;
-        SRF_TRY(cli_decode(r->m.bpe, r->tokens + i * in->n, r->made[i], &text, &n));
+        SRF_TRY(
+            srf_bpe_decode(r->m.bpe, r->tokens + i * in->n, r->made[i], CLI_UNKNOWN, &text, &n));
         if (in->json) {
             if (i) printf(", ");
             cli_json_string(stdout, text, n);

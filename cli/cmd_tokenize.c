@@ -319,7 +319,7 @@ static srf_status decode(struct srf_tokenset *ts, const struct srf_bpe *bpe)
         char *text;
         size_t n_text;
         SRF_TRY(srf_tokenset_read(ts, at, n, ids));
-        SRF_TRY(srf_bpe_decode(bpe, ids, n, &text, &n_text));
+        SRF_TRY(srf_bpe_decode(bpe, ids, n, NULL, &text, &n_text));
         size_t written = fwrite(text, 1, n_text, stdout);
         srf__free(text);
         SRF_FAIL_IF(written != n_text, SRF_IO, "standard output: %s", strerror(errno));

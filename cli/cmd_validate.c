@@ -269,7 +269,7 @@ static srf_status text_of(const struct srf_bpe *bpe, const int32_t *ids, int64_t
 {
     char *bytes, *to;
     size_t size;
-    SRF_TRY(cli_decode(bpe, ids, n, &bytes, &size));
+    SRF_TRY(srf_bpe_decode(bpe, ids, n, CLI_UNKNOWN, &bytes, &size));
     srf_status st = SRF_ALLOC(*out, 3 * (int64_t)size + 1);
     to = st == SRF_OK ? *out : NULL;
     for (size_t i = 0; st == SRF_OK && i < size;) {

@@ -345,6 +345,14 @@ bool cli_ready(int fd, short events, bool wait)
     return poll(&p, 1, wait ? -1 : 0) > 0;
 }
 
+ssize_t cli_write(int fd, const char *from, size_t n)
+{
+    ssize_t done;
+    while ((done = write(fd, from, n)) < 0 && (errno == EINTR || errno == EAGAIN))
+        if (errno == EAGAIN) cli_ready(fd, POLLOUT, true);
+    return done;
+}
+
 static char leftovers[8][PATH_MAX];
 static volatile sig_atomic_t n_leftovers;
 
@@ -415,39 +423,6 @@ int cli_utf8(const char *text, size_t n)
         if (s[i] < low || s[i] > high) return 0;
     }
     return length;
-}
-
-srf_status cli_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n, char **text,
-                      size_t *n_out)
-{
-    char *all = NULL, *piece = NULL;
-    size_t size = 0, cap = 0, bytes;
-    srf_status st = SRF_OK;
-    *text = NULL;
-    SRF_TRY_GO(SRF_GROW(all, cap, 1));
-    for (int64_t i = 0; i < n; i++) {
-        st = srf_bpe_decode(bpe, ids + i, 1, &piece, &bytes);
-        if (st == SRF_INVALID) {
-            srf_error_clear();
-            piece = srf__strdup("\xEF\xBF\xBD");
-            bytes = 3;
-            st = piece ? SRF_OK : srf__fail(__FILE__, __LINE__, SRF_NOMEM, "out of memory: a text");
-        }
-        if (st == SRF_OK) st = SRF_GROW(all, cap, size + bytes + 1);
-        if (st != SRF_OK) goto cleanup;
-        memcpy(all + size, piece, bytes);
-        size += bytes;
-        srf__free(piece);
-        piece = NULL;
-    }
-    all[size] = '\0';
-    *text = all;
-    *n_out = size;
-    all = NULL;
-cleanup:
-    srf__free(piece);
-    srf__free(all);
-    return st;
 }
 
 void cli_json_string(FILE *to, const char *text, size_t n)

@@ -5,6 +5,7 @@
 #include "data/tokenset.h"
 #include "model/checkpoint.h"
 #include <math.h>
+#include <sys/types.h>
 
 /* --device, --threads, --dtype */
 struct cli_device {
@@ -141,13 +142,14 @@ srf_status cli_unfinished_on_signals(const char *path, const char *const *files)
 /* Whether a file can be read (POLLIN) or written (POLLOUT) without waiting; wait: once it can, or a
  * signal came. */
 bool cli_ready(int fd, short events, bool wait);
+/* As write(2), but goes on after a signal and waits for a file that does not block. */
+ssize_t cli_write(int fd, const char *from, size_t n);
 /* Length of the UTF-8 character that text[0..n) starts with; 0 if it starts with none, -1 if more
  * bytes could make it one. */
 int cli_utf8(const char *text, size_t n);
-/* The bytes of ids that a model made; caller srf__free()s. One that the tokenizer lacks, since
- * vocabularies may be padded, becomes U+FFFD. */
-srf_status cli_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n, char **text,
-                      size_t *n_out);
+/* U+FFFD: what stands for an id that a model made and its tokenizer lacks, since vocabularies may
+ * be padded (srf_bpe_decode). */
+#define CLI_UNKNOWN "\xEF\xBF\xBD"
 /* Print a string as a JSON string literal, quotes included. A byte that is no UTF-8 becomes
  * U+FFFD. */
 void cli_json_string(FILE *to, const char *text, size_t n);

@@ -96,7 +96,7 @@ static srf_status put_job(struct run *r, struct job *j, const char *finish)
     char *record, *text = j->text, *decoded = NULL;
     size_t n, n_text = j->n_text;
     if (!text && r->m.bpe) {
-        SRF_TRY(cli_decode(r->m.bpe, j->made.ids, j->made.n, &decoded, &n_text));
+        SRF_TRY(srf_bpe_decode(r->m.bpe, j->made.ids, j->made.n, CLI_UNKNOWN, &decoded, &n_text));
         text = decoded;
     }
     srf_status st = SRF_OK;
@@ -244,7 +244,7 @@ static srf_status add_text(struct run *r, struct job *j, int32_t token)
 {
     char *piece;
     size_t n;
-    SRF_TRY(cli_decode(r->m.bpe, &token, 1, &piece, &n));
+    SRF_TRY(srf_bpe_decode(r->m.bpe, &token, 1, CLI_UNKNOWN, &piece, &n));
     srf_status st = SRF_GROW(j->text, j->cap_text, j->n_text + n + 1);
     if (st == SRF_OK) {
         memcpy(j->text + j->n_text, piece, n);

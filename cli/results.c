@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -234,9 +233,7 @@ srf_status cli_results_put(struct cli_results *r, int64_t number, char *text, si
 static srf_status write_pending(struct cli_results *r)
 {
     for (size_t done = 0; done < r->n_pending;) {
-        ssize_t n = write(r->fd, r->pending + done, r->n_pending - done);
-        if (n < 0 && errno == EAGAIN) cli_ready(r->fd, POLLOUT, true);
-        if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+        ssize_t n = cli_write(r->fd, r->pending + done, r->n_pending - done);
         if (n < 0) {
             int error = errno;
             /* Back to whole lines; if that fails too, resume will do it. */

@@ -411,24 +411,32 @@ void srf_bpe_hash(const struct srf_bpe *bpe, char hex[17])
     snprintf(hex, 17, "%016llx", (unsigned long long)h);
 }
 
-srf_status srf_bpe_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n, char **text,
-                          size_t *n_out)
+/* NULL: the id has no token. */
+static const struct srf__bpe_token *token_of(const struct srf_bpe *bpe, int32_t id)
 {
-    size_t total = 0;
+    return id >= 0 && id < bpe->n_tokens && bpe->tokens[id].key ? &bpe->tokens[id] : NULL;
+}
+
+srf_status srf_bpe_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n,
+                          const char *unknown, char **text, size_t *n_out)
+{
+    size_t total = 0, n_unknown = unknown ? strlen(unknown) : 0;
     *text = NULL;
     if (n_out) *n_out = 0;
     for (int64_t i = 0; i < n; i++) {
-        SRF_FAIL_IF(ids[i] < 0 || ids[i] >= bpe->n_tokens || !bpe->tokens[ids[i]].key, SRF_INVALID,
+        const struct srf__bpe_token *t = token_of(bpe, ids[i]);
+        SRF_FAIL_IF(!t && !unknown, SRF_INVALID,
                     "decode: id %d at %lld is no token of this tokenizer (%lld ids)", (int)ids[i],
                     (long long)i, (long long)bpe->n_tokens);
-        total += bpe->tokens[ids[i]].n_bytes;
+        total += t ? t->n_bytes : n_unknown;
     }
     SRF_TRY(SRF_ALLOC(*text, total + 1));
     char *p = *text;
     for (int64_t i = 0; i < n; i++) {
-        const struct srf__bpe_token *t = &bpe->tokens[ids[i]];
-        memcpy(p, t->bytes, t->n_bytes);
-        p += t->n_bytes;
+        const struct srf__bpe_token *t = token_of(bpe, ids[i]);
+        size_t size = t ? t->n_bytes : n_unknown;
+        memcpy(p, t ? t->bytes : unknown, size);
+        p += size;
     }
     *p = '\0';
     if (n_out) *n_out = total;

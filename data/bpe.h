@@ -58,7 +58,7 @@ srf_status srf_bpe_encode(const struct srf_bpe *bpe, const char *text, size_t n,
 srf_status srf_bpe_encode_stream(const struct srf_bpe *bpe, FILE *in, bool added,
                                  srf_status (*sink)(void *user, const int32_t *ids, int64_t n),
                                  void *user, int64_t *total_read);
-/* Bytes of ids[0..n), NUL-terminated (n_out does not count it); caller srf__free()s. SRF_INVALID
- * for an id without a token. */
-srf_status srf_bpe_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n, char **text,
-                          size_t *n_out);
+/* Bytes of ids[0..n), NUL-terminated (n_out does not count it); caller srf__free()s. unknown: what
+ * stands for an id without a token; NULL: SRF_INVALID for one. */
+srf_status srf_bpe_decode(const struct srf_bpe *bpe, const int32_t *ids, int64_t n,
+                          const char *unknown, char **text, size_t *n_out);

@@ -49,15 +49,9 @@ static int64_t width_of(const struct srf_engine *e, int i)
 
 static srf_status record_step(struct srf_engine *e, int width)
 {
-    const struct srf_backend *be = e->ctx->be;
-    SRF_TRY(be->graph_begin(e->ctx));
+    SRF_TRY(e->ctx->be->graph_begin(e->ctx));
     srf_status st = step(e, width_of(e, width));
-    void *graph;
-    srf_status end = be->graph_end(e->ctx, &graph);
-    if (st != SRF_OK && graph) be->graph_free(e->ctx, graph); /* a part of the step */
-    SRF_TRY(st);
-    SRF_TRY(end);
-    e->steps[width].graph = graph;
+    SRF_TRY(srf_ctx_graph_end(e->ctx, st, &e->steps[width].graph));
     e->steps[width].workspace = e->ctx->workspace;
     return SRF_OK;
 }

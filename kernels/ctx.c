@@ -84,6 +84,17 @@ srf_status srf_ctx_reserve_workspace(struct srf_ctx *ctx, size_t bytes)
     return SRF_OK;
 }
 
+srf_status srf_ctx_graph_end(struct srf_ctx *ctx, srf_status st, void **graph)
+{
+    void *recorded;
+    srf_status end = ctx->be->graph_end(ctx, &recorded);
+    if (st != SRF_OK) ctx->be->graph_free(ctx, recorded); /* a part */
+    SRF_TRY(st);
+    SRF_TRY(end);
+    *graph = recorded;
+    return SRF_OK;
+}
+
 size_t srf_attn_carry_bytes(const struct srf_ctx *ctx, const struct srf_attn_shape *s)
 {
     return ctx->be->attn_carry_bytes ? ctx->be->attn_carry_bytes(ctx, s) : 0;

@@ -494,6 +494,9 @@ srf_status srf_ctx_create(const char *device, enum srf_dtype dtype, int threads,
 void srf_ctx_free(struct srf_ctx *ctx);
 /* Make the workspace at least `bytes` long (contents lost). */
 srf_status srf_ctx_reserve_workspace(struct srf_ctx *ctx, size_t bytes);
+/* What was recorded since be->graph_begin, by ops of which the last returned st. Only the whole is
+ * kept: *graph is set if st is SRF_OK, which else is what this returns. */
+srf_status srf_ctx_graph_end(struct srf_ctx *ctx, srf_status st, void **graph);
 /* The accumulation type A that belongs to ctx->dtype. */
 enum srf_dtype srf_ctx_acc(const struct srf_ctx *ctx);
 

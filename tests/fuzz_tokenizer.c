@@ -95,7 +95,7 @@ static void check_text(const struct srf_bpe *bpe, const char *text, size_t n, bo
     if (srf_bpe_encode(bpe, text, n, added, &whole) == SRF_OK) { /* else a byte has no token */
         char *back;
         size_t n_back;
-        if (srf_bpe_decode(bpe, whole.ids, whole.n, &back, &n_back) != SRF_OK) abort();
+        if (srf_bpe_decode(bpe, whole.ids, whole.n, NULL, &back, &n_back) != SRF_OK) abort();
         if (n_back != n || (n && memcmp(back, text, n) != 0)) abort();
         srf__free(back);
         FILE *f = n ? fmemopen((char *)(uintptr_t)text, n, "rb") : fopen("/dev/null", "rb");

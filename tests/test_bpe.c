@@ -53,7 +53,7 @@ static void expect_round_trip(const struct srf_bpe *bpe, const char *text, int n
 {
     char *back;
     size_t n_back;
-    test_ok(srf_bpe_decode(bpe, ids->ids, ids->n, &back, &n_back));
+    test_ok(srf_bpe_decode(bpe, ids->ids, ids->n, NULL, &back, &n_back));
     if (n_back != (size_t)n || (n && memcmp(back, text, (size_t)n) != 0)) {
         show("decode", text, n);
         fail();
@@ -214,7 +214,7 @@ static void vocab_queries(void **state)
         char *text;
         size_t n;
         int32_t id = t;
-        test_ok(srf_bpe_decode(bpe, &id, 1, &text, &n));
+        test_ok(srf_bpe_decode(bpe, &id, 1, NULL, &text, &n));
         assert_int_equal(n, ref->tokens[t].n);
         assert_memory_equal(text, ref->tokens[t].bytes, n);
         assert_int_equal(text[n], 0);
@@ -237,7 +237,7 @@ static void vocab_queries(void **state)
     char *text;
     int32_t bad[] = {-1, ref->n_tokens, INT32_MIN, INT32_MAX};
     for (int i = 0; i < 4; i++) {
-        assert_int_equal(srf_bpe_decode(bpe, bad + i, 1, &text, NULL), SRF_INVALID);
+        assert_int_equal(srf_bpe_decode(bpe, bad + i, 1, NULL, &text, NULL), SRF_INVALID);
         assert_null(text);
     }
     srf_bpe_free(bpe);

@@ -302,7 +302,8 @@ static void missing_byte(void **state)
     test_fails(srf_bpe_encode(bpe, "aba\n", 4, true, &ids), SRF_INVALID, "byte 0x0a has no token");
     assert_int_equal(ids.n, 3);
     char *out;
-    test_fails(srf_bpe_decode(bpe, (int32_t[]){0, 1}, 2, &out, NULL), SRF_INVALID, "id 1 at 1");
+    test_fails(srf_bpe_decode(bpe, (int32_t[]){0, 1}, 2, NULL, &out, NULL), SRF_INVALID,
+               "id 1 at 1");
     srf_ids_free(&ids);
     srf_bpe_free(bpe);
     snprintf(text, sizeof text, json, "\"unk_token\": \"a\", ");
@@ -418,7 +419,7 @@ static srf_status use_everything(const char *json, const char *text, int n)
     FILE *f = fmemopen((char *)(uintptr_t)text, (size_t)n, "rb");
     srf_status st = srf_bpe_from_json(json, strlen(json), &bpe);
     if (st == SRF_OK) st = srf_bpe_encode(bpe, text, (size_t)n, true, &ids);
-    if (st == SRF_OK) st = srf_bpe_decode(bpe, ids.ids, ids.n, &back, NULL);
+    if (st == SRF_OK) st = srf_bpe_decode(bpe, ids.ids, ids.n, NULL, &back, NULL);
     if (st == SRF_OK) st = srf_bpe_to_json(bpe, &again);
     if (st == SRF_OK) st = srf__bpe_encode_stream(bpe, f, true, 16, drop, NULL, NULL);
     fclose(f);

@@ -111,12 +111,7 @@ static srf_status run(struct srf_trainer *t)
     }
     if (!t->graph) {
         SRF_TRY(be->graph_begin(t->ctx));
-        void *graph;
-        srf_status st = queue_ops(t, &key), end = be->graph_end(t->ctx, &graph);
-        if (st != SRF_OK && graph) be->graph_free(t->ctx, graph); /* a part of the ops */
-        SRF_TRY(st);
-        SRF_TRY(end);
-        t->graph = graph;
+        SRF_TRY(srf_ctx_graph_end(t->ctx, queue_ops(t, &key), &t->graph));
     }
     return be->graph_launch(t->ctx, t->graph);
 }
